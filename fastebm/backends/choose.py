@@ -1,0 +1,118 @@
+"""Which backend runs, and in words why not the fused kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..mlp import MLP, NotAnMLP, read_mlp
+
+__all__ = ["BACKENDS", "PRECISIONS", "Choice", "choose", "interpreted", "why_not_fused"]
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """backend: "triton", "torch" or "reference". mlp, launch: set where that backend needs them.
+
+    path: what runs in that backend: "resident" or "streaming" (the fused kernel), "tiles" (closed-form
+    gradient), "autograd" (gradient by autograd; with the fused update kernel if the backend is "triton").
+    why_not_fused: why the fused kernel does not run, or None if it does.
+    """
+
+    backend: str
+    path: str
+    mlp: MLP | None
+    launch: Any
+    precision: str
+    why_not_fused: str | None
+
+
+def interpreted() -> bool:
+    """Kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not_fused(energy: nn.Module, device: torch.device | str | None = None, *, precision: str | None = None) -> str | None:
+    """Why the fused kernel would not run for this energy, in words; None if it would.
+
+    Args:
+        device: where it would run; None: where the energy's parameters are.
+    """
+    if device is None:
+        device = next((p.device for p in energy.parameters()), torch.device("cpu"))
+    dtype = torch.float32
+    if any(p.dtype == torch.float64 for p in energy.parameters()):
+        dtype = torch.float64
+    return choose(energy, torch.device(device), dtype, "auto", precision).why_not_fused
+
+
+def choose(
+    energy: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, precision: str | None
+) -> Choice:
+    """The backend for an energy, states of ``dtype`` on ``device``, and a wish.
+
+    Raises:
+        ValueError: an unknown name, or an explicit "triton" that can't be honoured.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
+    # The paths in plain PyTorch compute at full precision, which satisfies any wish for less.
+    full = "float64" if dtype == torch.float64 else "ieee"
+    if backend == "reference":
+        return Choice("reference", "autograd", None, None, full, 'backend="reference" was asked for')
+
+    mlp, launch, why_not = None, None, None
+    try:
+        mlp = read_mlp(energy)
+    except NotAnMLP as error:
+        why_not = f"not an MLP that can be read: {error}"
+    no_triton = _why_not_triton(device, dtype, asked=backend == "triton")
+    if backend == "triton" and no_triton is not None:
+        raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
+    wanted = precision or "bf16x3"
+    if no_triton is None and mlp is not None:
+        from ..kernels.launch import choose_launch  # needs no triton, but only this path needs it
+
+        capability = None if interpreted() else _capability(device)
+        launch = choose_launch(mlp.dim, mlp.widths, wanted, capability)
+        if isinstance(launch, str):
+            launch, why_not = None, launch
+    why_not = why_not or no_triton
+    if backend == "torch":
+        why_not = 'backend="torch" was asked for'
+    elif launch is not None:
+        return Choice("triton", launch.regime, mlp, launch, wanted, None)
+    elif no_triton is None:
+        return Choice("triton", "autograd", None, None, full, why_not)
+    return Choice("torch", "autograd" if mlp is None else "tiles", mlp, None, full, why_not)
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, *, asked: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype != torch.float32:
+        return f"kernels keep their state in float32, and this one is {dtype}"
+    if interpreted():
+        if device.type != "cpu":
+            return f"the interpreter (TRITON_INTERPRET=1) works on CPU tensors, and the state is on {device}"
+        return None if asked else 'the interpreter is for tests: it runs only where backend="triton" asks for it'
+    if device.type != "cuda":
+        return f"kernels run on CUDA devices, and the state is on {device}"
+    if _capability(device) < 80:
+        return f"kernels need compute capability 8.0 or later, and {device} has {_capability(device) / 10}"
+    return None

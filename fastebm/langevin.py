@@ -1,0 +1,154 @@
+"""The update rule and its conventions: one definition of each.
+
+    g  = dE/dx(x)                                                  one chain's own energy
+    g  = clip(g, -grad_clip, grad_clip)                            only if grad_clip is given
+    x' = x - (step_size / 2) g + sqrt(step_size) noise_scale xi
+    x' = clamp(x', lo, hi)                                         only if clamp is given
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Langevin"]
+
+
+@dataclass(frozen=True, eq=False)
+class Langevin:
+    """How a Langevin chain moves: x' = clamp(x - a clip(g) + b xi), with drift a and noise std b
+
+        a = step_size / 2,   b = sqrt(step_size) * noise_scale,   temperature T = b^2 / (2 a) = noise_scale^2.
+
+    The chain targets exp(-E/T) as step_size goes to 0 (Roberts & Tweedie 1996; Welling & Teh 2011).
+
+    Args:
+        step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (a value a chain).
+        noise_scale: >= 0, in the same three forms. 0 is gradient descent.
+        grad_clip: elementwise bound on the gradient, > 0, or None.
+        clamp: (lo, hi) with lo < hi, applied last, or None.
+
+    Raises:
+        TypeError, ValueError: with the rule, the value received and the way out.
+    """
+
+    step_size: float | Tensor = 10.0
+    noise_scale: float | Tensor = 0.005
+    grad_clip: float | None = None
+    clamp: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _check_coefficient("step_size", self.step_size, positive=True)
+        _check_coefficient("noise_scale", self.noise_scale, positive=False)
+        if self.grad_clip is not None and not (_is_number(self.grad_clip) and self.grad_clip > 0):
+            raise ValueError(f"grad_clip must be a number > 0 or None, got {self.grad_clip!r}")
+        if self.clamp is not None:
+            try:
+                lo, hi = (float(v) for v in self.clamp)
+            except (TypeError, ValueError):
+                raise TypeError(f"clamp must be a pair of numbers (lo, hi) or None, got {self.clamp!r}") from None
+            if not lo < hi:  # NaN fails too; an infinite bound is a one-sided clamp
+                raise ValueError(f"clamp needs lo < hi, got {(lo, hi)}")
+            object.__setattr__(self, "clamp", (lo, hi))
+
+    # -- conventions ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_drift_and_noise(cls, drift: float, noise_std: float, **options: Any) -> Langevin:
+        """x' = x - drift g + noise_std xi: the form in which most papers state their numbers."""
+        if not (_is_number(drift) and drift > 0):
+            raise ValueError(f"drift must be a number > 0, got {drift!r}")
+        return cls(2.0 * drift, noise_std / math.sqrt(2.0 * drift), **options)
+
+    @classmethod
+    def ula(cls, step_size: float, temperature: float = 1.0, **options: Any) -> Langevin:
+        """The unadjusted Langevin algorithm at a temperature: a = step/2, b = sqrt(step T) (Roberts & Tweedie 1996)."""
+        if not (_is_number(temperature) and temperature >= 0):
+            raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
+        return cls(step_size, math.sqrt(temperature), **options)
+
+    @classmethod
+    def torchebm(cls, step_size: float, noise_scale: float = 1.0, **options: Any) -> Langevin:
+        """torchebm, BlackJAX and posteriors: a = eta, b = sqrt(2 eta) noise_scale."""
+        return cls(2.0 * step_size, noise_scale, **options)
+
+    @classmethod
+    def edifice(cls, **options: Any) -> Langevin:
+        """Edifice's default: step_size 10, noise_scale 0.005, so a = 5, b = 0.0158."""
+        return cls(10.0, 0.005, **options)
+
+    @classmethod
+    def igebm(cls, **options: Any) -> Langevin:
+        """IGEBM (Du & Mordatch 2019) and the UvA tutorial: a = 10, b = 0.005."""
+        return cls.from_drift_and_noise(10.0, 0.005, **options)
+
+    @classmethod
+    def jem(cls, **options: Any) -> Langevin:
+        """JEM (Grathwohl et al. 2020): a = 1, b = 0.01."""
+        return cls.from_drift_and_noise(1.0, 0.01, **options)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """Implied temperature T = noise_scale^2, of the form that noise_scale has."""
+        return self.noise_scale**2
+
+    # -- the arithmetic ---------------------------------------------------------------------------------
+
+    def coefficients(
+        self, n_chains: int, steps: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """(a, b), each (1 or n_chains, 1 or steps): drift coefficient and noise std of chain i at step t."""
+        step_size, noise_scale = (
+            _as_matrix(name, value, n_chains, steps).to(device=device, dtype=torch.float64)
+            for name, value in (("step_size", self.step_size), ("noise_scale", self.noise_scale))
+        )
+        return (step_size / 2).to(dtype), (step_size.sqrt() * noise_scale).to(dtype)
+
+    def update(self, x: Tensor, grad: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """x before the clamp: x - a clip(grad) + b noise. All (n_chains, dim); a and b broadcast."""
+        if self.grad_clip is not None:
+            grad = grad.clamp(-self.grad_clip, self.grad_clip)
+        return x - a * grad + b * noise
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_coefficient(name: str, value: float | Tensor, *, positive: bool) -> None:
+    rule = f"{name} must be finite and {'> 0' if positive else '>= 0'}"
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+        if value.ndim > 2 or (value.ndim == 2 and value.shape[1] != 1):
+            raise ValueError(
+                f"{name} must be a float, a (steps,) tensor or a (n_chains, 1) tensor, got shape {tuple(value.shape)}"
+            )
+        # One reduction for all three faults: NaN fails every comparison.
+        good = torch.isfinite(value) & ((value > 0) if positive else (value >= 0))
+        if not bool(good.all()):
+            raise ValueError(f"{rule}, got a tensor with {value[~good].flatten()[0].item()}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+    elif not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+        raise ValueError(f"{rule}, got {value}")
+
+
+def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int) -> Tensor:
+    """(1, 1) for a number, (1, steps) for a schedule, (n_chains, 1) for a value a chain."""
+    if not isinstance(value, Tensor):
+        return torch.full((1, 1), float(value), dtype=torch.float64)
+    value = value.detach()
+    if value.ndim == 0:
+        return value.reshape(1, 1)
+    if value.ndim == 1:
+        if len(value) != steps:
+            raise ValueError(f"a {name} schedule must have one entry a step: got {len(value)} entries for {steps} steps")
+        return value.reshape(1, steps)
+    if value.shape[0] not in (1, n_chains):
+        raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {n_chains} chains; use ({n_chains}, 1)")
+    return value

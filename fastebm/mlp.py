@@ -1,0 +1,244 @@
+"""The flat description of an MLP energy, read once out of any nn.Module that is one.
+
+    z_1 = x W_1^T + b_1,   z_{l+1} = act_l(z_l) W_{l+1}^T + b_{l+1},   E(x) = z_{L+1},  a scalar
+
+Backends see this description only, so a new way to build an MLP is read here, in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["ACTIVATIONS", "MLP", "Activation", "NotAnMLP", "evaluating", "read_mlp"]
+
+_aten = torch.ops.aten
+
+
+class NotAnMLP(Exception):
+    """Why a module is not an MLP energy that fastebm can read: the message names the layer."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation by name, with its parameter (LeakyReLU's slope, softplus' beta; 0 for the others)."""
+
+    name: str
+    parameter: float = 0.0
+
+    def forward(self, z: Tensor, out: Tensor) -> Tensor:
+        """out = act(z)."""
+        return ACTIVATIONS[self.name].forward(z, self.parameter, out)
+
+    def backward(self, grad: Tensor, z: Tensor, out: Tensor) -> Tensor:
+        """out = grad * act'(z)."""
+        return ACTIVATIONS[self.name].backward(grad, z, self.parameter, out)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    forward: Callable[[Tensor, float, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, float, Tensor], Tensor]
+    module: Callable[[float], nn.Module]
+
+
+def _tanh_backward(grad: Tensor, z: Tensor, out: Tensor) -> Tensor:
+    # aten's tanh_backward wants tanh(z): one scratch tensor, which only this activation needs.
+    return _aten.tanh_backward.grad_input(grad, torch.tanh(z), grad_input=out)  # type: ignore[no-any-return]
+
+
+# PyTorch's own out= kernels: act(z) in one pass, grad * act'(z) in one pass. Softplus' threshold of 20 is nn.Softplus'.
+ACTIVATIONS: dict[str, _Rule] = {
+    "silu": _Rule(
+        lambda z, p, out: _aten.silu.out(z, out=out),
+        lambda g, z, p, out: _aten.silu_backward.grad_input(g, z, grad_input=out),
+        lambda p: nn.SiLU(),
+    ),
+    "relu": _Rule(
+        lambda z, p, out: torch.clamp_min(z, 0.0, out=out),
+        lambda g, z, p, out: _aten.threshold_backward.grad_input(g, z, 0.0, grad_input=out),
+        lambda p: nn.ReLU(),
+    ),
+    "leaky_relu": _Rule(
+        lambda z, p, out: _aten.leaky_relu.out(z, p, out=out),
+        lambda g, z, p, out: _aten.leaky_relu_backward.grad_input(g, z, p, False, grad_input=out),
+        lambda p: nn.LeakyReLU(p),
+    ),
+    "tanh": _Rule(
+        lambda z, p, out: torch.tanh(z, out=out),
+        lambda g, z, p, out: _tanh_backward(g, z, out),
+        lambda p: nn.Tanh(),
+    ),
+    "softplus": _Rule(
+        lambda z, p, out: _aten.softplus.out(z, p, 20.0, out=out),
+        lambda g, z, p, out: _aten.softplus_backward.grad_input(g, z, p, 20.0, grad_input=out),
+        lambda p: nn.Softplus(p),
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """An MLP energy with one scalar output.
+
+    weights: L+1 tensors (out, in), as in nn.Linear; the last is the head, (1, width).
+    biases: L+1 tensors (out,) or None.
+    activations: L of them, one after each hidden layer; L >= 1.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    activations: tuple[Activation, ...]
+
+    @property
+    def dim(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden widths, from the input up."""
+        return tuple(w.shape[0] for w in self.weights[:-1])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> MLP:
+        return MLP(
+            tuple(w.to(device, dtype) for w in self.weights),
+            tuple(None if b is None else b.to(device, dtype) for b in self.biases),
+            self.activations,
+        )
+
+    def energy(self, x: Tensor) -> Tensor:
+        """E(x): (batch, dim) -> (batch,), without a graph."""
+        with torch.no_grad():
+            for weight, bias, activation in zip(self.weights[:-1], self.biases[:-1], self.activations, strict=True):
+                z = nn.functional.linear(x, weight, bias)
+                x = activation.forward(z, torch.empty_like(z))
+            return nn.functional.linear(x, self.weights[-1], self.biases[-1]).squeeze(1)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode (dropout off, spectral norm's power iteration at rest), each submodule's mode restored."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def read_mlp(module: nn.Module) -> MLP:
+    """Read an MLP energy out of a module, in eval mode and without touching it.
+
+    Accepted: nn.Sequential (nested too, or a module whose only child is one and whose forward only calls
+    it) of nn.Linear and a supported activation in turn, with or without bias, spectral norm, weight norm
+    and dropout, ending in a Linear with one output; a leading nn.Flatten.
+
+    Raises:
+        NotAnMLP: naming the layer that does not fit.
+    """
+    with evaluating(module), torch.no_grad():
+        mlp = _assemble(list(_layers(module, "")))
+        if not _is_plain(module, nn.Sequential):
+            _check_forward(module, mlp)
+    return mlp
+
+
+def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """An instance of cls (parametrized or not) that runs cls' own forward."""
+    return isinstance(module, cls) and type(module).forward is cls.forward
+
+
+def _layers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Leaf layers in the order of the forward pass, with their names."""
+    here = f"{path or 'the energy'} ({type(module).__name__})"
+    hooked = module._forward_hooks or (module._forward_pre_hooks and not isinstance(module, nn.Linear))
+    if hooked:
+        raise NotAnMLP(f"{here} has a forward hook, which may change what it computes")
+    children = list(module.named_children())
+    if _is_plain(module, nn.Sequential):
+        for name, child in children:
+            yield from _layers(child, f"{path}.{name}" if path else name)
+    elif isinstance(module, nn.Linear) or not children:
+        yield here, module
+    elif len(children) == 1:
+        name, child = children[0]
+        yield from _layers(child, f"{path}.{name}" if path else name)
+    else:
+        names = ", ".join(name for name, _ in children)
+        raise NotAnMLP(f"{here} is not a plain nn.Sequential but has several parts: {names}")
+
+
+def _read_activation(module: nn.Module) -> Activation | None:
+    if _is_plain(module, nn.SiLU):
+        return Activation("silu")
+    if _is_plain(module, nn.ReLU):
+        return Activation("relu")
+    if _is_plain(module, nn.LeakyReLU):
+        return Activation("leaky_relu", float(module.negative_slope))  # type: ignore[arg-type]
+    if _is_plain(module, nn.Tanh):
+        return Activation("tanh")
+    if _is_plain(module, nn.Softplus) and module.threshold == 20:
+        return Activation("softplus", float(module.beta))  # type: ignore[arg-type]
+    return None
+
+
+def _assemble(layers: list[tuple[str, nn.Module]]) -> MLP:
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    activations: list[Activation] = []
+    for i, (name, layer) in enumerate(layers):
+        if isinstance(layer, (nn.Dropout, nn.Identity)):
+            continue
+        if i == 0 and isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+            continue
+        if _is_plain(layer, nn.Linear):
+            if len(weights) > len(activations):
+                raise NotAnMLP(f"{name} follows a Linear layer with no activation between them")
+            weights.append(_effective_weight(name, layer))  # type: ignore[arg-type]
+            biases.append(None if layer.bias is None else layer.bias.detach())  # type: ignore[union-attr]
+        elif (activation := _read_activation(layer)) is not None:
+            if len(activations) == len(weights):
+                raise NotAnMLP(f"{name} does not follow a Linear layer")
+            activations.append(activation)
+        else:
+            known = ", ".join(ACTIVATIONS)
+            raise NotAnMLP(f"{name} is neither nn.Linear nor a supported activation ({known})")
+    if len(weights) < 2:
+        raise NotAnMLP("it has no hidden layer: an MLP energy is Linear, activation, ..., Linear")
+    if len(activations) == len(weights):
+        raise NotAnMLP(f"it ends in an activation ({activations[-1].name}), not in a Linear layer")
+    if weights[-1].shape[0] != 1:
+        raise NotAnMLP(f"its last Linear has {weights[-1].shape[0]} outputs, not one")
+    return MLP(tuple(weights), tuple(biases), tuple(activations))
+
+
+def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
+    """The weight that the forward pass would use, under parametrizations and under the older hook-based norms."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(layer, do_power_iteration=False).detach()  # type: ignore[no-any-return]
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook.compute_weight(layer).detach()  # type: ignore[no-any-return]
+        raise NotAnMLP(f"{name} has a forward pre-hook, which may change what it computes")
+    return layer.weight.detach()
+
+
+def _check_forward(module: nn.Module, mlp: MLP) -> None:
+    """A wrapper's forward is code that can't be read: hold what it computes against what its layers say."""
+    weight = mlp.weights[0]
+    probe = torch.linspace(-1.0, 1.0, 3 * mlp.dim, dtype=weight.dtype, device=weight.device).reshape(3, mlp.dim)
+    try:
+        value = module(probe)
+    except Exception as error:
+        raise NotAnMLP(f"the forward of {type(module).__name__} does not take a (batch, {mlp.dim}) tensor: {error}") from error
+    expected = mlp.energy(probe)
+    scale = expected.abs().max().clamp_min(1.0)
+    if value.numel() != 3 or not bool(((value.reshape(3) - expected).abs() <= 1e-3 * scale).all()):
+        raise NotAnMLP(f"the forward of {type(module).__name__} computes something else than its layers in turn")

@@ -1,0 +1,26 @@
+"""Contrastive divergence (Hinton 2002), with the energy regulariser of Du & Mordatch (2019)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["contrastive_divergence_loss"]
+
+
+def contrastive_divergence_loss(real_energy: Tensor, neg_energy: Tensor, reg_alpha: float = 0.01) -> Tensor:
+    """mean E+ - mean E- + reg_alpha (mean E+^2 + mean E-^2), a scalar.
+
+    The first two terms have the gradient of the negative log-likelihood when the negatives follow the model;
+    the last keeps energies near zero, whose level the likelihood leaves free.
+
+    Args:
+        real_energy: energies of data, (batch,) or (batch, 1).
+        neg_energy: energies of samples, (batch,) or (batch, 1); the samples themselves carry no gradient.
+        reg_alpha: weight of the regulariser, >= 0.
+    """
+    if not reg_alpha >= 0:
+        raise ValueError(f"reg_alpha must be >= 0, got {reg_alpha}")
+    if real_energy.numel() == 0 or neg_energy.numel() == 0:
+        raise ValueError("contrastive_divergence_loss needs at least one energy on each side, got an empty tensor")
+    regulariser = real_energy.square().mean() + neg_energy.square().mean()
+    return real_energy.mean() - neg_energy.mean() + reg_alpha * regulariser

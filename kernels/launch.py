@@ -1,0 +1,79 @@
+"""Regime, tile, warps and stages of the fused kernel, from an architecture's dims: never from the number of chains.
+
+A choice that depended on the batch would change the order of sums, and with it the bits of a chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability").
+SHARED_MEMORY = {
+    80: 166912,
+    86: 101376,
+    87: 166912,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+    120: 101376,
+    121: 101376,
+}
+
+PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
+
+# The state of a resident chain lives in registers: a tile of 64 x 128 already takes 64 of a thread's 255.
+_MAX_RESIDENT_DIM = 128
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One configuration of the fused kernel.
+
+    regime: "resident" (weights and state on the chip for all steps) or "streaming" (W_1 and the state in L2).
+    block_chains: chains a program. block_dim: the padded dim, or the dims of one streamed chunk.
+    """
+
+    regime: str
+    block_chains: int
+    block_dim: int
+    num_warps: int
+    num_stages: int
+
+
+def block(n: int) -> int:
+    """The power of two, at least 16, that holds n: what a tensor-core tile takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def shared_bytes(launch: Launch, widths: tuple[int, ...], precision: str) -> int:
+    """An upper estimate of the shared memory that a configuration takes (tests hold it to compiled kernels)."""
+    # bf16x3 keeps two bf16 halves; 4-byte operands are kept in both orders, since wgmma transposes 16-bit only.
+    weight_bytes = {"bf16": 2, "bf16x3": 4, "tf32": 8, "ieee": 8}[precision]
+    sizes = [launch.block_dim, *(block(w) for w in widths)]
+    weights = sum(n_in * n_out for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)) * weight_bytes
+    # One operand of the tile on its way between layouts.
+    operand = launch.block_chains * max(sizes) * (2 if precision in ("bf16", "bf16x3") else 4)
+    noise = launch.block_chains * launch.block_dim * 4
+    return weights + max(operand, noise) + 1024
+
+
+def choose_launch(dim: int, widths: tuple[int, ...], precision: str, capability: int | None) -> Launch | str:
+    """The configuration for an architecture, or in words why there is none.
+
+    capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
+    """
+    limit = None if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
+    candidates = []
+    if dim <= _MAX_RESIDENT_DIM:
+        candidates.append(Launch("resident", 64, block(dim), 4, 1))
+    candidates += [Launch("streaming", 64, min(block_dim, block(dim)), 4, 1) for block_dim in (64, 32)]
+    for launch in candidates:
+        if limit is None or shared_bytes(launch, widths, precision) <= limit:
+            return launch
+    need = min(shared_bytes(launch, widths, precision) for launch in candidates)
+    return (
+        f"hidden widths {list(widths)} at precision {precision!r} need {need // 1024} KiB of shared memory, "
+        f"and a block on sm_{capability} has {(limit or 0) // 1024} KiB"
+    )

@@ -1,0 +1,164 @@
+"""The way through an MLP on the device: activations with their slopes, products at each precision, layers.
+
+Any depth without generated source: `slope_at` calls itself for the layer above, so the return path is the
+backpropagation. `ACTIVATIONS`, `PARAMETERS` and the tuples of weights hold one entry a hidden layer.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(z, FAST: tl.constexpr):
+    if FAST:
+        # 1 / (1 + 2^(-z log2 e)): two special-function instructions, where a division takes eight more
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], tl.float32, True, 1
+        )
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, True, 1)
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def tanh(z, FAST: tl.constexpr, PRECISION: tl.constexpr):
+    if FAST and PRECISION == "bf16":
+        # One instruction with a relative error of 2^-11: below the rounding of the bf16 operand it becomes.
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, True, 1)
+    else:
+        return 2.0 * sigmoid(2.0 * z, FAST) - 1.0
+
+
+@triton.jit
+def activation_and_slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """act(z) and act'(z). NaN goes through: a comparison that is false keeps z."""
+    if NAME == "silu":
+        if FAST and PRECISION == "bf16":
+            # with u = z/2 and t = tanh(u):  silu = u t + u,  silu' = ((1 + t) + u (1 - t^2)) / 2
+            u = 0.5 * z
+            t = tanh(u, FAST, PRECISION)
+            return u * t + u, 0.5 * ((1.0 + t) + u * (1.0 - t * t))
+        else:
+            s = sigmoid(z, FAST)
+            a = z * s
+            return a, a + s * (1.0 - a)
+    elif NAME == "relu":
+        return tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0)
+    elif NAME == "leaky_relu":
+        return tl.where(z <= 0.0, PARAMETER * z, z), tl.where(z <= 0.0, PARAMETER, 1.0)
+    elif NAME == "tanh":
+        t = tanh(z, FAST, PRECISION)
+        return t, 1.0 - t * t
+    else:
+        tl.static_assert(NAME == "softplus", "unknown activation")
+        # softplus(t) = max(t, 0) + ln(1 + e^-|t|), over beta: no overflow on either side
+        t = PARAMETER * z
+        e = tl.exp(-tl.abs(t))
+        soft = (tl.where(t <= 0.0, 0.0, t) + tl.log(1.0 + e)) * (1.0 / PARAMETER)
+        return soft, sigmoid(t, FAST)
+
+
+@triton.jit
+def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """a @ w in float32, for a in float32 and w = (hi, lo) as `load_weight` gives it."""
+    if PRECISION == "bf16" or PRECISION == "bf16x3":
+        hi = a.to(tl.bfloat16)
+        lo = (a - hi.to(tl.float32)).to(tl.bfloat16)
+        if INTERPRETED:
+            # The interpreter's bf16 product returns garbage (triton #11584): multiply the rounded values in float32.
+            hi = hi.to(tl.float32)
+            lo = lo.to(tl.float32)
+        if PRECISION == "bf16":
+            return tl.dot(hi, w[0], input_precision="ieee", out_dtype=tl.float32)
+        else:
+            # the product of the two low halves is below float32's own rounding; small terms first
+            small = tl.dot(lo, w[0], input_precision="ieee", out_dtype=tl.float32)
+            small = tl.dot(hi, w[1], acc=small, input_precision="ieee", out_dtype=tl.float32)
+            return tl.dot(hi, w[0], acc=small, input_precision="ieee", out_dtype=tl.float32)
+    else:
+        return tl.dot(a, w[0], input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def transpose(w, PRECISION: tl.constexpr):
+    if PRECISION == "bf16x3":
+        return (tl.trans(w[0]), tl.trans(w[1]))
+    else:
+        return (tl.trans(w[0]),)
+
+
+@triton.jit
+def load_weight(
+    ptrs, first_in, N_IN: tl.constexpr, N_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Rows first_in .. of an (N_IN, N_OUT) weight, zero outside: (hi,) or, for bf16x3, (hi, lo).
+
+    ptrs: one pointer for each half; in memory a weight is (N_OUT, N_IN), as in nn.Linear.
+    """
+    rows = first_in + tl.arange(0, BLOCK_IN)
+    cols = tl.arange(0, BLOCK_OUT)
+    # Read along the memory's rows, turn in registers: shared memory takes either order.
+    inside = (cols[:, None] < N_OUT) & (rows[None, :] < N_IN)
+    offsets = cols[:, None] * N_IN + rows[None, :]
+    hi = tl.load(ptrs[0] + offsets, mask=inside, other=0.0)
+    if INTERPRETED:
+        hi = hi.to(tl.float32)
+    if PRECISION == "bf16x3":
+        lo = tl.load(ptrs[1] + offsets, mask=inside, other=0.0)
+        if INTERPRETED:
+            lo = lo.to(tl.float32)
+        return (tl.trans(hi), tl.trans(lo))
+    else:
+        return (tl.trans(hi),)
+
+
+@triton.jit
+def load_row(ptr, shift, N: tl.constexpr, BLOCK: tl.constexpr):
+    """A bias or the head's weight: (1, BLOCK), zero past N. shift is 0, but the compiler must not know."""
+    cols = tl.arange(0, BLOCK)
+    return tl.load(ptr + shift + cols, mask=cols < N, other=0.0)[None, :]
+
+
+@triton.jit
+def slope_at(
+    z, weights, bias_ptrs, head_ptr, shift, LAYER: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """dE/dz at hidden layer LAYER: (BLOCK_CHAINS, BLOCKS[LAYER]), given its z.
+
+    weights[l] leads from hidden layer l to l + 1; bias_ptrs[l] belongs to hidden layer l; head_ptr is the
+    output's weight.
+    """
+    a, slope = activation_and_slope(z, ACTIVATIONS[LAYER], PARAMETERS[LAYER], PRECISION, FAST)
+    if LAYER == len(WIDTHS) - 1:
+        return slope * load_row(head_ptr, shift, WIDTHS[LAYER], BLOCKS[LAYER])
+    else:
+        above = product(a, weights[LAYER], PRECISION, INTERPRETED)
+        above += load_row(bias_ptrs[LAYER + 1], shift, WIDTHS[LAYER + 1], BLOCKS[LAYER + 1])
+        grad = slope_at(
+            above, weights, bias_ptrs, head_ptr, shift, LAYER + 1, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
+            INTERPRETED,
+        )  # fmt: skip
+        return slope * product(grad, transpose(weights[LAYER], PRECISION), PRECISION, INTERPRETED)
+
+
+@triton.jit
+def energy_at(
+    z, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """E: (BLOCK_CHAINS,), given z at hidden layer LAYER."""
+    a, _ = activation_and_slope(z, ACTIVATIONS[LAYER], PARAMETERS[LAYER], PRECISION, FAST)
+    if LAYER == len(WIDTHS) - 1:
+        head = load_row(head_ptr, 0, WIDTHS[LAYER], BLOCKS[LAYER])
+        return tl.sum(a * head, axis=1) + tl.load(head_bias_ptr)
+    else:
+        above = product(a, weights[LAYER], PRECISION, INTERPRETED)
+        above += load_row(bias_ptrs[LAYER + 1], 0, WIDTHS[LAYER + 1], BLOCKS[LAYER + 1])
+        return energy_at(
+            above, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER + 1, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS,
+            PRECISION, FAST, INTERPRETED,
+        )  # fmt: skip
