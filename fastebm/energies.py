@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,9 +18,7 @@ __all__ = ["Energy", "MLPEnergy", "build", "build_energy_fn", "energy"]
 _DEFAULT_PARAMETER = {"leaky_relu": 0.01, "softplus": 1.0}
 
 
-def _layers(
-    sizes: Sequence[int], activation: str | Activation, dropout: float, spectral_norm: bool
-) -> list[nn.Module]:
+def _layers(sizes: Sequence[int], activation: str | Activation, dropout: float, spectral_norm: bool) -> list[nn.Module]:
     """Linear, activation(, dropout) for each hidden size, then one Linear output."""
     if isinstance(activation, str):
         activation = Activation(activation, _DEFAULT_PARAMETER.get(activation, 0.0))
@@ -36,7 +35,7 @@ def _layers(
         return parametrizations.spectral_norm(layer) if spectral_norm else layer
 
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for n_in, n_out in pairwise(sizes):
         layers += [linear(n_in, n_out), ACTIVATIONS[activation.name].module(activation.parameter)]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
@@ -103,7 +102,9 @@ def build_energy_fn(
         if not linears:
             raise ValueError("feature_size can't be told from a trunk without a Linear layer: pass feature_size=")
         feature_size = linears[-1].out_features
-    return nn.Sequential(trunk, nn.Sequential(*_layers([feature_size, *hidden_sizes], activation, dropout, spectral_norm)))
+    return nn.Sequential(
+        trunk, nn.Sequential(*_layers([feature_size, *hidden_sizes], activation, dropout, spectral_norm))
+    )
 
 
 def energy(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -1,9 +1,9 @@
 """The update rule and its conventions: one definition of each.
 
-    g  = dE/dx(x)                                                  one chain's own energy
-    g  = clip(g, -grad_clip, grad_clip)                            only if grad_clip is given
-    x' = x - (step_size / 2) g + sqrt(step_size) noise_scale xi
-    x' = clamp(x', lo, hi)                                         only if clamp is given
+g  = dE/dx(x)                                                  one chain's own energy
+g  = clip(g, -grad_clip, grad_clip)                            only if grad_clip is given
+x' = x - (step_size / 2) g + sqrt(step_size) noise_scale xi
+x' = clamp(x', lo, hi)                                         only if clamp is given
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int) -> T
         return value.reshape(1, 1)
     if value.ndim == 1:
         if len(value) != steps:
-            raise ValueError(f"a {name} schedule must have one entry a step: got {len(value)} entries for {steps} steps")
+            raise ValueError(
+                f"a {name} schedule must have one entry a step: got {len(value)} entries for {steps} steps"
+            )
         return value.reshape(1, steps)
     if value.shape[0] not in (1, n_chains):
         raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {n_chains} chains; use ({n_chains}, 1)")

@@ -123,7 +123,7 @@ class MLP:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode (dropout off, spectral norm's power iteration at rest), each submodule's mode restored."""
+    """Eval mode (dropout off, spectral norm's power iteration at rest), then each submodule's own mode again."""
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.eval()
@@ -198,11 +198,11 @@ def _assemble(layers: list[tuple[str, nn.Module]]) -> MLP:
             continue
         if i == 0 and isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
             continue
-        if _is_plain(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and _is_plain(layer, nn.Linear):
             if len(weights) > len(activations):
                 raise NotAnMLP(f"{name} follows a Linear layer with no activation between them")
-            weights.append(_effective_weight(name, layer))  # type: ignore[arg-type]
-            biases.append(None if layer.bias is None else layer.bias.detach())  # type: ignore[union-attr]
+            weights.append(_effective_weight(name, layer))
+            biases.append(None if layer.bias is None else layer.bias.detach())
         elif (activation := _read_activation(layer)) is not None:
             if len(activations) == len(weights):
                 raise NotAnMLP(f"{name} does not follow a Linear layer")
@@ -223,7 +223,7 @@ def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
     """The weight that the forward pass would use, under parametrizations and under the older hook-based norms."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return hook.compute_weight(layer, do_power_iteration=False).detach()  # type: ignore[no-any-return]
+            return hook.compute_weight(layer, do_power_iteration=False).detach()
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return hook.compute_weight(layer).detach()  # type: ignore[no-any-return]
         raise NotAnMLP(f"{name} has a forward pre-hook, which may change what it computes")
@@ -237,7 +237,9 @@ def _check_forward(module: nn.Module, mlp: MLP) -> None:
     try:
         value = module(probe)
     except Exception as error:
-        raise NotAnMLP(f"the forward of {type(module).__name__} does not take a (batch, {mlp.dim}) tensor: {error}") from error
+        raise NotAnMLP(
+            f"the forward of {type(module).__name__} does not take a (batch, {mlp.dim}) tensor: {error}"
+        ) from error
     expected = mlp.energy(probe)
     scale = expected.abs().max().clamp_min(1.0)
     if value.numel() != 3 or not bool(((value.reshape(3) - expected).abs() <= 1e-3 * scale).all()):

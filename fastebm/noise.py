@@ -62,7 +62,8 @@ def philox4x32(
     for _ in range(3):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    c0, c1, c2, c3 = (c.clone(memory_format=torch.contiguous_format) for c in torch.broadcast_tensors(c0, c1, c2, c3))
+    shape: torch.Size = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)  # type: ignore[no-untyped-call]
+    c0, c1, c2, c3 = (c.expand(shape).clone(memory_format=torch.contiguous_format) for c in (c0, c1, c2, c3))
     p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(3, rounds):
         # _round, in place. int64 products wrap, and their low 64 bits are right; c1 and c3 only ever give

@@ -185,9 +185,7 @@ class ChainPool:
         self.reinit_prob = float(state["reinit_prob"])
 
 
-def draw_distinct(
-    seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None
-) -> Tensor:
+def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:
     """k distinct numbers of 0 .. n-1 in random order, (k,) int64: every ordered choice is equally likely.
 
     A pure function of (seed, draw, n, k). As in NumPy's Generator.choice, few of many come from independent

@@ -270,7 +270,9 @@ def _diagnosis(energy: nn.Module, done: Advanced, bad: Tensor, rule: Langevin, s
         first = int(done.first_bad[done.first_bad >= 0].min())
         where = f"first at step {first} of {steps}"
     size = float(done.x[bad].abs().max())
-    step = f"{rule.step_size:g}" if isinstance(rule.step_size, (int, float)) else f"up to {float(rule.step_size.max()):g}"
+    step = (
+        f"{rule.step_size:g}" if isinstance(rule.step_size, (int, float)) else f"up to {float(rule.step_size.max()):g}"
+    )
     return (
         f"{n_bad} of {n_chains} chains are not finite ({where}; last finite max |x| = {size:.3g}; step_size = {step}). "
         "Try a smaller step_size, grad_clip=, clamp=, or an energy with bounded gradients (spectral_norm=True); "
@@ -291,7 +293,9 @@ def _shape(energy: nn.Module, input_size: int | Sequence[int] | None) -> tuple[i
         try:
             return (read_mlp(energy).dim,)
         except NotAnMLP as error:
-            raise ValueError(f"pass input_size= or init=: the energy does not tell its input's shape ({error})") from None
+            raise ValueError(
+                f"pass input_size= or init=: the energy does not tell its input's shape ({error})"
+            ) from None
     shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
     if not shape or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
         raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {input_size!r}")
@@ -314,7 +318,9 @@ def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: to
     finite = init.isfinite()
     if not bool(finite.all()):
         rows = (~finite).flatten(1).any(dim=1).nonzero().flatten()
-        raise ValueError(f"init must be finite, got NaN or inf in {len(rows)} of {len(init)} chains (first: {int(rows[0])})")
+        raise ValueError(
+            f"init must be finite, got NaN or inf in {len(rows)} of {len(init)} chains (first: {int(rows[0])})"
+        )
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:
@@ -326,7 +332,7 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if tuple(out.shape) != shape or out.dtype != dtype or not _same_device(device, out.device):
         raise ValueError(
-            f"out must be a {shape} tensor of {dtype} on {device}, got {tuple(out.shape)} of {out.dtype} on {out.device}"
+            f"out must be a {shape} tensor of {dtype} on {device}, got {tuple(out.shape)}, {out.dtype}, {out.device}"
         )
     if out.requires_grad:
         raise ValueError("out must not require grad: samples carry none")

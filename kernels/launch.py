@@ -6,6 +6,7 @@ A choice that depended on the batch would change the order of sums, and with it 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
@@ -52,7 +53,7 @@ def shared_bytes(launch: Launch, widths: tuple[int, ...], precision: str) -> int
     # bf16x3 keeps two bf16 halves; 4-byte operands are kept in both orders, since wgmma transposes 16-bit only.
     weight_bytes = {"bf16": 2, "bf16x3": 4, "tf32": 8, "ieee": 8}[precision]
     sizes = [launch.block_dim, *(block(w) for w in widths)]
-    weights = sum(n_in * n_out for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)) * weight_bytes
+    weights = sum(n_in * n_out for n_in, n_out in pairwise(sizes)) * weight_bytes
     # One operand of the tile on its way between layouts.
     operand = launch.block_chains * max(sizes) * (2 if precision in ("bf16", "bf16x3") else 4)
     noise = launch.block_chains * launch.block_dim * 4

@@ -138,8 +138,8 @@ def slope_at(
         above = product(a, weights[LAYER], PRECISION, INTERPRETED)
         above += load_row(bias_ptrs[LAYER + 1], shift, WIDTHS[LAYER + 1], BLOCKS[LAYER + 1])
         grad = slope_at(
-            above, weights, bias_ptrs, head_ptr, shift, LAYER + 1, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
-            INTERPRETED,
+            above, weights, bias_ptrs, head_ptr, shift, LAYER + 1, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS,
+            PRECISION, FAST, INTERPRETED,
         )  # fmt: skip
         return slope * product(grad, transpose(weights[LAYER], PRECISION), PRECISION, INTERPRETED)
 

@@ -40,7 +40,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def why_not_fused(energy: nn.Module, device: torch.device | str | None = None, *, precision: str | None = None) -> str | None:
+def why_not_fused(
+    energy: nn.Module, device: torch.device | str | None = None, *, precision: str | None = None
+) -> str | None:
     """Why the fused kernel would not run for this energy, in words; None if it would.
 
     Args:
@@ -54,9 +56,7 @@ def why_not_fused(energy: nn.Module, device: torch.device | str | None = None, *
     return choose(energy, torch.device(device), dtype, "auto", precision).why_not_fused
 
 
-def choose(
-    energy: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, precision: str | None
-) -> Choice:
+def choose(energy: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, precision: str | None) -> Choice:
     """The backend for an energy, states of ``dtype`` on ``device``, and a wish.
 
     Raises:

@@ -97,7 +97,8 @@ class _Tile:
 
     def product(self, a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         """out = a @ w (+ bias), in products of a fixed number of rows."""
-        for rows, part in zip(a.split(self.product_rows), out.split(self.product_rows), strict=True):
+        for i in range(0, self.n_rows, self.product_rows):
+            rows, part = a[i : i + self.product_rows], out[i : i + self.product_rows]
             if bias is None:
                 torch.mm(rows, w, out=part)
             else:
