@@ -171,6 +171,8 @@ class ChainPool:
         if state["version"] != _VERSION:
             raise ValueError(f"the pool was saved by version {state['version']}; this one reads {_VERSION}")
         x, age = state["x"], state["age"]
+        if not (isinstance(x, Tensor) and isinstance(age, Tensor)):
+            raise ValueError(f"x and age must be tensors, got {type(x).__name__} and {type(age).__name__}")
         if tuple(state["shape"]) != self.shape or x.shape != self._x.shape or age.shape != self._age.shape:
             raise ValueError(
                 f"the saved pool has {len(x)} chains of shape {tuple(state['shape'])}, "
@@ -178,11 +180,18 @@ class ChainPool:
             )
         if not bool(x.isfinite().all()) or bool((age < 0).any()):
             raise ValueError("the saved pool is damaged: states that are not finite, or negative ages")
+        draws, reinit_prob = state["draws"], state["reinit_prob"]
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
+            raise ValueError(f"the saved pool is damaged: draws must be an int >= 0, got {draws!r}")
+        if not isinstance(reinit_prob, float) or not 0.0 <= reinit_prob <= 1.0:
+            raise ValueError(f"the saved pool is damaged: reinit_prob must be in [0, 1], got {reinit_prob!r}")
+        if state["seed"] is None:
+            raise ValueError("the saved pool is damaged: it has no seed")
+        seed, clamp = draw_seed(state["seed"]), Langevin(clamp=state["clamp"]).clamp
+        # From here on nothing can fail, so a pool never becomes half of another.
         self._x = x.to(self.device, torch.float32, copy=True)
         self._age = age.to(self.device, torch.int64, copy=True)
-        self.draws, self.seed = int(state["draws"]), int(state["seed"])
-        self.clamp = None if state["clamp"] is None else (float(state["clamp"][0]), float(state["clamp"][1]))
-        self.reinit_prob = float(state["reinit_prob"])
+        self.draws, self.seed, self.clamp, self.reinit_prob = draws, seed, clamp, reinit_prob
 
 
 def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:

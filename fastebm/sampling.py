@@ -123,8 +123,8 @@ def langevin_sample(
         _check_init(init, input_size, device)
         n_chains, shape, device = len(init), init.shape[1:], init.device
         dtype = torch.float64 if init.dtype == torch.float64 else torch.float32
-    if parameter is not None and parameter.device != device:
-        raise ValueError(f"the energy is on {parameter.device} and the chains on {device}: move one with .to(...)")
+    if first_chain + n_chains > 2**63:
+        raise ValueError(f"chain numbers are 63-bit: first_chain + n_chains must be <= 2**63, got {first_chain}")
     if out is not None:
         _check_out(out, (n_chains, *shape), dtype, device)
 
@@ -177,6 +177,10 @@ def advance_chains(
     Returns:
         (n_chains, dim) states and a ``SampleInfo``.
     """
+    steps = _count("steps", steps)
+    parameter = next(energy.parameters(), None)
+    if parameter is not None and not _same_device(parameter.device, x.device):
+        raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # a private, contiguous copy: backends work in place
     x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
@@ -185,6 +189,8 @@ def advance_chains(
         if choice.mlp is not None and choice.mlp.dim != x.shape[1]:
             raise ValueError(f"the energy takes {choice.mlp.dim} dims, and the chains have {x.shape[1]}")
         module = Energy(energy, shape, dtype)
+        if len(x) > 0 and (choice.mlp is None or len(shape) > 1):
+            _check_takes(module, x[:1])
         done = _run(choice, module, x, rule, steps, seed=seed, chains=chains, first_steps=first_steps)
         bad = (done.first_bad >= 0) | ~done.energy.isfinite()
         # the call's one device sync
@@ -223,7 +229,8 @@ def uniform_states(
     lo, hi = clamp or (-1.0, 1.0)
     if not (math.isfinite(lo) and math.isfinite(hi)):
         raise ValueError(f"there is no uniform start on an infinite clamp range {(lo, hi)}: pass init=")
-    return uniform(seed, stream, chains, steps, dim, dtype=dtype) * (hi - lo) + lo
+    # The clamp is for u = 1, and for lo + (hi - lo), which may round past hi.
+    return (uniform(seed, stream, chains, steps, dim, dtype=dtype) * (hi - lo) + lo).clamp_(lo, hi)
 
 
 def _run(
@@ -280,6 +287,15 @@ def _diagnosis(energy: nn.Module, done: Advanced, bad: Tensor, rule: Langevin, s
     )
 
 
+def _check_takes(energy: Energy, x: Tensor) -> None:
+    """One state through the energy, so that a shape it does not take is told in words before any chain moves."""
+    try:
+        energy(x)
+    except RuntimeError as error:
+        shape = ", ".join(str(size) for size in energy.shape)
+        raise ValueError(f"the energy does not take states of shape (n_chains, {shape}): {error}") from error
+
+
 def _count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
@@ -296,6 +312,8 @@ def _shape(energy: nn.Module, input_size: int | Sequence[int] | None) -> tuple[i
             raise ValueError(
                 f"pass input_size= or init=: the energy does not tell its input's shape ({error})"
             ) from None
+    if not isinstance(input_size, (int, Sequence)):
+        raise TypeError(f"input_size must be an int or a shape, got {input_size!r}")
     shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
     if not shape or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
         raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {input_size!r}")

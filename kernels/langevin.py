@@ -36,8 +36,9 @@ def move(x, grad, noise, a, b, grad_clip, CLIP: tl.constexpr):
 
 @triton.jit
 def clamped(x, lo, hi, CLAMP: tl.constexpr):
+    # min and max may swallow NaN: only states that were found finite are kept
     if CLAMP:
-        return tl.where(x > hi, hi, tl.where(x < lo, lo, x))
+        return tl.minimum(tl.maximum(x, lo), hi)
     else:
         return x
 

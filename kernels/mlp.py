@@ -33,11 +33,11 @@ def tanh(z, FAST: tl.constexpr, PRECISION: tl.constexpr):
 def activation_and_slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
     """act(z) and act'(z). NaN goes through: a comparison that is false keeps z."""
     if NAME == "silu":
-        if FAST and PRECISION == "bf16":
-            # with u = z/2 and t = tanh(u):  silu = u t + u,  silu' = ((1 + t) + u (1 - t^2)) / 2
-            u = 0.5 * z
-            t = tanh(u, FAST, PRECISION)
-            return u * t + u, 0.5 * ((1.0 + t) + u * (1.0 - t * t))
+        if PRECISION == "bf16":
+            # The host has halved the weights below, so this is u = z/2, and the slope is d silu(2u)/du.
+            # With t = tanh(u):  silu(2u) = u t + u,  slope = (1 + t) + u (1 - t^2)
+            t = tanh(z, FAST, PRECISION)
+            return z * t + z, (1.0 + t) + z * (1.0 - t * t)
         else:
             s = sigmoid(z, FAST)
             a = z * s
@@ -61,20 +61,25 @@ def activation_and_slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISI
 @triton.jit
 def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """a @ w in float32, for a in float32 and w = (hi, lo) as `load_weight` gives it."""
-    if PRECISION == "bf16" or PRECISION == "bf16x3":
+    if PRECISION == "bf16":
         hi = a.to(tl.bfloat16)
-        lo = (a - hi.to(tl.float32)).to(tl.bfloat16)
         if INTERPRETED:
             # The interpreter's bf16 product returns garbage (triton #11584): multiply the rounded values in float32.
             hi = hi.to(tl.float32)
+        return tl.dot(hi, w[0], input_precision="ieee", out_dtype=tl.float32)
+    elif PRECISION == "bf16x3":
+        # The high half is a's upper 16 bits, cut and not rounded: one logical operation where rounding and
+        # widening again take three, and the low half makes up for it.
+        top = (a.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        hi = top.to(tl.bfloat16)
+        lo = (a - top).to(tl.bfloat16)
+        if INTERPRETED:
+            hi = hi.to(tl.float32)
             lo = lo.to(tl.float32)
-        if PRECISION == "bf16":
-            return tl.dot(hi, w[0], input_precision="ieee", out_dtype=tl.float32)
-        else:
-            # the product of the two low halves is below float32's own rounding; small terms first
-            small = tl.dot(lo, w[0], input_precision="ieee", out_dtype=tl.float32)
-            small = tl.dot(hi, w[1], acc=small, input_precision="ieee", out_dtype=tl.float32)
-            return tl.dot(hi, w[0], acc=small, input_precision="ieee", out_dtype=tl.float32)
+        # the product of the two low halves is below float32's own rounding; small terms first
+        small = tl.dot(lo, w[0], input_precision="ieee", out_dtype=tl.float32)
+        small = tl.dot(hi, w[1], acc=small, input_precision="ieee", out_dtype=tl.float32)
+        return tl.dot(hi, w[0], acc=small, input_precision="ieee", out_dtype=tl.float32)
     else:
         return tl.dot(a, w[0], input_precision=PRECISION, out_dtype=tl.float32)
 

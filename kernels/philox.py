@@ -22,8 +22,8 @@ def philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10):
 
 @triton.jit
 def unit(w):
-    """u(w) = (w + 0.5) 2^-32 in float32."""
-    return (w.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    """u(w) = (w + 0.5) 2^-32 in float32, written so that it is one fused multiply-add; scaling by 2^-32 is exact."""
+    return w.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
@@ -34,8 +34,9 @@ def box_muller(w0, w1, FAST: tl.constexpr):
     large arguments, and tl.log a long polynomial, that four times the instructions of the whole draw.
     """
     u = unit(w0)
-    angle = unit(w1) * 6.283185307179586
     if FAST:
+        # 2 pi u(w1) in one fused multiply-add
+        angle = w1.to(tl.float32) * 1.4629180792671596e-09 + 7.314590396335798e-10
         log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1)
         # -2 ln 2 log2(u); the approximation may round log2(u) above 0 near u = 1
         square = tl.maximum(log2 * -1.3862943611198906, 0.0)
@@ -43,6 +44,7 @@ def box_muller(w0, w1, FAST: tl.constexpr):
         cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
         sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
     else:
+        angle = unit(w1) * 6.283185307179586
         radius = tl.sqrt(-2.0 * tl.log(u))
         cos = tl.cos(angle)
         sin = tl.sin(angle)

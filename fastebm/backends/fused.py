@@ -39,11 +39,14 @@ def advance_mlp(
     first_bad = torch.empty(n_chains, dtype=torch.int32, device=device)
     arguments, flags = _rule_arguments(rule, n_chains, steps, device)
     biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(mlp.weights, mlp.biases, strict=True)]
+    # At bf16 the kernel's silu takes z/2 (kernels/mlp.py). Halving a weight is exact.
+    halves = [0.5 if precision == "bf16" and act.name == "silu" else 1.0 for act in mlp.activations]
+    weights = [w * h if h != 1.0 else w for w, h in zip(mlp.weights, halves, strict=False)]
     extra = []
     kernel = kernels.langevin_resident
     if launch.regime == "streaming":
         kernel = kernels.langevin_streaming
-        extra = [mlp.weights[0].abs().amax()]
+        extra = [weights[0].abs().amax()]
     if n_chains > 0:
         kernel[((n_chains + launch.block_chains - 1) // launch.block_chains,)](
             x,
@@ -53,8 +56,8 @@ def advance_mlp(
             first_steps,
             _seed_tensor(seed, device),
             *arguments,
-            tuple(_operand(w, precision) for w in mlp.weights[:-1]),
-            tuple(b.contiguous() for b in biases[:-1]),
+            tuple(_operand(w, precision) for w in weights),
+            tuple((b * h if h != 1.0 else b).contiguous() for b, h in zip(biases, halves, strict=False)),
             mlp.weights[-1].contiguous(),
             biases[-1],
             n_chains,

@@ -29,6 +29,9 @@ _PRODUCT_ROWS = 64
 # small enough for the buffers to stay in a core's cache.
 _TILE_ROWS = 256
 
+# Philox blocks drawn ahead for a tile: what noise.py works on at once.
+_NOISE_BLOCKS = 32768
+
 # Rows of both on any other device, where a launch costs more than the padding.
 _DEVICE_ROWS = 4096
 
@@ -93,7 +96,10 @@ class _Tile:
         self.z = [buffer(n_rows, width) for width in mlp.widths]
         self.h = [buffer(n_rows, width) for width in mlp.widths]  # activations going up, gradients coming down
         self.x, self.moved, self.grad = (buffer(n_rows, mlp.dim) for _ in range(3))
-        self.noise = buffer(n_rows, (mlp.dim + 3) // 4, 4)
+        # With small dims the noise of several steps is drawn at once, so that its many small operations pay.
+        n_blocks = (mlp.dim + 3) // 4
+        self.noise_steps = max(1, _NOISE_BLOCKS // (n_rows * n_blocks))
+        self.noise = buffer(self.noise_steps * n_chains, n_blocks, 4)
 
     def product(self, a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         """out = a @ w (+ bias), in products of a fixed number of rows."""
@@ -133,19 +139,25 @@ class _Tile:
         first_bad: Tensor,
     ) -> None:  # fmt: skip
         """All steps of one tile; x, energy and first_bad are written."""
-        n = len(x)
-        a, b, chains, first_steps = (_padded(v, self.n_rows) for v in (a, b, chains, first_steps))
+        n, dim = x.shape
+        steps = a.shape[1]
         self.x.copy_(_padded(x, self.n_rows))
         bad_at = first_bad.new_full((self.n_rows,), -1)
         frozen = bad_at >= 0
         any_frozen = False
-        for t in range(a.shape[1]):
+        for t in range(steps):
+            i = t % self.noise_steps
+            if i == 0:
+                ahead = torch.arange(t, min(t + self.noise_steps, steps), device=x.device)[:, None]
+                noise = self.noise[: len(ahead) * n]
+                rows = chains.expand(len(ahead), n).reshape(-1)
+                normal(seed, Stream.LANGEVIN, rows, (first_steps + ahead).reshape(-1), dim, dtype=x.dtype, out=noise)
             grad = self.gradient()
             if self.rule.grad_clip is not None:
                 grad.clamp_(-self.rule.grad_clip, self.rule.grad_clip)
-            noise = normal(seed, Stream.LANGEVIN, chains, first_steps + t, x.shape[1], dtype=x.dtype, out=self.noise)
-            torch.addcmul(self.x, grad, a[:, t, None], value=-1.0, out=self.moved)
-            self.moved.addcmul_(noise, b[:, t, None])
+            _add_product(self.x, grad, _padded(a[:, t, None], self.n_rows), -1.0, out=self.moved)
+            moved = self.moved[:n]  # padding needs no noise
+            _add_product(moved, noise[i * n : (i + 1) * n].flatten(1)[:, :dim], b[:, t, None], 1.0, out=moved)
             # A sum is finite only if all its terms are: one cheap pass clears the tile, and what it can't
             # clear (a sum may overflow by itself) goes to the exact test.
             if any_frozen or not bool(self.moved.sum().isfinite()):
@@ -160,6 +172,14 @@ class _Tile:
         x.copy_(self.x[:n])
         energy.copy_(self.energy()[:n, 0])
         first_bad.copy_(bad_at[:n])
+
+
+def _add_product(x: Tensor, v: Tensor, c: Tensor, sign: float, *, out: Tensor) -> None:
+    """out = x + sign c v, for c (n, 1) or (1, 1): a number is faster than a broadcast tensor."""
+    if len(c) == 1 and len(x) > 1:
+        torch.add(x, v, alpha=sign * c.item(), out=out)
+    else:
+        torch.addcmul(x, v, c, value=sign, out=out)
 
 
 def _padded(v: Tensor, n_rows: int) -> Tensor:
