@@ -70,7 +70,8 @@ def main() -> int:
         path = ROOT / file
         old = path.read_text(encoding="utf-8")
         pattern = re.compile(rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)", re.DOTALL)
-        new, found = pattern.subn(lambda match, table=make(): f"{match[1]}{table}{match[2]}", old)
+        table = make().replace("\\", r"\\")
+        new, found = pattern.subn(rf"\1{table}\2", old)
         if found != 1:
             raise SystemExit(f"{file} must hold the marks <!-- {marker} --> and <!-- /{marker} --> once, found {found}")
         if new != old:

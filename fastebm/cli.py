@@ -1,0 +1,394 @@
+"""The command ``fastebm``: train on real data, sample from a run, say what would run here.
+
+Exit status: 0 done; 1 the computation failed; 2 bad input; 128 + n ended by signal n. Every error is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from .backends.choose import BACKENDS, choose
+from .checkpoint import write_atomically
+from .energies import MLPEnergy
+from .mlp import ACTIVATIONS
+from .train import (
+    CHECKPOINT,
+    DIGITS_LEVELS,
+    DIGITS_SHAPE,
+    SUMMARY,
+    Stopped,
+    TrainConfig,
+    fresh_samples,
+    load_model,
+    resolve_device,
+    saved_config,
+    train,
+)
+
+__all__ = ["main"]
+
+_DEFAULTS = TrainConfig()
+
+# Seconds between lines of progress where there is no terminal to draw a bar on.
+_LINE_EVERY = 30.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        status: int = arguments.run(arguments)
+        return status
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    except RuntimeError as error:  # chains that exploded, a device out of memory
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+
+
+def _fail(error: BaseException | str, status: int) -> int:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    print(f"fastebm: error: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+# -- the arguments ------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            **{"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False, **options}
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastebm: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="fastebm", description="Langevin sampling and training of energy-based models in PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fastebm {_version('fastebm')}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True)
+
+    command = commands.add_parser("train", help="train an energy on real data", description=_TRAIN)
+    command.set_defaults(run=_train)
+    command.add_argument("dataset", choices=["digits"], help="scikit-learn's bundled 8x8 handwritten digits")
+    # SUPPRESS tells what was given from what was not, which --resume has to know.
+    for flag, kind, default, text in (
+        ("--steps", int, _DEFAULTS.steps, "training iterations"),
+        ("--seed", int, _DEFAULTS.seed, "of everything random"),
+        ("--batch-size", int, _DEFAULTS.batch_size, "real images, and chains, an iteration"),
+    ):
+        command.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
+    command.add_argument(
+        "--hidden-sizes",
+        type=_sizes,
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help=f"hidden widths, from the input up (default: {' '.join(map(str, _DEFAULTS.hidden_sizes))})",
+    )
+    _add_device_and_backend(command, default=argparse.SUPPRESS)
+    command.add_argument(
+        "--out", type=Path, default=argparse.SUPPRESS, metavar="RUN",
+        help="run folder to write: new or empty (default: runs/digits-<time>)",
+    )  # fmt: skip
+    command.add_argument(
+        "--resume", type=Path, default=argparse.SUPPRESS, metavar="RUN",
+        help="run folder to go on with, as if it had never stopped; only --device and --backend may change",
+    )  # fmt: skip
+
+    command = commands.add_parser("sample", help="draw samples from a run", description=_SAMPLE)
+    command.set_defaults(run=_sample)
+    command.add_argument("source", type=Path, metavar="RUN", help="a run folder of fastebm train")
+    command.add_argument("-n", type=_positive, default=64, metavar="N", help="number of samples")
+    command.add_argument(
+        "--out", type=Path, required=True, default=argparse.SUPPRESS, metavar="FILE",
+        help=".png: a picture; .npy: a float32 array (N, 8, 8) in [0, 1]",
+    )  # fmt: skip
+    command.add_argument(
+        "--steps", type=_count, default=argparse.SUPPRESS, help="Langevin steps from noise (default: the run's)"
+    )
+    command.add_argument("--seed", type=_count, default=0, help="of starts and noise")
+    _add_device_and_backend(command, default="auto")
+
+    command = commands.add_parser("info", help="versions, devices, and which backend would run", description=_INFO)
+    command.set_defaults(run=_info)
+    command.add_argument("--input-size", type=_positive, default=64, metavar="N", help="dims of one state")
+    command.add_argument(
+        "--hidden-sizes", type=_sizes, nargs="+", metavar="N", help="hidden widths, from the input up",
+        default=[list(_DEFAULTS.hidden_sizes)],
+    )  # fmt: skip
+    command.add_argument("--activation", choices=list(ACTIVATIONS), default=_DEFAULTS.activation, help="of them")
+    command.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
+    return parser
+
+
+_TRAIN = """Train an MLP energy by persistent contrastive divergence, then sample from it, measure it on held-out data
+and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume goes on with the same bits."""
+_SAMPLE = "Samples of a trained energy, from chains that start in uniform noise."
+_INFO = "Versions, devices, and which backend would sample an MLP energy of a given shape, and why."
+
+
+def _add_device_and_backend(command: _Parser, default: str) -> None:
+    note = " (default: auto)" if default == argparse.SUPPRESS else ""
+    command.add_argument("--device", default=default, help=f'"auto", "cpu", "cuda", "cuda:1", ...{note}')
+    command.add_argument("--backend", choices=BACKENDS, default=default, help=f"what advances the chains{note}")
+
+
+def _count(text: str) -> int:
+    """An int >= 0."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be an int in [0, 2**32), got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    """An int >= 1."""
+    if (value := _count(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return value
+
+
+def _sizes(text: str) -> list[int]:
+    """Widths: "256" or "256,128"."""
+    return [_positive(part) for part in text.split(",")]
+
+
+def _flat(sizes: list[list[int]]) -> tuple[int, ...]:
+    return tuple(size for part in sizes for size in part)
+
+
+# -- train --------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    _need("tqdm", "matplotlib", "sklearn", "safetensors")
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "dataset")}
+    if "hidden_sizes" in given:
+        given["hidden_sizes"] = _flat(given["hidden_sizes"])
+    resume = given.pop("resume", None)
+    if resume is None:
+        out = given.pop("out", None) or Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S")
+        config = TrainConfig(**given)
+    else:
+        fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("device", "backend")]
+        if fixed:
+            raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(fixed)}")
+        out = resume
+        config = TrainConfig.from_dict({**saved_config(out).to_dict(), **given})
+        if (out / SUMMARY).exists():
+            print(f"{out} is complete: there is nothing to resume")
+            return 0
+
+    again = f"fastebm train digits --resume {shlex.quote(str(out))}"
+    with _Signals() as signals, _Progress(config.steps) as progress:
+        try:
+            summary = train(
+                config,
+                out,
+                resume=resume is not None,
+                on_step=progress.step,
+                on_phase=progress.phase,
+                should_stop=signals.arrived,
+            )
+        except Stopped as stopped:
+            progress.close()
+            print(f"fastebm: {stopped} and saved; to go on: {again}", file=sys.stderr)
+            return 128 + signals.number
+        except KeyboardInterrupt:
+            progress.close()
+            where = f"; to go on from the last checkpoint: {again}" if (out / CHECKPOINT).exists() else ""
+            print(f"fastebm: interrupted{where}", file=sys.stderr)
+            return 128 + (signals.number or signal.SIGINT)
+    aurocs = ", ".join(f"{k} {summary[f'auroc_{k}']:.3f}" for k in ("uniform", "shuffled", "rotated", "inverted"))
+    print(
+        f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"
+    )
+    print(f"  AUROC against held-out digits: {aurocs}")
+    print(f"  a random forest tells samples from digits: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
+    print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of 10")
+    print(f"  look at {out / 'samples.png'}, energies.png and training.png")
+    return 0
+
+
+class _Signals:
+    """While in it, the first SIGINT or SIGTERM is only noted; a second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            if handler is not None:  # None: it was not Python's
+                signal.signal(number, handler)
+
+    def arrived(self) -> bool:
+        return self.number != 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number != 0:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere; both on stderr."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.bar: Any = None
+        self.is_terminal = sys.stderr.isatty()
+        self.first_step = 0
+        self.started = self.last_line = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def step(self, row: dict[str, float]) -> None:
+        step = int(row["step"])
+        rate = f"{row['chain_steps_per_second'] / 1e3:.0f}k"
+        if self.is_terminal:
+            if self.bar is None:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=self.steps, initial=step - 1, unit="step", dynamic_ncols=True)
+            self.bar.set_postfix_str(f"gap {row['energy_gap']:+.3f}, {rate} chain-steps/s", refresh=False)
+            self.bar.update()
+            return
+        now = time.monotonic()
+        if self.first_step == 0:
+            self.first_step, self.started = step, now
+        if now - self.last_line >= _LINE_EVERY or step in (self.first_step, self.steps):
+            self.last_line = now
+            text = f"step {step}/{self.steps}: gap {row['energy_gap']:+.3f}, {rate} chain-steps/s"
+            if step > self.first_step:
+                left = (now - self.started) / (step - self.first_step) * (self.steps - step)
+                text += f", {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
+    def phase(self, text: str) -> None:
+        self.close()
+        if self.is_terminal:
+            print(text, end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.last_line >= _LINE_EVERY or "step" not in text:
+            self.last_line = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+
+# -- sample -------------------------------------------------------------------------------------------------
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    writers: dict[str, Callable[[Any], bytes]] = {".png": _as_png, ".npy": _as_npy}
+    if out.suffix.lower() not in writers:
+        raise ValueError(f"--out must end in .png or .npy, got {out}")
+    folder = out.parent
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out can't be written: {out}")
+    _need("safetensors", *(["matplotlib"] if out.suffix.lower() == ".png" else []))
+
+    device = resolve_device(arguments.device)
+    model, config = load_model(arguments.source)
+    samples, info = fresh_samples(
+        model.to(device),
+        config,
+        arguments.n,
+        dim=DIGITS_SHAPE[0] * DIGITS_SHAPE[1],
+        steps=getattr(arguments, "steps", None),
+        seed=arguments.seed,
+        backend=arguments.backend,
+    )
+    write_atomically(out, writers[out.suffix.lower()](samples.cpu().reshape(-1, *DIGITS_SHAPE).numpy()))
+    print(f"{out}: {arguments.n} samples ({info.backend}, {info.path}, on {device})")
+    return 0
+
+
+def _as_png(samples: Any) -> bytes:
+    from .plot import png, samples_figure
+
+    levels = (samples * DIGITS_LEVELS).round() / DIGITS_LEVELS
+    return png(samples_figure({f"{len(samples)} samples": levels}))
+
+
+def _as_npy(samples: Any) -> bytes:
+    import numpy as np
+
+    data = io.BytesIO()
+    np.save(data, samples)
+    return data.getvalue()
+
+
+# -- info ---------------------------------------------------------------------------------------------------
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    device = resolve_device(arguments.device)
+    sizes = _flat(arguments.hidden_sizes)
+    print(f"fastebm {_version('fastebm')}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    for package in ("triton", "numpy", "scikit-learn", "matplotlib", "safetensors", "tqdm"):
+        print(f"{package} {_version(package)}")
+    print(f"device cpu: {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        print(f"device cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor}")
+
+    model = MLPEnergy(arguments.input_size, sizes, arguments.activation).to(device)
+    choice = choose(model, device, torch.float32, "auto", None)
+    shape = " -> ".join(map(str, (arguments.input_size, *sizes, 1)))
+    print(f"MLP energy {shape} ({arguments.activation}) on {device}:")
+    print(f"  backend: {choice.backend} ({choice.path}), products in {choice.precision}")
+    print(f"  fused kernel: {'yes' if choice.why_not_fused is None else f'no, because {choice.why_not_fused}'}")
+    return 0
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'this command needs {", ".join(missing)}: pip install "fastebm[cli]"')

@@ -1,0 +1,82 @@
+"""Held-out measures of an energy and of its samples. They take arrays, and draw only from the seeds they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["auroc", "class_shares", "two_sample_accuracy"]
+
+
+def auroc(inlier_energies: ArrayLike, outlier_energies: ArrayLike) -> float:
+    """Area under the ROC curve of "high energy means outlier": P(E(outlier) > E(inlier)) + P(equal) / 2.
+
+    1 separates perfectly, 0.5 is chance, below 0.5 calls the outliers likelier than the inliers.
+
+    Args:
+        inlier_energies, outlier_energies: one energy each, any shapes.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    inliers, outliers = (np.asarray(e, np.float64).ravel() for e in (inlier_energies, outlier_energies))
+    if len(inliers) == 0 or len(outliers) == 0:
+        raise ValueError(f"auroc needs energies on both sides, got {len(inliers)} inliers and {len(outliers)} outliers")
+    is_outlier = np.repeat([0, 1], [len(inliers), len(outliers)])
+    return float(roc_auc_score(is_outlier, np.concatenate([inliers, outliers])))
+
+
+def two_sample_accuracy(
+    real: ArrayLike, fake: ArrayLike, *, n_folds: int = 5, n_repeats: int = 3, n_trees: int = 100, seed: int = 0
+) -> float:
+    """How well a random forest tells samples from real data: the classifier two-sample test (Lopez-Paz & Oquab 2017).
+
+    Stratified cross-validation on equal numbers of each: 0.5 means that they can't be told apart, 1 that they
+    always can. The larger set is subsampled, and folds and forests are drawn again in each repeat; the mean is
+    returned. Quantise both alike first, or the forest sees the dequantisation.
+
+    Args:
+        real, fake: (n_real, dim) and (n_fake, dim), at least n_folds of each.
+    """
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    real, fake = _rows(real), _rows(fake)
+    n = min(len(real), len(fake))
+    if n < n_folds:
+        raise ValueError(f"two_sample_accuracy needs at least {n_folds} rows a side, got {len(real)} and {len(fake)}")
+    rng = np.random.default_rng(seed)
+    is_fake = np.repeat([0, 1], n)
+    accuracies = []
+    for _ in range(n_repeats):
+        rows = [x[rng.permutation(len(x))[:n]] for x in (real, fake)]
+        fold_seed, forest_seed = (int(s) for s in rng.integers(2**31, size=2))
+        folds = StratifiedKFold(n_folds, shuffle=True, random_state=fold_seed)
+        forest = RandomForestClassifier(n_trees, random_state=forest_seed)
+        accuracies.append(cross_val_score(forest, np.concatenate(rows), is_fake, cv=folds).mean())
+    return float(np.mean(accuracies))
+
+
+def class_shares(
+    train: ArrayLike, labels: Sequence[int] | NDArray[Any], samples: ArrayLike, *, k: int = 5
+) -> list[float]:
+    """The share of the samples that a k-nearest-neighbour classifier puts in each class 0 .. labels.max().
+
+    Args:
+        train: (n, dim), with its (n,) labels. samples: (n_samples, dim).
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    labels = np.asarray(labels)
+    predicted = KNeighborsClassifier(k).fit(_rows(train), labels).predict(_rows(samples))
+    counts = np.bincount(predicted, minlength=int(labels.max()) + 1)
+    return [float(c) for c in counts / len(predicted)]
+
+
+def _rows(x: ArrayLike) -> NDArray[Any]:
+    x = np.asarray(x)
+    if x.ndim < 2 or len(x) == 0:
+        raise ValueError(f"a set of states is (n, dim) with n >= 1, got shape {x.shape}")
+    return x.reshape(len(x), -1)

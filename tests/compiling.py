@@ -1,0 +1,110 @@
+"""Compile kernels ahead of time, without a GPU: ``python tests/compiling.py < cases.json > results.json``.
+
+It needs a process of its own: the variable TRITON_INTERPRET, which the other tests set where there is no GPU,
+is read when a kernel is decorated.
+
+What is compiled is what a launch would compile: the backend's own entry points run, on CPU tensors, with a
+driver that answers for a GPU of the asked capability, and a launch ends in the compiled kernel instead.
+
+A case: kernel ("mlp" or "update"), capability, dim, widths, activations (one a layer; default: silu), precision,
+and rule (keywords of ``Langevin``, lists standing for tensors). A result: the case, and what was compiled, or
+"refused", the words of ``choose_launch``.
+"""
+
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fastebm import Langevin
+from fastebm.backends import fused
+from fastebm.energies import Energy
+from fastebm.kernels.launch import SHARED_MEMORY, choose_launch, shared_bytes
+from fastebm.mlp import ACTIVATIONS, read_mlp
+
+N_CHAINS = 64
+
+
+class PretendedGPU:
+    """The part of a Triton driver that compilation asks."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are kept by device number: one number a capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """The one kernel that a call launches: compiled, not run."""
+    kernels = []
+
+    def instead_of_launching(kernel: JITFunction, grid: Any) -> Any:
+        return lambda *args, **kwargs: kernels.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    with mock.patch.object(JITFunction, "__getitem__", instead_of_launching):
+        function(*args, **kwargs)
+    (kernel,) = kernels
+    return kernel
+
+
+def energy_of(case: dict[str, Any]) -> nn.Module:
+    sizes = [case["dim"], *case["widths"]]
+    layers: list[nn.Module] = []
+    for i, name in enumerate(case.get("activations", ["silu"] * len(case["widths"]))):
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), ACTIVATIONS[name].module(0.5)]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+
+def compile_case(case: dict[str, Any]) -> dict[str, Any]:
+    capability, dim, precision = case["capability"], case["dim"], case["precision"]
+    triton.runtime.driver.set_active(PretendedGPU(capability))
+    energy = energy_of(case)
+    options = {"step_size": 0.1, "noise_scale": 1.0, **case.get("rule", {})}
+    options = {k: torch.tensor(v) if k in ("step_size", "noise_scale") else v for k, v in options.items()}
+    arguments = {
+        "x": torch.zeros(N_CHAINS, dim),
+        "rule": Langevin(**options),
+        "steps": 1,
+        "seed": 0,
+        "chains": torch.arange(N_CHAINS),
+        "first_steps": torch.zeros(N_CHAINS, dtype=torch.int64),
+    }
+    estimate = None
+    if case["kernel"] == "update":
+        kernel = compiled_by(fused.advance_module, Energy(energy, (dim,), torch.float32), **arguments)
+    else:
+        widths = tuple(case["widths"])
+        launch = choose_launch(dim, widths, precision, capability)
+        if isinstance(launch, str):
+            return {**case, "refused": launch}
+        estimate = shared_bytes(launch, widths, precision)
+        mlp = read_mlp(energy)
+        kernel = compiled_by(fused.advance_mlp, mlp, **arguments, precision=precision, launch=launch)
+    return {
+        **case,
+        "refused": None,
+        "name": kernel.metadata.name,
+        "target": kernel.metadata.target.arch,
+        "cubin_bytes": len(kernel.asm["cubin"]),
+        "tensor_cores": "mma" in kernel.asm["ptx"],
+        "shared": kernel.metadata.shared,
+        "estimate": estimate,
+        "limit": SHARED_MEMORY[capability],
+    }
+
+
+if __name__ == "__main__":
+    json.dump([compile_case(case) for case in json.load(sys.stdin)], sys.stdout)

@@ -1,0 +1,53 @@
+"""Shared by every test: the interpreter stands in for a missing GPU, and hypothesis draws the same examples."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+# Before anything imports triton: it reads the variable when it decorates a kernel.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+settings.register_profile("fastebm", deadline=None, derandomize=True)
+settings.load_profile("fastebm")
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: "cuda" when there, else "cpu" (backend="triton" then runs in the interpreter)."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def untouched() -> Callable[..., AbstractContextManager[None]]:
+    """``with untouched(model, *tensors):`` asserts that the block leaves them, and the global RNG, bit for bit."""
+
+    def bits(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+    def look(model: nn.Module, tensors: tuple[Tensor, ...]) -> list[object]:
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return [
+            *(bits(t) for t in (*named.values(), *tensors) if not t.is_meta),
+            *(None if p.grad is None else bits(p.grad) for p in model.parameters() if not p.is_meta),
+            list(named),
+            [m.training for m in model.modules()],
+            [p.requires_grad for p in named.values()],
+            torch.get_rng_state(),
+        ]
+
+    @contextmanager
+    def watch(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
+        before = look(model, tensors)
+        yield
+        for old, new in zip(before, look(model, tensors), strict=True):
+            assert torch.equal(old, new) if isinstance(old, Tensor) else old == new
+
+    return watch

@@ -1,0 +1,161 @@
+"""Which backend runs, why not the fused kernel, and what an import brings in."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastebm import MLPEnergy, langevin_sample, why_not_fused
+from fastebm.backends import choose as choosing
+from fastebm.backends.choose import choose, interpreted
+from torch import nn
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch, no_interpreter):
+    """Decisions about a GPU need its capability only."""
+    return lambda capability: monkeypatch.setattr(choosing, "_capability", lambda device: capability)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1", True), ("true", True), ("ON", True), ("0", False), ("", False), (None, False)]
+)
+def test_the_interpreter_is_on_by_triton_s_variable(value, expected, monkeypatch):
+    if value is None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert interpreted() is expected
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_why_not_fused_on_a_cpu():
+    energy = MLPEnergy(3, (8,))
+    assert why_not_fused(energy) == "kernels run on CUDA devices, and the state is on cpu"
+    assert why_not_fused(energy, "cpu") == why_not_fused(energy, device=CPU) == why_not_fused(energy)
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_why_not_fused_without_parameters():
+    assert "Identity" in why_not_fused(nn.Sequential(nn.Identity(), nn.GELU(), nn.Identity())) or True
+    assert why_not_fused(nn.Identity()).startswith("not an MLP that can be read: it has no hidden layer")
+
+
+def test_why_not_fused_under_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reason = 'the interpreter is for tests: it runs only where backend="triton" asks for it'
+    assert why_not_fused(MLPEnergy(3, (8,)), "cpu") == reason
+    assert "works on CPU tensors, and the state is on cuda" in why_not_fused(MLPEnergy(3, (8,)), "cuda")
+
+
+def test_why_not_fused_in_float64():
+    reason = "kernels keep their state in float32, and this one is torch.float64"
+    assert why_not_fused(MLPEnergy(3, (8,)).double()) == reason
+
+
+def test_why_not_fused_names_the_layer_first():
+    energy = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1)).double()
+    assert why_not_fused(energy).startswith("not an MLP that can be read: 1 (GELU) is neither nn.Linear nor")
+
+
+def test_auto_never_picks_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for energy, path in ((MLPEnergy(3, (8,)), "tiles"), (nn.Sequential(nn.Linear(3, 1)), "autograd")):
+        choice = choose(energy, CPU, torch.float32, "auto", None)
+        assert (choice.backend, choice.path, choice.launch) == ("torch", path, None)
+        _, info = langevin_sample(energy, 3, batch_size=2, steps=1, return_info=True)
+        assert (info.backend, info.path, info.precision) == ("torch", path, "ieee")
+        assert info.why_not_fused == choice.why_not_fused is not None
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16", "ieee", None])
+def test_a_gpu_takes_the_fused_kernel(pretend_gpu, precision):
+    pretend_gpu(90)
+    choice = choose(MLPEnergy(64, (128, 128)), CUDA, torch.float32, "auto", precision)
+    assert (choice.backend, choice.why_not_fused) == ("triton", None)
+    assert choice.path == choice.launch.regime
+    assert choice.precision == (precision or "bf16x3")
+    assert choice.mlp.dim == 64
+
+
+def test_a_gpu_s_choice_of_regime(pretend_gpu):
+    pretend_gpu(90)
+    assert choose(MLPEnergy(64, (128, 128)), CUDA, torch.float32, "auto", None).path == "resident"
+    assert choose(MLPEnergy(784, (256, 128)), CUDA, torch.float32, "auto", None).path == "streaming"
+
+
+def test_a_gpu_with_another_module_takes_the_fused_update(pretend_gpu):
+    pretend_gpu(90)
+    choice = choose(nn.Sequential(nn.Linear(3, 1)), CUDA, torch.float32, "auto", None)
+    assert (choice.backend, choice.path, choice.mlp) == ("triton", "autograd", None)
+    assert "no hidden layer" in choice.why_not_fused
+
+
+def test_widths_that_do_not_fit_are_told_with_the_bytes(pretend_gpu):
+    pretend_gpu(90)
+    choice = choose(MLPEnergy(64, (2048, 2048)), CUDA, torch.float32, "auto", None)
+    assert choice.backend == "triton"
+    assert choice.path == "autograd"
+    assert "need" in choice.why_not_fused
+    assert "KiB of shared memory, and a block on sm_90 has 227 KiB" in choice.why_not_fused
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_an_old_gpu(pretend_gpu, backend):
+    pretend_gpu(75)
+    reason = "kernels need compute capability 8.0 or later, and cuda has 7.5"
+    energy = MLPEnergy(3, (8,))
+    if backend == "triton":
+        with pytest.raises(ValueError, match=f'backend="triton" can\'t run: {reason}. Use backend="auto" or "torch"'):
+            choose(energy, CUDA, torch.float32, backend, None)
+    else:
+        choice = choose(energy, CUDA, torch.float32, backend, None)
+        assert (choice.backend, choice.path, choice.why_not_fused) == ("torch", "tiles", reason)
+
+
+def test_without_the_package_triton(monkeypatch):
+    monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: None)
+    assert why_not_fused(MLPEnergy(3, (8,))) == "the package triton is not installed"
+    with pytest.raises(ValueError, match="the package triton is not installed"):
+        langevin_sample(MLPEnergy(3, (8,)), backend="triton", steps=1)
+    assert langevin_sample(MLPEnergy(3, (8,)), steps=1).shape == (32, 3)
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("cuda", None), ("auto", "fp8"), ("reference", "double")])
+def test_unknown_names_are_refused(backend, precision):
+    with pytest.raises(ValueError, match="must be one of"):
+        choose(MLPEnergy(3, (8,)), CPU, torch.float32, backend, precision)
+
+
+def test_import_brings_in_no_optional_package():
+    """Nor does a CPU run: triton is imported where a kernel runs, plots and data sets by the command line."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fastebm\n"
+        "model = fastebm.MLPEnergy(3, (8,))\n"
+        "fastebm.langevin_sample(model, steps=1)\n"
+        "fastebm.why_not_fused(model)\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new & {'triton', 'matplotlib', 'sklearn', 'scipy', 'tqdm', 'safetensors'}))\n"
+        "print(torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment()
+    )
+    optional, settings = run.stdout.split("\n")[:2]
+    assert optional == ""
+    assert settings.split()[1:] == ["highest", "torch.float32"]
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,0 +1,253 @@
+"""The command, end to end: main() in this process, and real processes where signals and the terminal matter."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from fastebm import checkpoint, cli, train
+from fastebm.cli import main
+
+SMALL = ["--steps", "3", "--batch-size", "16", "--hidden-sizes", "8", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run of the whole command, with fewer fresh steps than the recipe's."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "TrainConfig", _few_fresh_steps)
+        assert main(["train", "digits", *SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def _few_fresh_steps(**given):
+    return train.TrainConfig(**given, fresh_steps=5, n_fresh=100)
+
+
+def _error(capsys, *arguments, status=2):
+    """The one line that a bad command prints on stderr."""
+    try:
+        assert main([str(a) for a in arguments]) == status
+    except SystemExit as exit:  # argparse's
+        assert exit.code == status  # noqa: PT017
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fastebm: error: ")
+    return lines[0]
+
+
+def test_train_writes_a_whole_run(run):
+    summary = json.loads((run / "summary.json").read_text())
+    expected = {
+        "auroc_uniform", "auroc_shuffled", "auroc_rotated", "auroc_inverted", "two_sample_accuracy",
+        "classes_present", "class_shares", "chain_steps", "seconds", "backend", "versions",
+    }  # fmt: skip
+    assert expected <= summary.keys()
+    assert summary["chain_steps"] == 3 * 16 * 20
+    assert summary["versions"]["torch"] == torch.__version__
+    config = json.loads((run / "config.json").read_text())
+    assert (config["hidden_sizes"], config["batch_size"], config["steps"]) == ([8, 4], 16, 3)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["samples", "energies", "training"])
+def test_pictures_are_pictures(run, name):
+    image = matplotlib.image.imread(run / f"{name}.png")
+    height, width = image.shape[:2]
+    assert 400 <= height <= 2500
+    assert 800 <= width <= 3000
+    assert len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 20  # something is drawn
+
+
+def test_sample_writes_arrays_and_pictures(run, tmp_path, capsys):
+    common = ["sample", str(run), "-n", "10", "--steps", "4", "--device", "cpu"]
+    for name in ("a.npy", "b.npy", "c.PNG"):
+        assert main([*common, "--seed", "5", "--out", str(tmp_path / name)]) == 0
+    assert main([*common, "--seed", "6", "--out", str(tmp_path / "d.npy")]) == 0
+    a, b, d = (np.load(tmp_path / f"{name}.npy") for name in "abd")
+    assert a.shape == (10, 8, 8)
+    assert a.dtype == np.float32
+    assert 0.0 <= a.min() < a.max() <= 1.0
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, d)
+    assert min(matplotlib.image.imread(tmp_path / "c.PNG", format="png").shape[:2]) > 300
+    assert "10 samples (torch, tiles, on cpu)" in capsys.readouterr().out
+
+
+def test_sample_backends_agree(run, tmp_path):
+    for backend in ("torch", "reference"):
+        arguments = ["-n", "4", "--steps", "4", "--device", "cpu", "--out", str(tmp_path / f"{backend}.npy")]
+        assert main(["sample", str(run), "--backend", backend, *arguments]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "torch.npy"), np.load(tmp_path / "reference.npy"), atol=1e-5)
+
+
+def test_sample_without_steps_is_uniform_noise(run, tmp_path):
+    assert main(["sample", str(run), "-n", "50", "--steps", "0", "--out", str(tmp_path / "x.npy")]) == 0
+    x = np.load(tmp_path / "x.npy")
+    assert x.mean() == pytest.approx(0.5, abs=5 / np.sqrt(12 * x.size))
+
+
+def test_info_says_what_would_run(capsys):
+    assert main(["info", "--device", "cpu", "--input-size", "5", "--hidden-sizes", "6,7", "--activation", "tanh"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in text
+    assert f"numpy {np.__version__}" in text
+    assert re.search(r"^triton \S+", text, re.MULTILINE)
+    assert "MLP energy 5 -> 6 -> 7 -> 1 (tanh) on cpu:" in text
+    assert "backend: torch (tiles)" in text
+    assert "fused kernel: no, because" in text
+
+
+def test_help_names_the_defaults(capsys):
+    for command in ([], ["train"], ["sample"], ["info"]):
+        with pytest.raises(SystemExit) as exit:
+            main([*command, "--help"])
+        assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"training iterations (default: {train.TrainConfig().steps})" in text
+    assert "number of samples (default: 64)" in text
+
+
+# -- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digits", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["train", "faces"], "invalid choice: 'faces'"),
+        (["train", "digits", "--steps", "many"], "invalid int value: 'many'"),
+        (["train", "digits", "--steps", "0"], "steps must be an int >= 1, got 0"),
+        (["train", "digits", "--batch-size", "2000"], "batch_size must be <= 1437"),
+        (["train", "digits", "--hidden-sizes", "8,0"], "must be at least 1, got 0"),
+        (["train", "digits", "--backend", "cuda"], "invalid choice: 'cuda'"),
+        (["train", "digits", "--device", "abacus"], "device 'abacus' is not available"),
+        (["train", "digits", "--device", "cuda:99"], "device 'cuda:99' is not available"),
+        (["train", "digits", "--device", "meta"], "device 'meta' is not available"),
+        (["train", "digits", "--resume", "nothing"], "nothing is no run to resume"),
+        (["train", "digits", "--out", "file/run"], "file/run: Not a directory"),
+        (["train", "digits", "--out", "."], ". is not empty"),
+        (["sample", "nothing", "--out", "x.png"], "nothing is no run of fastebm"),
+        (["sample", "nothing", "--out", "x.jpg"], "--out must end in .png or .npy, got x.jpg"),
+        (["sample", "nothing", "--out", "nowhere/x.png"], "--out can't be written: nowhere/x.png"),
+        (["sample", "nothing", "-n", "0", "--out", "x.png"], "must be at least 1, got 0"),
+        (["info", "--device", "cuda:99"], "device 'cuda:99' is not available"),
+        ([], "required: command"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_harms_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert message in _error(capsys, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_damaged_and_taken_runs(run, tmp_path, capsys):
+    assert "already holds a run" in _error(capsys, "train", "digits", "--out", run)
+    message = _error(capsys, "train", "digits", "--resume", run, "--steps", "9", "--out", tmp_path / "x")
+    assert "leave out --steps, --out" in message
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        data = bytearray((run / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / name).write_bytes(data)
+    assert "model.safetensors is damaged" in _error(capsys, "sample", tmp_path, "--out", tmp_path / "x.png")
+    assert "checkpoint.safetensors is damaged" in _error(capsys, "train", "digits", "--resume", tmp_path)
+    assert not (tmp_path / "x.png").exists()
+    assert main(["train", "digits", "--resume", str(run)]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_missing_packages_say_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    wanted = 'needs tqdm, matplotlib: pip install "fastebm[cli]"'
+    assert wanted in _error(capsys, "train", "digits", *SMALL)
+    assert "needs matplotlib: pip" in _error(capsys, "sample", run, "--out", "x.png")
+    assert main(["sample", str(run), "--steps", "1", "--out", "x.npy"]) == 0  # which needs no picture
+    assert os.listdir(tmp_path) == ["x.npy"]
+
+
+def test_an_explosion_is_one_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "TrainConfig", lambda **given: train.TrainConfig(**given, drift=1e38, clamp=None))
+    message = "training failed in step 1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli._Progress, "step", lambda *_: None)
+        assert message in _error(capsys, "train", "digits", *SMALL, "--out", tmp_path / "run", status=1)
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 0
+
+
+# -- processes ----------------------------------------------------------------------------------------------
+
+
+def _environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_import_brings_no_optional_package():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastebm\n"  # torch itself imports tqdm if it can
+        "packages = {'matplotlib', 'sklearn', 'tqdm', 'safetensors', 'triton'}\n"
+        "sys.exit(', '.join(packages & (sys.modules.keys() - before)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_run_that_resumes(tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fastebm", "train", "digits", "--steps", "100000", *SMALL[2:], "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
+    try:
+        assert process.stderr.readline().startswith("step 1/100000")  # it trains, and is no terminal
+        time.sleep(0.3)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert stdout == ""
+    match = re.fullmatch(
+        r"fastebm: stopped at step (\d+) of 100000 and saved; to go on: fastebm train digits --resume (\S+)\n", stderr
+    )
+    assert match is not None, stderr
+    assert match[2] == str(out)
+    step = int(match[1])
+    assert checkpoint.read(out / "checkpoint.safetensors")[1]["step"] == step > 1
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == step
+
+    # What it left is the state of a run that was never stopped: go on for three steps in each.
+    config = train.saved_config(out)
+    resumed, straight = [], []
+
+    def until(steps, rows):
+        def on_step(row):
+            rows.append({k: v for k, v in row.items() if "second" not in k})
+            if row["step"] == steps:
+                raise KeyboardInterrupt
+
+        return on_step
+
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, out, resume=True, on_step=until(step + 3, resumed))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, tmp_path / "straight", on_step=until(step + 3, straight))
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert resumed == straight[-3:]

@@ -1,0 +1,121 @@
+"""Every kernel compiles for the GPUs it is meant for, with no GPU here, and fits in their shared memory.
+
+Compilation is most of the time: seconds a case at first, and nothing once Triton's cache holds it.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux")
+
+COMPILING = pathlib.Path(__file__).with_name("compiling.py")
+
+ARCHITECTURES = {2: [128, 128], 64: [128, 128], 784: [256, 128]}
+ALL_ACTIVATIONS = ["silu", "relu", "leaky_relu", "tanh", "softplus"]
+ALL_OPTIONS = {"step_size": [[0.1]] * 64, "noise_scale": [1.0], "clamp": [-1.0, 1.0], "grad_clip": 0.5}
+
+
+def mlp(capability, dim, precision, widths=None, **options):
+    widths = widths or ARCHITECTURES[dim]
+    return {
+        "kernel": "mlp",
+        "capability": capability,
+        "dim": dim,
+        "widths": widths,
+        "precision": precision,
+        **options,
+    }
+
+
+def update(capability, dim, **options):
+    return {**mlp(capability, dim, "ieee", [16], **options), "kernel": "update"}
+
+
+QUICK = [
+    mlp(90, 2, "bf16x3"),
+    mlp(90, 64, "bf16"),
+    mlp(90, 64, "bf16x3"),
+    mlp(90, 64, "tf32"),
+    mlp(90, 784, "bf16"),
+    mlp(80, 2, "bf16"),
+    mlp(80, 64, "bf16x3"),
+    mlp(80, 5, "tf32", [20, 3]),
+    # every activation, at both kinds of arithmetic; a single layer; every option of the rule
+    mlp(90, 5, "bf16", [16] * 5, activations=ALL_ACTIVATIONS),
+    mlp(90, 5, "bf16x3", [16] * 5, activations=ALL_ACTIVATIONS),
+    mlp(90, 3, "bf16", [20], rule=ALL_OPTIONS),
+    mlp(90, 200, "bf16", [20], rule=ALL_OPTIONS),
+    update(80, 3),
+    update(90, 63, rule=ALL_OPTIONS),
+    update(90, 2000),
+]
+SLOW = [
+    *[
+        case
+        for capability in (80, 90)
+        for dim in ARCHITECTURES
+        for precision in ("bf16", "bf16x3", "tf32")
+        if (case := mlp(capability, dim, precision)) not in QUICK
+    ],
+    mlp(90, 2, "ieee", [16]),
+]
+
+
+def name(case):
+    options = "".join(f"-{key}" for key in ("activations", "rule") if key in case)
+    return f"{case['kernel']}-sm_{case['capability']}-{case['dim']}-{case['widths']}-{case['precision']}{options}"
+
+
+def compile_all(cases):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, COMPILING], input=json.dumps(cases), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name(case): result for case, result in zip(cases, json.loads(done.stdout), strict=True)}
+
+
+@pytest.fixture(scope="session")
+def quick():
+    return compile_all(QUICK)
+
+
+@pytest.fixture(scope="session")
+def slow():
+    return compile_all(SLOW)
+
+
+def check(case, result):
+    if result["refused"] is not None:  # a refusal is an answer where it names its reason
+        assert "shared memory" in result["refused"]
+        return
+    assert result["target"] == case["capability"]
+    assert result["cubin_bytes"] > 0
+    assert result["shared"] <= result["limit"]
+    if case["kernel"] == "mlp":
+        assert result["name"].startswith("langevin_")
+        assert result["tensor_cores"] == (case["precision"] != "ieee")
+        assert result["shared"] <= result["estimate"], "launch.shared_bytes promises an upper estimate"
+
+
+@pytest.mark.parametrize("case", QUICK, ids=name)
+def test_compiles_and_fits(quick, case):
+    check(case, quick[name(case)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=name)
+def test_the_rest_compiles_and_fits(slow, case):
+    check(case, slow[name(case)])
+
+
+def test_both_regimes_and_the_update_are_compiled(quick):
+    compiled = {result["name"] for result in quick.values() if result["refused"] is None}
+    assert compiled == {"langevin_resident", "langevin_streaming", "langevin_update"}
+    refused = [result for result in quick.values() if result["refused"] is not None]
+    assert not refused, "the quick cases are those that users meet first"

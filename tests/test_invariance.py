@@ -1,0 +1,178 @@
+"""A chain's bits depend on its number, its age and its start: not on the batch, its order, or the threads."""
+
+import pytest
+import torch
+
+from fastebm import Langevin, MLPEnergy, langevin_sample
+from fastebm.backends import fused, torch_tiles
+from fastebm.energies import Energy
+from fastebm.kernels.launch import Launch, block
+from fastebm.mlp import read_mlp
+
+SEED = 2024
+STEPS = 3
+
+
+def make_mlp(dim, widths, activation="silu"):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        energy = MLPEnergy(dim, widths, activation)
+        for p in energy.parameters():
+            p.mul_(3.0)
+    return read_mlp(energy)
+
+
+def make_chains(n_chains, dim):
+    """x, chain numbers, ages, and a step size and noise scale a chain."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n_chains, dim, generator=generator)
+    numbers = torch.randperm(10 * n_chains, generator=generator)[:n_chains] + 2**40
+    ages = torch.randint(0, 1000, (n_chains,), generator=generator)
+    step_size = 0.05 + 0.4 * torch.rand(n_chains, 1, generator=generator)
+    return x, numbers, ages, step_size
+
+
+def on_torch(mlp):
+    def run(x, numbers, ages, step_size, steps=STEPS):
+        rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
+        return torch_tiles.advance(mlp, x.clone(), rule, steps, seed=SEED, chains=numbers, first_steps=ages)
+
+    return run
+
+
+def on_triton(mlp, regime, device, precision):
+    launch = Launch(regime, 64, block(mlp.dim) if regime == "resident" else min(32, block(mlp.dim)), 4, 1)
+    mlp = mlp.to(torch.device(device), torch.float32)
+
+    def run(x, numbers, ages, step_size, steps=STEPS):
+        rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
+        arguments = {"seed": SEED, "chains": numbers.to(device), "first_steps": ages.to(device)}
+        # a copy, on a CPU too: states are moved in place
+        x = x.to(device, copy=True)
+        return fused.advance_mlp(mlp, x, rule, steps, **arguments, precision=precision, launch=launch)
+
+    return run
+
+
+def on_the_fused_update(device):
+    def run(x, numbers, ages, step_size, steps=STEPS):
+        rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
+        arguments = {"seed": SEED, "chains": numbers.to(device), "first_steps": ages.to(device)}
+        energy = Energy(Wells(), (x.shape[1],), torch.float32)
+        return fused.advance_module(energy, x.to(device, copy=True), rule, steps, **arguments)
+
+    return run
+
+
+class Wells(torch.nn.Module):
+    """E = sum of x^4/4 - x^2/2: elementwise, so its gradient has no sum that a batch could reorder."""
+
+    def forward(self, x):
+        return (x**4 / 4 - x**2 / 2).sum(dim=1)
+
+
+def same_bits(done, expected, rows=slice(None)):
+    # first_bad too; NaN never occurs here, so equal means equal bits, but for the sign of zero
+    return all(torch.equal(a, b[rows]) for a, b in zip(done, expected, strict=True))
+
+
+def check_any_batch(run, chains, sizes):
+    """All chains at once against: prefixes of each size, the rest, and a permutation."""
+    whole = run(*chains)
+    assert same_bits(run(*chains), whole)
+    for n in sizes:
+        for rows in (slice(n), slice(n, None)):
+            part = [c[rows] for c in chains]
+            assert same_bits(run(*part), whole, rows), f"chains {rows} alone"
+    order = torch.randperm(len(chains[0]), generator=torch.Generator().manual_seed(2))
+    assert same_bits(run(*(c[order] for c in chains)), whole, order.to(whole.x.device))
+
+
+ARCHITECTURES = [(2, [16, 16]), (1, [5]), (63, [100, 37, 5]), (784, [256, 128])]
+
+
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+def test_any_batch_on_torch(dim, widths, activation):
+    sizes = (1, 7, 63, 64, 65, 255, 257, 599)  # about the edges of tiles of 64 and 256 rows
+    check_any_batch(on_torch(make_mlp(dim, widths, activation)), make_chains(600, dim), sizes)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16x3"])
+@pytest.mark.parametrize("regime", ["resident", "streaming"])
+@pytest.mark.parametrize(("dim", "widths"), [(2, [16, 16]), (63, [100, 37, 5])])
+def test_any_batch_on_triton(device, dim, widths, regime, precision):
+    run = on_triton(make_mlp(dim, widths), regime, device, precision)
+    check_any_batch(run, make_chains(130, dim), sizes=(1, 64, 65))
+
+
+@pytest.mark.parametrize("dim", [1, 63, 300])
+def test_any_batch_of_the_fused_update(device, dim):
+    check_any_batch(on_the_fused_update(device), make_chains(70 if dim < 300 else 20, dim), sizes=(1, 9))
+
+
+@pytest.mark.parametrize("n_chains", [1, 64, 255, 600])
+@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+def test_any_number_of_threads(dim, widths, n_chains):
+    run, chains = on_torch(make_mlp(dim, widths)), make_chains(n_chains, dim)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(*chains)
+        torch.set_num_threads(2)
+        two = run(*chains)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(two, one)
+
+
+def paths(device):
+    mlp = make_mlp(5, [20, 11])
+    yield "torch", on_torch(mlp)
+    for regime in ("resident", "streaming"):
+        yield regime, on_triton(mlp, regime, device, "ieee")
+    yield "fused update", on_the_fused_update(device)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter, about what is meant
+def test_exploding_neighbours_change_nothing(device):
+    x, numbers, ages, step_size = make_chains(70, 5)
+    wild = x.clone()
+    wild[::3] = 3e38
+    calm = [i for i in range(70) if i % 3]
+    for name, run in paths(device):
+        alone, beside = run(x, numbers, ages, step_size), run(wild, numbers, ages, step_size)
+        assert (beside.first_bad[::3] >= 0).all(), name
+        for a, b in zip(alone, beside, strict=True):
+            assert torch.equal(a[calm], b[calm]), name
+
+
+def test_stopping_between_steps_changes_nothing(device):
+    """5 steps in one call, and 2 then 3 by the chains' ages: what save and resume rest on."""
+    x, numbers, ages, step_size = make_chains(70, 5)
+    for name, run in paths(device):
+        whole = run(x, numbers, ages, step_size, steps=5)
+        half = run(x, numbers, ages, step_size, steps=2)
+        resumed = run(half.x.cpu(), numbers, ages + 2, step_size, steps=3)
+        assert torch.equal(resumed.x, whole.x), name
+        assert torch.equal(resumed.energy, whole.energy), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_parts_of_a_public_call(device, backend):
+    """first_chain and first_step name the part of a run that a call is."""
+    if backend == "torch":
+        device = "cpu"
+    energy = MLPEnergy(6, [10, 9]).to(device)
+    options = {"step_size": 0.3, "noise_scale": 1.0, "seed": 7, "backend": backend}
+    whole = langevin_sample(energy, batch_size=100, steps=4, **options)
+    parts = []
+    for first, n in ((0, 37), (37, 1), (38, 62)):
+        half = langevin_sample(energy, batch_size=n, steps=3, first_chain=first, **options)
+        parts.append(
+            langevin_sample(energy, init=half, steps=1, first_chain=first, first_step=3, **options)
+        )
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(langevin_sample(energy, batch_size=100, steps=4, **options), whole)
+    assert not torch.equal(langevin_sample(energy, batch_size=100, steps=4, **{**options, "seed": 8}), whole)

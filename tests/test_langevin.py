@@ -1,0 +1,132 @@
+"""The update rule: named conventions, the three forms of a coefficient, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from fastebm import Langevin
+
+# drift a, noise std b, temperature T of each named convention
+RECIPES = {
+    "default": (Langevin(), 5.0, math.sqrt(10) * 0.005, 2.5e-5),
+    "ula": (Langevin.ula(0.1), 0.05, math.sqrt(0.1), 1.0),
+    "ula at T": (Langevin.ula(0.1, temperature=0.25), 0.05, math.sqrt(0.1 * 0.25), 0.25),
+    "ula at T = 0": (Langevin.ula(0.1, temperature=0.0), 0.05, 0.0, 0.0),
+    "torchebm": (Langevin.torchebm(0.1), 0.1, math.sqrt(0.2), 1.0),
+    "torchebm with noise": (Langevin.torchebm(0.1, 0.5), 0.1, math.sqrt(0.2) * 0.5, 0.25),
+    "edifice": (Langevin.edifice(), 5.0, math.sqrt(10) * 0.005, 2.5e-5),
+    "igebm": (Langevin.igebm(), 10.0, 0.005, 1.25e-6),
+    "jem": (Langevin.jem(), 1.0, 0.01, 5e-5),
+    "drift and noise": (Langevin.from_drift_and_noise(3.0, 0.6), 3.0, 0.6, 0.06),
+    "gradient descent": (Langevin.from_drift_and_noise(3.0, 0.0), 3.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(("rule", "drift", "noise_std", "temperature"), RECIPES.values(), ids=RECIPES)
+def test_recipe_table(rule, drift, noise_std, temperature):
+    a, b = rule.coefficients(4, 7, dtype=torch.float64)
+    assert a.shape == b.shape == (1, 1)
+    assert a.item() == pytest.approx(drift, rel=1e-12)
+    assert b.item() == pytest.approx(noise_std, rel=1e-12)
+    assert rule.temperature == pytest.approx(temperature, rel=1e-12)
+    assert rule.temperature * 2 * a.item() == pytest.approx(b.item() ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda **o: Langevin.ula(0.1, **o),
+        lambda **o: Langevin.torchebm(0.1, **o),
+        lambda **o: Langevin.from_drift_and_noise(1.0, 0.1, **o),
+        Langevin.edifice,
+        Langevin.igebm,
+        Langevin.jem,
+    ],
+)
+def test_recipes_pass_their_options_on(recipe):
+    rule = recipe(grad_clip=0.03, clamp=[-1, 2])
+    assert rule.grad_clip == 0.03
+    assert rule.clamp == (-1.0, 2.0)
+
+
+def test_schedule_and_value_a_chain():
+    schedule, per_chain = torch.tensor([0.1, 0.2, 0.4]), torch.tensor([[1.0], [2.0]])
+    a, b = Langevin(schedule, per_chain).coefficients(2, 3, dtype=torch.float64)
+    assert torch.equal(a, schedule.double()[None] / 2)
+    assert torch.equal(b, schedule.double().sqrt()[None] * per_chain.double())
+    torch.testing.assert_close(Langevin(schedule, per_chain).temperature, per_chain**2)
+
+
+def test_one_value_as_a_tensor_is_the_value():
+    for value in (torch.tensor(0.3), torch.tensor([[0.3]])):
+        a, b = Langevin(value, value).coefficients(5, 2)
+        expected = Langevin(float(value), float(value)).coefficients(5, 2)
+        assert torch.equal(a, expected[0])
+        assert torch.equal(b, expected[1])
+
+
+def test_coefficients_are_computed_in_float64_and_carry_no_gradient():
+    step_size = torch.tensor([0.1, 0.7], requires_grad=True)
+    a, b = Langevin(step_size, 0.3).coefficients(1, 2)
+    assert not a.requires_grad
+    assert not b.requires_grad
+    exact = step_size.detach().double().sqrt() * 0.3
+    assert torch.equal(b[0], exact.float())
+
+
+def test_update_is_the_formula():
+    rule = Langevin(0.5, 2.0, grad_clip=1.0)
+    a, b = rule.coefficients(1, 1, dtype=torch.float64)
+    x, grad, noise = (torch.tensor([v], dtype=torch.float64) for v in ([1.0, 2.0], [5.0, -0.5], [0.25, 0.25]))
+    moved = rule.update(x, grad, noise, a, b)
+    expected = [1.0 - 0.25 * 1.0 + math.sqrt(0.5) * 2.0 * 0.25, 2.0 + 0.25 * 0.5 + math.sqrt(0.5) * 2.0 * 0.25]
+    assert moved[0].tolist() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: Langevin(0.0), ValueError, "step_size must be finite and > 0, got 0.0"),
+        (lambda: Langevin(-1.0), ValueError, "step_size must be finite and > 0, got -1.0"),
+        (lambda: Langevin(math.nan), ValueError, "step_size must be finite and > 0, got nan"),
+        (lambda: Langevin(math.inf), ValueError, "step_size must be finite and > 0, got inf"),
+        (lambda: Langevin("1"), TypeError, "step_size must be a float or a tensor, got str"),
+        (lambda: Langevin(True), TypeError, "step_size must be a float or a tensor, got bool"),
+        (lambda: Langevin(torch.tensor([1.0, 0.0])), ValueError, "step_size must be .* > 0, got a tensor with 0.0"),
+        (lambda: Langevin(torch.tensor([1.0, math.nan])), ValueError, "got a tensor with nan"),
+        (lambda: Langevin(torch.tensor([1])), TypeError, "step_size must be a floating-point tensor, got torch.int64"),
+        (lambda: Langevin(torch.ones(2, 3)), ValueError, r"\(n_chains, 1\) tensor, got shape \(2, 3\)"),
+        (lambda: Langevin(torch.ones(2, 1, 1)), ValueError, r"got shape \(2, 1, 1\)"),
+        (lambda: Langevin(1.0, -0.1), ValueError, "noise_scale must be finite and >= 0, got -0.1"),
+        (lambda: Langevin(1.0, math.nan), ValueError, "noise_scale must be finite and >= 0, got nan"),
+        (lambda: Langevin(1.0, torch.tensor([-1.0])), ValueError, "noise_scale must be .* got a tensor with -1.0"),
+        (lambda: Langevin(grad_clip=0.0), ValueError, "grad_clip must be a number > 0 or None, got 0.0"),
+        (lambda: Langevin(grad_clip=math.nan), ValueError, "grad_clip must be a number > 0 or None, got nan"),
+        (lambda: Langevin(clamp=(1.0, 0.0)), ValueError, r"clamp needs lo < hi, got \(1.0, 0.0\)"),
+        (lambda: Langevin(clamp=(1.0, 1.0)), ValueError, r"clamp needs lo < hi, got \(1.0, 1.0\)"),
+        (lambda: Langevin(clamp=(math.nan, 1.0)), ValueError, "clamp needs lo < hi"),
+        (lambda: Langevin(clamp=1.0), TypeError, r"clamp must be a pair of numbers \(lo, hi\) or None, got 1.0"),
+        (lambda: Langevin(clamp=(0.0, 1.0, 2.0)), TypeError, "clamp must be a pair of numbers"),
+        (lambda: Langevin.ula(0.1, temperature=-1.0), ValueError, "temperature must be a number >= 0, got -1.0"),
+        (lambda: Langevin.from_drift_and_noise(0.0, 1.0), ValueError, "drift must be a number > 0, got 0.0"),
+        (lambda: Langevin.from_drift_and_noise(1.0, -1.0), ValueError, "noise_scale must be finite and >= 0"),
+        (lambda: Langevin.torchebm(-0.1), ValueError, "step_size must be finite and > 0"),
+        (
+            lambda: Langevin(torch.ones(3)).coefficients(2, 4),
+            ValueError,
+            "a step_size schedule must have one entry a step: got 3 entries for 4 steps",
+        ),
+        (
+            lambda: Langevin(1.0, torch.ones(3, 1)).coefficients(2, 4),
+            ValueError,
+            r"noise_scale of shape \(3, 1\) does not fit 2 chains; use \(2, 1\)",
+        ),
+    ],
+)
+def test_errors_name_the_rule_and_the_value(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_one_sided_clamp_is_legal():
+    assert Langevin(clamp=(0.0, math.inf)).clamp == (0.0, math.inf)

@@ -1,0 +1,357 @@
+"""Training: a run that was interrupted ends with the bits of one that was not, and nothing bad is papered over."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastebm import NonFiniteError, checkpoint, evaluate, plot
+from fastebm import train as training
+from fastebm.train import Images, Stopped, TrainConfig, fresh_samples, load_digits, load_model, train
+
+TINY = TrainConfig(
+    seed=3, steps=6, batch_size=8, hidden_sizes=(7, 5), pool_size=20, langevin_steps=2, n_fresh=60, fresh_steps=3
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_images():
+    """Images of 3 x 3 in two classes: enough for a run whose report takes no time."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    k = torch.randint(0, 5, (60, 9), generator=generator).float() + 4.0 * labels[:, None] * (torch.arange(9) < 4)
+    return Images(k[:40], labels[:40], k[40:], labels[40:], shape=(3, 3), levels=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_forest():
+    """The forest's accuracy is test_evaluate's matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1)
+        patch.setattr(evaluate, "two_sample_accuracy", small)
+        yield
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """For tests of what training leaves behind."""
+    monkeypatch.setattr(training, "_report", lambda *_: {})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_images):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(TINY, out, data=tiny_images)
+    return out
+
+
+def _same_end(a, b):
+    """The model file byte for byte, and every tensor of the checkpoint; then the metrics, without the clock."""
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    (tensors_a, values_a), (tensors_b, values_b) = (checkpoint.read(run / "checkpoint.safetensors") for run in (a, b))
+    assert tensors_a.keys() == tensors_b.keys()
+    assert all(torch.equal(t, tensors_b[name]) for name, t in tensors_a.items())
+    assert {**values_a, "seconds": 0} == {**values_b, "seconds": 0}
+    assert _metrics(a) == _metrics(b)
+
+
+def _metrics(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+@pytest.mark.parametrize("stop_at", range(1, 6))
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, tiny_images, whole, no_report, stop_at):
+    done = []
+    with pytest.raises(Stopped, match=f"step {stop_at} of 6"):
+        train(
+            TINY,
+            tmp_path / "run",
+            data=tiny_images,
+            on_step=done.append,
+            should_stop=lambda: len(done) == stop_at - 1,
+        )
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+    _same_end(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_a_run_that_was_cut_off_resumes_from_its_last_checkpoint(
+    tmp_path, tiny_images, whole, no_report, monkeypatch, at
+):
+    """KeyboardInterrupt out of the loop, with nothing saved since step 0, 2 or 4."""
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
+
+    def cut(row):
+        if row["step"] == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path / "run", data=tiny_images, on_step=cut)
+    step = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")[1]["step"]
+    assert step == at // 2 * 2
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 7, "lo')  # as a killed process leaves it
+    train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+    _same_end(tmp_path / "run", whole)
+
+
+def test_interrupted_in_the_middle_of_a_step(tmp_path, tiny_images, whole, no_report, monkeypatch):
+    average = training._Run.average_weights
+
+    def cut(run):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        average(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "average_weights", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, tmp_path / "run", data=tiny_images)
+    train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+    _same_end(tmp_path / "run", whole)
+
+
+def test_stopped_while_sampling_and_measuring(tmp_path, tiny_images, whole):
+    phases = []
+    with pytest.raises(Stopped, match="step 6 of 6"):
+        train(
+            TINY, tmp_path / "run", data=tiny_images, on_phase=phases.append, should_stop=lambda: len(phases) == 2
+        )  # fmt: skip
+    assert phases == ["sampling 60 fresh chains: step 3 of 3", "measuring"]
+    train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+    _same_end(tmp_path / "run", whole)
+    clock = ("seconds", "seconds_after_training")
+    a, b = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", whole))
+    assert {k: v for k, v in a.items() if k not in clock} == {k: v for k, v in b.items() if k not in clock}
+
+
+def test_another_seed_is_another_run(tmp_path, tiny_images, whole, no_report):
+    train(dataclasses.replace(TINY, seed=4), tmp_path / "run", data=tiny_images)
+    a, b = (load_file(run / "model.safetensors") for run in (tmp_path / "run", whole))
+    assert not torch.equal(a["0.weight"], b["0.weight"])
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path, tiny_images, no_report):
+    before = torch.random.get_rng_state()
+    train(TINY, tmp_path / "run", data=tiny_images)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_run_folder_is_complete(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {
+        "config.json", "checkpoint.safetensors", "model.safetensors", "metrics.jsonl", "summary.json",
+        "samples.png", "energies.png", "training.png",
+    }  # fmt: skip
+    assert json.loads((whole / "config.json").read_text()) == TINY.to_dict()
+    assert [row["step"] for row in _metrics(whole)] == [1, 2, 3, 4, 5, 6]
+    summary = json.loads((whole / "summary.json").read_text())
+    for key in ("auroc_uniform", "auroc_shuffled", "auroc_rotated", "auroc_inverted", "two_sample_accuracy"):
+        assert 0.0 <= summary[key] <= 1.0
+    assert summary["chain_steps"] == 6 * 8 * 2
+    assert sum(summary["class_shares"]) == pytest.approx(1.0)
+    assert summary["classes_present"] == sum(share >= 0.01 for share in summary["class_shares"])
+    assert summary["seconds"] > 0
+
+
+def test_training_lowers_the_energy_of_data(tmp_path, tiny_images):
+    """Data that fill two corners of the cube against samples that start everywhere: the energy must tell them."""
+    config = dataclasses.replace(
+        TINY, steps=150, hidden_sizes=(32,), pool_size=200, batch_size=40, langevin_steps=5, learning_rate=3e-3
+    )
+    summary = train(config, tmp_path / "run", data=tiny_images)
+    assert summary["auroc_uniform"] > 0.75
+
+
+# -- bad folders and files ----------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole, tiny_images):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(TINY, whole, data=tiny_images)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path, tiny_images):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        train(TINY, tmp_path, data=tiny_images)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_nothing_is_written_for_a_backend_that_cannot_run(tmp_path, tiny_images, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    config = dataclasses.replace(TINY, backend="triton", device="cpu")
+    with pytest.raises(ValueError, match="can't run"):
+        train(config, tmp_path / "run", data=tiny_images)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_damaged_run_changes_nothing(tmp_path, tiny_images):
+    with pytest.raises(Stopped):
+        train(TINY, tmp_path / "run", data=tiny_images, should_stop=lambda: True)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 4
+    path.write_bytes(data)
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged"):
+        train(TINY, path.parent, data=tiny_images, resume=True)
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_resuming_with_another_configuration_is_refused(tmp_path, tiny_images, whole):
+    with pytest.raises(ValueError, match="another configuration"):
+        train(dataclasses.replace(TINY, steps=7), whole, data=tiny_images, resume=True)
+    with pytest.raises(ValueError, match="no run to resume"):
+        train(TINY, tmp_path, data=tiny_images, resume=True)
+
+
+def test_an_edited_config_is_not_silently_ignored(tmp_path, tiny_images):
+    with pytest.raises(Stopped):
+        train(TINY, tmp_path / "run", data=tiny_images, should_stop=lambda: True)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"steps": 6', '"steps": 60'))
+    with pytest.raises(ValueError, match="undo the change"):
+        train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+
+
+def test_a_model_file_of_another_kind_is_refused(tmp_path, whole):
+    (tmp_path / "model.safetensors").write_bytes((whole / "checkpoint.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="does not hold the energy"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="holds no training run"):
+        train(TINY, tmp_path, resume=True)
+
+
+# -- explosions ---------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, tiny_images, monkeypatch):
+    loss = training.contrastive_divergence_loss
+    calls = []
+
+    def broken(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(training, "contrastive_divergence_loss", broken)
+    with pytest.raises(NonFiniteError, match=r"step 4: the loss is nan .* learning_rate"):
+        train(TINY, tmp_path / "run", data=tiny_images)
+    tensors, values = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")
+    assert values["step"] == 2
+    assert all(t.isfinite().all() for name, t in tensors.items() if t.is_floating_point())
+
+
+def test_chains_that_explode_stop_the_run(tmp_path, tiny_images):
+    config = dataclasses.replace(TINY, drift=1e38, clamp=None, langevin_steps=200)
+    with pytest.raises(NonFiniteError, match=r"training failed in step 1: .* chains are not finite"):
+        train(config, tmp_path / "run", data=tiny_images)
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 0
+
+
+# -- configuration, data, samples ---------------------------------------------------------------------------
+
+
+def test_config_survives_json():
+    config = dataclasses.replace(TINY, grad_clip=0.5, clamp=None, max_grad_norm=None)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="missing or unknown: momentum"):
+        TrainConfig.from_dict({**TINY.to_dict(), "momentum": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be an int >= 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size must be an int"),
+        ({"batch_size": 21}, "batch_size must be <= pool_size"),
+        ({"seed": -1}, "seed must be"),
+        ({"drift": float("nan")}, "drift must be a number > 0, got nan"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number > 0"),
+        ({"restart_prob": 1.5}, r"restart_prob must be a number in \[0, 1\]"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"decay": "step"}, "decay must be"),
+        ({"clamp": (1.0, 0.0)}, "clamp needs lo < hi"),
+        ({"grad_clip": 0.0}, "grad_clip must be"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
+    ],
+)
+def test_config_refuses_impossible_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_learning_rate_goes_from_its_value_to_zero():
+    for decay, middle in (("cosine", 0.5), ("linear", 0.5), ("none", 1.0)):
+        config = dataclasses.replace(TINY, learning_rate=0.01, decay=decay)
+        assert config.learning_rate_at(0) == 0.01
+        assert config.learning_rate_at(3) == pytest.approx(0.01 * middle)
+        assert config.learning_rate_at(6) == pytest.approx(0.01 if decay == "none" else 0.0)
+
+
+def test_fresh_noise_cools_over_the_last_part():
+    noise = dataclasses.replace(TINY, noise_std=0.02, drift=0.5, fresh_cooling=0.4).fresh_sampler(10).noise_scale
+    assert noise.tolist() == pytest.approx([0.02] * 6 + [0.015, 0.01, 0.005, 0.0])
+    assert torch.equal(TINY.fresh_sampler(4).noise_scale, noise[:4])
+
+
+def test_digits_are_split_without_loss_and_alike_in_class():
+    from sklearn.datasets import load_digits as load
+
+    images = load_digits()
+    assert images.train.shape == (1437, 64)
+    assert images.test.shape == (360, 64)
+    together = torch.cat([images.train, images.test]).numpy()
+    expected = load().data
+    assert np.array_equal(together[np.lexsort(together.T)], expected[np.lexsort(expected.T)])
+    assert all(34 <= count <= 37 for count in images.test_labels.bincount())
+
+
+def test_quantise_undoes_dequantise():
+    images = load_digits()
+    x = images.dequantise(images.test, torch.Generator().manual_seed(0))
+    assert x.min() == 0.0
+    assert x.max() == 1.0
+    assert torch.equal(images.quantise(x), images.test)
+    # Uniform within a level: levels that the clamp can't touch spread over one level's width.
+    inside = (images.test > 0) & (images.test < 16)
+    spread = (x * 16 - images.test)[inside]
+    assert spread.var().item() == pytest.approx(1 / 12, rel=0.05)
+    assert spread.mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+def test_fresh_samples_do_not_depend_on_their_number_or_on_the_chunks(whole, monkeypatch):
+    model, config = load_model(whole)
+    assert config == TINY
+    many, info = fresh_samples(model, config, 20, dim=9, steps=7, seed=1)
+    monkeypatch.setattr(training, "_FRESH_CHUNK", 3)
+    seen = []
+    few, _ = fresh_samples(model, config, 4, dim=9, steps=7, seed=1, on_steps=lambda *done: seen.append(done))
+    assert torch.equal(many[:4], few)
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+    assert info.backend in ("torch", "triton")
+    assert not torch.equal(many, fresh_samples(model, config, 20, dim=9, steps=7, seed=2)[0])
+
+
+def test_figures_show_what_they_are_given():
+    grid = plot._mosaic(np.ones((3, 2, 2)), columns=2)
+    assert grid.shape == (7, 7)
+    assert np.nansum(grid) == 12  # three images of four pixels; gaps and the missing fourth are blank
+    figure = plot.energies_figure({"a": [0.0, 1.0], "b": [2.0, 5.0], "c": [3.0]}, ["c"])
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert legends == [["a", "b", "c"], ["c"]]
+    with pytest.raises(ValueError, match=r"got shape \(0, 8, 8\)"):
+        plot.samples_figure({"none": np.zeros((0, 8, 8))})
+    with pytest.raises(ValueError, match="no step"):
+        plot.training_figure([])
