@@ -58,8 +58,11 @@ class Langevin:
     # -- conventions ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_drift_and_noise(cls, drift: float, noise_std: float, **options: Any) -> Langevin:
-        """x' = x - drift g + noise_std xi: the form in which most papers state their numbers."""
+    def from_drift_and_noise(cls, drift: float, noise_std: float | Tensor, **options: Any) -> Langevin:
+        """x' = x - drift g + noise_std xi: the form in which most papers state their numbers.
+
+        noise_std may be a schedule or a value a chain, as noise_scale.
+        """
         if not (_is_number(drift) and drift > 0):
             raise ValueError(f"drift must be a number > 0, got {drift!r}")
         return cls(2.0 * drift, noise_std / math.sqrt(2.0 * drift), **options)
@@ -103,7 +106,7 @@ class Langevin:
     ) -> tuple[Tensor, Tensor]:
         """(a, b), each (1 or n_chains, 1 or steps): drift coefficient and noise std of chain i at step t."""
         step_size, noise_scale = (
-            _as_matrix(name, value, n_chains, steps).to(device=device, dtype=torch.float64)
+            _as_matrix(name, value, n_chains, steps, device)
             for name, value in (("step_size", self.step_size), ("noise_scale", self.noise_scale))
         )
         return (step_size / 2).to(dtype), (step_size.sqrt() * noise_scale).to(dtype)
@@ -138,11 +141,12 @@ def _check_coefficient(name: str, value: float | Tensor, *, positive: bool) -> N
         raise ValueError(f"{rule}, got {value}")
 
 
-def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int) -> Tensor:
-    """(1, 1) for a number, (1, steps) for a schedule, (n_chains, 1) for a value a chain."""
+def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int, device: Any) -> Tensor:
+    """float64: (1, 1) for a number, (1, steps) for a schedule, (n_chains, 1) for a value a chain."""
     if not isinstance(value, Tensor):
-        return torch.full((1, 1), float(value), dtype=torch.float64)
-    value = value.detach()
+        # made on the device: a copy from the host would wait for it
+        return torch.full((1, 1), float(value), dtype=torch.float64, device=device)
+    value = value.detach().to(device, torch.float64)
     if value.ndim == 0:
         return value.reshape(1, 1)
     if value.ndim == 1:

@@ -80,45 +80,52 @@ class Stopped(Exception):
 class TrainConfig:
     """Every hyper-parameter of a run; these defaults are the recipe.
 
-    A chain moves by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise_std xi).
+    A chain moves by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of langevin_steps, alike
+    in training and when sampling afresh. Within a block the noise is noise_std, and over its last part
+    (cooling, a share) falls linearly to 0, so a block ends on a step without noise. drift = noise_std^2 / 2 is
+    temperature 1: the energy is the negative log-density, and finds its own scale.
 
     Args:
         steps: training iterations. batch_size: real images, and chains, of each.
         hidden_sizes, activation: of the MLPEnergy.
+        dequantisation: width, in grey levels, of the uniform noise added to the data; 1 fills the gaps between
+            levels, 0 leaves black and white exactly on the clamp's bounds, where clamped chains lie as well.
         pool_size: persistent chains. restart_prob: of a drawn chain. langevin_steps: of each iteration.
-        learning_rate, betas: Adam's. decay: of the learning rate, to 0 at the end: "cosine", "linear" or "none".
+        learning_rate, betas: Adam's. warmup_steps: over which the learning rate rises from 0. decay: of the
+            learning rate, to 0 at the end: "cosine", "linear" or "none".
         alpha: weight of the energies' squares in the loss.
         max_grad_norm: the weights' gradient is scaled down to it; None: never.
         ema_decay: of the averaged weights, which grows to it as (1 + step) / (10 + step).
         n_fresh: chains, from uniform noise, that the measures use. fresh_steps: of each.
-        fresh_cooling: the share of the fresh steps, the last ones, over which the noise falls linearly to 0.
         device: "auto" (a GPU if there is one) or any name of PyTorch's.
     """
 
     seed: int = 0
-    steps: int = 3000
+    steps: int = 2500
     batch_size: int = 256
     hidden_sizes: tuple[int, ...] = (256, 128)
     activation: str = "silu"
+    dequantisation: float = 0.0
 
     pool_size: int = 10_000
-    restart_prob: float = 0.05
+    restart_prob: float = 0.02
     langevin_steps: int = 20
-    drift: float = 0.5
-    noise_std: float = 0.02
+    drift: float = 0.01125
+    noise_std: float = 0.15
+    cooling: float = 0.5
     grad_clip: float | None = None
     clamp: tuple[float, float] | None = (0.0, 1.0)
 
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.0, 0.999)
-    decay: str = "cosine"
-    alpha: float = 0.01
+    learning_rate: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 100
+    decay: str = "linear"
+    alpha: float = 1e-3
     max_grad_norm: float | None = 1.0
     ema_decay: float = 0.999
 
     n_fresh: int = 1000
-    fresh_steps: int = 2000
-    fresh_cooling: float = 0.0
+    fresh_steps: int = 1000
 
     device: str = "auto"
     backend: str = "auto"
@@ -129,16 +136,17 @@ class TrainConfig:
         _require("seed", self.seed, int, lambda v: 0 <= v < 2**63, "an int in [0, 2**63)")
         for name in ("drift", "learning_rate"):
             _require(name, getattr(self, name), float, lambda v: v > 0, "a number > 0")
+        _require("warmup_steps", self.warmup_steps, int, lambda v: v >= 0, "an int >= 0")
         for name in ("noise_std", "alpha"):
             _require(name, getattr(self, name), float, lambda v: v >= 0, "a number >= 0")
-        for name in ("restart_prob", "fresh_cooling"):
+        for name in ("restart_prob", "cooling", "dequantisation"):
             _require(name, getattr(self, name), float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         _require("ema_decay", self.ema_decay, float, lambda v: 0 <= v < 1, "a number in [0, 1)")
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         for beta in self.betas:
             _require("betas", beta, float, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
-        _ = self.sampler  # checks grad_clip and clamp
+        self.sampler(1)  # checks grad_clip and clamp
         if self.max_grad_norm is not None:
             _require("max_grad_norm", self.max_grad_norm, float, lambda v: v > 0, "a number > 0, or None")
         if self.decay not in ("cosine", "linear", "none"):
@@ -146,23 +154,22 @@ class TrainConfig:
         if self.batch_size > self.pool_size:
             raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
 
-    @property
-    def sampler(self) -> Langevin:
-        return Langevin.from_drift_and_noise(self.drift, self.noise_std, grad_clip=self.grad_clip, clamp=self.clamp)
-
-    def fresh_sampler(self, steps: int) -> Langevin:
-        """The sampler of fresh chains: noise_scale is a (steps,) schedule."""
-        sampler = self.sampler
-        cooling = round(self.fresh_cooling * steps)
-        noise = torch.full((steps,), float(sampler.noise_scale))
-        noise[steps - cooling :] *= torch.linspace(1.0, 0.0, cooling + 1)[1:]
-        return dataclasses.replace(sampler, noise_scale=noise)
+    def sampler(self, steps: int) -> Langevin:
+        """The sampler of ``steps`` steps, as many blocks as they hold; what is left over is the end of a block."""
+        cooling = round(self.cooling * self.langevin_steps)
+        noise = torch.full((self.langevin_steps,), self.noise_std)
+        noise[self.langevin_steps - cooling :] *= torch.linspace(1.0, 0.0, cooling + 1)[1:]
+        blocks = noise.repeat(-(-steps // self.langevin_steps))
+        return Langevin.from_drift_and_noise(
+            self.drift, blocks[len(blocks) - steps :], grad_clip=self.grad_clip, clamp=self.clamp
+        )
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the iteration after ``step`` finished ones."""
         done = step / self.steps
         share = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "none": 1.0}
-        return self.learning_rate * share[self.decay]
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
+        return self.learning_rate * share[self.decay] * warm
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -227,19 +234,19 @@ class Images:
     def dim(self) -> int:
         return math.prod(self.shape)
 
-    def dequantise(self, k: Tensor, generator: torch.Generator) -> Tensor:
-        """x = clamp((k + u - 1/2) / levels, 0, 1), u uniform on [0, 1): continuous, and rounded back to k."""
+    def dequantise(self, k: Tensor, width: float, generator: torch.Generator) -> Tensor:
+        """x = clamp((k + width (u - 1/2)) / levels, 0, 1), u uniform on [0, 1), which rounds back to k."""
         u = torch.rand(k.shape, generator=generator)
-        return ((k + u - 0.5) / self.levels).clamp_(0.0, 1.0)
+        return ((k + width * (u - 0.5)) / self.levels).clamp_(0.0, 1.0)
 
     def quantise(self, x: Tensor) -> Tensor:
         """The nearest grey level, as a float."""
         return (x * self.levels).round_()
 
-    def batch(self, size: int, generator: torch.Generator) -> Tensor:
+    def batch(self, size: int, width: float, generator: torch.Generator) -> Tensor:
         """Distinct dequantised training images: (size, dim)."""
         rows = torch.randperm(len(self.train), generator=generator)[:size]
-        return self.dequantise(self.train[rows], generator)
+        return self.dequantise(self.train[rows], width, generator)
 
 
 def load_digits() -> Images:
@@ -472,9 +479,9 @@ def _train_step(run: _Run, data: Images) -> dict[str, float]:
     config, model = run.config, run.model
     started = time.perf_counter()
 
-    real = data.batch(config.batch_size, run.generator).to(run.device)
+    real = data.batch(config.batch_size, config.dequantisation, run.generator).to(run.device)
     samples, _ = run.pool.sample(
-        model, config.batch_size, config.sampler, config.langevin_steps, backend=config.backend
+        model, config.batch_size, config.sampler(config.langevin_steps), config.langevin_steps, backend=config.backend
     )
     real_energy, sample_energy = energy(model, torch.cat([real, samples])).chunk(2)
     loss = contrastive_divergence_loss(real_energy, sample_energy, config.alpha)
@@ -556,7 +563,7 @@ def fresh_samples(
         on_steps: called with the steps done and all of them, every few steps; what it raises ends the sampling.
     """
     steps = config.fresh_steps if steps is None else steps
-    rule = config.fresh_sampler(steps)
+    rule = config.sampler(steps)
 
     def advance(**options: Any) -> tuple[Tensor, SampleInfo]:
         return langevin_sample(  # type: ignore[return-value]
@@ -618,10 +625,10 @@ def _report(
         "inverted": data.levels - data.test,
     }
     states = {
-        "test": data.dequantise(data.test, generator),
+        "test": data.dequantise(data.test, config.dequantisation, generator),
         "samples": samples,
         "uniform": torch.rand(data.test.shape, generator=generator),
-        **{name: data.dequantise(k, generator) for name, k in outliers.items()},
+        **{name: data.dequantise(k, config.dequantisation, generator) for name, k in outliers.items()},
     }
     with torch.no_grad():
         energies = {name: energy(model, x.to(run.device)).cpu().numpy() for name, x in states.items()}

@@ -110,6 +110,9 @@ def langevin_resident(
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
         moved = move(x, grad, noise, a, b, grad_clip, CLIP)
+        if DIM != BLOCK_DIM:
+            # Padded columns hold noise of no dim and, where dE/dz is infinite, 0 * inf: neither may freeze a chain.
+            moved = tl.where((dims < DIM)[None, :], moved, 0.0)
         first_bad = tl.where((first_bad < 0) & ~is_finite(moved), t, first_bad)
         x = tl.where((first_bad < 0)[:, None], clamped(moved, lo, hi, CLAMP), x)
 

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import triton
+from fastebm.kernels.launch import SHARED_MEMORY, choose_launch, shared_bytes
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -25,7 +26,6 @@ from triton.runtime.jit import JITFunction
 from fastebm import Langevin
 from fastebm.backends import fused
 from fastebm.energies import Energy
-from fastebm.kernels.launch import SHARED_MEMORY, choose_launch, shared_bytes
 from fastebm.mlp import ACTIVATIONS, read_mlp
 
 N_CHAINS = 64

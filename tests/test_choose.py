@@ -1,14 +1,16 @@
 """Which backend runs, why not the fused kernel, and what an import brings in."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import nn
+
 from fastebm import MLPEnergy, langevin_sample, why_not_fused
 from fastebm.backends import choose as choosing
 from fastebm.backends.choose import choose, interpreted
-from torch import nn
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -44,7 +46,6 @@ def test_why_not_fused_on_a_cpu():
 
 @pytest.mark.usefixtures("no_interpreter")
 def test_why_not_fused_without_parameters():
-    assert "Identity" in why_not_fused(nn.Sequential(nn.Identity(), nn.GELU(), nn.Identity())) or True
     assert why_not_fused(nn.Identity()).startswith("not an MLP that can be read: it has no hidden layer")
 
 
@@ -145,17 +146,10 @@ def test_import_brings_in_no_optional_package():
         "fastebm.why_not_fused(model)\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(*sorted(new & {'triton', 'matplotlib', 'sklearn', 'scipy', 'tqdm', 'safetensors'}))\n"
-        "print(torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype())\n"
+        "print(torch.get_float32_matmul_precision(), torch.get_default_dtype())\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment()
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     optional, settings = run.stdout.split("\n")[:2]
     assert optional == ""
-    assert settings.split()[1:] == ["highest", "torch.float32"]
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    assert settings.split() == ["highest", "torch.float32"]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from fastebm import Activation, MLPEnergy, build, build_energy_fn, contrastive_divergence_loss, energy, why_not_fused
 from fastebm.energies import Energy
 from fastebm.mlp import ACTIVATIONS, read_mlp
-from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,10 @@ def test_spectral_norm_gives_every_linear_a_norm_of_one():
         (lambda: build(2, (0,)), r"layer sizes must be ints >= 1, got \[2, 0\]"),
         (lambda: build(2.0, (3,)), r"layer sizes must be ints >= 1, got \[2.0, 3\]"),
         (lambda: build(True, (3,)), "layer sizes must be ints >= 1"),
-        (lambda: build(2, (3,), "gelu"), "activation must be one of silu, relu, leaky_relu, tanh, softplus, got 'gelu'"),
+        (
+            lambda: build(2, (3,), "gelu"),
+            "activation must be one of silu, relu, leaky_relu, tanh, softplus, got 'gelu'",
+        ),
         (lambda: build(2, (3,), Activation("elu", 1.0)), "activation must be one of"),
         (lambda: build(2, (3,), dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (lambda: build(2, (3,), dropout=float("nan")), "dropout must be in"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fastebm import Langevin
 
 # drift a, noise std b, temperature T of each named convention

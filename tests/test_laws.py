@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fastebm.kernels.launch import Launch, block
 from scipy import stats
 from scipy.special import ndtr
 from torch import nn
@@ -17,7 +18,6 @@ from torch import nn
 from fastebm import Langevin, MLPEnergy
 from fastebm.backends import reference, torch_tiles
 from fastebm.energies import Energy
-from fastebm.kernels.launch import Launch, block
 from fastebm.mlp import read_mlp
 from fastebm.noise import Stream, normal
 
@@ -55,9 +55,7 @@ def by_triton(regime):
         # in the interpreter the cost is a program's, whatever its size
         launch = Launch(regime, 64 if CUDA else 4096, block(mlp.dim), 4, 1)
         precision = "bf16x3" if CUDA else "ieee"
-        return fused.advance_mlp(
-            mlp, x0, rule, steps, **arguments(x0, seed), precision=precision, launch=launch
-        ).x
+        return fused.advance_mlp(mlp, x0, rule, steps, **arguments(x0, seed), precision=precision, launch=launch).x
 
     return sampler
 
@@ -344,13 +342,15 @@ MISTAKES = {
 
 def by_steps(step):
     def sampler(energy, x, rule, steps, seed):
-        chains = torch.arange(len(x), device=x.device)
-        gradient = Energy(energy, x.shape[1:], torch.float32).gradient
+        chains, dim = torch.arange(len(x), device=x.device), x.shape[1]
+        gradient = Energy(energy, (dim,), torch.float32).gradient
         a, b = (float(c) for c in rule.coefficients(len(x), steps))
+
+        def draw(t):
+            return normal(seed, Stream.LANGEVIN, chains, t, dim)
+
         for t in range(steps):
-            x = step(
-                x, gradient(x), lambda t: normal(seed, Stream.LANGEVIN, chains, t, x.shape[1]), a, b, rule.clamp, t
-            )
+            x = step(x, gradient(x), draw, a, b, rule.clamp, t)
         return x
 
     return sampler

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from fastebm import Activation, MLPEnergy, langevin_sample, why_not_fused
-from fastebm.mlp import ACTIVATIONS, NotAnMLP, read_mlp
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as hook_spectral_norm
 from torch.nn.utils import weight_norm as hook_weight_norm
+
+from fastebm import Activation, MLPEnergy, langevin_sample, why_not_fused
+from fastebm.mlp import ACTIVATIONS, NotAnMLP, read_mlp
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +184,10 @@ REJECTED = {
     "activation first": (lambda: nn.Sequential(nn.ReLU(), *net()), r"^0 \(ReLU\) does not follow a Linear"),
     "two activations": (lambda: net(nn.ReLU()), r"^2 \(ReLU\) does not follow a Linear"),
     "ends in an activation": (lambda: nn.Sequential(*net(), nn.Softplus()), r"ends in an activation \(softplus\)"),
-    "batch norm": (lambda: nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1)), "BatchNorm1d"),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1)),
+        "BatchNorm1d",
+    ),
     "late flatten": (lambda: net(nn.Flatten()), r"^2 \(Flatten\) is neither"),
     "flatten of some dims": (lambda: nn.Sequential(nn.Flatten(2), *net()), r"^0 \(Flatten\) is neither"),
     "own Linear": (lambda: net(OtherLinear(6, 6), nn.ReLU()), r"^2 \(OtherLinear\) is neither"),

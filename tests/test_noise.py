@@ -7,12 +7,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastebm import noise
 from fastebm.kernels.langevin import load_key
 from fastebm.kernels.philox import normals, philox4x32
-from fastebm.noise import Stream, draw_seed
 from randomgen import Philox
 from scipy import stats
+
+from fastebm import noise
+from fastebm.noise import Stream, draw_seed
 
 # Random123, kat_vectors: (rounds, counter, key, expected).
 KNOWN_ANSWERS = [

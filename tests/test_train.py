@@ -14,7 +14,15 @@ from fastebm import train as training
 from fastebm.train import Images, Stopped, TrainConfig, fresh_samples, load_digits, load_model, train
 
 TINY = TrainConfig(
-    seed=3, steps=6, batch_size=8, hidden_sizes=(7, 5), pool_size=20, langevin_steps=2, n_fresh=60, fresh_steps=3
+    seed=3,
+    steps=6,
+    batch_size=8,
+    hidden_sizes=(7, 5),
+    pool_size=20,
+    langevin_steps=2,
+    n_fresh=60,
+    fresh_steps=3,
+    warmup_steps=0,
 )
 
 
@@ -300,10 +308,18 @@ def test_learning_rate_goes_from_its_value_to_zero():
         assert config.learning_rate_at(6) == pytest.approx(0.01 if decay == "none" else 0.0)
 
 
-def test_fresh_noise_cools_over_the_last_part():
-    noise = dataclasses.replace(TINY, noise_std=0.02, drift=0.5, fresh_cooling=0.4).fresh_sampler(10).noise_scale
-    assert noise.tolist() == pytest.approx([0.02] * 6 + [0.015, 0.01, 0.005, 0.0])
-    assert torch.equal(TINY.fresh_sampler(4).noise_scale, noise[:4])
+def test_noise_cools_over_the_last_part_of_every_block():
+    config = dataclasses.replace(TINY, noise_std=0.02, drift=0.5, langevin_steps=5, cooling=0.8)
+    block = [0.02, 0.015, 0.01, 0.005, 0.0]
+    assert config.sampler(10).noise_scale.tolist() == pytest.approx(block * 2)
+    assert config.sampler(7).noise_scale.tolist() == pytest.approx(block[-2:] + block)
+    assert config.sampler(7).step_size == 1.0
+    assert dataclasses.replace(config, cooling=0.0).sampler(3).noise_scale.tolist() == pytest.approx([0.02] * 3)
+
+
+def test_learning_rate_warms_up():
+    config = dataclasses.replace(TINY, learning_rate=0.01, decay="none", warmup_steps=4)
+    assert [config.learning_rate_at(step) for step in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
 
 
 def test_digits_are_split_without_loss_and_alike_in_class():
@@ -320,7 +336,8 @@ def test_digits_are_split_without_loss_and_alike_in_class():
 
 def test_quantise_undoes_dequantise():
     images = load_digits()
-    x = images.dequantise(images.test, torch.Generator().manual_seed(0))
+    assert torch.equal(images.dequantise(images.test, 0.0, torch.Generator()), images.test / 16)
+    x = images.dequantise(images.test, 1.0, torch.Generator().manual_seed(0))
     assert x.min() == 0.0
     assert x.max() == 1.0
     assert torch.equal(images.quantise(x), images.test)

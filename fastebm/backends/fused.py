@@ -35,7 +35,7 @@ def advance_mlp(
     """x: (n_chains, dim) float32, contiguous, moved in place; chains, first_steps: (n_chains,) int64."""
     n_chains, dim = x.shape
     device = x.device
-    energy = torch.empty(n_chains, device=device)
+    energy = torch.empty(n_chains, dtype=torch.float32, device=device)
     first_bad = torch.empty(n_chains, dtype=torch.int32, device=device)
     arguments, flags = _rule_arguments(rule, n_chains, steps, device)
     biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(mlp.weights, mlp.biases, strict=True)]

@@ -9,6 +9,7 @@ every product has the same number of rows (the last tile is padded), whatever th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -53,29 +54,31 @@ def advance(
         a_rows, b_rows = (c[rows] if len(c) > 1 else c for c in (a, b))
         tile.advance(x[rows], a_rows, b_rows, seed, chains[rows], first_steps[rows], energy[rows], first_bad[rows])
 
+    n_threads = torch.get_num_threads() if on_cpu else 1
+    # Few chains are shared out evenly among the threads; bits depend on product_rows alone.
+    share = -(-n_chains // (n_threads * product_rows)) * product_rows
+    tile_rows = max(product_rows, min(tile_rows, share))
     tiles = [slice(i, min(i + tile_rows, n_chains)) for i in range(0, n_chains, tile_rows)]
-    n_threads = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
-    if n_threads <= 1:
-        with torch.inference_mode():
-            for rows in tiles:
-                run(rows)
-    else:
-        _run_on_threads(run, tiles, n_threads)
+    _run_on_threads(run, tiles, min(n_threads, len(tiles)))
     return Advanced(x, energy, first_bad)
 
 
-def _run_on_threads(run, tiles: list[slice], n_threads: int) -> None:  # type: ignore[no-untyped-def]
-    def alone() -> None:
-        torch.set_num_threads(1)
+def _run_on_threads(run: Callable[[slice], None], tiles: list[slice], n_threads: int) -> None:
+    """Every tile once, on Python threads that use one PyTorch thread each (so that products round alike)."""
 
     def task(rows: slice) -> None:
-        with torch.inference_mode():  # of this thread only, like the setting above
+        with torch.inference_mode():  # of this thread only
             run(rows)
 
     before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(n_threads, initializer=alone) as pool:
-            list(pool.map(task, tiles))
+        if n_threads <= 1:
+            torch.set_num_threads(1)
+            for rows in tiles:
+                task(rows)
+        else:
+            with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(task, tiles))
     finally:
         # The setting is a thread's own in OpenMP builds of PyTorch, and the process' in others.
         if torch.get_num_threads() != before:
@@ -93,9 +96,15 @@ class _Tile:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.mlp, self.rule, self.n_rows, self.product_rows = mlp, rule, n_rows, product_rows
-        self.z = [buffer(n_rows, width) for width in mlp.widths]
-        self.h = [buffer(n_rows, width) for width in mlp.widths]  # activations going up, gradients coming down
-        self.x, self.moved, self.grad = (buffer(n_rows, mlp.dim) for _ in range(3))
+
+        def matrix(width: int) -> Tensor:
+            # MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place
+            # in the tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
+            return buffer(n_rows, width if width <= 4 else -(-width // 4) * 4)[:, :width]
+
+        self.z = [matrix(width) for width in mlp.widths]
+        self.h = [matrix(width) for width in mlp.widths]  # activations going up, gradients coming down
+        self.x, self.moved, self.grad = (matrix(mlp.dim) for _ in range(3))
         # With small dims the noise of several steps is drawn at once, so that its many small operations pay.
         n_blocks = (mlp.dim + 3) // 4
         self.noise_steps = max(1, _NOISE_BLOCKS // (n_rows * n_blocks))
