@@ -67,6 +67,10 @@ class MLPEnergy(nn.Sequential):
             raise ValueError("hidden_sizes must name at least one layer, got none")
         super().__init__(*_layers([input_size, *hidden_sizes], activation, dropout, spectral_norm))
 
+    def __getitem__(self, index: Any) -> Any:
+        """A layer; for a slice, an nn.Sequential of the same layers."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
 
 def build(
     input_size: int,

@@ -174,7 +174,7 @@ def langevin_streaming(
         weights = weights + (upper,)
 
     n_chunks = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
-    z = tl.zeros((BLOCK_CHAINS, BLOCKS[0]), tl.float32)
+    z = tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[0])), tl.float32)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # sum |x| of each chain
     for c in range(n_chunks):
         dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
@@ -214,7 +214,7 @@ def langevin_streaming(
                 finite = finite & is_finite(moved)
             first_bad = tl.where((first_bad < 0) & ~finite, t, first_bad)
 
-        z = tl.zeros((BLOCK_CHAINS, BLOCKS[0]), tl.float32)
+        z = tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[0])), tl.float32)
         size = tl.zeros((BLOCK_CHAINS,), tl.float32)
         for c in range(n_chunks):
             w = load_weight(weight_ptrs[0], c * BLOCK_DIM, DIM, WIDTHS[0], BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED)

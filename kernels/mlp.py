@@ -136,7 +136,10 @@ def slope_at(
     weights[l] leads from hidden layer l to l + 1; bias_ptrs[l] belongs to hidden layer l; head_ptr is the
     output's weight.
     """
-    a, slope = activation_and_slope(z, ACTIVATIONS[LAYER], PARAMETERS[LAYER], PRECISION, FAST)
+    # tl.constexpr again: triton 3.6 takes an entry of a constexpr tuple for a value
+    a, slope = activation_and_slope(
+        z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
+    )  # fmt: skip
     if LAYER == len(WIDTHS) - 1:
         return slope * load_row(head_ptr, shift, WIDTHS[LAYER], BLOCKS[LAYER])
     else:
@@ -156,7 +159,9 @@ def energy_at(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """E: (BLOCK_CHAINS,), given z at hidden layer LAYER."""
-    a, _ = activation_and_slope(z, ACTIVATIONS[LAYER], PARAMETERS[LAYER], PRECISION, FAST)
+    a, _ = activation_and_slope(
+        z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
+    )  # fmt: skip
     if LAYER == len(WIDTHS) - 1:
         head = load_row(head_ptr, 0, WIDTHS[LAYER], BLOCKS[LAYER])
         return tl.sum(a * head, axis=1) + tl.load(head_bias_ptr)

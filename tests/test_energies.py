@@ -229,3 +229,11 @@ def test_contrastive_divergence_loss_rejects(real, neg, alpha, match):
 
 def test_contrastive_divergence_loss_shows_nan_as_it_is():
     assert contrastive_divergence_loss(torch.tensor([float("nan")]), torch.ones(2)).isnan()
+
+
+def test_a_slice_of_an_mlp_energy_is_its_layers():
+    model = build(5, (7, 3))
+    assert list(model[:-1]) == list(model)[:-1]
+    assert model[-1].out_features == 1
+    x = torch.randn(2, 5)
+    assert torch.equal(model[-1](model[:-1](x)), model(x))
