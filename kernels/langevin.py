@@ -70,7 +70,7 @@ def langevin_resident(
     bias_ptrs, head_ptr, head_bias_ptr,
     n_chains, steps,
     zero,  # 0, at run time: bias + zero * t is loaded in each step, where hoisting would cost 32 registers a layer
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLIP: tl.constexpr, CLAMP: tl.constexpr,
@@ -86,11 +86,11 @@ def langevin_resident(
     key0, key1 = load_key(seed_ptr)
     chain = tl.load(chain_ptr + chains, mask=inside, other=0)
     first_step = tl.load(step_ptr + chains, mask=inside, other=0).to(tl.uint32)
-    w1 = load_weight(weight_ptrs[0], 0, DIM, WIDTHS[0], BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED)
+    w1 = load_weight(weight_ptrs[0], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED)
     weights = ()
-    for layer in tl.static_range(len(WIDTHS) - 1):
+    for layer in tl.static_range(len(BLOCKS) - 1):
         upper = load_weight(
-            weight_ptrs[layer + 1], 0, WIDTHS[layer], WIDTHS[layer + 1], BLOCKS[layer], BLOCKS[layer + 1],
+            weight_ptrs[layer + 1], 0, BLOCKS[layer], BLOCKS[layer], BLOCKS[layer + 1],
             PRECISION, INTERPRETED,
         )  # fmt: skip
         weights = weights + (upper,)
@@ -98,9 +98,9 @@ def langevin_resident(
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
 
     for t in range(steps):
-        z = product(x, w1, PRECISION, INTERPRETED) + load_row(bias_ptrs[0], zero * t, WIDTHS[0], BLOCKS[0])
+        z = product(x, w1, PRECISION, INTERPRETED) + load_row(bias_ptrs[0], zero * t, BLOCKS[0])
         slope = slope_at(
-            z, weights, bias_ptrs, head_ptr, zero * t, 0, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
+            z, weights, bias_ptrs, head_ptr, zero * t, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
             INTERPRETED,
         )  # fmt: skip
         grad = product(slope, transpose(w1, PRECISION), PRECISION, INTERPRETED)
@@ -116,9 +116,9 @@ def langevin_resident(
         first_bad = tl.where((first_bad < 0) & ~is_finite(moved), t, first_bad)
         x = tl.where((first_bad < 0)[:, None], clamped(moved, lo, hi, CLAMP), x)
 
-    z = product(x, w1, PRECISION, INTERPRETED) + load_row(bias_ptrs[0], 0, WIDTHS[0], BLOCKS[0])
+    z = product(x, w1, PRECISION, INTERPRETED) + load_row(bias_ptrs[0], 0, BLOCKS[0])
     energy = energy_at(
-        z, weights, bias_ptrs, head_ptr, head_bias_ptr, 0, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
+        z, weights, bias_ptrs, head_ptr, head_bias_ptr, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
         INTERPRETED,
     )  # fmt: skip
     tl.store(x_ptrs, x, mask=x_inside)
@@ -142,7 +142,9 @@ def move_chunk(
         noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST
     )  # fmt: skip
     moved = move(x, grad, noise, a, b, grad_clip, CLIP)
-    return x, tl.where(x_inside, moved, 0.0), x_ptrs, x_inside
+    if DIM % BLOCK_DIM != 0:
+        moved = tl.where((dims < DIM)[None, :], moved, 0.0)  # as in the resident kernel
+    return x, moved, x_ptrs, x_inside
 
 
 @triton.jit(do_not_specialize=["n_chains", "steps", "zero"])
@@ -153,7 +155,7 @@ def langevin_streaming(
     weight_ptrs, bias_ptrs, head_ptr, head_bias_ptr,
     n_chains, steps, zero,
     w1_max_ptr,  # (1,) float32: the largest |W_1|
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLIP: tl.constexpr, CLAMP: tl.constexpr,
@@ -166,29 +168,31 @@ def langevin_streaming(
     first_step = tl.load(step_ptr + chains, mask=inside, other=0).to(tl.uint32)
     w1_max = tl.load(w1_max_ptr)
     weights = ()
-    for layer in tl.static_range(len(WIDTHS) - 1):
+    for layer in tl.static_range(len(BLOCKS) - 1):
         upper = load_weight(
-            weight_ptrs[layer + 1], 0, WIDTHS[layer], WIDTHS[layer + 1], BLOCKS[layer], BLOCKS[layer + 1],
+            weight_ptrs[layer + 1], 0, BLOCKS[layer], BLOCKS[layer], BLOCKS[layer + 1],
             PRECISION, INTERPRETED,
         )  # fmt: skip
         weights = weights + (upper,)
 
-    n_chunks = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
+    n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     z = tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[0])), tl.float32)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # sum |x| of each chain
     for c in range(n_chunks):
         dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
         x0_inside = inside[:, None] & (dims < DIM)[None, :]
         x0 = tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x0_inside, other=0.0)
-        w0 = load_weight(weight_ptrs[0], c * BLOCK_DIM, DIM, WIDTHS[0], BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED)
+        w0 = load_weight(
+            weight_ptrs[0], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED
+        )  # fmt: skip
         z += product(x0, w0, PRECISION, INTERPRETED)
         size += tl.sum(tl.abs(x0), axis=1)
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
 
     for t in range(steps):
-        z += load_row(bias_ptrs[0], zero * t, WIDTHS[0], BLOCKS[0])
+        z += load_row(bias_ptrs[0], zero * t, BLOCKS[0])
         slope = slope_at(
-            z, weights, bias_ptrs, head_ptr, zero * t, 0, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
+            z, weights, bias_ptrs, head_ptr, zero * t, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
             INTERPRETED,
         )  # fmt: skip
         step = (first_step + t).to(tl.uint32)
@@ -205,7 +209,7 @@ def langevin_streaming(
             finite = tl.full((BLOCK_CHAINS,), 1, tl.int1)
             for c in range(n_chunks):
                 w = load_weight(
-                    weight_ptrs[0], c * BLOCK_DIM, DIM, WIDTHS[0], BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED
+                    weight_ptrs[0], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED
                 )  # fmt: skip
                 x, moved, x_ptrs, x_inside = move_chunk(
                     x_ptr, chains, inside, c, slope, w, noise_key, chain, step, a, b, grad_clip,
@@ -217,21 +221,23 @@ def langevin_streaming(
         z = tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[0])), tl.float32)
         size = tl.zeros((BLOCK_CHAINS,), tl.float32)
         for c in range(n_chunks):
-            w = load_weight(weight_ptrs[0], c * BLOCK_DIM, DIM, WIDTHS[0], BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED)
+            w = load_weight(
+                weight_ptrs[0], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED
+            )  # fmt: skip
             x, moved, x_ptrs, x_inside = move_chunk(
                 x_ptr, chains, inside, c, slope, w, noise_key, chain, step, a, b, grad_clip,
                 DIM, BLOCK_DIM, PRECISION, BLOCK_CHAINS, CLIP, FAST, INTERPRETED,
             )  # fmt: skip
             x = tl.where((first_bad < 0)[:, None], clamped(moved, lo, hi, CLAMP), x)
             tl.store(x_ptrs, x, mask=x_inside)
-            z += product(tl.where(x_inside, x, 0.0), w, PRECISION, INTERPRETED)
-            size += tl.sum(tl.where(x_inside, tl.abs(x), 0.0), axis=1)
+            z += product(x, w, PRECISION, INTERPRETED)
+            size += tl.sum(tl.abs(x), axis=1)
         # the next step's loads may be issued by other threads than this step's stores
         tl.debug_barrier()
 
-    z += load_row(bias_ptrs[0], 0, WIDTHS[0], BLOCKS[0])
+    z += load_row(bias_ptrs[0], 0, BLOCKS[0])
     energy = energy_at(
-        z, weights, bias_ptrs, head_ptr, head_bias_ptr, 0, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
+        z, weights, bias_ptrs, head_ptr, head_bias_ptr, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
         INTERPRETED,
     )  # fmt: skip
     tl.store(energy_ptr + chains, energy, mask=inside)

@@ -48,16 +48,16 @@ def block(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def shared_bytes(launch: Launch, widths: tuple[int, ...], precision: str) -> int:
+def shared_bytes(launch: Launch, widths: tuple[int, ...], precision: str, capability: int = 90) -> int:
     """An upper estimate of the shared memory that a configuration takes (tests hold it to compiled kernels)."""
-    # bf16x3 keeps two bf16 halves; 4-byte operands are kept in both orders, since wgmma transposes 16-bit only.
-    weight_bytes = {"bf16": 2, "bf16x3": 4, "tf32": 8, "ieee": 8}[precision]
+    # bf16x3 keeps two bf16 halves. wgmma (9.x) transposes 16-bit operands only, so 4-byte ones lie in both orders.
+    weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 == 9 else 4)
     sizes = [launch.block_dim, *(block(w) for w in widths)]
     weights = sum(n_in * n_out for n_in, n_out in pairwise(sizes)) * weight_bytes
     # One operand of the tile on its way between layouts.
     operand = launch.block_chains * max(sizes) * (2 if precision in ("bf16", "bf16x3") else 4)
     noise = launch.block_chains * launch.block_dim * 4
-    return weights + max(operand, noise) + 1024
+    return weights + operand + noise + 1024
 
 
 def choose_launch(dim: int, widths: tuple[int, ...], precision: str, capability: int | None) -> Launch | str:
@@ -65,16 +65,18 @@ def choose_launch(dim: int, widths: tuple[int, ...], precision: str, capability:
 
     capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
     """
-    limit = None if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
     candidates = []
     if dim <= _MAX_RESIDENT_DIM:
         candidates.append(Launch("resident", 64, block(dim), 4, 1))
     candidates += [Launch("streaming", 64, min(block_dim, block(dim)), 4, 1) for block_dim in (64, 32)]
+    if capability is None:
+        return candidates[0]
+    limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
     for launch in candidates:
-        if limit is None or shared_bytes(launch, widths, precision) <= limit:
+        if shared_bytes(launch, widths, precision, capability) <= limit:
             return launch
-    need = min(shared_bytes(launch, widths, precision) for launch in candidates)
+    need = min(shared_bytes(launch, widths, precision, capability) for launch in candidates)
     return (
         f"hidden widths {list(widths)} at precision {precision!r} need {need // 1024} KiB of shared memory, "
-        f"and a block on sm_{capability} has {(limit or 0) // 1024} KiB"
+        f"and a block on sm_{capability} has {limit // 1024} KiB"
     )

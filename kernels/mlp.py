@@ -94,23 +94,23 @@ def transpose(w, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_weight(
-    ptrs, first_in, N_IN: tl.constexpr, N_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    ptrs, first_in, STRIDE: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Rows first_in .. of an (N_IN, N_OUT) weight, zero outside: (hi,) or, for bf16x3, (hi, lo).
+    """Rows first_in .. first_in + BLOCK_IN - 1 of an (in, BLOCK_OUT) weight: (hi,) or, for bf16x3, (hi, lo).
 
-    ptrs: one pointer for each half; in memory a weight is (N_OUT, N_IN), as in nn.Linear.
+    ptrs: one pointer for each half. In memory a weight is (BLOCK_OUT, STRIDE), as in nn.Linear; the host has
+    padded it with zeros, so no mask is needed.
     """
     rows = first_in + tl.arange(0, BLOCK_IN)
     cols = tl.arange(0, BLOCK_OUT)
     # Read along the memory's rows, turn in registers: shared memory takes either order.
-    inside = (cols[:, None] < N_OUT) & (rows[None, :] < N_IN)
-    offsets = cols[:, None] * N_IN + rows[None, :]
-    hi = tl.load(ptrs[0] + offsets, mask=inside, other=0.0)
+    offsets = cols[:, None] * STRIDE + rows[None, :]
+    hi = tl.load(ptrs[0] + offsets)
     if INTERPRETED:
         hi = hi.to(tl.float32)
     if PRECISION == "bf16x3":
-        lo = tl.load(ptrs[1] + offsets, mask=inside, other=0.0)
+        lo = tl.load(ptrs[1] + offsets)
         if INTERPRETED:
             lo = lo.to(tl.float32)
         return (tl.trans(hi), tl.trans(lo))
@@ -119,15 +119,14 @@ def load_weight(
 
 
 @triton.jit
-def load_row(ptr, shift, N: tl.constexpr, BLOCK: tl.constexpr):
-    """A bias or the head's weight: (1, BLOCK), zero past N. shift is 0, but the compiler must not know."""
-    cols = tl.arange(0, BLOCK)
-    return tl.load(ptr + shift + cols, mask=cols < N, other=0.0)[None, :]
+def load_row(ptr, shift, BLOCK: tl.constexpr):
+    """A bias or the head's weight, padded by the host: (1, BLOCK). shift is 0, but the compiler must not know."""
+    return tl.load(ptr + shift + tl.arange(0, BLOCK))[None, :]
 
 
 @triton.jit
 def slope_at(
-    z, weights, bias_ptrs, head_ptr, shift, LAYER: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr,
+    z, weights, bias_ptrs, head_ptr, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -140,13 +139,13 @@ def slope_at(
     a, slope = activation_and_slope(
         z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
     )  # fmt: skip
-    if LAYER == len(WIDTHS) - 1:
-        return slope * load_row(head_ptr, shift, WIDTHS[LAYER], BLOCKS[LAYER])
+    if LAYER == len(BLOCKS) - 1:
+        return slope * load_row(head_ptr, shift, BLOCKS[LAYER])
     else:
         above = product(a, weights[LAYER], PRECISION, INTERPRETED)
-        above += load_row(bias_ptrs[LAYER + 1], shift, WIDTHS[LAYER + 1], BLOCKS[LAYER + 1])
+        above += load_row(bias_ptrs[LAYER + 1], shift, BLOCKS[LAYER + 1])
         grad = slope_at(
-            above, weights, bias_ptrs, head_ptr, shift, LAYER + 1, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS,
+            above, weights, bias_ptrs, head_ptr, shift, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
             PRECISION, FAST, INTERPRETED,
         )  # fmt: skip
         return slope * product(grad, transpose(weights[LAYER], PRECISION), PRECISION, INTERPRETED)
@@ -154,7 +153,7 @@ def slope_at(
 
 @triton.jit
 def energy_at(
-    z, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr,
+    z, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -162,13 +161,13 @@ def energy_at(
     a, _ = activation_and_slope(
         z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
     )  # fmt: skip
-    if LAYER == len(WIDTHS) - 1:
-        head = load_row(head_ptr, 0, WIDTHS[LAYER], BLOCKS[LAYER])
+    if LAYER == len(BLOCKS) - 1:
+        head = load_row(head_ptr, 0, BLOCKS[LAYER])
         return tl.sum(a * head, axis=1) + tl.load(head_bias_ptr)
     else:
         above = product(a, weights[LAYER], PRECISION, INTERPRETED)
-        above += load_row(bias_ptrs[LAYER + 1], 0, WIDTHS[LAYER + 1], BLOCKS[LAYER + 1])
+        above += load_row(bias_ptrs[LAYER + 1], 0, BLOCKS[LAYER + 1])
         return energy_at(
-            above, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER + 1, WIDTHS, BLOCKS, ACTIVATIONS, PARAMETERS,
+            above, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
             PRECISION, FAST, INTERPRETED,
         )  # fmt: skip

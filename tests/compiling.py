@@ -90,7 +90,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         launch = choose_launch(dim, widths, precision, capability)
         if isinstance(launch, str):
             return {**case, "refused": launch}
-        estimate = shared_bytes(launch, widths, precision)
+        estimate = shared_bytes(launch, widths, precision, capability)
         mlp = read_mlp(energy)
         kernel = compiled_by(fused.advance_mlp, mlp, **arguments, precision=precision, launch=launch)
     return {

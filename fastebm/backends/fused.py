@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..energies import Energy
 from ..kernels import langevin as kernels
@@ -38,15 +39,10 @@ def advance_mlp(
     energy = torch.empty(n_chains, dtype=torch.float32, device=device)
     first_bad = torch.empty(n_chains, dtype=torch.int32, device=device)
     arguments, flags = _rule_arguments(rule, n_chains, steps, device)
-    biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(mlp.weights, mlp.biases, strict=True)]
-    # At bf16 the kernel's silu takes z/2 (kernels/mlp.py). Halving a weight is exact.
-    halves = [0.5 if precision == "bf16" and act.name == "silu" else 1.0 for act in mlp.activations]
-    weights = [w * h if h != 1.0 else w for w, h in zip(mlp.weights, halves, strict=False)]
-    extra = []
-    kernel = kernels.langevin_resident
+    weights, biases, head, head_bias = _padded_layers(mlp, precision, launch)
+    kernel, extra = kernels.langevin_resident, []
     if launch.regime == "streaming":
-        kernel = kernels.langevin_streaming
-        extra = [weights[0].abs().amax()]
+        kernel, extra = kernels.langevin_streaming, [weights[0].abs().amax()]
     if n_chains > 0:
         kernel[((n_chains + launch.block_chains - 1) // launch.block_chains,)](
             x,
@@ -57,16 +53,15 @@ def advance_mlp(
             _seed_tensor(seed, device),
             *arguments,
             tuple(_operand(w, precision) for w in weights),
-            tuple((b * h if h != 1.0 else b).contiguous() for b, h in zip(biases, halves, strict=False)),
-            mlp.weights[-1].contiguous(),
-            biases[-1],
+            tuple(biases),
+            head,
+            head_bias,
             n_chains,
             steps,
             0,
             *extra,
             DIM=dim,
             BLOCK_DIM=launch.block_dim,
-            WIDTHS=mlp.widths,
             BLOCKS=tuple(block(w) for w in mlp.widths),
             ACTIVATIONS=tuple(a.name for a in mlp.activations),
             PARAMETERS=tuple(a.parameter for a in mlp.activations),
@@ -139,6 +134,26 @@ def _rule_arguments(
 def _seed_tensor(seed: int, device: torch.device) -> Tensor:
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     return torch.full((1,), signed, dtype=torch.int64, device=device)
+
+
+def _padded_layers(mlp: MLP, precision: str, launch: Launch) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Hidden weights (BLOCK_OUT, padded in) and biases (BLOCK_OUT,), the head (BLOCK,) and its bias (1,), zero-padded.
+
+    At bf16 the kernel's silu takes z/2 (kernels/mlp.py), so the layers that feed one are halved, which is exact.
+    """
+    weights, biases = [], []
+    padded_in = -(-mlp.dim // launch.block_dim) * launch.block_dim
+    for weight, bias, activation in zip(mlp.weights[:-1], mlp.biases[:-1], mlp.activations, strict=True):
+        scale = 0.5 if precision == "bf16" and activation.name == "silu" else 1.0
+        n_out, n_in = weight.shape
+        padded_out = block(n_out)
+        weights.append(pad(weight * scale if scale != 1.0 else weight, (0, padded_in - n_in, 0, padded_out - n_out)))
+        bias = weight.new_zeros(n_out) if bias is None else bias
+        biases.append(pad(bias * scale if scale != 1.0 else bias, (0, padded_out - n_out)).contiguous())
+        padded_in = padded_out
+    head, head_bias = mlp.weights[-1][0], mlp.biases[-1]
+    head = pad(head, (0, padded_in - len(head))).contiguous()
+    return weights, biases, head, head.new_zeros(1) if head_bias is None else head_bias
 
 
 def _operand(weight: Tensor, precision: str) -> tuple[Tensor, ...]:
