@@ -14,16 +14,13 @@ from .mlp import ACTIVATIONS, Activation
 
 __all__ = ["Energy", "MLPEnergy", "build", "build_energy_fn", "energy"]
 
-# What nn's own modules default to.
-_DEFAULT_PARAMETER = {"leaky_relu": 0.01, "softplus": 1.0}
-
 
 def _layers(sizes: Sequence[int], activation: str | Activation, dropout: float, spectral_norm: bool) -> list[nn.Module]:
     """Linear, activation(, dropout) for each hidden size, then one Linear output."""
-    if isinstance(activation, str):
-        activation = Activation(activation, _DEFAULT_PARAMETER.get(activation, 0.0))
-    if activation.name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation.name!r}")
+    name = activation if isinstance(activation, str) else activation.name
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    parameter = ACTIVATIONS[name].default if isinstance(activation, str) else activation.parameter
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"layer sizes must be ints >= 1, got {list(sizes)}")
@@ -36,7 +33,7 @@ def _layers(sizes: Sequence[int], activation: str | Activation, dropout: float, 
 
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
-        layers += [linear(n_in, n_out), ACTIVATIONS[activation.name].module(activation.parameter)]
+        layers += [linear(n_in, n_out), ACTIVATIONS[name].module(parameter)]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
     return [*layers, linear(sizes[-1], 1)]
@@ -50,7 +47,8 @@ class MLPEnergy(nn.Sequential):
     Args:
         input_size: dimensions of x.
         hidden_sizes: at least one width.
-        activation: "silu", "relu", "leaky_relu", "tanh", "softplus", or an ``Activation`` with its parameter.
+        activation: "silu", "relu", "leaky_relu", "elu", "softplus", "gelu", "gelu_tanh", "tanh", "sigmoid",
+            "identity", or an ``Activation`` with its parameter.
         dropout: probability in [0, 1); off while sampling.
         spectral_norm: normalise every Linear layer (Miyato et al. 2018, torch.nn.utils.parametrizations).
     """

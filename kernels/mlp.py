@@ -46,9 +46,27 @@ def activation_and_slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISI
         return tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0)
     elif NAME == "leaky_relu":
         return tl.where(z <= 0.0, PARAMETER * z, z), tl.where(z <= 0.0, PARAMETER, 1.0)
+    elif NAME == "elu":
+        e = PARAMETER * tl.exp(z)
+        return tl.where(z <= 0.0, e - PARAMETER, z), tl.where(z <= 0.0, e, 1.0)
+    elif NAME == "gelu":
+        # z Phi(z), and Phi(z) + z phi(z)
+        cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+        return z * cdf, cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    elif NAME == "gelu_tanh":
+        # z (1 + tanh u) / 2,  u = sqrt(2/pi) (z + 0.044715 z^3)
+        square = z * z
+        t = tanh(z * (0.7978845608028654 + 0.035677408136300125 * square), FAST, PRECISION)
+        du = 0.7978845608028654 + 0.10703222440890037 * square
+        return z * (0.5 + 0.5 * t), 0.5 + 0.5 * t + 0.5 * z * (1.0 - t * t) * du
     elif NAME == "tanh":
         t = tanh(z, FAST, PRECISION)
         return t, 1.0 - t * t
+    elif NAME == "sigmoid":
+        s = sigmoid(z, FAST)
+        return s, s * (1.0 - s)
+    elif NAME == "identity":
+        return z, tl.full(z.shape, 1.0, tl.float32)
     else:
         tl.static_assert(NAME == "softplus", "unknown activation")
         # softplus(t) = max(t, 0) + ln(1 + e^-|t|), over beta: no overflow on either side

@@ -11,12 +11,14 @@ import sys
 
 import pytest
 
+from fastebm.mlp import ACTIVATIONS
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux")
 
 COMPILING = pathlib.Path(__file__).with_name("compiling.py")
 
 ARCHITECTURES = {2: [128, 128], 64: [128, 128], 784: [256, 128]}
-ALL_ACTIVATIONS = ["silu", "relu", "leaky_relu", "tanh", "softplus"]
+ALL_ACTIVATIONS = sorted(ACTIVATIONS)
 ALL_OPTIONS = {"step_size": [[0.1]] * 64, "noise_scale": [1.0], "clamp": [-1.0, 1.0], "grad_clip": 0.5}
 
 
@@ -46,8 +48,8 @@ QUICK = [
     mlp(80, 64, "bf16x3"),
     mlp(80, 5, "tf32", [20, 3]),
     # every activation, at both kinds of arithmetic; a single layer; every option of the rule
-    mlp(90, 5, "bf16", [16] * 5, activations=ALL_ACTIVATIONS),
-    mlp(90, 5, "bf16x3", [16] * 5, activations=ALL_ACTIVATIONS),
+    mlp(90, 5, "bf16", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
+    mlp(90, 5, "bf16x3", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
     mlp(90, 3, "bf16", [20], rule=ALL_OPTIONS),
     mlp(90, 200, "bf16", [20], rule=ALL_OPTIONS),
     update(80, 3),
