@@ -69,9 +69,9 @@ def main() -> int:
     for file, marker, make in TABLES:
         path = ROOT / file
         old = path.read_text(encoding="utf-8")
-        pattern = re.compile(rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
         table = make().replace("\\", r"\\")
-        new, found = pattern.subn(rf"\1{table}\2", old)
+        new, found = pattern.subn(rf"\1{table}\n\2", old)
         if found != 1:
             raise SystemExit(f"{file} must hold the marks <!-- {marker} --> and <!-- /{marker} --> once, found {found}")
         if new != old:
