@@ -55,6 +55,15 @@ def load_key(seed_ptr):
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
+@triton.jit
+def load_counters(chain_ptr, step_ptr, chains, inside, t, zero):
+    """Global chain number and lifetime step of every chain at step t, read anew each time: + zero * t keeps the
+    compiler from carrying them, and what Philox makes of them, in some 50 registers across the loop."""
+    chain = tl.load(chain_ptr + chains + zero * t, mask=inside, other=0)
+    step = tl.load(step_ptr + chains + zero * t, mask=inside, other=0) + t
+    return chain, step.to(tl.uint32)
+
+
 @triton.jit(do_not_specialize=["n_chains", "steps", "zero"])
 def langevin_resident(
     x_ptr,  # (n_chains, DIM) float32, in and out
@@ -84,8 +93,6 @@ def langevin_resident(
     x_inside = inside[:, None] & (dims < DIM)[None, :]
 
     key0, key1 = load_key(seed_ptr)
-    chain = tl.load(chain_ptr + chains, mask=inside, other=0)
-    first_step = tl.load(step_ptr + chains, mask=inside, other=0).to(tl.uint32)
     w1 = load_weight(weight_ptrs[0], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED)
     weights = ()
     for layer in tl.static_range(len(BLOCKS) - 1):
@@ -104,9 +111,8 @@ def langevin_resident(
             INTERPRETED,
         )  # fmt: skip
         grad = product(slope, transpose(w1, PRECISION), PRECISION, INTERPRETED)
-        noise = normals(
-            key0, key1, chain, (first_step + t).to(tl.uint32), 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST
-        )  # fmt: skip
+        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
+        noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST)
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
         moved = move(x, grad, noise, a, b, grad_clip, CLIP)
@@ -121,7 +127,11 @@ def langevin_resident(
         z, weights, bias_ptrs, head_ptr, head_bias_ptr, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
         INTERPRETED,
     )  # fmt: skip
-    tl.store(x_ptrs, x, mask=x_inside)
+    # Pointers made anew, for the same reason.
+    chains += zero
+    inside = chains < n_chains
+    x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
+    tl.store(x_ptrs, x, mask=inside[:, None] & (dims < DIM)[None, :])
     tl.store(energy_ptr + chains, energy, mask=inside)
     tl.store(first_bad_ptr + chains, first_bad, mask=inside)
 
@@ -164,8 +174,6 @@ def langevin_streaming(
     chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
     inside = chains < n_chains
     noise_key = load_key(seed_ptr)
-    chain = tl.load(chain_ptr + chains, mask=inside, other=0)
-    first_step = tl.load(step_ptr + chains, mask=inside, other=0).to(tl.uint32)
     w1_max = tl.load(w1_max_ptr)
     weights = ()
     for layer in tl.static_range(len(BLOCKS) - 1):
@@ -195,9 +203,10 @@ def langevin_streaming(
             z, weights, bias_ptrs, head_ptr, zero * t, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
             INTERPRETED,
         )  # fmt: skip
-        step = (first_step + t).to(tl.uint32)
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+
+        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
 
         # Chunks are stored as they are made, so a chain must be known to stay finite before its first chunk
         # moves. |x'| <= |x| + a |slope|_1 max|W_1| + 7 b settles it for all but exploding chains; only for
