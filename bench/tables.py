@@ -59,8 +59,66 @@ def digits() -> str:
     )
 
 
+def resources() -> str:
+    rows = _read("resources.csv")
+    first = rows[0]
+    body = []
+    for row in rows:
+        if row["refused"]:
+            continue
+        rates = [f"{float(row[name]) / 1e9:.2f}" for name in ("issue_bound", "roofline")]
+        body.append(
+            [
+                f"{row['architecture']}, {row['machine']}",
+                row["case"],
+                row["precision"],
+                f"{row['regime']}, {row['block_chains']} x {row['block_dim']}, {row['warps']} warps",
+                row["registers"],
+                f"{int(row['shared_bytes']) // 1024} of {int(row['shared_limit']) // 1024}",
+                f"{row['spill_loads']} + {row['spill_stores']}",
+                f"{float(row['warp_instructions_per_chain_step']):.0f}",
+                *rates,
+                row["binds"],
+            ]
+        )
+    table = _table(
+        [
+            "GPU",
+            "energy",
+            "precision",
+            "tile (chains x dims)",
+            "registers",
+            "shared KiB",
+            "spills (loads + stores)",
+            "instructions a chain-step",
+            "issue bound",
+            "roofline",
+            "binds",
+        ],
+        body,
+    )
+    refused: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row["refused"]:
+            refused.setdefault(row["architecture"], {}).setdefault(row["case"], []).append(row["precision"])
+    lines = "\n".join(
+        f"- {architecture}: " + "; ".join(f"{case} at {', '.join(precisions)}" for case, precisions in cases.items())
+        for architecture, cases in refused.items()
+    )
+    return (
+        f"{table}\n\nRefused, because a block has too little shared memory (there PyTorch computes the gradient, and "
+        "one kernel does noise, update and clamp):"
+        f"\n\n{lines}\n\nCompiled by triton {first['triton']}, {first['date']}, commit {first['commit']} "
+        "(`bench/results/resources.csv`, which has more columns and the reason for each refusal). Rates are in "
+        "1e9 chain-steps/s, computed and not measured."
+    )
+
+
 # file, marker, and what stands between <!-- marker --> and <!-- /marker -->
-TABLES: list[tuple[str, str, Callable[[], str]]] = [("README.md", "digits", digits)]
+TABLES: list[tuple[str, str, Callable[[], str]]] = [
+    ("README.md", "digits", digits),
+    ("docs/performance.md", "resources", resources),
+]
 
 
 def main() -> int:

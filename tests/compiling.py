@@ -7,12 +7,15 @@ What is compiled is what a launch would compile: the backend's own entry points 
 driver that answers for a GPU of the asked capability, and a launch ends in the compiled kernel instead.
 
 A case: kernel ("mlp" or "update"), capability, dim, widths, activations (one a layer; default: silu), precision,
-and rule (keywords of ``Langevin``, lists standing for tensors). A result: the case, and what was compiled, or
-"refused", the words of ``choose_launch``.
+rule (keywords of ``Langevin``, lists standing for tensors), and cubin (a path to write the machine code to). All from
+activations on, but precision, may be left out. A result: the case, and what was compiled, or "refused", the words of
+``choose_launch``.
 """
 
+import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -82,7 +85,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         "chains": torch.arange(N_CHAINS),
         "first_steps": torch.zeros(N_CHAINS, dtype=torch.int64),
     }
-    estimate = None
+    estimate, launch = None, None
     if case["kernel"] == "update":
         kernel = compiled_by(fused.advance_module, Energy(energy, (dim,), torch.float32), **arguments)
     else:
@@ -93,9 +96,12 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         estimate = shared_bytes(launch, widths, precision, capability)
         mlp = read_mlp(energy)
         kernel = compiled_by(fused.advance_mlp, mlp, **arguments, precision=precision, launch=launch)
+    if "cubin" in case:
+        Path(case["cubin"]).write_bytes(kernel.asm["cubin"])
     return {
         **case,
         "refused": None,
+        "launch": None if launch is None else dataclasses.asdict(launch),
         "name": kernel.metadata.name,
         "target": kernel.metadata.target.arch,
         "cubin_bytes": len(kernel.asm["cubin"]),

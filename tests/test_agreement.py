@@ -298,12 +298,13 @@ def test_chains_explode_at_different_steps(device, regime, clamp):
 def halves(values, precision, *, in_kernel):
     """An operand as a precision multiplies it: a sum of terms, each exact in float32.
 
-    Weights are rounded on the host. States are rounded in the kernel: to nearest on a GPU, while the interpreter
-    drops the low bits for bf16 and keeps them all for tf32. Tensor cores drop the low bits of tf32 operands.
+    Weights are rounded on the host. In the kernel, bf16x3 cuts the high half off and rounds the rest, and tensor
+    cores drop the low bits of tf32; the interpreter cuts wherever a GPU rounds to bf16, and keeps all of tf32.
     """
     if precision == "tf32":
         return (values if interpreted() else truncated(values, 13),)
-    rounded = truncated(values, 16) if in_kernel and interpreted() else values.bfloat16().float()
+    cut = in_kernel and (interpreted() or precision == "bf16x3")
+    rounded = truncated(values, 16) if cut else values.bfloat16().float()
     if precision == "bf16":
         return (rounded,)
     rest = values - rounded

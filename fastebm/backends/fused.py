@@ -43,7 +43,10 @@ def advance_mlp(
     kernel, extra = kernels.langevin_resident, []
     if launch.regime == "streaming":
         kernel, extra = kernels.langevin_streaming, [weights[0].abs().amax()]
-    if n_chains > 0:
+    if n_chains == 0:
+        return Advanced(x, energy, first_bad)
+    # triton launches on the current device, which may be another than x's
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[((n_chains + launch.block_chains - 1) // launch.block_chains,)](
             x,
             energy,
@@ -90,12 +93,13 @@ def advance_module(
     block_dim = max(4, min(1024, 1 << (dim - 1).bit_length()))
     block_chains = max(1, 1024 // block_dim)
     new = torch.empty_like(x)
-    if n_chains > 0:
-        for t in range(steps):
+    for t in range(steps if n_chains > 0 else 0):
+        grad = energy.gradient(x).contiguous()
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             langevin_update[((n_chains + block_chains - 1) // block_chains,)](
                 new,
                 x,
-                energy.gradient(x).contiguous(),
+                grad,
                 first_bad,
                 chains,
                 first_steps,
@@ -111,7 +115,7 @@ def advance_module(
                 num_warps=4,
                 **_OPTIONS,
             )
-            x, new = new, x
+        x, new = new, x
     return Advanced(x, energy(x), first_bad)
 
 

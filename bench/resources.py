@@ -1,0 +1,475 @@
+"""What every shipped launch configuration takes of a GPU, found by compiling it: no GPU is needed, none is timed.
+
+python bench/resources.py            compile everything, write bench/results/resources.csv
+python bench/resources.py --check    compile everything, compare with the committed file, exit 1 on a difference
+
+Counts are read from the machine code (SASS). Rates are computed from them and from data sheets, not measured:
+ceilings that a kernel that never waits would reach.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from cases import ENERGIES
+from fastebm.kernels.launch import SHARED_MEMORY, block
+from rows import RESULTS, write
+
+COMMITTED = RESULTS / "resources.csv"
+COMPILING = Path(__file__).parent.parent / "tests" / "compiling.py"
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    sms: int
+    clock: float  # Hz, boost
+    bf16: float  # dense tensor-core FLOP/s with float32 sums
+    tf32: float
+
+
+# NVIDIA: A100 data sheet; GA102 whitepaper; Ada whitepaper; H100 data sheet (the H200's SMs are the same); HGX
+# B200 data sheet; RTX Blackwell whitepaper. Where a sheet gives no clock for the tensor peak (H100, B200), the
+# clock is the one that the peak implies: peak / (SMs * FLOPs an SM and clock).
+MACHINES = {
+    80: Machine("A100 SXM", 108, 1.41e9, 312e12, 156e12),
+    86: Machine("RTX 3090", 82, 1.695e9, 71e12, 35.6e12),
+    89: Machine("RTX 4090", 128, 2.52e9, 165.2e12, 82.6e12),
+    90: Machine("H100 SXM", 132, 1.83e9, 989.4e12, 494.7e12),
+    100: Machine("B200", 148, 1.85e9, 2250e12, 1125e12),
+    120: Machine("RTX 5090", 170, 2.407e9, 209.5e12, 104.8e12),
+}
+# CUDA C++ Programming Guide: four schedulers an SM, each one warp instruction a clock; 16 lanes of special functions
+# ("Throughput of Native Arithmetic Instructions"); 65,536 registers.
+SCHEDULERS, MUFU_LANES, REGISTERS = 4, 16, 65536
+# Bytes from L2 an SM and clock: 5,120 over 108 SMs in the A100 whitepaper. Other sheets give none, so it stands
+# for all of them; it is the least certain number here.
+L2_BYTES = 5120 / 108
+
+PRECISIONS = ("bf16", "bf16x3", "tf32")  # ieee is for tests
+RULE = {"clamp": [-1.0, 1.0]}  # numbers for step size and noise, as most recipes have it
+
+# Configurations of sm_80 and sm_90 that do spill in the step loop, each with its reason. A configuration that is
+# not named here must not; one that is must (tests/test_resources.py), so that the list only shrinks by deed.
+_HOISTED = (
+    "mma operands of the forward products do not depend on the step, so the compiler loads them into registers before "
+    "the loop, more than there are, and keeps them in local memory"
+)
+_CROWDED = (
+    "what a tile of 64 chains keeps at a time (state, slopes, both halves of an operand, accumulators) is more "
+    "than the 255 registers a thread of 4 warps"
+)
+KNOWN_SPILLS: dict[tuple[str, str, str], str] = {
+    ("sm_80", "2-[128,128]", "bf16"): _HOISTED,
+    ("sm_80", "2-[128,128]", "bf16x3"): _HOISTED,
+    ("sm_80", "2-[128,128]", "tf32"): _HOISTED,
+    ("sm_80", "64-[128,128]", "bf16"): _HOISTED,
+    ("sm_80", "64-[128,128]", "bf16x3"): _HOISTED,
+    ("sm_80", "64-[128,128]", "tf32"): _HOISTED,
+    ("sm_80", "784-[256,128]", "bf16"): _CROWDED,
+    ("sm_90", "2-[128,128]", "bf16x3"): _CROWDED,
+    ("sm_90", "2-[128,128]", "tf32"): _CROWDED,
+    ("sm_90", "64-[128,128]", "bf16x3"): _CROWDED,
+    ("sm_90", "64-[128,128]", "tf32"): _CROWDED,
+    ("sm_90", "784-[256,128]", "bf16"): _CROWDED,
+    ("sm_90", "784-[256,128]", "bf16x3"): _CROWDED,
+}
+NO_SPILLS = ("sm_80", "sm_90")
+
+MORE_INSTRUCTIONS = 1.03  # over the committed row: what a compiler's scheduling may shift without a cause
+
+Row = dict[str, Any]
+
+
+def all_cases() -> list[Row]:
+    return [
+        {"kernel": "mlp", "capability": capability, "dim": dim, "widths": list(widths), "precision": p, "rule": RULE}
+        for capability in MACHINES
+        for dim, widths in ENERGIES
+        for p in PRECISIONS
+    ]
+
+
+def key(row: Row) -> tuple[str, str, str]:
+    """Architecture, case and precision of a row of the table, or of a case to compile."""
+    if "capability" in row:
+        return f"sm_{row['capability']}", f"{row['dim']}-{row['widths']}".replace(" ", ""), row["precision"]
+    return row["architecture"], row["case"], row["precision"]
+
+
+# --- the machine code ----------------------------------------------------------------------------------------------
+
+
+def parse(sass: str) -> list[tuple[int, str]]:
+    """(address, instruction) of each instruction in the output of ``cuobjdump -sass``."""
+    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(\S.*?)\s*;", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in found]
+    if not code or any(a >= b for (a, _), (b, _) in pairwise(code)):
+        raise ValueError("expected the instructions of one function, in the order of their addresses")
+    return code
+
+
+def opcode(text: str) -> str:
+    """HMMA.16816.F32.BF16 of "@!P0 HMMA.16816.F32.BF16 R4, ..."."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def flow(code: list[tuple[int, str]]) -> list[list[int]]:
+    """Where each instruction leads, by index. A branch for a diverged warp (BRA.DIV) is never taken here.
+
+    A call in code that never returns is a branch: ptxas writes some jumps so. Any other leads on to what follows it.
+    """
+    index = {address: i for i, (address, _) in enumerate(code)}
+    returns = any(opcode(text).startswith("RET") for _, text in code)
+    leads = []
+    for i, (_, text) in enumerate(code):
+        name = opcode(text)
+        base = name.split(".")[0]
+        if base in ("BRX", "JMP", "JMX"):
+            raise ValueError(f"can't follow {text!r}")
+        successors = [i + 1] if i + 1 < len(code) else []
+        jumps = base == "BRA" or (base == "CALL" and not returns)
+        # no @P before, and none within
+        if re.match(r"EXIT|RET", text) or (jumps and re.match(r"(BRA|CALL)[.A-Z]*\s+`?\(?0x", text)):
+            successors = []
+        if jumps and not name.startswith("BRA.DIV"):
+            successors.append(index[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)])
+        leads.append(successors)
+    return leads
+
+
+def find_loops(leads: list[list[int]]) -> dict[int, set[int]]:
+    """Natural loops: {header: its instructions}, found by the branches back to an instruction on the way to them."""
+    back: list[tuple[int, int]] = []
+    state = [0] * len(leads)  # 0 new, 1 on the way, 2 done
+    stack = [(0, iter(leads[0]))]
+    state[0] = 1
+    while stack:
+        i, rest = stack[-1]
+        for j in rest:
+            if state[j] == 1:
+                back.append((i, j))
+            elif state[j] == 0:
+                state[j] = 1
+                stack.append((j, iter(leads[j])))
+                break
+        else:
+            state[i] = 2
+            stack.pop()
+    comes_from: list[list[int]] = [[] for _ in leads]
+    for i, successors in enumerate(leads):
+        for j in successors:
+            if state[i]:  # code that nothing leads to belongs to no loop
+                comes_from[j].append(i)
+    loops: dict[int, set[int]] = {}
+    for latch, header in back:
+        body = loops.setdefault(header, {header})
+        todo = [latch]
+        while todo:
+            i = todo.pop()
+            if i not in body:
+                body.add(i)
+                todo += comes_from[i]
+    return loops
+
+
+def is_tensor(name: str) -> bool:
+    return re.match(r"[A-Z]*MMA", name) is not None
+
+
+def executed(code: list[tuple[int, str]], chunks: int) -> Counter[str]:
+    """Instructions that one warp executes in one step, by opcode.
+
+    The step loop is the largest loop that lies in no other. Among its inner loops, one with tensor-core products
+    and stores of the state is the loop over chunks, passed ``chunks`` times; one with products but no store is
+    the rehearsal, which a run in normal operation jumps over; others (waits) count once. Of the ways that are
+    left from the loop's head back to it, the longest counts (on sm_100 one warp issues the products of all, and
+    counting them for each is a little too much).
+    """
+    leads = flow(code)
+    names = [opcode(text) for _, text in code]
+    loops = find_loops(leads)
+    top = {h: body for h, body in loops.items() if not any(body < other for other in loops.values())}
+    if not top:
+        raise ValueError("no loop found")
+
+    def one_pass(header: int) -> Counter[str]:
+        inside = {h: body for h, body in loops.items() if body < loops[header]}
+        inner = {h: body for h, body in inside.items() if not any(body < other for other in inside.values())}
+        counts: dict[int, Counter[str]] = {}
+        ways: dict[int, list[int]] = {}
+        members = set(loops[header])
+        for h, body in inner.items():
+            tensor = any(is_tensor(names[i]) for i in body)
+            stores = any(names[i].startswith("STG") for i in body)
+            members -= body - {h}
+            if tensor and not stores:
+                members.discard(h)
+                continue
+            trips = chunks if tensor else 1
+            counts[h] = Counter({name: n * trips for name, n in one_pass(h).items()})
+            ways[h] = [j for i in body for j in leads[i] if j not in body]
+        for i in members:
+            counts.setdefault(i, Counter([names[i]]))
+            ways.setdefault(i, leads[i])
+
+        # The longest way from each instruction back to the header; what is inside has no circle any more.
+        longest: dict[int, tuple[int, int | None] | None] = {}
+        stack = [header]
+        while stack:
+            i = stack[-1]
+            onward = [j for j in ways[i] if j in members and j != header]
+            new = [j for j in onward if j not in longest]
+            if new:
+                stack += new
+                continue
+            stack.pop()
+            best = (0, None) if header in ways[i] else None
+            for j in onward:
+                then = longest[j]
+                if then is not None and (best is None or then[0] > best[0]):
+                    best = (then[0], j)
+            longest[i] = None if best is None else (best[0] + counts[i].total(), best[1])
+        total: Counter[str] = Counter()
+        i: int | None = header
+        while i is not None:
+            if longest[i] is None:
+                raise ValueError("no way through the loop but the rehearsal")
+            total += counts[i]
+            i = longest[i][1]
+        return total
+
+    total = one_pass(max(top, key=lambda h: len(top[h])))
+    if any(name.startswith("CALL") for name in total) and any(name.startswith("RET") for name in names):
+        raise ValueError("a function is called in the step loop, and its instructions are not counted")
+    return total
+
+
+def tensor_flops(names: Counter[str]) -> float | None:
+    """FLOPs of one warp's tensor-core instructions, from the shapes in their names; None where names give none."""
+    total = 0.0
+    for name, count in names.items():
+        if not is_tensor(name):
+            continue
+        if group := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", name):  # four warps issue one together
+            m, n, k = (int(size) for size in group.groups())
+            total += 2 * m * n * k / 4 * count
+        elif shape := re.match(r"HMMA\.(16)(8)(4|8|16)\.", name):
+            m, n, k = (int(size) for size in shape.groups())
+            total += 2 * m * n * k * count
+        else:
+            return None
+    return total
+
+
+def flops_of(sizes: Sequence[int], precision: str) -> float:
+    """FLOPs a chain-step: each product forward and backward, a multiplication and an addition; thrice at bf16x3."""
+    return 4 * sum(n_in * n_out for n_in, n_out in pairwise(sizes)) * (3 if precision == "bf16x3" else 1)
+
+
+# --- a row of the table --------------------------------------------------------------------------------------------
+
+
+def row_of(compiled: Row, sass: str, usage: str) -> Row:
+    """The row of a compiled case, given what cuobjdump says of it."""
+    launch, machine = compiled["launch"], MACHINES[compiled["capability"]]
+    chains, warps, precision = launch["block_chains"], launch["num_warps"], compiled["precision"]
+    chunks = -(-compiled["dim"] // launch["block_dim"])
+    names = executed(parse(sass), chunks)
+    bases = Counter[str]()
+    for name, count in names.items():
+        bases[name.split(".")[0]] += count
+
+    # What is counted must be the step that the kernel was written to make: all of it, and nothing twice.
+    sizes = [chunks * launch["block_dim"], *(block(w) for w in compiled["widths"])]
+    flops = flops_of(sizes, precision)
+    counted = tensor_flops(names)
+    if counted is not None:
+        counted *= warps / chains
+        # the compiler drops products whose columns are all padding
+        if not flops_of([compiled["dim"], *compiled["widths"]], precision) <= counted <= flops:
+            raise ValueError(f"{key(compiled)}: {counted} FLOPs a chain-step in the loop found, not {flops}")
+        flops = counted
+
+    registers = int(re.findall(r"\bREG:(\d+)", usage)[0])
+    shared, limit = compiled["shared"], compiled["limit"]
+    per_chain = sum(names.values()) * warps / chains
+    mufu = bases["MUFU"] * warps * 32 / chains
+    ticks = machine.sms * machine.clock
+    rates = {
+        "issue": ticks * SCHEDULERS / per_chain,
+        "tensor": (machine.tf32 if precision == "tf32" else machine.bf16) / flops,
+        "mufu": ticks * MUFU_LANES / mufu,
+    }
+    if launch["regime"] == "streaming":
+        weight_bytes = {"bf16": 2}.get(precision, 4)
+        traffic = sizes[0] * sizes[1] * weight_bytes / chains + 8 * compiled["dim"]  # W_1 for a tile, x in and out
+        rates["l2"] = ticks * L2_BYTES / traffic
+    binds = min(rates, key=lambda name: rates[name])
+    return {
+        **empty_row(compiled),
+        "regime": launch["regime"],
+        "block_chains": chains,
+        "block_dim": launch["block_dim"],
+        "warps": warps,
+        "stages": launch["num_stages"],
+        "registers": registers,
+        "shared_bytes": shared,
+        # by registers (given out by 8 a thread) and shared memory (1 KiB a block is the system's)
+        "blocks_per_sm": min(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), (limit + 1024) // (shared + 1024)),
+        "loop_instructions": sum(names.values()),
+        "tensor_instructions": sum(n for name, n in names.items() if is_tensor(name)),
+        "mufu_instructions": bases["MUFU"],
+        "spill_loads": bases["LDL"],
+        "spill_stores": bases["STL"],
+        "warp_instructions_per_chain_step": f"{per_chain:.2f}",
+        **{f"{name}_bound": f"{rates[name]:.3g}" if name in rates else "" for name in BOUNDS},
+        "roofline": f"{rates[binds]:.3g}",
+        "binds": binds,
+    }
+
+
+BOUNDS = ("issue", "tensor", "mufu", "l2")  # chain-steps/s
+COUNTED = (
+    "regime",
+    "block_chains",
+    "block_dim",
+    "warps",
+    "stages",
+    "registers",
+    "shared_bytes",
+    "blocks_per_sm",
+    "loop_instructions",
+    "tensor_instructions",
+    "mufu_instructions",
+    "spill_loads",
+    "spill_stores",
+    "warp_instructions_per_chain_step",
+    *(f"{name}_bound" for name in BOUNDS),
+    "roofline",
+    "binds",
+)
+
+
+def empty_row(compiled: Row) -> Row:
+    architecture, case, precision = key(compiled)
+    return {
+        "architecture": architecture,
+        "machine": MACHINES[compiled["capability"]].name,
+        "case": case,
+        "precision": precision,
+        "refused": compiled["refused"] or "",
+        "shared_limit": SHARED_MEMORY[compiled["capability"]],
+        **dict.fromkeys(COUNTED, ""),
+    }
+
+
+def cuobjdump(option: str, cubin: Path) -> str:
+    import triton  # only its path is wanted: no kernel is decorated in this process
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def compile_rows(cases: Sequence[Row]) -> list[Row]:
+    """Rows of cases, compiled in a process of its own: TRITON_INTERPRET is read when a kernel is decorated."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = [Path(folder) / f"{i}.cubin" for i in range(len(cases))]
+        asked = [{**case, "cubin": str(cubin)} for case, cubin in zip(cases, cubins, strict=True)]
+        done = subprocess.run(
+            [sys.executable, COMPILING], input=json.dumps(asked), capture_output=True, text=True, env=environment
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"compilation failed:\n{done.stderr[-4000:]}")
+        return [
+            row_of(compiled, cuobjdump("-sass", cubin), cuobjdump("-res-usage", cubin))
+            if compiled["refused"] is None
+            else empty_row(compiled)
+            for compiled, cubin in zip(json.loads(done.stdout), cubins, strict=True)
+        ]
+
+
+# --- the check -----------------------------------------------------------------------------------------------------
+
+
+def read_committed() -> dict[tuple[str, str, str], Row]:
+    with COMMITTED.open(newline="") as file:
+        return {key(row): row for row in csv.DictReader(file)}
+
+
+def over_limit(row: Row) -> str | None:
+    if row["refused"] or int(row["shared_bytes"]) <= int(row["shared_limit"]):
+        return None
+    return f"{row['shared_bytes']} bytes of shared memory, over the limit of {row['shared_limit']}"
+
+
+def spills(row: Row) -> str | None:
+    if row["refused"] or row["architecture"] not in NO_SPILLS:
+        return None
+    if int(row["spill_loads"]) + int(row["spill_stores"]) == 0:
+        return None
+    return f"spills in the step loop: {row['spill_loads']} loads, {row['spill_stores']} stores"
+
+
+def worse(row: Row, committed: Row | None) -> str | None:
+    """In what a fresh row falls behind the committed one of the same triton."""
+    if committed is None:
+        return "no committed row"
+    if row["refused"] or committed["refused"]:
+        return None if row["refused"] == committed["refused"] else f"refused: {row['refused']!r} and now not, or so"
+    new, old = (float(r["warp_instructions_per_chain_step"]) for r in (row, committed))
+    return f"{new} instructions a chain-step, {old} committed" if new > old * MORE_INSTRUCTIONS else None
+
+
+def committed_triton() -> str:
+    return next(iter(read_committed().values()))["triton"]
+
+
+def problems(rows: Iterable[Row]) -> list[str]:
+    committed = read_committed()
+    same = importlib.metadata.version("triton") == committed_triton()
+    found = []
+    for row in rows:
+        spilt, known = spills(row), key(row) in KNOWN_SPILLS
+        said = [
+            over_limit(row),
+            spilt if same and not known else None,
+            "spills no more: take it off KNOWN_SPILLS" if same and known and not spilt else None,
+            worse(row, committed.get(key(row))) if same else None,
+        ]
+        found += [" ".join(key(row)) + ": " + text for text in said if text]
+    return found
+
+
+def main() -> int:
+    # one process an architecture, as many at a time as there are cores
+    groups = [list(group) for _, group in groupby(all_cases(), lambda case: case["capability"])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for group in pool.map(compile_rows, groups) for row in group]
+    if "--check" in sys.argv[1:]:
+        found = problems(rows)
+        if importlib.metadata.version("triton") != committed_triton():
+            print(f"only shared memory is compared: the committed rows are of triton {committed_triton()}")
+        print(*found, sep="\n", end="\n" if found else "")
+        return 1 if found else 0
+    write(COMMITTED, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

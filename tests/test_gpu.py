@@ -1,0 +1,278 @@
+"""What only a GPU can show: sizes, memory, streams, and every shipped precision at the shipped launches.
+
+The rest of the suite runs on a GPU too, where there is one; this file runs nowhere else.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_agreement import ULP, largest, make_energy, plain_energy_and_gradient
+from torch import nn
+
+from fastebm import Langevin, langevin_sample, why_not_fused
+from fastebm.backends import fused, reference
+from fastebm.energies import Energy
+from fastebm.mlp import read_mlp
+from fastebm.noise import Stream, normal, philox4x32
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SEED = 0x9E3779B97F4A7C15
+ARCHITECTURES = [(2, [128, 128]), (64, [128, 128]), (784, [256, 128])]
+# The special-function unit is 2^-22 off in log2, and the radius is the root of that: worst where it is near 0.
+NOISE_ERROR = 1e-3
+
+
+def need_memory(gigabytes):
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.0f} are free")
+
+
+def fits(energy, precision):
+    """Skips where this GPU's shared memory has no room: the one reason that the kernel may give here."""
+    why_not = why_not_fused(energy, precision=precision)
+    if why_not is not None:
+        assert "shared memory" in why_not
+        pytest.skip(why_not)
+
+
+def start(n_chains, dim):
+    return torch.randn(n_chains, dim, generator=torch.Generator().manual_seed(1)).cuda()
+
+
+# -- which path runs, and is it right ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+def test_auto_is_the_fused_kernel(dim, widths):
+    energy = make_energy(dim, widths).cuda()
+    fits(energy, "bf16x3")
+    x, info = langevin_sample(energy, batch_size=100, steps=2, step_size=0.1, seed=0, return_info=True)
+    assert x.is_cuda
+    assert x.shape == (100, dim)
+    assert (info.backend, info.why_not_fused, info.precision) == ("triton", None, "bf16x3")
+    assert info.path == ("resident" if dim <= 2 else "streaming") or dim == 64  # 64 by the GPU's shared memory
+
+
+def test_auto_for_another_module_is_the_fused_update():
+    energy = nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU(), nn.Flatten(), nn.Linear(2 * 4, 1)).cuda()
+    x, info = langevin_sample(energy, (1, 4, 4), batch_size=10, steps=2, step_size=0.1, seed=0, return_info=True)
+    assert x.shape == (10, 1, 4, 4)
+    assert (info.backend, info.path) == ("triton", "autograd")
+    assert "Conv2d" in info.why_not_fused
+
+
+# "ieee" products of these widths take minutes to compile: a small energy speaks for them.
+@pytest.mark.parametrize(
+    ("dim", "widths", "precision"),
+    [*((*a, precision) for a in ARCHITECTURES for precision in ("bf16x3", "tf32", "bf16")), (5, [16, 16], "ieee")],
+)
+def test_every_precision_against_float64(dim, widths, precision):
+    """One step of gradient descent: at most twice the error of plain PyTorch with operands rounded alike."""
+    energy = make_energy(dim, widths).cuda()
+    fits(energy, precision)
+    x = start(300, dim)
+    options = {"seed": SEED, "backend": "triton", "precision": precision}
+    exact = x.double() - Energy(energy, (dim,), torch.float64).gradient(x.double())
+    if precision == "ieee":
+        gradient = Energy(energy, (dim,), torch.float32).gradient(x)
+    else:
+        _, gradient = plain_energy_and_gradient(read_mlp(energy), x, precision)
+    allowed = 2 * largest(x - gradient - exact) + 2 * ULP * (largest(x) + largest(exact - x))
+    moved, info = langevin_sample(
+        energy, init=x, steps=1, step_size=2.0, noise_scale=0.0, return_info=True, **options
+    )  # fmt: skip
+    assert info.precision == precision
+    assert info.path in ("resident", "streaming")
+    assert largest(moved - exact) <= allowed
+
+    # a few noisy steps, small ones, so that what differs at first does not grow
+    rule, steps = Langevin(0.1, 1.0, clamp=(-2.0, 2.0)), 3
+    counters = {
+        "seed": SEED,
+        "chains": torch.arange(300, device="cuda"),
+        "first_steps": torch.full((300,), 7, device="cuda"),
+    }
+    truth = reference.advance(Energy(energy, (dim,), torch.float64), x.double(), rule, steps, **counters)
+    moved = langevin_sample(
+        energy, init=x, steps=steps, step_size=0.1, noise_scale=1.0, clamp=(-2.0, 2.0), first_step=7, **options
+    )
+    b = 0.1**0.5
+    assert largest(moved - truth.x) <= steps * (2 * allowed + b * NOISE_ERROR)
+
+
+# -- noise --------------------------------------------------------------------------------------------------
+
+
+def test_words_are_the_same_on_both_devices():
+    generator = torch.Generator().manual_seed(0)
+    counter = tuple(torch.randint(2**32, (4, 10_000), generator=generator))
+    on_cpu = philox4x32(counter, (123, 2**32 - 1))
+    on_cuda = philox4x32(tuple(c.cuda() for c in counter), (123, 2**32 - 1))
+    for a, b in zip(on_cpu, on_cuda, strict=True):
+        assert torch.equal(a, b.cpu())
+
+
+def test_normals_in_pytorch_agree_on_both_devices():
+    chains = torch.arange(10_000) + 2**33
+    a = normal(SEED, Stream.LANGEVIN, chains, 5, 63)
+    b = normal(SEED, Stream.LANGEVIN, chains.cuda(), 5, 63)
+    # r <= 6.77 times an angle below 2 pi, whose last place is 4.8e-7
+    torch.testing.assert_close(b.cpu(), a, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize(("dim", "widths"), [*ARCHITECTURES, (3, [16]), (63, [16])])
+def test_noise_of_the_kernel_is_the_documented_noise(dim, widths):
+    """A flat energy and a start at 0 leave the noise alone: x' = xi."""
+    energy = make_energy(dim, widths).cuda()
+    with torch.no_grad():
+        for p in energy.parameters():
+            p.zero_()
+    zero = torch.zeros(4096, dim, device="cuda")
+    xi = langevin_sample(
+        energy, init=zero, steps=1, step_size=1.0, noise_scale=1.0, seed=SEED, first_chain=2**33, first_step=11,
+        backend="triton",
+    )  # fmt: skip
+    expected = normal(SEED, Stream.LANGEVIN, torch.arange(4096) + 2**33, 11, dim, dtype=torch.float64)
+    error = xi.cpu() - expected
+    assert largest(error) <= NOISE_ERROR
+    assert float((error**2).mean()) ** 0.5 <= 4e-6
+
+
+# -- size and memory ----------------------------------------------------------------------------------------
+
+
+def test_past_2_to_the_31_elements():
+    """4 M chains of 784 dims: rows at both ends, and about the 2^31st element, are those of small runs."""
+    need_memory(50)
+    n_chains, dim, k = 4 * 2**20, 784, 70
+    assert n_chains * dim > 2**31
+    energy = make_energy(dim, [256, 128]).cuda()
+    init = torch.rand(n_chains, dim, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    options = {"steps": 2, "step_size": 0.1, "noise_scale": 1.0, "seed": SEED, "backend": "triton", "return_info": True}
+    samples, info = langevin_sample(energy, init=init, **options)
+    assert info.path == "streaming"
+    for first in (0, 2**31 // dim - k // 2, n_chains - k):
+        few, few_info = langevin_sample(energy, init=init[first : first + k], first_chain=first, **options)
+        assert torch.equal(samples[first : first + k], few)
+        assert torch.equal(info.energies[first : first + k], few_info.energies)
+        assert not torch.equal(few, init[first : first + k])
+
+
+class Halves:
+    """E = |x|^2 / 2 as the backend sees an energy, without the copies that autograd would make."""
+
+    def gradient(self, x):
+        return x
+
+    def __call__(self, x):
+        return x[:, 0]
+
+
+def test_the_fused_update_past_2_to_the_31_elements():
+    need_memory(24)
+    dim, k = 784, 70
+    n_chains = 2**31 // dim + 100
+    init = torch.rand(n_chains, dim, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    rule, chains = Langevin(0.1, 1.0), torch.arange(n_chains, device="cuda")
+    ages = torch.zeros_like(chains)
+    rows = [slice(first, first + k) for first in (0, n_chains - 100 - k // 2, n_chains - k)]
+    few = [
+        fused.advance_module(Halves(), init[r].clone(), rule, 3, seed=SEED, chains=chains[r], first_steps=ages[r]).x
+        for r in rows
+    ]
+    moved = fused.advance_module(Halves(), init, rule, 3, seed=SEED, chains=chains, first_steps=ages).x
+    for r, expected in zip(rows, few, strict=True):
+        assert torch.equal(moved[r], expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16"])
+@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+def test_bits_do_not_depend_on_the_batch(dim, widths, precision):
+    """At the launches that ship, over many tiles; sizes about the edges of one."""
+    energy = make_energy(dim, widths).cuda()
+    fits(energy, precision)
+    x = start(20_000, dim)
+    options = {"steps": 5, "step_size": 0.1, "noise_scale": 1.0, "seed": SEED, "precision": precision}
+    whole = langevin_sample(energy, init=x, **options)
+    assert torch.equal(langevin_sample(energy, init=x, **options), whole)
+    for first, n in ((0, 1), (0, 63), (1, 64), (5, 65), (77, 10_001)):
+        part = langevin_sample(energy, init=x[first : first + n], first_chain=first, **options)
+        assert torch.equal(part, whole[first : first + n])
+
+
+def test_memory_stays_flat_over_1000_calls():
+    energy = make_energy(64, [128, 128]).cuda()
+    starts = [start(n, 64) for n in (1, 63, 4096)]
+
+    def call(i):
+        langevin_sample(energy, init=starts[i % 3], steps=1 + i % 7, step_size=0.1, noise_scale=1.0, seed=i)
+
+    def memory():
+        torch.cuda.synchronize()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return (
+            torch.cuda.memory_allocated(),
+            torch.cuda.max_memory_allocated(),
+            torch.cuda.memory_reserved(),
+            pages * os.sysconf("SC_PAGE_SIZE"),
+        )
+
+    for i in range(63):
+        call(i)
+    *before, resident_before = memory()
+    for i in range(1000):
+        call(i)
+    *after, resident_after = memory()
+    assert after == before
+    assert resident_after - resident_before < 2**26  # the host's allocator may round; a leak of 64 KiB a call may not
+
+
+# -- streams and devices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["mlp", "module"])
+def test_a_side_stream(other):
+    """Sampling runs on the caller's stream: behind what makes its start, and before what reads its result."""
+    dim = 64
+    energy = make_energy(dim, [128, 128]).cuda()
+    if other:  # a module that is no plain MLP: the fused update
+        energy = nn.Sequential(nn.LayerNorm(dim, device="cuda"), *energy).eval()
+        assert why_not_fused(energy) is not None
+    x = start(4096, dim)
+    options = {"steps": 20, "step_size": 0.1, "noise_scale": 1.0, "seed": SEED, "on_nonfinite": "ignore"}
+    expected = langevin_sample(energy, init=x, **options)
+    big = torch.randn(4096, 4096, device="cuda") / 64
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = torch.full_like(x, 100.0)
+        for _ in range(50):  # some tens of milliseconds of work, in front of the start
+            big = (big @ big).clamp(-1, 1)
+        late.copy_(x)
+        moved = langevin_sample(energy, init=late, **options).clone()
+    side.synchronize()
+    if other:  # cuBLAS promises the same bits on one stream only
+        torch.testing.assert_close(moved, expected, rtol=0, atol=0.05)
+    else:
+        assert torch.equal(moved, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("other", [False, True], ids=["mlp", "module"])
+def test_a_device_that_is_not_the_current_one(other):
+    energy = make_energy(64, [128, 128])
+    if other:
+        energy = nn.Sequential(nn.LayerNorm(64), *energy).eval()
+    x = start(100, 64)
+    options = {"steps": 3, "step_size": 0.1, "noise_scale": 1.0, "seed": SEED}
+    expected = langevin_sample(energy.to("cuda:0"), init=x.to("cuda:0"), **options)
+    moved = langevin_sample(energy.to("cuda:1"), init=x.to("cuda:1"), **options)
+    assert moved.device == torch.device("cuda:1")
+    torch.testing.assert_close(moved.cpu(), expected.cpu(), rtol=0, atol=1e-3)
