@@ -194,7 +194,10 @@ class Part:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.index += 1
-        self.progress.write_text(f"{self.index} {nodeid}")
+        # in one go: run_all reads it at any moment, and must never find half of it
+        written = self.progress.with_suffix(".new")
+        written.write_text(f"{self.index} {nodeid}")
+        written.replace(self.progress)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:  # at once: pytest itself tells at the end, which a lost process does not reach
@@ -241,7 +244,7 @@ def run_all(files: list[str], shards: int, until: float, log: Path) -> int:
             time.sleep(0.2)
             for k, process in list(running.items()):
                 at = work / f"{k}.at"
-                index, test = at.read_text().split(" ", 1) if at.exists() and at.read_text() else ("-1", "no test yet")
+                index, test = at.read_text().split(" ", 1) if at.exists() else ("-1", "no test yet")
                 if process.poll() is None:
                     if time.time() > until:
                         process.kill()
