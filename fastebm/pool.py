@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .langevin import Langevin
 from .noise import Stream, draw_seed, words
-from .sampling import SampleInfo, advance_chains, uniform_states
+from .sampling import SampleInfo, advance_chains, state_shape, uniform_states
 
 __all__ = ["ChainPool", "draw_distinct"]
 
@@ -54,9 +54,7 @@ class ChainPool:
     ) -> None:
         if isinstance(n_chains, bool) or not isinstance(n_chains, int) or not 1 <= n_chains < 2**31:
             raise ValueError(f"n_chains must be an int in [1, 2**31), got {n_chains!r}")
-        shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-        if not shape or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
-            raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {input_size!r}")
+        shape = state_shape(input_size)
         if not 0.0 <= reinit_prob <= 1.0:
             raise ValueError(f"reinit_prob must be in [0, 1], got {reinit_prob!r}")
         self.shape = shape

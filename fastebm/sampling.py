@@ -16,7 +16,7 @@ from .langevin import Langevin
 from .mlp import NotAnMLP, evaluating, read_mlp
 from .noise import Stream, draw_seed, uniform
 
-__all__ = ["NonFiniteError", "SampleInfo", "advance_chains", "langevin_sample", "uniform_states"]
+__all__ = ["NonFiniteError", "SampleInfo", "advance_chains", "langevin_sample", "state_shape", "uniform_states"]
 
 ON_NONFINITE = ("raise", "reinit", "ignore")
 
@@ -312,6 +312,11 @@ def _shape(energy: nn.Module, input_size: int | Sequence[int] | None) -> tuple[i
             raise ValueError(
                 f"pass input_size= or init=: the energy does not tell its input's shape ({error})"
             ) from None
+    return state_shape(input_size)
+
+
+def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of one state, from its number of dims or the shape itself."""
     if not isinstance(input_size, (int, Sequence)):
         raise TypeError(f"input_size must be an int or a shape, got {input_size!r}")
     shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
