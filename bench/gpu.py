@@ -37,8 +37,9 @@ from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, choose_launch, 
 from torch import Tensor
 
 from fastebm import Langevin, MLPEnergy, langevin_sample
-from fastebm.backends import fused, reference
+from fastebm.backends import Chains, fused, reference
 from fastebm.backends.choose import choose, interpreted
+from fastebm.description import describe
 from fastebm.energies import Energy
 from fastebm.mlp import MLP, read_mlp
 
@@ -112,8 +113,8 @@ class Problem:
         x = self.x0[self.rows].double()
         module = Energy(self.energy, (self.case.dim,), torch.float64)
         rule = Langevin.from_drift_and_noise(DRIFT, NOISE_STD)
-        first = torch.zeros_like(self.rows)
-        return reference.advance(module, x, rule, GATE_STEPS, seed=SEED, chains=self.rows, first_steps=first).x
+        chains = Chains(x, SEED, self.rows, torch.zeros_like(self.rows))
+        return reference.advance(module, chains, rule, GATE_STEPS).x
 
     def allowed(self, precision: str) -> float:
         """Twice the error of plain PyTorch at a precision, after one step without noise, plus rounding."""
@@ -292,9 +293,9 @@ def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
     """What fastebm does for an energy it has no fused kernel for: autograd, then noise and update in one launch."""
     rule = Langevin.from_drift_and_noise(DRIFT, noise_std)
     energy = Energy(p.energy, (p.case.dim,), torch.float32)
-    chains = torch.arange(p.case.n_chains, device=p.device)
-    options = {"seed": SEED, "chains": chains, "first_steps": torch.zeros_like(chains)}
-    return lambda: fused.advance_module(energy, p.x0.clone(), rule, steps, **options).x  # type: ignore[arg-type]
+    numbers = torch.arange(p.case.n_chains, device=p.device)
+    ages = torch.zeros_like(numbers)
+    return lambda: fused.advance_module(energy, Chains(p.x0.clone(), SEED, numbers, ages), rule, steps).x
 
 
 @dataclass(frozen=True)
@@ -510,7 +511,7 @@ TILES = ((64, 4), (128, 4), (128, 8), (32, 2), (64, 8), (16, 1))
 
 def candidates(case: Case, precision: str, capability: int | None) -> list[Launch]:
     """Launches to try, the shipped one first. Those that can't fit in shared memory are left out."""
-    default = choose_launch(case.dim, case.widths, precision, capability)
+    default = choose_launch(case.dim, (case.widths,), precision, capability)
     if isinstance(default, str):
         return []
     tried = [default]
@@ -527,7 +528,7 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
     limit = math.inf if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def may_fit(launch: Launch) -> bool:  # shared_bytes estimates from above
-        return shared_bytes(launch, case.widths, precision, capability or 90) <= 1.25 * limit
+        return shared_bytes(launch, (case.widths,), precision, capability or 90) <= 1.25 * limit
 
     return list(dict.fromkeys(launch for launch in tried if may_fit(launch)))
 
@@ -556,20 +557,20 @@ def sweep_jobs(dry: bool) -> list[tuple[Case, str, Launch]]:
 def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.5) -> dict[str, Any]:
     """One candidate, held to float64 and then timed in turns with the shipped launch."""
     case = p.case
-    default = choose_launch(case.dim, case.widths, precision, capability())
+    default = choose_launch(case.dim, (case.widths,), precision, capability())
     columns = {"precision": precision, **asdict(launch), "shipped": "yes" if launch == default else "no"}
     row = row_of(case, **columns, status="ok", **dict.fromkeys(TIMED, ""))
     row |= {"shipped_seconds": "", "times_shipped": "", "note": ""}
     # few chains: enough steps that the kernel is timed, and not its launch
     steps = row["steps"] = 10 * case.steps if 1024 <= case.n_chains <= 4096 else case.steps
     x = torch.empty_like(p.x0)
-    chains = torch.arange(case.n_chains, device=p.device)
-    first_steps = torch.zeros_like(chains)
+    numbers = torch.arange(case.n_chains, device=p.device)
+    chains = Chains(x, SEED, numbers, torch.zeros_like(numbers))
+    description = describe(p.energy)
 
     def advance(launch: Launch, steps: int, noise_std: float) -> Tensor:
         rule = Langevin.from_drift_and_noise(DRIFT, noise_std)
-        options = {"seed": SEED, "chains": chains, "first_steps": first_steps, "precision": precision}
-        return fused.advance_mlp(p.mlp, x, rule, steps, **options, launch=launch).x  # type: ignore[arg-type]
+        return fused.advance_mlp(description, chains, rule, steps, precision=precision, launch=launch).x
 
     try:
         allowed = p.allowed(precision)
@@ -619,12 +620,11 @@ def warm(part: int, parts: int, until: float, dry: bool) -> int:
         if time.time() > until:
             print(f"warm {part}: {len(jobs[i::parts])} kernels left to compile", file=sys.stderr)
             break
-        x = torch.zeros(64, case.dim, device=DEVICE)
-        chains = torch.arange(64, device=DEVICE)
-        options = {"seed": SEED, "chains": chains, "first_steps": chains, "precision": precision, "launch": launch}
-        mlp = read_mlp(make_energy(case.dim, case.widths))
+        numbers = torch.arange(64, device=DEVICE)
+        chains = Chains(torch.zeros(64, case.dim, device=DEVICE), SEED, numbers, numbers)
+        description = describe(make_energy(case.dim, case.widths))
         try:
-            fused.advance_mlp(mlp, x, rule, 1, **options)  # type: ignore[arg-type]
+            fused.advance_mlp(description, chains, rule, 1, precision=precision, launch=launch)
         except Exception as error:  # the sweep will say so in its row
             print(f"warm {part}: {case.energy} {precision} {launch}: {type(error).__name__}", file=sys.stderr)
         if context_is_lost():

@@ -1,7 +1,7 @@
 """fastebm: fast Langevin sampling and training of energy-based models in PyTorch."""
 
 from .backends.choose import why_not_fused
-from .energies import MLPEnergy, build, build_energy_fn, energy
+from .energies import ClassifierEnergy, GaussianEnergy, MLPEnergy, SumEnergy, build, build_energy_fn, energy
 from .langevin import Langevin
 from .mlp import Activation
 from .objectives import contrastive_divergence_loss
@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Activation",
     "ChainPool",
+    "ClassifierEnergy",
+    "GaussianEnergy",
     "Langevin",
     "MLPEnergy",
     "NonFiniteError",
     "SampleInfo",
+    "SumEnergy",
     "build",
     "build_energy_fn",
     "contrastive_divergence_loss",

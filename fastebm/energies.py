@@ -1,8 +1,9 @@
-"""Energies: the MLP energy, its head on any trunk, and how energies of a batch are computed."""
+"""Energies: the MLP energy, its head on any trunk, classifiers, sums, and how energies of a batch are computed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,18 @@ from torch.nn.utils import parametrizations
 
 from .mlp import ACTIVATIONS, Activation
 
-__all__ = ["Energy", "MLPEnergy", "build", "build_energy_fn", "energy"]
+__all__ = [
+    "ClassifierEnergy",
+    "Energy",
+    "GaussianEnergy",
+    "MLPEnergy",
+    "SumEnergy",
+    "build",
+    "build_energy_fn",
+    "energy",
+    "n_classes",
+    "takes_labels",
+]
 
 
 def _layers(sizes: Sequence[int], activation: str | Activation, dropout: float, spectral_norm: bool) -> list[nn.Module]:
@@ -109,17 +121,113 @@ def build_energy_fn(
     )
 
 
-def energy(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
+class ClassifierEnergy(nn.Module):
+    """A classifier f of C classes as an energy (JEM; Grathwohl et al. 2020), with or without labels:
+
+        E(x) = -log sum_c exp f(x)_c,   E(x, y) = -f(x)_y
+
+    Args:
+        classifier: (batch, *shape) -> (batch, C) logits.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(batch, *shape), and labels (batch,) int64 in [0, C) or None -> (batch,)."""
+        logits: Tensor = self.classifier(x)
+        if labels is None:
+            return -logits.logsumexp(dim=1)
+        return -logits.gather(1, labels[:, None])[:, 0]
+
+
+class GaussianEnergy(nn.Module):
+    """E(x) = sum_d ((x_d - mean_d) / std_d)^2 / 2: a Gaussian base measure, as a term of a ``SumEnergy``.
+
+    Args:
+        mean: a number or a tensor of one state's shape.
+        std: > 0, likewise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> None:
+        super().__init__()
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value, dtype=torch.get_default_dtype()).detach().clone()
+            if not bool(value.isfinite().all()) or (name == "std" and not bool((value > 0).all())):
+                raise ValueError(f"{name} must be finite{' and > 0' if name == 'std' else ''}, got {value}")
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, *shape) -> (batch,)."""
+        return ((x - self.mean) / self.std).flatten(1).square().sum(dim=1) / 2
+
+
+class SumEnergy(nn.Module):
+    """E(x) = sum_k w_k E_k(x): a product of experts (Hinton 2002); with w_k < 0 a negation (Du et al. 2020).
+
+    MLPs and classifiers on the same x, a ``GaussianEnergy`` and an nn.Linear with one output run in one fused
+    kernel together.
+
+    Args:
+        energies: each maps (batch, *shape) to (batch,) or (batch, 1).
+        weights: one number each; None: all 1. Kept as a buffer, ``weights``.
+    """
+
+    weights: Tensor
+
+    def __init__(self, energies: Iterable[nn.Module], weights: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__()
+        self.energies = nn.ModuleList(energies)
+        if len(self.energies) == 0:
+            raise ValueError("a SumEnergy needs at least one energy, got none")
+        w = torch.ones(len(self.energies)) if weights is None else torch.as_tensor(weights).detach().clone()
+        if w.shape != (len(self.energies),) or not bool(w.isfinite().all()):
+            raise ValueError(f"weights must be {len(self.energies)} finite numbers, one an energy, got {weights!r}")
+        self.register_buffer("weights", w.to(torch.get_default_dtype()))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(batch, *shape), and labels (batch,) for the terms that take them -> (batch,)."""
+        terms = [energy(e, x, labels=labels if takes_labels(e) else None) for e in self.energies]
+        return torch.stack(terms).mul(self.weights[:, None]).sum(dim=0)
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether forward takes labels beside x: for a sum, whether any term does; else a second positional parameter."""
+    if isinstance(model, SumEnergy):
+        return any(takes_labels(e) for e in model.energies)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional for p in inspect.signature(model.forward).parameters.values()) >= 2
+
+
+def n_classes(model: nn.Module, x: Tensor) -> int | None:
+    """Labels of a classifier, or of a sum with classifiers, are in [0, n_classes); None if the model does not tell."""
+    if isinstance(model, SumEnergy):
+        return min((n for e in model.energies if (n := n_classes(e, x)) is not None), default=None)
+    if not isinstance(model, ClassifierEnergy):
+        return None
+    dtype = next(model.parameters(), x).dtype
+    return int(model.classifier(x.to(dtype)).shape[1])
+
+
+def energy(
+    model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = None, *, labels: Tensor | None = None
+) -> Tensor:
     """Energies of a batch: (batch, *shape) -> (batch,), differentiable.
 
     Args:
         model: maps (batch, *shape) to (batch,) or (batch, 1).
         params: parameters (and buffers) by name to use in place of the model's own (torch.func.functional_call).
+        labels: (batch,) int64, given to the model as its second argument; or None.
 
     Raises:
         ValueError: if the model puts out another shape.
     """
-    value: Any = model(x) if params is None else torch.func.functional_call(model, dict(params), (x,))
+    arguments = (x,) if labels is None else (x, labels)
+    value: Any = model(*arguments) if params is None else torch.func.functional_call(model, dict(params), arguments)
     if not isinstance(value, Tensor) or value.shape not in ((len(x),), (len(x), 1)):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"an energy maps ({len(x)}, ...) to ({len(x)},) or ({len(x)}, 1), got {got}")
@@ -130,7 +238,7 @@ class Energy:
     """A module as the samplers see it: flat states in, energies or their gradients out, no trace left behind.
 
     Args:
-        module: maps (batch, *shape) to (batch,) or (batch, 1).
+        module: maps (batch, *shape), and labels if it takes them, to (batch,) or (batch, 1).
         shape: shape of one state; its product is dim.
         dtype: of the states. A module of another floating dtype is computed in this one, through
             torch.func.functional_call, so that a float64 start is float64 end to end.
@@ -145,19 +253,19 @@ class Energy:
             {k: t.detach().to(dtype) if t.is_floating_point() else t for k, t in tensors.items()} if cast else None
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """(n, dim) -> (n,), without a graph."""
         with torch.no_grad():
-            return energy(self.module, x.reshape(len(x), *self.shape), self._params)
+            return self._energy(x, labels)
 
-    def gradient(self, x: Tensor) -> Tensor:
+    def gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """dE/dx of each chain: (n, dim). The gradient of the sum, so no chain's is divided by their number."""
         if len(x) == 0:
             return x
         # Sampling inside torch.inference_mode or no_grad still needs this one graph.
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            total = energy(self.module, x.reshape(len(x), *self.shape), self._params).sum()
+            total = self._energy(x, labels).sum()
             (grad,) = torch.autograd.grad(total, x, allow_unused=True) if total.requires_grad else (None,)
         if grad is None:
             raise ValueError(
@@ -165,3 +273,6 @@ class Energy:
                 "(is there a detach() or torch.no_grad() in its forward?)"
             )
         return grad
+
+    def _energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        return energy(self.module, x.reshape(len(x), *self.shape), self._params, labels=labels)

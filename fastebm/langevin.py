@@ -2,8 +2,11 @@
 
 g  = dE/dx(x)                                                  one chain's own energy
 g  = clip(g, -grad_clip, grad_clip)                            only if grad_clip is given
+g  = g min(1, grad_norm_clip / |g|)                            only if grad_norm_clip is given
 x' = x - (step_size / 2) g + sqrt(step_size) noise_scale xi
 x' = clamp(x', lo, hi)                                         only if clamp is given
+
+Frozen coordinates stay what they are, whatever the bounds; their gradient counts as 0.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from torch import Tensor
 __all__ = ["Langevin"]
 
 
+Bounds = tuple[float | Tensor, float | Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Langevin:
     """How a Langevin chain moves: x' = clamp(x - a clip(g) + b xi), with drift a and noise std b
@@ -30,7 +36,9 @@ class Langevin:
         step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (a value a chain).
         noise_scale: >= 0, in the same three forms. 0 is gradient descent.
         grad_clip: elementwise bound on the gradient, > 0, or None.
-        clamp: (lo, hi) with lo < hi, applied last, or None.
+        clamp: (lo, hi) with lo < hi, applied last, or None. Each a number, or a tensor of one state's shape (or
+            one value a dim): bounds of their own for every dim. Infinite bounds are one-sided clamps.
+        grad_norm_clip: bound on the Euclidean norm of each chain's gradient, > 0, or None. After grad_clip.
 
     Raises:
         TypeError, ValueError: with the rule, the value received and the way out.
@@ -39,21 +47,18 @@ class Langevin:
     step_size: float | Tensor = 10.0
     noise_scale: float | Tensor = 0.005
     grad_clip: float | None = None
-    clamp: tuple[float, float] | None = None
+    clamp: Bounds | None = None
+    grad_norm_clip: float | None = None
 
     def __post_init__(self) -> None:
         _check_coefficient("step_size", self.step_size, positive=True)
         _check_coefficient("noise_scale", self.noise_scale, positive=False)
-        if self.grad_clip is not None and not (_is_number(self.grad_clip) and self.grad_clip > 0):
-            raise ValueError(f"grad_clip must be a number > 0 or None, got {self.grad_clip!r}")
+        for name in ("grad_clip", "grad_norm_clip"):
+            bound = getattr(self, name)
+            if bound is not None and not (_is_number(bound) and bound > 0):
+                raise ValueError(f"{name} must be a number > 0 or None, got {bound!r}")
         if self.clamp is not None:
-            try:
-                lo, hi = (float(v) for v in self.clamp)
-            except (TypeError, ValueError):
-                raise TypeError(f"clamp must be a pair of numbers (lo, hi) or None, got {self.clamp!r}") from None
-            if not lo < hi:  # NaN fails too; an infinite bound is a one-sided clamp
-                raise ValueError(f"clamp needs lo < hi, got {(lo, hi)}")
-            object.__setattr__(self, "clamp", (lo, hi))
+            object.__setattr__(self, "clamp", _checked_bounds(self.clamp))
 
     # -- conventions ------------------------------------------------------------------------------------
 
@@ -111,15 +116,67 @@ class Langevin:
         )
         return (step_size / 2).to(dtype), (step_size.sqrt() * noise_scale).to(dtype)
 
-    def update(self, x: Tensor, grad: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """x before the clamp: x - a clip(grad) + b noise. All (n_chains, dim); a and b broadcast."""
+    def bounds(
+        self, dim: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+    ) -> tuple[float, float] | tuple[Tensor, Tensor] | None:
+        """The clamp as two numbers, or as two (dim,) tensors if any bound is a tensor.
+
+        Raises:
+            ValueError: bounds of another number of dims.
+        """
+        if self.clamp is None:
+            return None
+        lo, hi = self.clamp
+        if isinstance(lo, float) and isinstance(hi, float):
+            return lo, hi
+        rows = [torch.as_tensor(bound, dtype=torch.float64).flatten() for bound in (lo, hi)]
+        for name, bound, row in zip(("lo", "hi"), (lo, hi), rows, strict=True):
+            if isinstance(bound, Tensor) and len(row) != dim:
+                raise ValueError(
+                    f"clamp's {name} must be a number or have one value for each of the {dim} dims, "
+                    f"got shape {tuple(bound.shape)}"
+                )
+        low, high = (row.to(device, dtype).expand(dim).contiguous() for row in rows)
+        return low, high
+
+    def clip(self, grad: Tensor) -> Tensor:
+        """The gradient, (n_chains, dim), within grad_clip and then within grad_norm_clip."""
         if self.grad_clip is not None:
             grad = grad.clamp(-self.grad_clip, self.grad_clip)
-        return x - a * grad + b * noise
+        if self.grad_norm_clip is not None:
+            norm = grad.square().sum(dim=1, keepdim=True).sqrt()
+            grad = grad * (self.grad_norm_clip / norm).clamp(max=1.0)  # of norm 0: times 1
+        return grad
+
+    def update(self, x: Tensor, grad: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """x before the clamp: x - a clip(grad) + b noise. All (n_chains, dim); a and b broadcast."""
+        return x - a * self.clip(grad) + b * noise
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _checked_bounds(clamp: Any) -> Bounds:
+    try:
+        lo, hi = (v.detach() if isinstance(v, Tensor) and v.ndim > 0 else float(v) for v in clamp)
+    except (TypeError, ValueError):
+        raise TypeError(f"clamp must be a pair (lo, hi) of numbers or tensors, or None, got {clamp!r}") from None
+    if isinstance(lo, float) and isinstance(hi, float):
+        if not lo < hi:  # NaN fails too; an infinite bound is a one-sided clamp
+            raise ValueError(f"clamp needs lo < hi, got {(lo, hi)}")
+        return lo, hi
+    for name, bound in (("lo", lo), ("hi", hi)):
+        if isinstance(bound, Tensor) and not bound.is_floating_point():
+            raise TypeError(f"clamp's {name} must be a number or a floating-point tensor, got {bound.dtype}")
+    flat = [bound.flatten() if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
+    sizes = {len(bound) for bound in flat if isinstance(bound, Tensor)}
+    if len(sizes) > 1:
+        raise ValueError(f"clamp's lo and hi must have as many values each, got {sorted(sizes)}")
+    good = torch.as_tensor(flat[0] < flat[1])
+    if not bool(good.all()):
+        raise ValueError(f"clamp needs lo < hi in every dim, which fails in {int((~good).sum())} of {good.numel()}")
+    return lo, hi
 
 
 def _check_coefficient(name: str, value: float | Tensor, *, positive: bool) -> None:

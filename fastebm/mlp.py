@@ -1,6 +1,10 @@
-"""The flat description of an MLP energy, read once out of any nn.Module that is one.
+"""The flat description of an MLP, read once out of any nn.Module that is one.
 
-    z_1 = x W_1^T + b_1,   z_{l+1} = act_l(z_l) W_{l+1}^T + b_{l+1},   E(x) = z_{L+1},  a scalar
+    z_1 = x W_1^T + b_1,   z_{l+1} = act_l(z_l) W_{l+1}^T + b_{l+1},   f(x) = z_{L+1}
+
+    head "scalar":     E(x) = f(x), one output
+    head "logsumexp":  E(x) = -log sum_c exp f(x)_c: a classifier as an energy (JEM, Grathwohl et al. 2020)
+    head "class":      E(x) = -f(x)_y, a label y a chain
 
 Backends see this description only, so a new way to build an MLP is read here, in one place.
 """
@@ -133,9 +137,9 @@ ACTIVATIONS: dict[str, _Rule] = {
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """An MLP energy with one scalar output.
+    """An MLP and its head: "scalar", "logsumexp" or "class".
 
-    weights: L+1 tensors (out, in), as in nn.Linear; the last is the head, (1, width).
+    weights: L+1 tensors (out, in), as in nn.Linear; the last is the head's, (1 or classes, width).
     biases: L+1 tensors (out,) or None.
     activations: L of them, one after each hidden layer; L >= 1.
     """
@@ -143,6 +147,7 @@ class MLP:
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     activations: tuple[Activation, ...]
+    head: str = "scalar"
 
     @property
     def dim(self) -> int:
@@ -158,15 +163,16 @@ class MLP:
             tuple(w.to(device, dtype) for w in self.weights),
             tuple(None if b is None else b.to(device, dtype) for b in self.biases),
             self.activations,
+            self.head,
         )
 
-    def energy(self, x: Tensor) -> Tensor:
-        """E(x): (batch, dim) -> (batch,), without a graph."""
+    def output(self, x: Tensor) -> Tensor:
+        """f(x): (batch, dim) -> (batch, 1 or classes), without a graph."""
         with torch.no_grad():
             for weight, bias, activation in zip(self.weights[:-1], self.biases[:-1], self.activations, strict=True):
                 z = nn.functional.linear(x, weight, bias)
                 x = activation.forward(z, torch.empty_like(z))
-            return nn.functional.linear(x, self.weights[-1], self.biases[-1]).squeeze(1)
+            return nn.functional.linear(x, self.weights[-1], self.biases[-1])
 
 
 # Modules in eval mode for now: how many uses are under way, and the mode to go back to after the last.
@@ -198,18 +204,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     m.training = mode
 
 
-def read_mlp(module: nn.Module) -> MLP:
-    """Read an MLP energy out of a module, in eval mode and without touching it.
+def read_mlp(module: nn.Module, head: str = "scalar") -> MLP:
+    """Read an MLP with a head out of a module, in eval mode and without touching it.
 
     Accepted: nn.Sequential (nested too, or a module whose only child is one and whose forward only calls
     it) of nn.Linear and a supported activation in turn, with or without bias, spectral norm, weight norm
-    and dropout, ending in a Linear with one output; a leading nn.Flatten.
+    and dropout, ending in a Linear (with one output for a scalar head); a leading nn.Flatten.
 
     Raises:
         NotAnMLP: naming the layer that does not fit.
     """
     with evaluating(module), torch.no_grad():
-        mlp = _assemble(list(_layers(module, "")))
+        mlp = _assemble(list(_layers(module, "")), head)
         if not _is_plain(module, nn.Sequential):
             _check_forward(module, mlp)
     return mlp
@@ -248,7 +254,7 @@ def _read_activation(module: nn.Module) -> Activation | None:
     return None
 
 
-def _assemble(layers: list[tuple[str, nn.Module]]) -> MLP:
+def _assemble(layers: list[tuple[str, nn.Module]], head: str) -> MLP:
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     activations: list[Activation] = []
@@ -273,9 +279,9 @@ def _assemble(layers: list[tuple[str, nn.Module]]) -> MLP:
         raise NotAnMLP("it has no hidden layer: an MLP energy is Linear, activation, ..., Linear")
     if len(activations) == len(weights):
         raise NotAnMLP(f"it ends in an activation ({activations[-1].name}), not in a Linear layer")
-    if weights[-1].shape[0] != 1:
+    if head == "scalar" and weights[-1].shape[0] != 1:
         raise NotAnMLP(f"its last Linear has {weights[-1].shape[0]} outputs, not one")
-    return MLP(tuple(weights), tuple(biases), tuple(activations))
+    return MLP(tuple(weights), tuple(biases), tuple(activations), head)
 
 
 def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
@@ -300,8 +306,9 @@ def _check_forward(module: nn.Module, mlp: MLP) -> None:
         raise NotAnMLP(
             f"the forward of {type(module).__name__} does not take a (batch, {mlp.dim}) tensor: {error}"
         ) from error
-    expected = mlp.energy(probe)
+    expected = mlp.output(probe)
     # The layers run the same operations on the same weights, so only rounding may differ.
     tolerance = max(1e-5, torch.finfo(weight.dtype).eps) * expected.abs().clamp_min(1.0)
-    if value.numel() != 3 or not bool(((value.reshape(3) - expected).abs() <= tolerance).all()):
+    same = value.numel() == expected.numel() and (value.reshape(expected.shape) - expected).abs() <= tolerance
+    if not bool(torch.as_tensor(same).all()):
         raise NotAnMLP(f"the forward of {type(module).__name__} computes something else than its layers in turn")

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends import Advanced, Chains
 from .langevin import Langevin
 from .noise import Stream, draw_seed, words
-from .sampling import SampleInfo, advance_chains, state_shape, uniform_states
+from .sampling import advance_chains, state_shape, uniform_states
 
 __all__ = ["ChainPool", "draw_distinct"]
 
@@ -102,13 +103,13 @@ class ChainPool:
         Raises:
             ValueError, NonFiniteError: as ``langevin_sample``; the pool is unchanged then.
         """
-        x, info = self._sample(energy, batch_size, langevin, steps, backend, precision, on_nonfinite)
-        return x.reshape(batch_size, *self.shape), info.energies
+        done = self._sample(energy, batch_size, langevin, steps, backend, precision, on_nonfinite)
+        return done.x.reshape(batch_size, *self.shape), done.energy
 
     def _sample(
         self, energy: nn.Module, batch_size: int, langevin: Langevin, steps: int, backend: str,
         precision: str | None, on_nonfinite: str,
-    ) -> tuple[Tensor, SampleInfo]:  # fmt: skip
+    ) -> Advanced:  # fmt: skip
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
             raise ValueError(f"batch_size must be an int in [1, {len(self)}], the pool's size, got {batch_size!r}")
         if self.clamp is not None:
@@ -122,24 +123,21 @@ class ChainPool:
             x[restart] = uniform_states(
                 self.seed, Stream.POOL, rows[restart], ages[restart], x.shape[1], clamp=self.clamp
             )
-        x, info = advance_chains(
+        done, _ = advance_chains(
             energy,
-            x,
+            Chains(x, self.seed, rows, ages),
             langevin,
             steps,
             shape=self.shape,
-            seed=self.seed,
-            chains=rows,
-            first_steps=ages,
             backend=backend,
             precision=precision,
             on_nonfinite=on_nonfinite,
         )
         # From here on nothing can fail, so a pool never holds half a draw.
-        self._x[rows] = x
+        self._x[rows] = done.x
         self._age[rows] = ages + steps
         self.draws += 1
-        return x, info
+        return done
 
     def _coins(self, rows: Tensor, ages: Tensor) -> Tensor:
         return words(self.seed, Stream.POOL, rows, ages, 1, _COIN_BLOCK)[0][:, 0]

@@ -8,13 +8,27 @@ of the input dimension; each chunk serves this step's backward product and the n
 
 A chain whose next state is not finite (tested before the clamp, which would hide it) is frozen at its last
 finite state, and the step is recorded.
+
+An argument that is None takes its code with it: an option that is not used costs nothing.
 """
 
 import triton
 import triton.language as tl
 
-from .mlp import energy_at, load_row, load_weight, product, slope_at, transpose
+from .mlp import (
+    add_terms,
+    energy_at,
+    energy_of_terms,
+    load_bias,
+    load_weight,
+    load_weights,
+    product,
+    slope_at,
+    transpose,
+)
 from .philox import normals
+
+# -- parts of a step, shared with update.py --------------------------------------------------------------------
 
 
 @triton.jit
@@ -24,29 +38,6 @@ def load_coefficient(ptr, stride_chain, stride_step, chains, inside, t, PER_CHAI
         return tl.load(ptr + chains * stride_chain + t * stride_step, mask=inside, other=0.0)[:, None]
     else:
         return tl.load(ptr + t * stride_step)
-
-
-@triton.jit
-def move(x, grad, noise, a, b, grad_clip, CLIP: tl.constexpr):
-    """x' before the clamp. Written with comparisons, not min and max, so that NaN stays NaN."""
-    if CLIP:
-        grad = tl.where(grad > grad_clip, grad_clip, tl.where(grad < -grad_clip, -grad_clip, grad))
-    return x - a * grad + b * noise
-
-
-@triton.jit
-def clamped(x, lo, hi, CLAMP: tl.constexpr):
-    # min and max may swallow NaN: only states that were found finite are kept
-    if CLAMP:
-        return tl.minimum(tl.maximum(x, lo), hi)
-    else:
-        return x
-
-
-@triton.jit
-def is_finite(x):
-    """(BLOCK_CHAINS,) bool: 0 * x is 0 for finite x, else NaN, and a sum carries NaN."""
-    return tl.sum(x * 0.0, axis=1) == 0.0
 
 
 @triton.jit
@@ -64,25 +55,128 @@ def load_counters(chain_ptr, step_ptr, chains, inside, t, zero):
     return chain, step.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["n_chains", "steps", "zero"])
+@triton.jit
+def load_labels(label_ptr, chains, inside, shift):
+    if label_ptr is not None:
+        return tl.load(label_ptr + chains + shift, mask=inside, other=0)
+    else:
+        return tl.zeros_like(chains)  # that nobody reads
+
+
+@triton.jit
+def hold(moved, x, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM: tl.constexpr):
+    """moved, with frozen coordinates at x."""
+    if frozen_ptr is not None:
+        mask = inside[:, None] & (dims < DIM)[None, :]
+        frozen = tl.load(frozen_ptr + shift + chains[:, None] * stride_frozen + dims[None, :], mask=mask, other=0)
+        return tl.where(frozen != 0, x, moved)
+    else:
+        return moved
+
+
+@triton.jit
+def clipped_by_value(grad, grad_clip):
+    """Written with comparisons, not min and max, so that NaN stays NaN."""
+    if grad_clip is not None:
+        return tl.where(grad > grad_clip, grad_clip, tl.where(grad < -grad_clip, -grad_clip, grad))
+    else:
+        return grad
+
+
+@triton.jit
+def shrinkage(square_norm, norm_clip):
+    """(BLOCK_CHAINS, 1): what makes each chain's gradient no longer than norm_clip."""
+    norm = tl.sqrt(square_norm)
+    return (norm_clip / tl.where(norm > norm_clip, norm, norm_clip))[:, None]  # NaN: times 1, and NaN it stays
+
+
+@triton.jit
+def clamped(x, lo, hi, dims, shift, DIM: tl.constexpr, CLAMP: tl.constexpr):
+    """CLAMP: "" for none, "numbers", or "rows" for pointers to a bound a dim."""
+    # min and max may swallow NaN: only states that were found finite are kept
+    if CLAMP == "numbers":
+        return tl.minimum(tl.maximum(x, lo), hi)
+    elif CLAMP == "rows":
+        low = tl.load(lo + shift + dims, mask=dims < DIM, other=0.0)[None, :]
+        high = tl.load(hi + shift + dims, mask=dims < DIM, other=0.0)[None, :]
+        return tl.minimum(tl.maximum(x, low), high)
+    else:
+        return x
+
+
+@triton.jit
+def is_finite(x):
+    """(BLOCK_CHAINS,) bool: 0 * x is 0 for finite x, else NaN, and a sum carries NaN."""
+    return tl.sum(x * 0.0, axis=1) == 0.0
+
+
+@triton.jit
+def differs(x, y, dims, DIM: tl.constexpr):
+    """(BLOCK_CHAINS,) int32: 1 where any coordinate does."""
+    return tl.max(((x != y) & (dims < DIM)[None, :]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def store_telemetry(ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps):
+    """Rows of a (3, n_chains) table: gradient norm, fraction of steps clipped, fraction of steps clamped."""
+    share = 1.0 / tl.maximum(steps, 1).to(tl.float32)
+    tl.store(ptr + chains, tl.sqrt(square_norm), mask=inside)
+    tl.store(ptr + n_chains.to(tl.int64) + chains, n_clipped.to(tl.float32) * share, mask=inside)
+    tl.store(ptr + 2 * n_chains.to(tl.int64) + chains, n_clamped.to(tl.float32) * share, mask=inside)
+
+
+@triton.jit
+def store_trajectory(ptr, x, t, thin, steps, chains, inside, dims, DIM: tl.constexpr):
+    """These dims of every thin-th state, in (n_chains, steps // thin, DIM)."""
+    if ptr is not None:
+        if (t + 1) % thin == 0:
+            row = (chains * (steps // thin) + t // thin)[:, None] * DIM
+            tl.store(ptr + row + dims[None, :], x, mask=inside[:, None] & (dims < DIM)[None, :])
+
+
+# -- resident --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def network_gradient(
+    x, weights, bias_ptrs, scale_ptr, labels, shift, FIRST: tl.constexpr, BLOCKS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """dE_k/dx of the network whose first layer is FIRST: (BLOCK_CHAINS, BLOCK_DIM)."""
+    z = product(x, weights[FIRST], PRECISION, INTERPRETED) + load_bias(bias_ptrs, shift, FIRST, BLOCKS)
+    slope = slope_at(
+        z, weights, bias_ptrs, scale_ptr, labels, shift, FIRST, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
+        INTERPRETED,
+    )  # fmt: skip
+    return product(slope, transpose(weights[FIRST], PRECISION), PRECISION, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
 def langevin_resident(
     x_ptr,  # (n_chains, DIM) float32, in and out
     energy_ptr,  # (n_chains,) float32, out: E at the last state
     first_bad_ptr,  # (n_chains,) int32, out: first step with a non-finite state, or -1
+    trajectory_ptr, thin,  # (n_chains, steps // thin, DIM) float32, out: every thin-th state; or None
+    telemetry_ptr,  # (3, n_chains) float32, out: see store_telemetry; or None
     chain_ptr,  # (n_chains,) int64 global chain numbers
     step_ptr,  # (n_chains,) int64 lifetime step numbers of the first step
     seed_ptr,  # (1,) int64
+    label_ptr,  # (n_chains,) int64, or None
+    frozen_ptr, stride_frozen,  # (1 or n_chains, DIM) uint8, 1 where a coordinate stays; or None
     a_ptr, stride_a_chain, stride_a_step,  # drift coefficients
     b_ptr, stride_b_chain, stride_b_step,  # noise standard deviations
-    grad_clip, lo, hi,
-    weight_ptrs,  # a tuple a layer, input first, head apart: one pointer for each half
-    bias_ptrs, head_ptr, head_bias_ptr,
+    grad_clip, norm_clip,  # numbers, or None
+    lo, hi,  # by CLAMP
+    weight_ptrs, bias_ptrs,  # a tuple of one pointer for each half, and one pointer, a layer
+    scale_ptr,  # (networks,) float32, of "logsumexp" heads
+    curvature_ptr, mean_ptr, linear_ptr, constant_ptr,  # the energy's other terms; all but the last may be None
     n_chains, steps,
     zero,  # 0, at run time: bias + zero * t is loaded in each step, where hoisting would cost 32 registers a layer
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCKS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
-    A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLIP: tl.constexpr, CLAMP: tl.constexpr,
+    A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     FAST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # int64: n_chains * DIM can pass 2**31
@@ -93,161 +187,290 @@ def langevin_resident(
     x_inside = inside[:, None] & (dims < DIM)[None, :]
 
     key0, key1 = load_key(seed_ptr)
-    w1 = load_weight(weight_ptrs[0], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED)
-    weights = ()
-    for layer in tl.static_range(len(BLOCKS) - 1):
-        upper = load_weight(
-            weight_ptrs[layer + 1], 0, BLOCKS[layer], BLOCKS[layer], BLOCKS[layer + 1],
-            PRECISION, INTERPRETED,
-        )  # fmt: skip
-        weights = weights + (upper,)
+    weights = load_weights(weight_ptrs, FIRSTS, BLOCK_DIM, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED)
     x = tl.load(x_ptrs, mask=x_inside, other=0.0)
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
+    square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
+    n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
+    n_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
 
     for t in range(steps):
-        z = product(x, w1, PRECISION, INTERPRETED) + load_row(bias_ptrs[0], zero * t, BLOCKS[0])
-        slope = slope_at(
-            z, weights, bias_ptrs, head_ptr, zero * t, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
-            INTERPRETED,
+        labels = load_labels(label_ptr, chains, inside, zero * t)
+        grad = network_gradient(
+            x, weights, bias_ptrs, scale_ptr, labels, zero * t, tl.constexpr(FIRSTS[0]), BLOCKS, ACTIVATIONS,
+            PARAMETERS, PRECISION, FAST, INTERPRETED,
         )  # fmt: skip
-        grad = product(slope, transpose(w1, PRECISION), PRECISION, INTERPRETED)
+        for k in tl.static_range(1, len(FIRSTS) - 1):
+            grad += network_gradient(
+                x, weights, bias_ptrs, scale_ptr + k, labels, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
+                PARAMETERS, PRECISION, FAST, INTERPRETED,
+            )  # fmt: skip
+        grad = add_terms(grad, x, curvature_ptr, mean_ptr, linear_ptr, zero * t, BLOCK_DIM)
+        grad = hold(grad, 0.0, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM)
+        if DIM != BLOCK_DIM and (norm_clip is not None or telemetry_ptr is not None):
+            grad = tl.where((dims < DIM)[None, :], grad, 0.0)
+        clipped = clipped_by_value(grad, grad_clip)
+        if norm_clip is not None:
+            clipped *= shrinkage(tl.sum(clipped * clipped, axis=1), norm_clip)
+
         chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
         noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST)
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
-        moved = move(x, grad, noise, a, b, grad_clip, CLIP)
+        moved = hold(
+            x - a * clipped + b * noise, x, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM
+        )  # fmt: skip
         if DIM != BLOCK_DIM:
             # Padded columns hold noise of no dim and, where dE/dz is infinite, 0 * inf: neither may freeze a chain.
             moved = tl.where((dims < DIM)[None, :], moved, 0.0)
         first_bad = tl.where((first_bad < 0) & ~is_finite(moved), t, first_bad)
-        x = tl.where((first_bad < 0)[:, None], clamped(moved, lo, hi, CLAMP), x)
+        new = clamped(moved, lo, hi, dims, zero * t, DIM, CLAMP)
+        if CLAMP != "":
+            new = hold(new, x, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM)
+        if telemetry_ptr is not None:
+            alive = (first_bad < 0).to(tl.int32)
+            square_norm = tl.sum(grad * grad, axis=1)
+            n_clipped += alive * differs(clipped, grad, dims, DIM)
+            n_clamped += alive * differs(new, moved, dims, DIM)
+        x = tl.where((first_bad < 0)[:, None], new, x)
+        store_trajectory(trajectory_ptr, x, t, thin, steps, chains, inside, dims, DIM)
 
-    z = product(x, w1, PRECISION, INTERPRETED) + load_row(bias_ptrs[0], 0, BLOCKS[0])
-    energy = energy_at(
-        z, weights, bias_ptrs, head_ptr, head_bias_ptr, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
-        INTERPRETED,
-    )  # fmt: skip
-    # Pointers made anew, for the same reason.
+    # Pointers made anew, for the same reason as the counters.
     chains += zero
     inside = chains < n_chains
     x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
     tl.store(x_ptrs, x, mask=inside[:, None] & (dims < DIM)[None, :])
+    energy = energy_of_terms(x, curvature_ptr, mean_ptr, linear_ptr, 0, BLOCK_DIM) + tl.load(constant_ptr)
+    labels = load_labels(label_ptr, chains, inside, 0)
+    for k in tl.static_range(len(FIRSTS) - 1):
+        z = product(x, weights[tl.constexpr(FIRSTS[k])], PRECISION, INTERPRETED)
+        z += load_bias(bias_ptrs, 0, tl.constexpr(FIRSTS[k]), BLOCKS)
+        energy += energy_at(
+            z, weights, bias_ptrs, scale_ptr + k, labels, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
+            PARAMETERS, PRECISION, FAST, INTERPRETED,
+        )  # fmt: skip
     tl.store(energy_ptr + chains, energy, mask=inside)
     tl.store(first_bad_ptr + chains, first_bad, mask=inside)
+    if telemetry_ptr is not None:
+        store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)
+
+
+# -- streaming -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_chunk(
+    weight_ptrs, c, n_chunks, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Rows c BLOCK_DIM and on of every network's W_1."""
+    weights = ()
+    for k in tl.static_range(len(FIRSTS) - 1):
+        w = load_weight(
+            weight_ptrs[tl.constexpr(FIRSTS[k])], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM,
+            tl.constexpr(BLOCKS[tl.constexpr(FIRSTS[k])]), PRECISION, INTERPRETED,
+        )  # fmt: skip
+        weights = weights + (w,)
+    return weights
+
+
+@triton.jit
+def forward_chunk(zs, x, weights, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Every network's z_1 with one more chunk of x in it."""
+    sums = ()
+    for k in tl.static_range(len(weights)):
+        sums = sums + (zs[k] + product(x, weights[k], PRECISION, INTERPRETED),)
+    return sums
+
+
+@triton.jit
+def empty_sums(FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_CHAINS: tl.constexpr):
+    zs = ()
+    for k in tl.static_range(len(FIRSTS) - 1):
+        zs = zs + (tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[tl.constexpr(FIRSTS[k])])), tl.float32),)
+    return zs
+
+
+@triton.jit
+def gradient_chunk(
+    x_ptr, chains, inside, c, slopes, weights, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr, stride_frozen,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Chunk c of the state and of its gradient, 0 where frozen."""
+    dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    x_inside = inside[:, None] & (dims < DIM)[None, :]
+    x = tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x_inside, other=0.0)
+    grad = product(slopes[0], transpose(weights[0], PRECISION), PRECISION, INTERPRETED)
+    for k in tl.static_range(len(weights) - 1):
+        grad += product(slopes[k + 1], transpose(weights[k + 1], PRECISION), PRECISION, INTERPRETED)
+    grad = add_terms(grad, x, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
+    grad = hold(grad, 0.0, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
+    if DIM % BLOCK_DIM != 0:
+        grad = tl.where((dims < DIM)[None, :], grad, 0.0)  # there 0 * inf may stand
+    return x, grad
 
 
 @triton.jit
 def move_chunk(
-    x_ptr, chains, inside, c, slope, w, noise_key, chain, step, a, b, grad_clip,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
-    CLIP: tl.constexpr, FAST: tl.constexpr, INTERPRETED: tl.constexpr,
+    x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr, stride_frozen,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Chunk c of the state, where it would move to before the clamp, its pointers and its mask."""
+    """The clipped gradient, and where chunk c would move to before the clamp. shrink: (BLOCK_CHAINS, 1) or None."""
     dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
-    x_inside = inside[:, None] & (dims < DIM)[None, :]
-    x = tl.load(x_ptrs, mask=x_inside, other=0.0)
-    grad = product(slope, transpose(w, PRECISION), PRECISION, INTERPRETED)
+    clipped = clipped_by_value(grad, grad_clip)
+    if shrink is not None:
+        clipped *= shrink
     noise = normals(
         noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST
     )  # fmt: skip
-    moved = move(x, grad, noise, a, b, grad_clip, CLIP)
+    moved = x - a * clipped + b * noise
+    moved = hold(moved, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
     if DIM % BLOCK_DIM != 0:
         moved = tl.where((dims < DIM)[None, :], moved, 0.0)  # as in the resident kernel
-    return x, moved, x_ptrs, x_inside
+    return clipped, moved
 
 
-@triton.jit(do_not_specialize=["n_chains", "steps", "zero"])
+@triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
 def langevin_streaming(
-    x_ptr, energy_ptr, first_bad_ptr, chain_ptr, step_ptr, seed_ptr,
+    x_ptr, energy_ptr, first_bad_ptr, trajectory_ptr, thin, telemetry_ptr,
+    chain_ptr, step_ptr, seed_ptr, label_ptr, frozen_ptr, stride_frozen,
     a_ptr, stride_a_chain, stride_a_step, b_ptr, stride_b_chain, stride_b_step,
-    grad_clip, lo, hi,
-    weight_ptrs, bias_ptrs, head_ptr, head_bias_ptr,
+    grad_clip, norm_clip, lo, hi,
+    weight_ptrs, bias_ptrs, scale_ptr,
+    curvature_ptr, mean_ptr, linear_ptr, constant_ptr,
     n_chains, steps, zero,
-    w1_max_ptr,  # (1,) float32: the largest |W_1|
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCKS: tl.constexpr,
+    reach_ptr,  # float32: largest |c|, largest |b - c m|, then of each network the largest |W_1|
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
-    A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLIP: tl.constexpr, CLAMP: tl.constexpr,
+    A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     FAST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
     inside = chains < n_chains
     noise_key = load_key(seed_ptr)
-    w1_max = tl.load(w1_max_ptr)
-    weights = ()
-    for layer in tl.static_range(len(BLOCKS) - 1):
-        upper = load_weight(
-            weight_ptrs[layer + 1], 0, BLOCKS[layer], BLOCKS[layer], BLOCKS[layer + 1],
-            PRECISION, INTERPRETED,
-        )  # fmt: skip
-        weights = weights + (upper,)
+    weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED)
 
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
-    z = tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[0])), tl.float32)
+    HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
+    zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # sum |x| of each chain
     for c in range(n_chunks):
         dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
         x0_inside = inside[:, None] & (dims < DIM)[None, :]
         x0 = tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x0_inside, other=0.0)
-        w0 = load_weight(
-            weight_ptrs[0], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED
-        )  # fmt: skip
-        z += product(x0, w0, PRECISION, INTERPRETED)
+        w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
+        zs = forward_chunk(zs, x0, w0, PRECISION, INTERPRETED)
         size += tl.sum(tl.abs(x0), axis=1)
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
+    square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
+    n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
+    n_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
 
     for t in range(steps):
-        z += load_row(bias_ptrs[0], zero * t, BLOCKS[0])
-        slope = slope_at(
-            z, weights, bias_ptrs, head_ptr, zero * t, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
-            INTERPRETED,
-        )  # fmt: skip
+        labels = load_labels(label_ptr, chains, inside, zero * t)
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
-
         chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
 
         # Chunks are stored as they are made, so a chain must be known to stay finite before its first chunk
-        # moves. |x'| <= |x| + a |slope|_1 max|W_1| + 7 b settles it for all but exploding chains; only for
-        # a tile that holds one, a rehearsal without stores finds out exactly.
-        reach = tl.sum(tl.abs(slope), axis=1)[:, None] * w1_max * a + 7.0 * b
-        reach = size + tl.sum(reach, axis=1)
+        # moves. |x'| <= |x| + a (sum_k |slope_k|_1 max|W_1k| + max|c| |x| + max|b - c m|) + 7 b settles it for all
+        # but exploding chains; only for a tile that holds one, a rehearsal without stores finds out exactly.
+        slopes = ()
+        pull = tl.zeros((BLOCK_CHAINS,), tl.float32)
+        if HAS_TERMS:
+            pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
+        for k in tl.static_range(len(FIRSTS) - 1):
+            z = zs[k] + load_bias(bias_ptrs, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS)
+            slope = slope_at(
+                z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS,
+                ACTIVATIONS, PARAMETERS, PRECISION, FAST, INTERPRETED,
+            )  # fmt: skip
+            slopes = slopes + (slope,)
+            pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
+        reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
         in_doubt = (first_bad < 0) & ~(reach < 1e38)
+
+        shrink = None
+        if norm_clip is not None:
+            square = tl.zeros((BLOCK_CHAINS,), tl.float32)
+            for c in range(n_chunks):
+                w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
+                x, grad = gradient_chunk(
+                    x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED,
+                )  # fmt: skip
+                clipped = clipped_by_value(grad, grad_clip)
+                square += tl.sum(clipped * clipped, axis=1)
+            shrink = shrinkage(square, norm_clip)
         if tl.max(in_doubt.to(tl.int32), axis=0) > 0:
             finite = tl.full((BLOCK_CHAINS,), 1, tl.int1)
             for c in range(n_chunks):
-                w = load_weight(
-                    weight_ptrs[0], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED
+                w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
+                x, grad = gradient_chunk(
+                    x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED,
                 )  # fmt: skip
-                x, moved, x_ptrs, x_inside = move_chunk(
-                    x_ptr, chains, inside, c, slope, w, noise_key, chain, step, a, b, grad_clip,
-                    DIM, BLOCK_DIM, PRECISION, BLOCK_CHAINS, CLIP, FAST, INTERPRETED,
+                clipped, moved = move_chunk(
+                    x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST,
                 )  # fmt: skip
                 finite = finite & is_finite(moved)
             first_bad = tl.where((first_bad < 0) & ~finite, t, first_bad)
 
-        z = tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[0])), tl.float32)
+        zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
         size = tl.zeros((BLOCK_CHAINS,), tl.float32)
+        raw_square = tl.zeros((BLOCK_CHAINS,), tl.float32)
+        any_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
+        any_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
         for c in range(n_chunks):
-            w = load_weight(
-                weight_ptrs[0], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM, BLOCKS[0], PRECISION, INTERPRETED
+            w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
+            x, grad = gradient_chunk(
+                x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED,
             )  # fmt: skip
-            x, moved, x_ptrs, x_inside = move_chunk(
-                x_ptr, chains, inside, c, slope, w, noise_key, chain, step, a, b, grad_clip,
-                DIM, BLOCK_DIM, PRECISION, BLOCK_CHAINS, CLIP, FAST, INTERPRETED,
+            clipped, moved = move_chunk(
+                x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST,
             )  # fmt: skip
-            x = tl.where((first_bad < 0)[:, None], clamped(moved, lo, hi, CLAMP), x)
-            tl.store(x_ptrs, x, mask=x_inside)
-            z += product(x, w, PRECISION, INTERPRETED)
+            dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+            new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)
+            if CLAMP != "":
+                new = hold(new, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
+            if telemetry_ptr is not None:
+                raw_square += tl.sum(grad * grad, axis=1)
+                any_clipped = tl.maximum(any_clipped, differs(clipped, grad, dims, DIM))
+                any_clamped = tl.maximum(any_clamped, differs(new, moved, dims, DIM))
+            x = tl.where((first_bad < 0)[:, None], new, x)
+            x_inside = inside[:, None] & (dims < DIM)[None, :]
+            tl.store(x_ptr + chains[:, None] * DIM + dims[None, :], x, mask=x_inside)
+            store_trajectory(trajectory_ptr, x, t, thin, steps, chains, inside, dims, DIM)
+            zs = forward_chunk(zs, x, w, PRECISION, INTERPRETED)
             size += tl.sum(tl.abs(x), axis=1)
+        if telemetry_ptr is not None:
+            alive = (first_bad < 0).to(tl.int32)
+            square_norm = raw_square
+            n_clipped += alive * any_clipped
+            n_clamped += alive * any_clamped
         # the next step's loads may be issued by other threads than this step's stores
         tl.debug_barrier()
 
-    z += load_row(bias_ptrs[0], 0, BLOCKS[0])
-    energy = energy_at(
-        z, weights, bias_ptrs, head_ptr, head_bias_ptr, 0, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
-        INTERPRETED,
-    )  # fmt: skip
+    energy = tl.zeros((BLOCK_CHAINS,), tl.float32) + tl.load(constant_ptr)
+    if HAS_TERMS:
+        for c in range(n_chunks):
+            dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+            x1_inside = inside[:, None] & (dims < DIM)[None, :]
+            x1 = tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x1_inside, other=0.0)
+            energy += energy_of_terms(x1, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
+    labels = load_labels(label_ptr, chains, inside, 0)
+    for k in tl.static_range(len(FIRSTS) - 1):
+        z = zs[k] + load_bias(bias_ptrs, 0, tl.constexpr(FIRSTS[k]), BLOCKS)
+        energy += energy_at(
+            z, weights, bias_ptrs, scale_ptr + k, labels, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS,
+            PRECISION, FAST, INTERPRETED,
+        )  # fmt: skip
     tl.store(energy_ptr + chains, energy, mask=inside)
     tl.store(first_bad_ptr + chains, first_bad, mask=inside)
+    if telemetry_ptr is not None:
+        store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)

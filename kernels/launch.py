@@ -48,35 +48,48 @@ def block(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def shared_bytes(launch: Launch, widths: tuple[int, ...], precision: str, capability: int = 90) -> int:
+Networks = tuple[tuple[int, ...], ...]
+
+
+def shared_bytes(launch: Launch, networks: Networks, precision: str, capability: int = 90) -> int:
     """An upper estimate of the shared memory that a configuration takes (tests hold it to compiled kernels)."""
     # bf16x3 keeps two bf16 halves. wgmma (9.x) transposes 16-bit operands only, so 4-byte ones lie in both orders.
     weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 == 9 else 4)
-    sizes = [launch.block_dim, *(block(w) for w in widths)]
-    weights = sum(n_in * n_out for n_in, n_out in pairwise(sizes)) * weight_bytes
+    chains_of_sizes = [[launch.block_dim, *(block(w) for w in widths)] for widths in networks]
+    weights = sum(n_in * n_out for sizes in chains_of_sizes for n_in, n_out in pairwise(sizes)) * weight_bytes
     # One operand of the tile on its way between layouts.
-    operand = launch.block_chains * max(sizes) * (2 if precision in ("bf16", "bf16x3") else 4)
+    operand = launch.block_chains * max(map(max, chains_of_sizes)) * (2 if precision in ("bf16", "bf16x3") else 4)
     noise = launch.block_chains * launch.block_dim * 4
     return weights + operand + noise + 1024
 
 
-def choose_launch(dim: int, widths: tuple[int, ...], precision: str, capability: int | None) -> Launch | str:
+def choose_launch(dim: int, networks: Networks, precision: str, capability: int | None) -> Launch | str:
     """The configuration for an architecture, or in words why there is none.
 
+    networks: the widths of each MLP's layers, from the first hidden one up.
     capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
     """
-    candidates = []
-    if dim <= _MAX_RESIDENT_DIM:
-        candidates.append(Launch("resident", 64, block(dim), 4, 1))
-    candidates += [Launch("streaming", 64, min(block_dim, block(dim)), 4, 1) for block_dim in (64, 32)]
+    candidates = _candidates(dim)
     if capability is None:
         return candidates[0]
     limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
+
+    def need(launch: Launch, precision: str) -> int:
+        return shared_bytes(launch, networks, precision, capability)
+
     for launch in candidates:
-        if shared_bytes(launch, widths, precision, capability) <= limit:
+        if need(launch, precision) <= limit:
             return launch
-    need = min(shared_bytes(launch, widths, precision, capability) for launch in candidates)
+    fitting = [p for p in PRECISIONS if any(need(launch, p) <= limit for launch in candidates)]
+    widths = " + ".join(str(list(widths)) for widths in networks)
     return (
-        f"hidden widths {list(widths)} at precision {precision!r} need {need // 1024} KiB of shared memory, "
-        f"and a block on sm_{capability} has {limit // 1024} KiB"
+        f"hidden widths {widths} at precision {precision!r} need "
+        f"{min(need(launch, precision) for launch in candidates) // 1024} KiB of shared memory, and a block on "
+        f"sm_{capability} has {limit // 1024} KiB" + (f" (precision {fitting[0]!r} would fit)" if fitting else "")
     )
+
+
+def _candidates(dim: int) -> list[Launch]:
+    """The fastest first."""
+    resident = [Launch("resident", 64, block(dim), 4, 1)] if dim <= _MAX_RESIDENT_DIM else []
+    return resident + [Launch("streaming", 64, min(block_dim, block(dim)), 4, 1) for block_dim in (64, 32)]

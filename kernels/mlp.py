@@ -1,7 +1,9 @@
 """The way through an MLP on the device: activations with their slopes, products at each precision, layers.
 
 Any depth without generated source: `slope_at` calls itself for the layer above, so the return path is the
-backpropagation. `ACTIVATIONS`, `PARAMETERS` and the tuples of weights hold one entry a hidden layer.
+backpropagation. The layers of all networks of a sum are numbered through. Network k has those from FIRSTS[k] up to
+FIRSTS[k + 1], of which the last is its head. Of each layer, BLOCKS holds the padded width, ACTIVATIONS the activation
+or the head ("scalar", "class", "logsumexp"), PARAMETERS the activation's parameter.
 """
 
 import triton
@@ -143,35 +145,78 @@ def load_row(ptr, shift, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_bias(ptrs, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr):
+    return load_row(ptrs[LAYER], shift, BLOCKS[LAYER])
+
+
+@triton.jit
+def load_weights(
+    ptrs, FIRSTS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCKS: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Every layer's weight as `load_weight` gives it. Left as pointers: a scalar or class head, which is no product,
+    and, with BLOCK_DIM = 0, the first layers."""
+    weights = ()
+    for k in tl.static_range(len(FIRSTS) - 1):
+        for layer in tl.static_range(tl.constexpr(FIRSTS[k]), tl.constexpr(FIRSTS[k + 1])):
+            # tl.constexpr: triton 3.6 takes an entry of a constexpr tuple for a value
+            if layer == tl.constexpr(FIRSTS[k]):
+                if BLOCK_DIM > 0:
+                    w = load_weight(ptrs[layer], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[layer], PRECISION, INTERPRETED)
+                else:
+                    w = ptrs[layer]
+            elif tl.constexpr(ACTIVATIONS[layer]) == "scalar" or tl.constexpr(ACTIVATIONS[layer]) == "class":
+                w = ptrs[layer]
+            else:
+                w = load_weight(
+                    ptrs[layer], 0, BLOCKS[layer - 1], BLOCKS[layer - 1], BLOCKS[layer], PRECISION, INTERPRETED
+                )  # fmt: skip
+            weights = weights + (w,)
+    return weights
+
+
+@triton.jit
+def load_head(ptr, labels, shift, BLOCK: tl.constexpr, HEAD: tl.constexpr):
+    """The head's weight: one row for all chains, (1, BLOCK), or that of each chain's label, (BLOCK_CHAINS, BLOCK)."""
+    if HEAD == "class":
+        return tl.load(ptr + shift + labels[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+    else:
+        return load_row(ptr, shift, BLOCK)
+
+
+@triton.jit
 def slope_at(
-    z, weights, bias_ptrs, head_ptr, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
+    z, weights, bias_ptrs, scale_ptr, labels, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """dE/dz at hidden layer LAYER: (BLOCK_CHAINS, BLOCKS[LAYER]), given its z.
 
-    weights[l] leads from hidden layer l to l + 1; bias_ptrs[l] belongs to hidden layer l; head_ptr is the
-    output's weight.
+    weights[l] and bias_ptrs[l] lead to layer l. scale_ptr: of a "logsumexp" head.
     """
-    # tl.constexpr again: triton 3.6 takes an entry of a constexpr tuple for a value
     a, slope = activation_and_slope(
         z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
     )  # fmt: skip
-    if LAYER == len(BLOCKS) - 1:
-        return slope * load_row(head_ptr, shift, BLOCKS[LAYER])
+    ABOVE: tl.constexpr = tl.constexpr(ACTIVATIONS[LAYER + 1])
+    if ABOVE == "scalar" or ABOVE == "class":
+        return slope * load_head(weights[LAYER + 1][0], labels, shift, BLOCKS[LAYER], ABOVE)
     else:
-        above = product(a, weights[LAYER], PRECISION, INTERPRETED)
-        above += load_row(bias_ptrs[LAYER + 1], shift, BLOCKS[LAYER + 1])
-        grad = slope_at(
-            above, weights, bias_ptrs, head_ptr, shift, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
-            PRECISION, FAST, INTERPRETED,
-        )  # fmt: skip
-        return slope * product(grad, transpose(weights[LAYER], PRECISION), PRECISION, INTERPRETED)
+        above = product(a, weights[LAYER + 1], PRECISION, INTERPRETED)
+        above += load_bias(bias_ptrs, shift, LAYER + 1, BLOCKS)
+        if ABOVE == "logsumexp":
+            share = tl.exp(above - tl.max(above, axis=1)[:, None])
+            grad = share * (tl.load(scale_ptr) / tl.sum(share, axis=1))[:, None]
+        else:
+            grad = slope_at(
+                above, weights, bias_ptrs, scale_ptr, labels, shift, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
+                PRECISION, FAST, INTERPRETED,
+            )  # fmt: skip
+        return slope * product(grad, transpose(weights[LAYER + 1], PRECISION), PRECISION, INTERPRETED)
 
 
 @triton.jit
 def energy_at(
-    z, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
+    z, weights, bias_ptrs, scale_ptr, labels, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -179,13 +224,43 @@ def energy_at(
     a, _ = activation_and_slope(
         z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
     )  # fmt: skip
-    if LAYER == len(BLOCKS) - 1:
-        head = load_row(head_ptr, 0, BLOCKS[LAYER])
-        return tl.sum(a * head, axis=1) + tl.load(head_bias_ptr)
+    ABOVE: tl.constexpr = tl.constexpr(ACTIVATIONS[LAYER + 1])
+    if ABOVE == "scalar" or ABOVE == "class":
+        value = tl.sum(a * load_head(weights[LAYER + 1][0], labels, 0, BLOCKS[LAYER], ABOVE), axis=1)
+        if ABOVE == "class":
+            return value + tl.load(bias_ptrs[LAYER + 1] + labels)
+        else:
+            return value + tl.load(bias_ptrs[LAYER + 1])
     else:
-        above = product(a, weights[LAYER], PRECISION, INTERPRETED)
-        above += load_row(bias_ptrs[LAYER + 1], 0, BLOCKS[LAYER + 1])
-        return energy_at(
-            above, weights, bias_ptrs, head_ptr, head_bias_ptr, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
-            PRECISION, FAST, INTERPRETED,
-        )  # fmt: skip
+        above = product(a, weights[LAYER + 1], PRECISION, INTERPRETED)
+        above += load_bias(bias_ptrs, 0, LAYER + 1, BLOCKS)
+        if ABOVE == "logsumexp":
+            top = tl.max(above, axis=1)
+            return tl.load(scale_ptr) * (top + tl.log(tl.sum(tl.exp(above - top[:, None]), axis=1)))
+        else:
+            return energy_at(
+                above, weights, bias_ptrs, scale_ptr, labels, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION,
+                FAST, INTERPRETED,
+            )  # fmt: skip
+
+
+@triton.jit
+def add_terms(grad, x, curvature_ptr, mean_ptr, linear_ptr, shift, BLOCK: tl.constexpr):
+    """grad + c (x - m) + b: the energy's quadratic and linear terms; shift is the first dim's number."""
+    if curvature_ptr is not None:
+        grad += load_row(curvature_ptr, shift, BLOCK) * (x - load_row(mean_ptr, shift, BLOCK))
+    if linear_ptr is not None:
+        grad += load_row(linear_ptr, shift, BLOCK)
+    return grad
+
+
+@triton.jit
+def energy_of_terms(x, curvature_ptr, mean_ptr, linear_ptr, shift, BLOCK: tl.constexpr):
+    """(BLOCK_CHAINS,): sum of c (x - m)^2 / 2 + b x over these dims."""
+    value = tl.sum(x * 0.0, axis=1)
+    if curvature_ptr is not None:
+        away = x - load_row(mean_ptr, shift, BLOCK)
+        value += 0.5 * tl.sum(load_row(curvature_ptr, shift, BLOCK) * away * away, axis=1)
+    if linear_ptr is not None:
+        value += tl.sum(load_row(linear_ptr, shift, BLOCK) * x, axis=1)
+    return value

@@ -7,9 +7,10 @@ What is compiled is what a launch would compile: the backend's own entry points 
 driver that answers for a GPU of the asked capability, and a launch ends in the compiled kernel instead.
 
 A case: kernel ("mlp" or "update"), capability, dim, widths, activations (one a layer; default: silu), precision,
-rule (keywords of ``Langevin``, lists standing for tensors), and cubin (a path to write the machine code to). All from
-activations on, but precision, may be left out. A result: the case, and what was compiled, or "refused", the words of
-``choose_launch``.
+rule (keywords of ``Langevin``, lists standing for tensors), head ("scalar"; "logsumexp" or "class", of 10 classes), sum
+(true: with a second MLP, a Gaussian and a linear term), recorded (true: with frozen coordinates, a trajectory and
+telemetry), and cubin (a path to write the machine code to). All from activations on, but precision, may be left out. A
+result: the case, and what was compiled, or "refused", the words of ``choose_launch``.
 """
 
 import dataclasses
@@ -26,10 +27,11 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastebm import Langevin
-from fastebm.backends import fused
+from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, SumEnergy
+from fastebm.backends import Chains, fused
+from fastebm.description import describe
 from fastebm.energies import Energy
-from fastebm.mlp import ACTIVATIONS, read_mlp
+from fastebm.mlp import ACTIVATIONS
 
 N_CHAINS = 64
 
@@ -68,34 +70,49 @@ def energy_of(case: dict[str, Any]) -> nn.Module:
     layers: list[nn.Module] = []
     for i, name in enumerate(case.get("activations", ["silu"] * len(case["widths"]))):
         layers += [nn.Linear(sizes[i], sizes[i + 1]), ACTIVATIONS[name].module(0.5)]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+    head = case.get("head", "scalar")
+    energy: nn.Module = nn.Sequential(*layers, nn.Linear(sizes[-1], 1 if head == "scalar" else 10))
+    if head != "scalar":
+        energy = ClassifierEnergy(energy)
+    if case.get("sum"):
+        terms = (energy, MLPEnergy(case["dim"], (16,)), GaussianEnergy(), nn.Linear(case["dim"], 1))
+        energy = SumEnergy(terms, (1.0, -0.5, 1.0, 1.0))
+    return energy
 
 
 def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     capability, dim, precision = case["capability"], case["dim"], case["precision"]
     triton.runtime.driver.set_active(PretendedGPU(capability))
     energy = energy_of(case)
+    tensors = ("step_size", "noise_scale", "clamp")
     options = {"step_size": 0.1, "noise_scale": 1.0, **case.get("rule", {})}
-    options = {k: torch.tensor(v) if k in ("step_size", "noise_scale") else v for k, v in options.items()}
-    arguments = {
-        "x": torch.zeros(N_CHAINS, dim),
-        "rule": Langevin(**options),
-        "steps": 1,
-        "seed": 0,
-        "chains": torch.arange(N_CHAINS),
-        "first_steps": torch.zeros(N_CHAINS, dtype=torch.int64),
-    }
+    options = {k: torch.tensor(v) if k in tensors and v is not None else v for k, v in options.items()}
+    if options.get("clamp") is not None:  # two numbers, or two lists of one a dim
+        options["clamp"] = tuple(options["clamp"])
+    recorded = bool(case.get("recorded"))
+    labels = torch.zeros(N_CHAINS, dtype=torch.int64) if case.get("head") == "class" else None
+    chains = Chains(
+        torch.zeros(N_CHAINS, dim),
+        0,
+        torch.arange(N_CHAINS),
+        torch.zeros(N_CHAINS, dtype=torch.int64),
+        labels,
+        torch.zeros(N_CHAINS, dim, dtype=torch.bool) if recorded else None,
+    )
+    arguments = (chains, Langevin(**options), 1)
+    recording = {"thin": int(recorded), "telemetry": recorded}
     estimate, launch = None, None
     if case["kernel"] == "update":
-        kernel = compiled_by(fused.advance_module, Energy(energy, (dim,), torch.float32), **arguments)
+        kernel = compiled_by(fused.advance_module, Energy(energy, (dim,), torch.float32), *arguments, **recording)
     else:
-        widths = tuple(case["widths"])
-        launch = choose_launch(dim, widths, precision, capability)
+        description = describe(energy, labels=labels is not None)
+        launch = choose_launch(dim, description.networks, precision, capability)
         if isinstance(launch, str):
             return {**case, "refused": launch}
-        estimate = shared_bytes(launch, widths, precision, capability)
-        mlp = read_mlp(energy)
-        kernel = compiled_by(fused.advance_mlp, mlp, **arguments, precision=precision, launch=launch)
+        estimate = shared_bytes(launch, description.networks, precision, capability)
+        kernel = compiled_by(
+            fused.advance_mlp, description, *arguments, precision=precision, launch=launch, **recording
+        )
     if "cubin" in case:
         Path(case["cubin"]).write_bytes(kernel.asm["cubin"])
     return {

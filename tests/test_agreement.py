@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastebm import Activation, Langevin, MLPEnergy
-from fastebm.backends import fused, reference, torch_tiles
+from fastebm.backends import Chains, fused, reference, torch_tiles
 from fastebm.backends.choose import interpreted
+from fastebm.description import describe
 from fastebm.energies import Energy
 from fastebm.mlp import ACTIVATIONS, read_mlp
 
@@ -71,9 +72,9 @@ def make_rule(n_chains, steps, *, step_form="number", noise_form="number", **opt
 def start(n_chains, dim, device="cpu"):
     """States, and counters that use all their bits: chain numbers about 2^33, lifetime steps of all ages."""
     x = torch.randn(n_chains, dim, generator=torch.Generator().manual_seed(1)).to(device)
-    chains = (torch.arange(n_chains) * 3 + 2**33 - 50).to(device)
+    numbers = (torch.arange(n_chains) * 3 + 2**33 - 50).to(device)
     first_steps = (torch.arange(n_chains) % 5 * 1000).to(device)
-    return x, {"seed": SEED, "chains": chains, "first_steps": first_steps}
+    return x, {"seed": SEED, "numbers": numbers, "first_steps": first_steps}
 
 
 def first_rows(n, x, rule, counters):
@@ -96,25 +97,27 @@ def first_steps_of(rule, steps):
 
 
 def advance_reference(energy, x, rule, steps, counters, dtype=torch.float32):
-    return reference.advance(Energy(energy, x.shape[1:], dtype), x.flatten(1).to(dtype), rule, steps, **counters)
+    return reference.advance(
+        Energy(energy, x.shape[1:], dtype), Chains(x.flatten(1).to(dtype), **counters), rule, steps
+    )
 
 
 def advance_torch(energy, x, rule, steps, counters):
-    return torch_tiles.advance(read_mlp(energy), x.clone(), rule, steps, **counters)
+    return torch_tiles.advance(describe(energy), Chains(x.clone(), **counters), rule, steps)
 
 
 def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", chunk=32):
     """The fused kernel on a state between two guards; None where the GPU at hand has no room for it."""
-    mlp = read_mlp(energy)
-    block_dim = block(mlp.dim) if regime == "resident" else min(chunk, block(mlp.dim))
+    description = describe(energy)
+    block_dim = block(description.dim) if regime == "resident" else min(chunk, block(description.dim))
     launch = Launch(regime, 64, block_dim, 4, 1)
     if x.is_cuda:
         major, minor = torch.cuda.get_device_capability()
-        if shared_bytes(launch, mlp.widths, precision) > SHARED_MEMORY.get(10 * major + minor, 101376):
+        if shared_bytes(launch, description.networks, precision) > SHARED_MEMORY.get(10 * major + minor, 101376):
             return None
     guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
     inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)
-    done = fused.advance_mlp(mlp, inner, rule, steps, **counters, precision=precision, launch=launch)
+    done = fused.advance_mlp(description, Chains(inner, **counters), rule, steps, precision=precision, launch=launch)
     assert guarded[:128].isnan().all()
     assert guarded[128 + x.numel() :].isnan().all()
     return done
@@ -395,4 +398,4 @@ def test_fused_update(device, energy, shape, step_form, noise_form, clamp):
     x, counters = start(n_chains, torch.Size(shape).numel(), device)
     truth = Truth(energy, x.reshape(n_chains, *shape), rule, steps, counters)
     module = Energy(energy, shape, torch.float32)
-    truth.check(fused.advance_module(module, x.clone(), rule, steps, **counters))
+    truth.check(fused.advance_module(module, Chains(x.clone(), **counters), rule, steps))

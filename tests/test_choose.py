@@ -83,7 +83,7 @@ def test_a_gpu_takes_the_fused_kernel(pretend_gpu, precision):
     assert (choice.backend, choice.why_not_fused) == ("triton", None)
     assert choice.path == choice.launch.regime
     assert choice.precision == (precision or "bf16x3")
-    assert choice.mlp.dim == 64
+    assert choice.description.dim == 64
 
 
 def test_a_gpu_s_choice_of_regime(pretend_gpu):
@@ -95,7 +95,7 @@ def test_a_gpu_s_choice_of_regime(pretend_gpu):
 def test_a_gpu_with_another_module_takes_the_fused_update(pretend_gpu):
     pretend_gpu(90)
     choice = choose(nn.Sequential(nn.Linear(3, 1)), CUDA, torch.float32, "auto", None)
-    assert (choice.backend, choice.path, choice.mlp) == ("triton", "autograd", None)
+    assert (choice.backend, choice.path, choice.description) == ("triton", "autograd", None)
     assert "no hidden layer" in choice.why_not_fused
 
 
@@ -103,7 +103,7 @@ def test_widths_that_do_not_fit_are_told_with_the_bytes(pretend_gpu):
     pretend_gpu(90)
     choice = choose(MLPEnergy(64, (2048, 2048)), CUDA, torch.float32, "auto", None)
     assert choice.backend == "triton"
-    assert choice.path == "autograd"
+    assert choice.path == "products"
     assert "need" in choice.why_not_fused
     assert "KiB of shared memory, and a block on sm_90 has 227 KiB" in choice.why_not_fused
 

@@ -86,7 +86,7 @@ def test_build_energy_fn_on_an_mlp_trunk_is_one_mlp():
     assert model(x).shape == (6, 1)
     mlp = read_mlp(model)
     assert mlp.widths == (8, 5, 7)
-    torch.testing.assert_close(mlp.energy(x), energy(model, x).detach())
+    torch.testing.assert_close(mlp.output(x)[:, 0], energy(model, x).detach())
 
 
 def test_build_energy_fn_on_a_conv_trunk():

@@ -12,7 +12,7 @@ from test_agreement import ULP, largest, make_energy, plain_energy_and_gradient
 from torch import nn
 
 from fastebm import Langevin, langevin_sample, why_not_fused
-from fastebm.backends import fused, reference
+from fastebm.backends import Chains, fused, reference
 from fastebm.energies import Energy
 from fastebm.mlp import read_mlp
 from fastebm.noise import Stream, normal, philox4x32
@@ -94,12 +94,8 @@ def test_every_precision_against_float64(dim, widths, precision):
 
     # a few noisy steps, small ones, so that what differs at first does not grow
     rule, steps = Langevin(0.1, 1.0, clamp=(-2.0, 2.0)), 3
-    counters = {
-        "seed": SEED,
-        "chains": torch.arange(300, device="cuda"),
-        "first_steps": torch.full((300,), 7, device="cuda"),
-    }
-    truth = reference.advance(Energy(energy, (dim,), torch.float64), x.double(), rule, steps, **counters)
+    chains = Chains(x.double(), SEED, torch.arange(300, device="cuda"), torch.full((300,), 7, device="cuda"))
+    truth = reference.advance(Energy(energy, (dim,), torch.float64), chains, rule, steps)
     moved = langevin_sample(
         energy, init=x, steps=steps, step_size=0.1, noise_scale=1.0, clamp=(-2.0, 2.0), first_step=7, **options
     )
@@ -168,10 +164,10 @@ def test_past_2_to_the_31_elements():
 class Halves:
     """E = |x|^2 / 2 as the backend sees an energy, without the copies that autograd would make."""
 
-    def gradient(self, x):
+    def gradient(self, x, labels):
         return x
 
-    def __call__(self, x):
+    def __call__(self, x, labels):
         return x[:, 0]
 
 
@@ -180,14 +176,11 @@ def test_the_fused_update_past_2_to_the_31_elements():
     dim, k = 784, 70
     n_chains = 2**31 // dim + 100
     init = torch.rand(n_chains, dim, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    rule, chains = Langevin(0.1, 1.0), torch.arange(n_chains, device="cuda")
-    ages = torch.zeros_like(chains)
+    rule, numbers = Langevin(0.1, 1.0), torch.arange(n_chains, device="cuda")
+    ages = torch.zeros_like(numbers)
     rows = [slice(first, first + k) for first in (0, n_chains - 100 - k // 2, n_chains - k)]
-    few = [
-        fused.advance_module(Halves(), init[r].clone(), rule, 3, seed=SEED, chains=chains[r], first_steps=ages[r]).x
-        for r in rows
-    ]
-    moved = fused.advance_module(Halves(), init, rule, 3, seed=SEED, chains=chains, first_steps=ages).x
+    few = [fused.advance_module(Halves(), Chains(init[r].clone(), SEED, numbers[r], ages[r]), rule, 3).x for r in rows]
+    moved = fused.advance_module(Halves(), Chains(init, SEED, numbers, ages), rule, 3).x
     for r, expected in zip(rows, few, strict=True):
         assert torch.equal(moved[r], expected)
 

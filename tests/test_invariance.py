@@ -5,9 +5,9 @@ import torch
 from fastebm.kernels.launch import Launch, block
 
 from fastebm import Langevin, MLPEnergy, langevin_sample
-from fastebm.backends import fused, torch_tiles
+from fastebm.backends import Chains, fused, torch_tiles
+from fastebm.description import describe
 from fastebm.energies import Energy
-from fastebm.mlp import read_mlp
 
 SEED = 2024
 STEPS = 3
@@ -19,7 +19,7 @@ def make_mlp(dim, widths, activation="silu"):
         energy = MLPEnergy(dim, widths, activation)
         for p in energy.parameters():
             p.mul_(3.0)
-    return read_mlp(energy)
+    return describe(energy)
 
 
 def make_chains(n_chains, dim):
@@ -35,7 +35,7 @@ def make_chains(n_chains, dim):
 def on_torch(mlp):
     def run(x, numbers, ages, step_size, steps=STEPS):
         rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
-        return torch_tiles.advance(mlp, x.clone(), rule, steps, seed=SEED, chains=numbers, first_steps=ages)
+        return torch_tiles.advance(mlp, Chains(x.clone(), SEED, numbers, ages), rule, steps)
 
     return run
 
@@ -46,10 +46,10 @@ def on_triton(mlp, regime, device, precision):
 
     def run(x, numbers, ages, step_size, steps=STEPS):
         rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
-        arguments = {"seed": SEED, "chains": numbers.to(device), "first_steps": ages.to(device)}
+        counters = SEED, numbers.to(device), ages.to(device)
         # a copy, on a CPU too: states are moved in place
         x = x.to(device, copy=True)
-        return fused.advance_mlp(mlp, x, rule, steps, **arguments, precision=precision, launch=launch)
+        return fused.advance_mlp(mlp, Chains(x, *counters), rule, steps, precision=precision, launch=launch)
 
     return run
 
@@ -57,9 +57,9 @@ def on_triton(mlp, regime, device, precision):
 def on_the_fused_update(device):
     def run(x, numbers, ages, step_size, steps=STEPS):
         rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
-        arguments = {"seed": SEED, "chains": numbers.to(device), "first_steps": ages.to(device)}
+        counters = SEED, numbers.to(device), ages.to(device)
         energy = Energy(Wells(), (x.shape[1],), torch.float32)
-        return fused.advance_module(energy, x.to(device, copy=True), rule, steps, **arguments)
+        return fused.advance_module(energy, Chains(x.to(device, copy=True), *counters), rule, steps)
 
     return run
 
@@ -73,7 +73,7 @@ class Wells(torch.nn.Module):
 
 def same_bits(done, expected, rows=slice(None)):
     # first_bad too; NaN never occurs here, so equal means equal bits, but for the sign of zero
-    return all(torch.equal(a, b[rows]) for a, b in zip(done, expected, strict=True))
+    return all(torch.equal(a, b[rows]) for a, b in zip(done[:3], expected[:3], strict=True))
 
 
 def check_any_batch(run, chains, sizes):
@@ -145,7 +145,7 @@ def test_exploding_neighbours_change_nothing(device):
     for name, run in paths(device):
         alone, beside = run(x, numbers, ages, step_size), run(wild, numbers, ages, step_size)
         assert (beside.first_bad[::3] >= 0).all(), name
-        for a, b in zip(alone, beside, strict=True):
+        for a, b in zip(alone[:3], beside[:3], strict=True):
             assert torch.equal(a[calm], b[calm]), name
 
 

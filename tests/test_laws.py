@@ -16,9 +16,9 @@ from scipy.special import ndtr
 from torch import nn
 
 from fastebm import Langevin, MLPEnergy
-from fastebm.backends import reference, torch_tiles
+from fastebm.backends import Chains, reference, torch_tiles
+from fastebm.description import describe
 from fastebm.energies import Energy
-from fastebm.mlp import read_mlp
 from fastebm.noise import Stream, normal
 
 ALPHA = 1e-5
@@ -29,33 +29,29 @@ DEVICE = "cuda" if CUDA else "cpu"
 # -- samplers: (energy, x0, rule, steps, seed) -> states ----------------------------------------------------
 
 
-def arguments(x0, seed):
-    n_chains = len(x0)
-    return {
-        "seed": seed,
-        "chains": torch.arange(n_chains, device=x0.device),
-        "first_steps": torch.zeros(n_chains, dtype=torch.int64, device=x0.device),
-    }
+def chains(x0, seed):
+    numbers = torch.arange(len(x0), device=x0.device)
+    return Chains(x0, seed, numbers, torch.zeros_like(numbers))
 
 
 def by_reference(energy, x0, rule, steps, seed):
     module = Energy(energy, x0.shape[1:], torch.float32)
-    return reference.advance(module, x0, rule, steps, **arguments(x0, seed)).x
+    return reference.advance(module, chains(x0, seed), rule, steps).x
 
 
 def by_torch(energy, x0, rule, steps, seed):
-    return torch_tiles.advance(read_mlp(energy), x0, rule, steps, **arguments(x0, seed)).x
+    return torch_tiles.advance(describe(energy), chains(x0, seed), rule, steps).x
 
 
 def by_triton(regime):
     def sampler(energy, x0, rule, steps, seed):
         from fastebm.backends import fused
 
-        mlp = read_mlp(energy)
+        description = describe(energy)
         # in the interpreter the cost is a program's, whatever its size
-        launch = Launch(regime, 64 if CUDA else 4096, block(mlp.dim), 4, 1)
+        launch = Launch(regime, 64 if CUDA else 4096, block(description.dim), 4, 1)
         precision = "bf16x3" if CUDA else "ieee"
-        return fused.advance_mlp(mlp, x0, rule, steps, **arguments(x0, seed), precision=precision, launch=launch).x
+        return fused.advance_mlp(description, chains(x0, seed), rule, steps, precision=precision, launch=launch).x
 
     return sampler
 
@@ -64,7 +60,7 @@ def by_fused_update(energy, x0, rule, steps, seed):
     from fastebm.backends import fused
 
     module = Energy(energy, x0.shape[1:], torch.float32)
-    return fused.advance_module(module, x0, rule, steps, **arguments(x0, seed)).x
+    return fused.advance_module(module, chains(x0, seed), rule, steps).x
 
 
 FEW = 200_000 if CUDA else 8_192  # chains where the interpreter runs

@@ -42,7 +42,7 @@ def assert_reads(module: nn.Module, dim: int = 3) -> None:
         expected = module.eval()(x).reshape(20)
     for m, mode in modes:
         m.training = mode
-    torch.testing.assert_close(mlp.energy(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mlp.output(x)[:, 0], expected, rtol=1e-5, atol=1e-6)
     assert mlp.dim == dim
     assert len(mlp.activations) == len(mlp.widths) == len(mlp.weights) - 1 == len(mlp.biases) - 1
 
@@ -125,7 +125,7 @@ def test_leading_flatten():
     module = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.SiLU(), nn.Linear(6, 1))
     assert_reads(module, dim=12)
     x = torch.randn(5, 3, 2, 2)
-    torch.testing.assert_close(read_mlp(module).energy(x.flatten(1)), module(x).detach()[:, 0])
+    torch.testing.assert_close(read_mlp(module).output(x.flatten(1))[:, 0], module(x).detach()[:, 0])
 
 
 def test_one_instance_used_twice_counts_twice():

@@ -10,9 +10,9 @@ from torch import nn
 
 import fastebm
 from fastebm import Langevin, MLPEnergy, NonFiniteError, langevin_sample
-from fastebm.backends import fused, reference, torch_tiles
+from fastebm.backends import Chains, fused, reference, torch_tiles
+from fastebm.description import describe
 from fastebm.energies import Energy
-from fastebm.mlp import read_mlp
 from fastebm.noise import Stream, normal, uniform
 
 DIM = 3
@@ -576,19 +576,19 @@ def slide(dim: int, active: slice = slice(None)) -> nn.Module:
 def advance(path: str, model: nn.Module, x: torch.Tensor, rule: Langevin, steps: int = STEPS):
     x, n = x.clone(), len(x)
     numbers = torch.arange(n, device=x.device)
-    counters = {"seed": 3, "chains": numbers, "first_steps": torch.zeros_like(numbers)}
+    chains = Chains(x, 3, numbers, torch.zeros_like(numbers))
     whole = Energy(model, (x.shape[1],), x.dtype)
     with torch.no_grad():
         if path == "reference":
-            return reference.advance(whole, x, rule, steps, **counters)
+            return reference.advance(whole, chains, rule, steps)
         if path == "torch":
-            return torch_tiles.advance(read_mlp(model), x, rule, steps, **counters)
+            return torch_tiles.advance(describe(model), chains, rule, steps)
         if path == "update":
-            return fused.advance_module(whole, x, rule, steps, **counters)
+            return fused.advance_module(whole, chains, rule, steps)
         regime, precision = path.split()
         block_dim = 16 if regime == "streaming" else max(16, 1 << (x.shape[1] - 1).bit_length())
         launch = Launch(regime, 16, block_dim, 4, 1)
-        return fused.advance_mlp(read_mlp(model), x, rule, steps, **counters, precision=precision, launch=launch)
+        return fused.advance_mlp(describe(model), chains, rule, steps, precision=precision, launch=launch)
 
 
 PATHS = ["torch", "update", "resident ieee", "resident bf16x3", "streaming ieee", "streaming bf16x3"]

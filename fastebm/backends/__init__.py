@@ -12,16 +12,59 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Advanced"]
+__all__ = ["Advanced", "Chains", "Telemetry"]
+
+
+class Chains(NamedTuple):
+    """What ``advance`` moves, and where each chain stands in the noise's counter.
+
+    x: (n_chains, dim) states. seed: 64 bits, an int or a (1,) int64 tensor. numbers, first_steps: (n_chains,) int64
+    global chain numbers and lifetime steps. labels: (n_chains,) int64, or None. frozen: (1 or n_chains, dim) bool,
+    coordinates that stay, or None.
+    """
+
+    x: Tensor
+    seed: int | Tensor
+    numbers: Tensor
+    first_steps: Tensor
+    labels: Tensor | None = None
+    frozen: Tensor | None = None
+
+    def rows(self, rows: slice | Tensor) -> Chains:
+        """Some of the chains: views for a slice."""
+        frozen = self.frozen
+        return Chains(
+            self.x[rows],
+            self.seed,
+            self.numbers[rows],
+            self.first_steps[rows],
+            None if self.labels is None else self.labels[rows],
+            frozen if frozen is None or len(frozen) == 1 else frozen[rows],
+        )
+
+
+class Telemetry(NamedTuple):
+    """What happened to each chain, all (n_chains,).
+
+    grad_norm: |dE/dx| before clips, over the coordinates that are not frozen, where the last step started.
+    clipped, clamped: the fraction of steps in which a clip changed the gradient, or the clamp the state.
+    """
+
+    grad_norm: Tensor
+    clipped: Tensor
+    clamped: Tensor
 
 
 class Advanced(NamedTuple):
     """What ``advance`` returns.
 
     x: (n_chains, dim) last finite states. energy: (n_chains,) E at x. first_bad: (n_chains,) int32, the first
-    step of this call whose new state was not finite, before the clamp; -1 if all were.
+    step of this call whose new state was not finite, before the clamp; -1 if all were. trajectory: (n_chains,
+    steps // thin, dim) states after every thin-th step, if thin > 0 was asked for. telemetry: if asked for.
     """
 
     x: Tensor
     energy: Tensor
     first_bad: Tensor
+    trajectory: Tensor | None = None
+    telemetry: Telemetry | None = None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..mlp import MLP, NotAnMLP, read_mlp
+from ..description import Description, describe
+from ..mlp import NotAnMLP
 
 __all__ = ["BACKENDS", "PRECISIONS", "Choice", "choose", "interpreted", "why_not_fused"]
 
@@ -20,16 +21,17 @@ PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
 
 @dataclass(frozen=True)
 class Choice:
-    """backend: "triton", "torch" or "reference". mlp, launch: set where that backend needs them.
+    """backend: "triton", "torch" or "reference". description, launch: set where that backend needs them.
 
     path: what runs in that backend: "resident" or "streaming" (the fused kernel), "tiles" (closed-form
-    gradient), "autograd" (gradient by autograd; with the fused update kernel if the backend is "triton").
+    gradient), "products" (the same by the library's products, for MLPs too wide for the fused kernel) and "autograd";
+    the last two with the fused update kernel if the backend is "triton".
     why_not_fused: why the fused kernel does not run, or None if it does.
     """
 
     backend: str
     path: str
-    mlp: MLP | None
+    description: Description | None
     launch: Any
     precision: str
     why_not_fused: str | None
@@ -56,8 +58,16 @@ def why_not_fused(
     return choose(energy, torch.device(device), dtype, "auto", precision).why_not_fused
 
 
-def choose(energy: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, precision: str | None) -> Choice:
-    """The backend for an energy, states of ``dtype`` on ``device``, and a wish.
+def choose(
+    energy: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    precision: str | None,
+    *,
+    labels: bool = False,
+) -> Choice:
+    """The backend for an energy, with or without labels, states of ``dtype`` on ``device``, and a wish.
 
     Raises:
         ValueError: an unknown name, or an explicit "triton" that can't be honoured.
@@ -71,30 +81,41 @@ def choose(energy: nn.Module, device: torch.device, dtype: torch.dtype, backend:
     if backend == "reference":
         return Choice("reference", "autograd", None, None, full, 'backend="reference" was asked for')
 
-    mlp, launch, why_not = None, None, None
+    description, launch, why_not = None, None, None
     try:
-        mlp = read_mlp(energy)
+        description = describe(energy, labels=labels)
     except NotAnMLP as error:
         why_not = f"not an MLP that can be read: {error}"
     no_triton = _why_not_triton(device, dtype, asked=backend == "triton")
     if backend == "triton" and no_triton is not None:
         raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
-    wanted = precision or "bf16x3"
-    if no_triton is None and mlp is not None:
+    wanted = precision or default_precision()
+    if no_triton is None and description is not None:
         from ..kernels.launch import choose_launch  # needs no triton, but only this path needs it
 
         capability = None if interpreted() else _capability(device)
-        launch = choose_launch(mlp.dim, mlp.widths, wanted, capability)
+        launch = choose_launch(description.dim, description.networks, wanted, capability)
         if isinstance(launch, str):
             launch, why_not = None, launch
     why_not = why_not or no_triton
     if backend == "torch":
         why_not = 'backend="torch" was asked for'
     elif launch is not None:
-        return Choice("triton", launch.regime, mlp, launch, wanted, None)
+        return Choice("triton", launch.regime, description, launch, wanted, None)
     elif no_triton is None:
-        return Choice("triton", "autograd", None, None, full, why_not)
-    return Choice("torch", "autograd" if mlp is None else "tiles", mlp, None, full, why_not)
+        path = "autograd" if description is None else "products"
+        return Choice("triton", path, description, None, full, why_not)
+    return Choice("torch", "autograd" if description is None else "tiles", description, None, full, why_not)
+
+
+def default_precision() -> str:
+    """What precision=None means: "bf16" where PyTorch is set to "medium", else "bf16x3".
+
+    ``torch.set_float32_matmul_precision`` names the same two: "high" is about 16 mantissa bits, "medium" bf16. At
+    "highest", PyTorch's default, full float32 products are not taken: they crawl in the fused kernel, and bf16x3 is
+    within 1e-5 of them. Ask for precision="ieee" to have them.
+    """
+    return "bf16" if torch.get_float32_matmul_precision() == "medium" else "bf16x3"
 
 
 def _capability(device: torch.device) -> int:

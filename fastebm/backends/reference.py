@@ -6,29 +6,45 @@ Every other path is compared with this one. Read it as documentation.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..energies import Energy
 from ..langevin import Langevin
 from ..noise import Stream, normal
-from . import Advanced
+from . import Advanced, Chains, Telemetry
 
 __all__ = ["advance"]
 
 
 def advance(
-    energy: Energy, x: Tensor, rule: Langevin, steps: int, *, seed: int, chains: Tensor, first_steps: Tensor
+    energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
 ) -> Advanced:
-    """x: (n_chains, dim); chains, first_steps: (n_chains,) int64 global numbers and lifetime steps."""
+    """thin: keep the state after every thin-th step; 0: of none."""
+    x, frozen = chains.x, chains.frozen
     n_chains, dim = x.shape
     a, b = (c.expand(-1, steps) for c in rule.coefficients(n_chains, steps, dtype=x.dtype, device=x.device))
+    bounds = rule.bounds(dim, dtype=x.dtype, device=x.device)
     first_bad = torch.full((n_chains,), -1, dtype=torch.int32, device=x.device)
+    trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
+    grad_norm, clipped, clamped = x.new_full((n_chains,), torch.nan), x.new_zeros(n_chains), x.new_zeros(n_chains)
     for t in range(steps):
-        noise = normal(seed, Stream.LANGEVIN, chains, first_steps + t, dim, dtype=x.dtype)
-        moved = rule.update(x, energy.gradient(x), noise, a[:, t, None], b[:, t, None])
+        grad = energy.gradient(x, chains.labels)
+        if frozen is not None:
+            grad = grad.masked_fill(frozen, 0.0)
+        noise = normal(int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps + t, dim, dtype=x.dtype)
+        moved = rule.update(x, grad, noise, a[:, t, None], b[:, t, None])
+        if frozen is not None:
+            moved = torch.where(frozen, x, moved)
         bad = ~moved.isfinite().all(dim=1)  # tested before the clamp, which would turn infinity into a bound
         first_bad[bad & (first_bad < 0)] = t
-        if rule.clamp is not None:
-            moved = moved.clamp(*rule.clamp)
-        x = torch.where((first_bad < 0)[:, None], moved, x)
-    return Advanced(x, energy(x), first_bad)
+        alive = first_bad < 0
+        new = moved if bounds is None else moved.clamp(*bounds)
+        if frozen is not None:
+            new = torch.where(frozen, x, new)
+        grad_norm = grad.square().sum(dim=1).sqrt()
+        clipped += alive & (rule.clip(grad) != grad).any(dim=1)
+        clamped += alive & (new != moved).any(dim=1)
+        x = torch.where(alive[:, None], new, x)
+        if trajectory is not None and (t + 1) % thin == 0:
+            trajectory[:, t // thin] = x
+    told = Telemetry(grad_norm, clipped / max(steps, 1), clamped / max(steps, 1)) if telemetry else None
+    return Advanced(x, energy(x, chains.labels), first_bad, trajectory, told)

@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..description import Description
 from ..langevin import Langevin
 from ..mlp import MLP
 from ..noise import Stream, normal
-from . import Advanced
+from . import Advanced, Chains, Telemetry
 
-__all__ = ["advance"]
+__all__ = ["Evaluator", "advance", "matrix", "rows_of_products"]
 
 # Rows of one matrix product on a CPU. 64 costs at most 15% of the rate of 256 on a Zen 4 core, and a call with
 # few chains is padded to no more than 64.
@@ -38,21 +39,27 @@ _DEVICE_ROWS = 4096
 
 
 def advance(
-    mlp: MLP, x: Tensor, rule: Langevin, steps: int, *, seed: int, chains: Tensor, first_steps: Tensor
+    description: Description, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
 ) -> Advanced:
-    """x: (n_chains, dim), moved in place; chains, first_steps: (n_chains,) int64."""
-    n_chains = len(x)
+    """chains.x is moved in place."""
+    x = chains.x
+    n_chains, dim = x.shape
     a, b = (c.expand(-1, steps) for c in rule.coefficients(n_chains, steps, dtype=x.dtype, device=x.device))
-    energy = torch.empty(n_chains, dtype=x.dtype, device=x.device)
-    first_bad = torch.full((n_chains,), -1, dtype=torch.int32, device=x.device)
-
+    done = Advanced(
+        x,
+        torch.empty(n_chains, dtype=x.dtype, device=x.device),
+        torch.full((n_chains,), -1, dtype=torch.int32, device=x.device),
+        x.new_empty(n_chains, steps // thin, dim) if thin else None,
+        Telemetry(*x.new_zeros(3, n_chains)) if telemetry else None,
+    )
     on_cpu = x.device.type == "cpu"
-    product_rows, tile_rows = (_PRODUCT_ROWS, _TILE_ROWS) if on_cpu else (_DEVICE_ROWS, _DEVICE_ROWS)
+    product_rows = rows_of_products(x.device)
+    tile_rows = _TILE_ROWS if on_cpu else product_rows
 
     def run(rows: slice) -> None:
-        tile = _Tile(mlp, rule, rows.stop - rows.start, product_rows)
+        tile = _Tile(description, rule, rows.stop - rows.start, product_rows)
         a_rows, b_rows = (c[rows] if len(c) > 1 else c for c in (a, b))
-        tile.advance(x[rows], a_rows, b_rows, seed, chains[rows], first_steps[rows], energy[rows], first_bad[rows])
+        tile.advance(chains.rows(rows), a_rows, b_rows, thin, _rows_of(done, rows))
 
     n_threads = torch.get_num_threads() if on_cpu else 1
     # Few chains are shared out evenly among the threads; bits depend on product_rows alone.
@@ -60,7 +67,23 @@ def advance(
     tile_rows = max(product_rows, min(tile_rows, share))
     tiles = [slice(i, min(i + tile_rows, n_chains)) for i in range(0, n_chains, tile_rows)]
     _run_on_threads(run, tiles, min(n_threads, len(tiles)))
-    return Advanced(x, energy, first_bad)
+    return done
+
+
+def rows_of_products(device: torch.device) -> int:
+    """The one number of rows that every product has on a device."""
+    return _PRODUCT_ROWS if device.type == "cpu" else _DEVICE_ROWS
+
+
+def _rows_of(done: Advanced, rows: slice) -> Advanced:
+    """Views of some chains' results."""
+    return Advanced(
+        done.x[rows],
+        done.energy[rows],
+        done.first_bad[rows],
+        None if done.trajectory is None else done.trajectory[rows],
+        None if done.telemetry is None else Telemetry(*(v[rows] for v in done.telemetry)),
+    )
 
 
 def _run_on_threads(run: Callable[[slice], None], tiles: list[slice], n_threads: int) -> None:
@@ -85,102 +108,196 @@ def _run_on_threads(run: Callable[[slice], None], tiles: list[slice], n_threads:
             torch.set_num_threads(before)
 
 
-class _Tile:
-    """The buffers of one tile, and the steps on them."""
+def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
+    """(n_rows, width), not initialised.
 
-    def __init__(self, mlp: MLP, rule: Langevin, n_chains: int, product_rows: int) -> None:
-        n_rows = -(-n_chains // product_rows) * product_rows
-        dtype, device = mlp.weights[0].dtype, mlp.weights[0].device
+    MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place in the
+    tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
+    """
+    return like.new_empty(n_rows, width if width <= 4 else -(-width // 4) * 4)[:, :width]
 
-        def buffer(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
 
-        self.mlp, self.rule, self.n_rows, self.product_rows = mlp, rule, n_rows, product_rows
+class _Network:
+    """One MLP of the sum, on a tile: its buffers, forward and backward."""
 
-        def matrix(width: int) -> Tensor:
-            # MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place
-            # in the tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
-            return buffer(n_rows, width if width <= 4 else -(-width // 4) * 4)[:, :width]
+    def __init__(self, mlp: MLP, scale: Tensor, n_rows: int, product_rows: int) -> None:
+        self.mlp, self.scale, self.product_rows = mlp, scale, product_rows
+        weight = mlp.weights[0]
+        self.z = [matrix(n_rows, width, weight) for width in mlp.widths]
+        self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations going up, gradients coming down
+        self.top = None if mlp.head == "scalar" else matrix(n_rows, len(mlp.weights[-1]), weight)
 
-        self.z = [matrix(width) for width in mlp.widths]
-        self.h = [matrix(width) for width in mlp.widths]  # activations going up, gradients coming down
-        self.x, self.moved, self.grad = (matrix(mlp.dim) for _ in range(3))
-        # With small dims the noise of several steps is drawn at once, so that its many small operations pay.
-        n_blocks = (mlp.dim + 3) // 4
-        self.noise_steps = max(1, _NOISE_BLOCKS // (n_rows * n_blocks))
-        self.noise = buffer(self.noise_steps * n_chains, n_blocks, 4)
-
-    def product(self, a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """out = a @ w (+ bias), in products of a fixed number of rows."""
-        for i in range(0, self.n_rows, self.product_rows):
+    def product(self, a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> Tensor:
+        """out = a @ w (+ bias) (+ out), in products of a fixed number of rows."""
+        for i in range(0, len(a), self.product_rows):
             rows, part = a[i : i + self.product_rows], out[i : i + self.product_rows]
-            if bias is None:
+            if add:
+                part.addmm_(rows, w)
+            elif bias is None:
                 torch.mm(rows, w, out=part)
             else:
                 torch.addmm(bias, rows, w, out=part)
         return out
 
-    def forward(self) -> None:
-        """z and h of every hidden layer, at self.x."""
-        below = self.x
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation of the last hidden layer."""
+        below = x
         for i, activation in enumerate(self.mlp.activations):
             self.product(below, self.mlp.weights[i].t(), self.mlp.biases[i], self.z[i])
             below = activation.forward(self.z[i], self.h[i])
+        return below
 
-    def gradient(self) -> Tensor:
-        """dE/dx at self.x, in self.grad. Each layer's gradient overwrites its activation, which is spent."""
-        self.forward()
-        above = self.mlp.weights[-1].expand_as(self.z[-1])
+    def logits(self, last: Tensor, out: Tensor) -> Tensor:
+        return self.product(last, self.mlp.weights[-1].t(), self.mlp.biases[-1], out)
+
+    def gradient(self, x: Tensor, labels: Tensor | None, out: Tensor, *, add: bool) -> None:
+        """out (+)= dE_k/dx. Each layer's gradient overwrites its activation, which is spent."""
+        last = self.forward(x)
+        weight = self.mlp.weights[-1]
+        if self.top is None:
+            above = weight.expand_as(self.z[-1])
+        elif self.mlp.head == "class":
+            above = weight[labels]
+        else:
+            torch.softmax(self.logits(last, self.top), dim=1, out=self.top)
+            above = self.product(self.top.mul_(-self.scale), weight, None, self.h[-1])
         for i in reversed(range(len(self.z))):
             self.mlp.activations[i].backward(above, self.z[i], self.h[i])
-            below = self.grad if i == 0 else self.h[i - 1]
-            self.product(self.h[i], self.mlp.weights[i], None, below)
-            above = below
-        return self.grad
+            if i == 0:
+                self.product(self.h[0], self.mlp.weights[0], None, out, add=add)
+            else:
+                above = self.product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
 
-    def energy(self) -> Tensor:
-        self.forward()
-        out = self.h[-1].new_empty(self.n_rows, 1)
-        return self.product(self.h[-1], self.mlp.weights[-1].t(), self.mlp.biases[-1], out)
+    def energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """(rows,) w_k E_k(x)."""
+        last = self.forward(x)
+        if self.top is None:
+            return self.logits(last, matrix(len(x), 1, last))[:, 0]
+        logits = self.logits(last, self.top)
+        if self.mlp.head == "class":
+            return logits.gather(1, labels[:, None])[:, 0]  # type: ignore[index]
+        return torch.logsumexp(logits, dim=1) * -self.scale
 
-    def advance(
-        self, x: Tensor, a: Tensor, b: Tensor, seed: int, chains: Tensor, first_steps: Tensor, energy: Tensor,
-        first_bad: Tensor,
-    ) -> None:  # fmt: skip
-        """All steps of one tile; x, energy and first_bad are written."""
-        n, dim = x.shape
+
+class Evaluator:
+    """Energy and gradient of a description in closed form, on tiles of n_rows states, in buffers of its own.
+
+    A state's values do not depend on the others: every product has product_rows rows.
+    """
+
+    def __init__(self, description: Description, n_rows: int, product_rows: int) -> None:
+        self.description = description
+        self.networks = [
+            _Network(mlp, scale, n_rows, product_rows)
+            for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
+        ]
+
+    def gradient(self, x: Tensor, labels: Tensor | None, out: Tensor) -> Tensor:
+        """out = dE/dx, (n_rows, dim)."""
+        for k, network in enumerate(self.networks):
+            network.gradient(x, labels, out, add=k > 0)
+        d = self.description
+        if d.curvature is not None and d.mean is not None:
+            out.addcmul_(x - d.mean, d.curvature)
+        if d.linear is not None:
+            out.add_(d.linear)
+        return out
+
+    def energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """(n_rows,) E(x)."""
+        value = sum((network.energy(x, labels) for network in self.networks), self.description.constant)
+        d = self.description
+        if d.curvature is not None and d.mean is not None:
+            value = value + ((x - d.mean).square_() * d.curvature).sum(dim=1) / 2
+        if d.linear is not None:
+            value = value + (x * d.linear).sum(dim=1)
+        return value
+
+
+class _Tile:
+    """The buffers of one tile, and the steps on them."""
+
+    def __init__(self, description: Description, rule: Langevin, n_chains: int, product_rows: int) -> None:
+        self.rule, self.n_rows = rule, -(-n_chains // product_rows) * product_rows
+        self.evaluator = Evaluator(description, self.n_rows, product_rows)
+        dim, weight = description.dim, description.mlps[0].weights[0]
+        self.x, self.moved, self.grad = (matrix(self.n_rows, dim, weight) for _ in range(3))
+        self.bounds = rule.bounds(dim, dtype=weight.dtype, device=weight.device)
+        # With small dims the noise of several steps is drawn at once, so that its many small operations pay.
+        n_blocks = (dim + 3) // 4
+        self.noise_steps = max(1, _NOISE_BLOCKS // (self.n_rows * n_blocks))
+        self.noise = weight.new_empty(self.noise_steps * n_chains, n_blocks, 4)
+
+    def advance(self, chains: Chains, a: Tensor, b: Tensor, thin: int, done: Advanced) -> None:
+        """All steps of one tile; everything in ``done`` is written."""
+        n, dim = chains.x.shape
         steps = a.shape[1]
-        self.x.copy_(_padded(x, self.n_rows))
-        bad_at = first_bad.new_full((self.n_rows,), -1)
-        frozen = bad_at >= 0
-        any_frozen = False
+        labels = None if chains.labels is None else _padded(chains.labels, self.n_rows)
+        frozen = None if chains.frozen is None else _padded(chains.frozen, self.n_rows)
+        self.x.copy_(_padded(chains.x, self.n_rows))
+        bad_at = done.first_bad.new_full((self.n_rows,), -1)
+        stopped = bad_at >= 0
+        any_stopped = False
         for t in range(steps):
             i = t % self.noise_steps
             if i == 0:
-                ahead = torch.arange(t, min(t + self.noise_steps, steps), device=x.device)[:, None]
-                noise = self.noise[: len(ahead) * n]
-                rows = chains.expand(len(ahead), n).reshape(-1)
-                normal(seed, Stream.LANGEVIN, rows, (first_steps + ahead).reshape(-1), dim, dtype=x.dtype, out=noise)
-            grad = self.gradient()
-            if self.rule.grad_clip is not None:
+                self.draw_noise(chains, torch.arange(t, min(t + self.noise_steps, steps), device=self.x.device))
+            grad = self.evaluator.gradient(self.x, labels, self.grad)
+            if frozen is not None:
+                grad.masked_fill_(frozen, 0.0)
+            raw = grad if done.telemetry is None else grad.clone()
+            if self.rule.grad_norm_clip is not None:
+                grad = self.rule.clip(grad)
+            elif self.rule.grad_clip is not None:
                 grad.clamp_(-self.rule.grad_clip, self.rule.grad_clip)
             _add_product(self.x, grad, _padded(a[:, t, None], self.n_rows), -1.0, out=self.moved)
             moved = self.moved[:n]  # padding needs no noise
-            _add_product(moved, noise[i * n : (i + 1) * n].flatten(1)[:, :dim], b[:, t, None], 1.0, out=moved)
+            noise = self.noise[i * n : (i + 1) * n].flatten(1)[:, :dim]
+            _add_product(moved, noise, b[:, t, None], 1.0, out=moved)
+            if frozen is not None:
+                torch.where(frozen, self.x, self.moved, out=self.moved)
             # A sum is finite only if all its terms are: one cheap pass clears the tile, and what it can't
             # clear (a sum may overflow by itself) goes to the exact test.
-            if any_frozen or not bool(self.moved.sum().isfinite()):
-                bad_at[~self.moved.isfinite().all(dim=1) & ~frozen] = t
-                frozen = bad_at >= 0
-                any_frozen = bool(frozen.any())
-            if self.rule.clamp is not None:
-                self.moved.clamp_(*self.rule.clamp)
-            if any_frozen:
-                self.moved[frozen] = self.x[frozen]
+            if any_stopped or not bool(self.moved.sum().isfinite()):
+                bad_at[~self.moved.isfinite().all(dim=1) & ~stopped] = t
+                stopped = bad_at >= 0
+                any_stopped = bool(stopped.any())
+            before = self.moved if done.telemetry is None else self.moved.clone()
+            if self.bounds is not None:
+                torch.clamp(self.moved, *self.bounds, out=self.moved)
+                if frozen is not None:
+                    torch.where(frozen, self.x, self.moved, out=self.moved)
+            if done.telemetry is not None:
+                norm, clipped, clamped = done.telemetry
+                norm.copy_(raw.square().sum(dim=1).sqrt()[:n])
+                clipped += (torch.ne(grad, raw).any(dim=1) & ~stopped)[:n]
+                clamped += (torch.ne(self.moved, before).any(dim=1) & ~stopped)[:n]
+            if any_stopped:
+                self.moved[stopped] = self.x[stopped]
             self.x, self.moved = self.moved, self.x
-        x.copy_(self.x[:n])
-        energy.copy_(self.energy()[:n, 0])
-        first_bad.copy_(bad_at[:n])
+            if done.trajectory is not None and (t + 1) % thin == 0:
+                done.trajectory[:, t // thin] = self.x[:n]
+        done.x.copy_(self.x[:n])
+        done.energy.copy_(self.evaluator.energy(self.x, labels)[:n])
+        done.first_bad.copy_(bad_at[:n])
+        if done.telemetry is not None:
+            if steps == 0:
+                done.telemetry.grad_norm.fill_(torch.nan)
+            done.telemetry.clipped.div_(max(steps, 1))
+            done.telemetry.clamped.div_(max(steps, 1))
+
+    def draw_noise(self, chains: Chains, ahead: Tensor) -> None:
+        """The noise of the steps ``ahead`` of the first, step after step."""
+        n = len(chains.x)
+        normal(
+            int(chains.seed),
+            Stream.LANGEVIN,
+            chains.numbers.expand(len(ahead), n).reshape(-1),
+            (chains.first_steps + ahead[:, None]).reshape(-1),
+            chains.x.shape[1],
+            dtype=self.x.dtype,
+            out=self.noise[: len(ahead) * n],
+        )
 
 
 def _add_product(x: Tensor, v: Tensor, c: Tensor, sign: float, *, out: Tensor) -> None:
