@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from .backends import Advanced, Chains, reference, torch_tiles
+from .backends import Advanced, Chains, reference, torch_compiled, torch_tiles
 from .backends.choose import Choice, choose
 from .description import describe
 from .energies import Energy, n_classes, takes_labels
@@ -31,8 +32,9 @@ class SampleInfo:
     """What a sampling call did.
 
     backend: "triton", "torch" or "reference". path: what ran in it ("resident" or "streaming": the fused
-    kernel; "tiles" or "products": closed-form gradient; "autograd"). why_not_fused: why the fused kernel did not
-    run, or None. precision: of the matrix products. seed: reproduces the call. temperature: implied, noise_scale^2.
+    kernel; "tiles", "compiled" or "products": closed-form gradient; "autograd"). why_not_fused: why the fused kernel
+    did not run, or None. precision: of the matrix products. seed: reproduces the call. temperature: implied,
+    noise_scale^2.
 
     All others are (n_chains,). energies: E of the last states. first_bad_step: int32, first step of this call
     whose new state was not finite; -1 if none. grad_norm: |dE/dx| before clips, over the coordinates that are not
@@ -73,6 +75,7 @@ def langevin_sample(
     first_step: int | Tensor = 0,
     backend: str = "auto",
     precision: str | None = None,
+    compile: bool | str = "auto",
     device: torch.device | str | None = None,
     on_nonfinite: str = "raise",
     return_trajectory: bool = False,
@@ -113,7 +116,10 @@ def langevin_sample(
         backend: "auto", "triton", "torch" or "reference".
         precision: of the fused kernel's products: "bf16x3" (about 16 bits of mantissa), "tf32", "bf16" or "ieee"
             (full float32: exact, and slow). None: "bf16x3", or "bf16" after
-            ``torch.set_float32_matmul_precision("medium")``. The other paths always compute in full.
+            ``torch.set_float32_matmul_precision("medium")``. The other paths compute in full, but for compiled
+            code at "bf16", on a CPU that multiplies it.
+        compile: the torch path of an MLP energy on a CPU as code of torch.compile: True, False, or "auto", when the
+            call is so long that compiling (10 to 40 seconds, once) pays. Compiled and other code round differently.
         device: where to sample when there is no ``init``; None: where the energy is.
         on_nonfinite: "raise", "reinit" (start those chains anew) or "ignore" (return their last finite state).
         return_trajectory: return the states after every ``thin``-th step in place of the last ones.
@@ -163,6 +169,7 @@ def langevin_sample(
         shape=shape,
         backend=backend,
         precision=precision,
+        compile=compile,
         on_nonfinite=on_nonfinite,
         thin=thin,
         telemetry=return_info,
@@ -185,6 +192,7 @@ def advance_chains(
     shape: Sequence[int],
     backend: str = "auto",
     precision: str | None = None,
+    compile: bool | str = "auto",
     on_nonfinite: str = "raise",
     thin: int = 0,
     telemetry: bool = False,
@@ -208,6 +216,9 @@ def advance_chains(
     x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
     with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         choice = choose(energy, x.device, dtype, backend, precision, labels=chains.labels is not None)
+        if _wants_compiled(compile, choice, x, steps):
+            bf16 = precision == "bf16" and torch_compiled.multiplies_bf16()
+            choice = replace(choice, path="compiled", precision="bf16" if bf16 else "ieee")
         description = choice.description
         if description is not None and description.dim != x.shape[1]:
             raise ValueError(f"the energy takes {description.dim} dims, and the chains have {x.shape[1]}")
@@ -219,7 +230,12 @@ def advance_chains(
             _check_classes(energy, labels, x[:1].reshape(1, *shape))
         chains = chains._replace(x=x, labels=labels)
         start = x.clone() if on_nonfinite == "reinit" and chains.frozen is not None else x
-        done = _run(choice, module, chains, rule, steps, thin, telemetry)
+        try:
+            done = _run(choice, module, chains, rule, steps, thin, telemetry)
+        except torch_compiled.CannotCompile as error:
+            warnings.warn(f"the torch path runs uncompiled: {error}", stacklevel=3)
+            choice = replace(choice, path="tiles", precision="ieee")
+            done = _run(choice, module, chains, rule, steps, thin, telemetry)
         bad = (done.first_bad >= 0) | ~done.energy.isfinite()
         # the call's one device sync
         if on_nonfinite != "ignore" and bool(bad.any()):
@@ -300,7 +316,25 @@ def _run(
             thin=thin,
             telemetry=telemetry,
         )
+    if choice.path == "compiled":
+        return torch_compiled.advance(
+            description, chains, rule, steps, precision=choice.precision, thin=thin, telemetry=telemetry
+        )
     return torch_tiles.advance(description, chains, rule, steps, thin=thin, telemetry=telemetry)
+
+
+def _wants_compiled(compile: bool | str, choice: Choice, x: Tensor, steps: int) -> bool:
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
+    can = choice.path == "tiles" and x.device.type == "cpu" and x.dtype == torch.float32
+    if compile is True and not can:
+        raise ValueError(
+            f"compile=True is for the torch path of an MLP energy, in float32 on a CPU; here {choice.backend!r} would "
+            f"take its path {choice.path!r} on {x.device} in {x.dtype}"
+        )
+    if compile == "auto":
+        return can and choice.description is not None and torch_compiled.pays(choice.description, len(x), steps)
+    return bool(compile)
 
 
 def _diagnosis(energy: nn.Module, done: Advanced, bad: Tensor, rule: Langevin, steps: int) -> str:
