@@ -6,20 +6,18 @@ python bench/tables.py --check    exit 1 if one is out of date
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rows import RESULTS
+from fastebm.bench.rows import RESULTS, read
 
 ROOT = Path(__file__).parent.parent
 
 
 def _read(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read(RESULTS / name)
 
 
 def _table(header: list[str], body: list[list[str]]) -> str:
