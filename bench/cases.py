@@ -99,8 +99,14 @@ def _key(case: Case) -> str:
     return f"{_NAMES.get((case.dim, case.widths), case.kind)}-{case.n_chains}"
 
 
-# Steps of chains. Those past CASES: the autograd path, and the digits at the batch of the quick set.
-STEPS = {_key(case): case for case in (*CASES, _conv(4_096), _conv(256), Case(*DIGITS, 1_024))}
+# Steps of chains. Those past CASES: the autograd path, and the quick set's own, of some tenths of a second a run.
+STEPS = {
+    _key(case): case
+    for case in (
+        *(*CASES, _conv(4_096), _conv(256)),
+        *(Case(*TOY, 1_024), Case(*TABLE, 1_024), Case(*PHOTOGRAPHS, 64), _conv(64)),
+    )
+}
 
 TRAINING = {f"pcd-{n}": TrainingCase(n) for n in (10_000, 100_000, 1_000_000)}
 
@@ -116,6 +122,6 @@ SUITE: dict[str, Case | TrainingCase] = {**STEPS, **TRAINING, **EFFICIENCY, **CO
 
 # Some minutes on two cores; one case a kind of energy.
 QUICK = (
-    *("toy-4096", "table-4096", "digits-1024", "photographs-256", "conv-256"),
+    *("toy-1024", "table-1024", "digits-256", "photographs-64", "conv-64"),
     *("pcd-10000", "gaussian", "mixture", "compile-table"),
 )

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from fastebm import langevin_sample
 from fastebm.backends.choose import choose, interpreted
 from fastebm.energies import Energy
+from fastebm.mlp import MLP
 
 Run = Callable[[], Tensor]
 Prepare = Callable[[Problem, int, float], Run]
 
 FUSED_PRECISIONS = ("bf16x3", "tf32", "bf16")
-_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,29 @@ def eager(p: Problem, steps: int, noise_std: float) -> Run:
     return run
 
 
+def written_out(mlp: MLP, x: Tensor) -> Tensor:
+    """dE/dx of an MLP, (n, dim): backpropagation in plain operations, no graph."""
+    h, zs = x, []
+    for weight, bias, activation in zip(mlp.weights[:-1], mlp.biases[:-1], mlp.activations, strict=True):
+        zs.append(nn.functional.linear(h, weight, bias))
+        h = activation.forward(zs[-1], torch.empty_like(zs[-1]))
+    g = mlp.weights[-1].expand_as(h)
+    for weight, z, activation in zip(reversed(mlp.weights[:-1]), reversed(zs), reversed(mlp.activations), strict=True):
+        g = activation.backward(g, z, torch.empty_like(z)) @ weight
+    return g
+
+
 def closed_form(p: Problem, steps: int, noise_std: float) -> Run:
-    """The eager loop with backpropagation written out: no graph, no autograd."""
+    """The eager loop with the gradient written out: no graph, no autograd."""
     if p.mlp is None:
         raise Missing("the gradient is written out for MLP energies only")
-    drift, clamp = p.case.drift, p.case.clamp
-    hidden = list(zip(p.mlp.weights[:-1], p.mlp.biases[:-1], strict=True))
-    head = p.mlp.weights[-1]
-
-    def gradient(x: Tensor) -> Tensor:
-        h, zs = x, []
-        for weight, bias in hidden:
-            zs.append(nn.functional.linear(h, weight, bias))
-            h = nn.functional.silu(zs[-1])
-        g = head.expand_as(h)
-        for (weight, _), z in zip(reversed(hidden), reversed(zs), strict=True):
-            g = _aten.silu_backward(g, z) @ weight
-        return g
+    mlp, drift, clamp = p.mlp, p.case.drift, p.case.clamp
 
     def run() -> Tensor:
         x = p.x0
         with torch.no_grad():
             for _ in range(steps):
-                x = x.sub(gradient(x), alpha=drift).add_(torch.randn_like(x), alpha=noise_std)
+                x = x.sub(written_out(mlp, x), alpha=drift).add_(torch.randn_like(x), alpha=noise_std)
                 if clamp is not None:
                     x.clamp_(*clamp)
         return x
@@ -215,8 +215,28 @@ def jax_energy(energy: nn.Module, precision: str) -> Callable[[Any], Any]:
     return total
 
 
-def _jax_loop(make_step: Callable[[Problem, float, Callable[[Any], Any]], Callable[[Any, Any], Any]]) -> Prepare:
-    """jit of lax.scan over a step (x, key) -> x, then the clamp, on the whole batch."""
+JaxStep = Callable[[Any, Any, Callable[[Any], Any], Any, Any], Any]  # x, key, gradient, drift, noise_std -> x
+
+
+@cache
+def _jax_loop(make_step: Callable[[], JaxStep], energy: nn.Module, clamp: Any, steps: int, precision: str) -> Any:
+    """(x, key, drift, noise_std) -> x: jit of lax.scan over a step and the clamp, on the whole batch."""
+    import jax
+
+    gradient, step = jax.grad(jax_energy(energy, precision)), make_step()
+
+    def loop(x: Any, key: Any, drift: Any, noise_std: Any) -> Any:
+        def clamped(x: Any, key: Any) -> Any:
+            x = step(x, key, gradient, drift, noise_std)
+            return x if clamp is None else jax.numpy.clip(x, *clamp), None
+
+        return jax.lax.scan(clamped, x, jax.random.split(key, steps))[0]
+
+    return jax.jit(loop)
+
+
+def in_jax(make_step: Callable[[], JaxStep]) -> Prepare:
+    """A step in JAX as a contestant. Tensors pass both ways without a copy."""
 
     def prepared(p: Problem, steps: int, noise_std: float) -> Run:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -227,39 +247,39 @@ def _jax_loop(make_step: Callable[[Problem, float, Callable[[Any], Any]], Callab
         if p.device.type == "cuda" and jax.default_backend() != "gpu":
             raise Missing("this jax has no CUDA backend")
         tf32 = p.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        gradient = jax.grad(jax_energy(p.energy, "tensorfloat32" if tf32 else "highest"))
-        step, clamp = make_step(p, noise_std, gradient), p.case.clamp
-
-        def clamped(x: Any, key: Any) -> Any:
-            x = step(x, key)
-            return x if clamp is None else jax.numpy.clip(x, *clamp), None
-
-        loop = jax.jit(lambda x, key: jax.lax.scan(clamped, x, jax.random.split(key, steps))[0])
+        precision = "tensorfloat32" if tf32 else "highest"
+        loop = _jax_loop(make_step, p.energy, p.case.clamp, steps, precision)
         keys = (jax.random.key(SEED + call) for call in itertools.count())
-        return lambda: torch.from_dlpack(jax.block_until_ready(loop(jax.dlpack.from_dlpack(p.x0), next(keys))))
+
+        def run() -> Tensor:
+            x = loop(jax.dlpack.from_dlpack(p.x0), next(keys), p.case.drift, noise_std)
+            return torch.from_dlpack(jax.block_until_ready(x))
+
+        return run
 
     return prepared
 
 
-def _jax_step(p: Problem, noise_std: float, gradient: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+def jax_step() -> JaxStep:
     import jax
 
-    return lambda x, key: x - p.case.drift * gradient(x) + noise_std * jax.random.normal(key, x.shape)
+    return lambda x, key, gradient, drift, noise_std: (
+        x - drift * gradient(x) + noise_std * jax.random.normal(key, x.shape)
+    )
 
 
-def _blackjax_step(p: Problem, noise_std: float, gradient: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+def blackjax_step() -> JaxStep:
     """BlackJAX' sgld: x' = x + eta grad log p + sqrt(2 eta T) xi. The batch is one position; it knows no clamp."""
     try:
         import blackjax
     except ImportError:
         raise Missing("blackjax is not installed") from None
-    sgld = blackjax.sgld(lambda x, minibatch: -gradient(x))
-    temperature = noise_std**2 / (2 * p.case.drift)
-    return lambda x, key: sgld.step(key, x, None, p.case.drift, temperature)
 
+    def step(x: Any, key: Any, gradient: Callable[[Any], Any], drift: Any, noise_std: Any) -> Any:
+        sgld = blackjax.sgld(lambda x, minibatch: -gradient(x))
+        return sgld.step(key, x, None, drift, noise_std**2 / (2 * drift))
 
-jax_scan = _jax_loop(_jax_step)
-blackjax_sgld = _jax_loop(_blackjax_step)
+    return step
 
 
 # -- fastebm -------------------------------------------------------------------------------------------------
@@ -322,12 +342,12 @@ CONTESTANTS = (
     Contestant("compile+graph", "float32", graphed(compiled)),
     Contestant("closed-form", "float32", closed_form),
     Contestant("torchebm", "float32", torchebm),
-    Contestant("jax", "float32", jax_scan),
-    Contestant("blackjax", "float32", blackjax_sgld),
+    Contestant("jax", "float32", in_jax(jax_step)),
+    Contestant("blackjax", "float32", in_jax(blackjax_step)),
     Contestant("fastebm-reference", "float32", fastebm_at("reference")),
     Contestant("eager", "tf32", eager),
     Contestant("compile+graph", "tf32", graphed(compiled)),
-    Contestant("jax", "tf32", jax_scan),
+    Contestant("jax", "tf32", in_jax(jax_step)),
 )
 
 

@@ -43,7 +43,7 @@ def yardsticks(device: torch.device, precisions: set[str]) -> list[Yardstick]:
     out = torch.empty(n, device=device)
     found.append(Yardstick("normals", "torch.randn", n, lambda: out.normal_()))
     if device.type == "cpu":  # on a GPU the fused kernel draws within itself
-        chains = torch.arange(n // 1024)
+        chains = torch.arange(n // 1024)  # of 1,024 dims
         found.append(Yardstick("normals", "fastebm", n, lambda: normal(0, Stream.LANGEVIN, chains, 0, 1024)))
     if (draw := _jax_normals(device, n)) is not None:
         found.append(Yardstick("normals", "jax", n, draw))

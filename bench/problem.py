@@ -34,7 +34,7 @@ GATE_ROWS = 128  # at the start, in the middle and at the end
 # The kernel's fast noise: the special-function unit is 2^-22 off in log2, and r is the root of that (tests/test_noise).
 NOISE_ERROR = 1e-3
 # Of the test of the law: independent runs of the reference, and normal numbers (chains x dims) of one run.
-LAW_COPIES, LAW_NORMALS = 4, 1 << 18
+LAW_COPIES, LAW_NORMALS = 4, 1 << 16
 LAW_CHAINS = (512, 4096)  # at least, at most
 # False alarms: seeds are fixed, so a right contestant that passes once passes always.
 LAW_ALPHA = 1e-6

@@ -10,6 +10,7 @@ import math
 import statistics
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -112,7 +113,7 @@ def race(
     Args:
         yardsticks: timed in turns with the contestants, for the columns of LIMIT.
         seconds: for the timed runs, which are at least MIN_ROUNDS each.
-        budget: seconds for the case; each contestant may take an equal share of it.
+        budget: seconds for the case; each contestant that is right may take an equal share of it.
         lost: keys of those that have killed a process before. underway: told what runs.
     """
     p = Problem(case, device, dry=dry)
@@ -150,8 +151,10 @@ def race(
             row |= {"status": "FAILED", "note": "failed its gate: not timed"}
         if c.name == "fastebm-triton" and row["correct"] == "yes":
             row["note"] = choose(p.energy, p.device, torch.float32, "triton", c.precision).path
-        if row["correct"] == "yes" and (why := prepared(c, lambda c=c: _too_long(p, c, budget / len(results)))):
-            row |= {"status": "skipped", "note": why}
+    correct = [c for c, row in results.items() if row["status"] == "ok"]
+    for c in correct:
+        if (why := prepared(c, lambda c=c: _too_long(p, c, budget / len(correct)))) is not None:
+            results[c] |= {"status": "skipped", "note": why}
     right = [c for c, row in results.items() if row["status"] == "ok"]
     yardstick = [c for c in right if (c.name, c.precision) == ("eager", "float32")]
 
@@ -249,19 +252,25 @@ def context_is_lost() -> bool:
 # -- before it starts ----------------------------------------------------------------------------------------
 
 
+def left_out(case: Case, contestants: Iterable[Contestant], device: torch.device, why: str) -> list[dict[str, Any]]:
+    """The rows of a case that is not run."""
+    common = dict.fromkeys((*CORRECTNESS, *TIMED, *RATIOS, *LIMIT), "") | {"status": "skipped", "note": why}
+    return [row_of(case, device=device.type, contestant=c.name, precision=c.precision, **common) for c in contestants]
+
+
 def why_not(case: Case, n_contestants: int, found: Rates, budget: float, memory: float) -> str | None:
     """Why a case can't be run in ``budget`` seconds and ``memory`` bytes, from below: no contestant is that fast."""
     needed = 4 * case.n_chains * (6 * case.dim + 4 * sum(case.widths))  # state, gradient, noise, layers and their own
     if needed > memory:
         return f"it needs about {needed / 2**30:.3g} GiB of memory, and {memory / 2**30:.3g} are free"
-    p = Problem(Case(**{**vars(case), "n_chains": 1}), torch.device("cpu"))
+    p = Problem(replace(case, n_chains=1), torch.device("cpu"))
     chain_steps = case.n_chains * case.steps
     least = found.limit_seconds(flops_per_chain_step(p) * chain_steps, case.dim * chain_steps, "float32")
     total = n_contestants * (1 + MIN_ROUNDS) * least
     if total > budget:
         return (
-            f"{n_contestants} contestants would take {total:,.0f} s even at the machine's limit, and the budget is "
-            f"{budget:,.0f} s (--budget)"
+            f"{n_contestants} contestants would take {total:,.0f} s even at the machine's limit, and its budget is "
+            f"{budget:,.0f} s"
         )
     return None
 

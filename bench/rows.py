@@ -47,6 +47,14 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], common: Mapping[str, An
         writer.writerows(rows)
 
 
+def replace(path: Path, rows: Iterable[Mapping[str, Any]], same: tuple[str, ...]) -> None:
+    """Write self-sufficient rows; those in the file already stay, unless a new one has the same values of ``same``."""
+    rows = list(rows)
+    new = {tuple(str(row[name]) for name in same) for row in rows}
+    kept = [row for row in (read(path) if path.exists() else []) if tuple(row.get(name) for name in same) not in new]
+    write(path, [*kept, *rows], common={})
+
+
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     """Six digits of every float: more than any clock is good for."""
     return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
