@@ -46,6 +46,13 @@ def interleaved(
     return times
 
 
+def past_share(runs: int, seconds: float, share: float) -> str | None:
+    """Why that many runs of about so many seconds are not begun; None if they fit the share of the budget."""
+    if runs * seconds <= share:
+        return None
+    return f"{runs} runs of about {seconds:.3g} s would pass its share of the budget, {share:.3g} s"
+
+
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median, third."""
     if len(times) < 2:

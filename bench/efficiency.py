@@ -7,19 +7,20 @@ they mix alike, and a difference of ESS a step would be a fault or chance: it is
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from fastebm.bench.cases import Case
-from fastebm.bench.clock import interleaved
+from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, seconds_of
 from fastebm.bench.contestants import Contestant, Run
 from fastebm.bench.problem import NOISE_SEED, Gaussian, Missing, Problem, matmul
 from fastebm.bench.race import gate, row_of
 from torch import Tensor
 
-DRAWS = 100
+DRAWS = 50  # of a round
 # How far, in Monte-Carlo standard errors, a moment may be from the law's: 1e-6 two-sided for one normal is 4.9.
 DEVIATION = 5.5
 COLUMNS = ("correct", "error", "allowed", "law_p", "deviation", "draws", "ess", "ess_per_step", "seconds")
@@ -76,9 +77,18 @@ def draws_of(p: Problem, run: Run, n: int) -> Callable[[], Tensor]:
 
 
 def race(
-    case: Case, contestants: Iterable[Contestant], device: torch.device, *, seconds: float = 6.0, draws: int = DRAWS
+    case: Case,
+    contestants: Iterable[Contestant],
+    device: torch.device,
+    *,
+    seconds: float = 6.0,
+    budget: float = math.inf,
+    draws: int = DRAWS,
 ) -> list[dict[str, Any]]:
-    """One row a contestant: gate, then rounds of ``draws`` kept states in turns; ESS of all rounds."""
+    """One row a contestant: gate, then rounds of ``draws`` kept states in turns; ESS of all rounds.
+
+    seconds: for the timed rounds. budget: seconds that the least number of rounds of one contestant may take.
+    """
     p = Problem(case, device)
     results: dict[Contestant, dict[str, Any]] = {}
     runs: dict[Contestant, Callable[[], object]] = {}
@@ -95,6 +105,10 @@ def race(
             with matmul(c.precision):
                 run = c.prepare(p, case.steps, case.noise_std)
                 run()
+                estimate = min(seconds_of(run, device) for _ in range(3))
+            if (why := past_share(MIN_ROUNDS * draws, estimate, budget)) is not None:
+                row |= {"status": "skipped", "note": why}
+                continue
             rounds[c], runs[c] = [], _kept(rounds, c, draws_of(p, run, draws))
         except Missing as why:
             row |= {"status": "missing", "note": str(why)}

@@ -99,9 +99,9 @@ class Rates:
         return flops / self.products(precision) + normals / self.normals
 
 
-def rates(times: Mapping[Any, list[float]]) -> Rates:
-    """From the times of yardsticks (other keys are passed over): medians."""
-    found = [(y, y.amount / statistics.median(t)) for y, t in times.items() if isinstance(y, Yardstick)]
+def rates(times: Mapping[Any, list[float]], of: Callable[[list[float]], float] = statistics.median) -> Rates:
+    """From the times of yardsticks, ``of`` each; other keys are passed over."""
+    found = [(y, y.amount / of(t)) for y, t in times.items() if isinstance(y, Yardstick)]
     normals, by = max((rate, y.by) for y, rate in found if y.what == "normals")
     bandwidth = next(rate for y, rate in found if y.what == "bytes")
     return Rates({y.by: rate for y, rate in found if y.what == "FLOPs"}, normals, by, bandwidth)

@@ -67,9 +67,8 @@ def _figure(width: float, height: float, rows: Sequence[Row]) -> Any:
 
 def speedups(rows: Sequence[Row]) -> Any:
     """Bars: median seconds of the eager loop over a contestant's, a group a case; quartiles of the latter."""
-    rows = [row for row in rows if row["times_eager"] != ""]
+    palette, rows = colours(rows), [row for row in rows if row["times_eager"] != ""]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    palette = colours(rows)
     figure = _figure(max(6.0, 1.6 * len(cases)), 4.5, rows)
     axes = figure.add_subplot()
     width = 0.8 / len(palette)
@@ -114,8 +113,7 @@ def roofline(rows: Sequence[Row]) -> Any:
     P: rate of products (of the precision), N: of normal numbers. Dashed: memory, if a step read and wrote the state
     once (8 bytes a normal number). The rates are medians over the rows.
     """
-    rows = [row for row in rows if row["of_limit"] != ""]
-    palette = colours(rows)
+    palette, rows = colours(rows), [row for row in rows if row["of_limit"] != ""]
     figure = _figure(6.5, 4.8, rows)
     axes = figure.add_subplot()
     at = [row["flops_per_chain_step"] / row["dim"] for row in rows]

@@ -91,6 +91,8 @@ def _version(name: str) -> str:
 def _commit() -> str:
     """The commit, with a + if tracked files other than results differ from it; "unknown" outside a checkout."""
     here = RESULTS.parent.parent
+    if not (here / "pyproject.toml").exists():  # installed: a repository around it would be another's
+        return os.environ.get("COMMIT", "unknown")
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True

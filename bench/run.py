@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Heavy imports are within functions: the command line only asks for the arguments, and threads are set before JAX.
 
 PEERS = ("jax", "jaxlib", "torchebm", "blackjax", "arviz-stats")
-BUDGET, QUICK_BUDGET = 300.0, 16.0
+BUDGET, QUICK_BUDGET = 300.0, 32.0
 Row = dict[str, Any]
 
 
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace, quick: bool) -> int:
     contestants = [c for c in taking_part(device) if c.name in wanted]
 
     with on_threads(arguments.threads) as threads:
-        say(f"{len(names)} cases on {device.type} with {threads} threads, {budget:g} s of timing each at most")
+        say(f"on {device.type}, {threads} threads, {budget:g} s of timing at most for each of: {', '.join(names)}")
         common = rows.provenance(*PEERS)
         runner = Runner(device, threads, budget, contestants, [name for name in TRAINERS if name in wanted])
         found: dict[str, list[Row]] = {}
@@ -130,7 +130,8 @@ def run(arguments: argparse.Namespace, quick: bool) -> int:
             found.setdefault(file, []).extend(new)
             rows.replace(arguments.out / f"{file}.csv", map(rows.rounded, found[file]), ("case", "device"))
     print_tables(found)
-    say(f"done in {time.monotonic() - started:.0f} s; rows are in {arguments.out}/" + "{" + ",".join(found) + "}.csv")
+    files = ", ".join(str(arguments.out / f"{file}.csv") for file in found)
+    say(f"done in {time.monotonic() - started:.0f} s; rows are in {files}")
     bad = [row for new in found.values() for row in new if row["status"] in ("FAILED", "error")]
     for row in bad:
         say(f"{row['case']}: {row['contestant']} {row.get('precision', '')} {row['status']}: {row['note']}")
@@ -159,12 +160,12 @@ class Runner:
     def rows_of(self, key: str) -> tuple[str, list[Row]]:
         from fastebm.bench import compilation, efficiency, training
 
-        seconds = self.budget / 2  # the other half is for warm-up, and for rounds that must be
+        seconds = self.budget / 4  # the rest is for gates, warm-up, and the least number of rounds
         if key in TRAINING:
-            found = training.race(TRAINING[key], self.trainers, self.device, seconds=seconds)
+            found = training.race(TRAINING[key], self.trainers, self.device, seconds=seconds, budget=self.budget)
             return "training", told(found, training.brief)
         if key in EFFICIENCY:
-            found = efficiency.race(EFFICIENCY[key], self.contestants, self.device, seconds=seconds)
+            found = efficiency.race(EFFICIENCY[key], self.contestants, self.device, seconds=seconds, budget=seconds)
             return "efficiency", told(found, efficiency.brief)
         if key in COMPILATION:
             pairs = [(c.name, c.precision) for c in self.contestants]
@@ -181,7 +182,7 @@ class Runner:
             self._yardsticks = yardsticks(self.device, {c.precision for c in self.contestants} | {"float32"})
             for y in self._yardsticks:
                 y.run()
-        at_most = rates(interleaved({y: y.run for y in self._yardsticks}, 0.0, self.device))
+        at_most = rates(interleaved({y: y.run for y in self._yardsticks}, 0.0, self.device), of=min)
         why = why_not(case, self._present(), at_most, self.budget, free_memory(self.device))
         if why is not None:
             say(f"  skipped: {why}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from fastebm.bench.cases import TrainingCase
-from fastebm.bench.clock import interleaved, quartiles
+from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, quartiles, seconds_of
 from fastebm.bench.problem import NOISE_SEED, SEED, ULP, Missing, largest, make_energy
 from torch import Tensor, nn
 
@@ -249,9 +250,12 @@ def row_of(case: TrainingCase, **columns: Any) -> dict[str, Any]:
 
 
 def race(
-    case: TrainingCase, names: Sequence[str], device: torch.device, *, seconds: float = 6.0
+    case: TrainingCase, names: Sequence[str], device: torch.device, *, seconds: float = 6.0, budget: float = math.inf
 ) -> list[dict[str, Any]]:
-    """One row a contestant: gate, then training steps in turns, each run on another batch of data."""
+    """One row a contestant: gate, then training steps in turns, each run on another batch of data.
+
+    seconds: for the timed steps. budget: seconds for the case; each contestant may take an equal share of it.
+    """
     results: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], object]] = {}
     data = real_batches(case, device)
@@ -265,8 +269,12 @@ def race(
                 row |= {"status": "FAILED", "note": "failed its gate: not timed"}
                 continue
             trainer = TRAINERS[name](case, device)
-            trainer.step(data[0])
-            runs[name] = _cycling(trainer, data)
+            step = _cycling(trainer, data)
+            step()
+            if (why := past_share(MIN_ROUNDS, seconds_of(step, device), budget / len(names))) is not None:
+                row |= {"status": "skipped", "note": why}
+                continue
+            runs[name] = step
         except Missing as why:
             row |= {"status": "missing", "note": str(why)}
         except Exception as error:

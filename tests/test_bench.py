@@ -204,6 +204,11 @@ def test_a_contestant_past_its_share_is_skipped():
     assert [row["status"] for row in found] == ["skipped"]
     assert "share of the budget" in found[0]["note"]
     assert found[0]["seconds"] == ""
+    found = training.race(SMALL, ["fastebm"], CPU, seconds=0.0, budget=1e-6)
+    assert [(row["status"], row["seconds"]) for row in found] == [("skipped", "")]
+    if importlib.util.find_spec("arviz_stats") is not None:
+        found = efficiency.race(EFFICIENCY["mixture"], named("eager"), CPU, seconds=0.0, budget=1e-6)
+        assert [(row["status"], row["ess_per_s"]) for row in found] == [("skipped", "")]
 
 
 # --- what is missing, what broke ---
@@ -289,7 +294,8 @@ def test_effective_samples():
     assert found[0]["status"] == "ok"
     assert found[0]["ess_per_s"] == found[0]["ess"] / found[0]["seconds"]
     assert found[0]["draws"] == 50 * MIN_ROUNDS
-    # 150 draws a chain flatter it by some 10 %; exactly: x_{k+1} = B x_k + noise between draws, so coordinate i has tau_i = [(I + B)(I - B)^-1 S]_ii / S_ii
+    # Exactly: x_{k+1} = B x_k + noise between draws, so coordinate i has tau_i = [(I + B)(I - B)^-1 S]_ii / S_ii.
+    # 150 draws a chain flatter it by some 10 %.
     gaussian = Problem(case, CPU).energy
     one = torch.eye(case.dim, dtype=torch.float64)
     between = torch.linalg.matrix_power(one - case.drift * gaussian.precision.double(), case.steps)
@@ -399,7 +405,8 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
 def test_a_wrong_contestant_ends_in_status_1_and_has_no_time(tiny_suite, tmp_path, capsys, monkeypatch):
     wrong = Contestant("eager", "float32", lambda p, steps, noise_std: eager(p, steps, 0.0))
     monkeypatch.setattr("fastebm.bench.contestants.CONTESTANTS", (wrong, *named("closed-form")))
-    assert run.main(["--cases", "tiny-70", "--device", "cpu", "--budget", "60", "--out", str(tmp_path)]) == 1
+    options = ["--device", "cpu", "--budget", "60", "--threads", "1", "--out", str(tmp_path)]
+    assert run.main(["--cases", "tiny-70", *options]) == 1
     status = {row["contestant"]: row for row in read(tmp_path / "steps.csv")}
     assert status["eager"]["status"] == "FAILED"
     assert status["eager"]["seconds"] == ""
