@@ -152,8 +152,9 @@ def race(
         if c.name == "fastebm-triton" and row["correct"] == "yes":
             row["note"] = choose(p.energy, p.device, torch.float32, "triton", c.precision).path
     correct = [c for c, row in results.items() if row["status"] == "ok"]
+    share = budget / max(1, len(correct))
     for c in correct:
-        if (why := prepared(c, lambda c=c: _too_long(p, c, budget / len(correct)))) is not None:
+        if (why := prepared(c, lambda c=c: _hopeless(p, c, share))) is not None:
             results[c] |= {"status": "skipped", "note": why}
     right = [c for c, row in results.items() if row["status"] == "ok"]
     yardstick = [c for c in right if (c.name, c.precision) == ("eager", "float32")]
@@ -165,7 +166,11 @@ def race(
         groups = [[c for c in right if c not in alone], *([*yardstick, c] for c in alone)]
     for group in groups:
         runs: dict[Any, Callable[[], object]] = {}
-        runs |= {c: run for c in group if (run := prepared(c, lambda c=c: _ready(p, c))) is not None}
+        for c in group:
+            if isinstance(run := prepared(c, lambda c=c: _ready(p, c, share)), str):
+                results[c] |= {"status": "skipped", "note": run}
+            elif run is not None:
+                runs[c] = run
         for y in yardsticks:
             y.run()
         underway(f"{case.name}, all")
@@ -211,22 +216,26 @@ def _limits(case: Case, found: Rates, flops: float, precision: str, seconds: flo
     return dict(zip(LIMIT, (*values, found.bandwidth), strict=True))
 
 
-def _too_long(p: Problem, c: Contestant, share: float) -> str | None:
-    """Why the runs of a contestant would pass its share of the budget, from the time of one step."""
+def _hopeless(p: Problem, c: Contestant, share: float) -> str | None:
+    """Why not even one whole run is begun, from the time of one step: which has all that a call costs in it."""
     if share == math.inf:
         return None
     with matmul(c.precision):
         run = c.prepare(p, 1, 0.0)
         run()
         estimate = p.case.steps * min(seconds_of(run, p.device) for _ in range(2))
-    return past_share(1 + MIN_ROUNDS, estimate, share)
+    return past_share(1, estimate, share)
 
 
-def _ready(p: Problem, c: Contestant) -> Run:
-    """A contestant that has passed its gate, warmed up."""
+def _ready(p: Problem, c: Contestant, share: float) -> Run | str:
+    """A contestant that has passed its gate, warmed up; or why its rounds would pass its share of the budget."""
     with matmul(c.precision):
         run = c.prepare(p, p.case.steps, p.case.noise_std)
-        run()
+        seconds = seconds_of(run, p.device)
+        if past_share(MIN_ROUNDS, seconds, share) is not None:  # the first run may have compiled
+            seconds = seconds_of(run, p.device)
+    if (why := past_share(MIN_ROUNDS, seconds, share)) is not None:
+        return why
 
     def with_precision() -> Tensor:
         with matmul(c.precision):
