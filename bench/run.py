@@ -182,7 +182,7 @@ class Runner:
             self._yardsticks = yardsticks(self.device, {c.precision for c in self.contestants} | {"float32"})
             for y in self._yardsticks:
                 y.run()
-        at_most = rates(interleaved({y: y.run for y in self._yardsticks}, 0.0, self.device), of=min)
+        at_most = rates(interleaved({y: y.run for y in self._yardsticks}, 0.0, self.device))
         why = why_not(case, self._present(), at_most, self.budget, free_memory(self.device))
         if why is not None:
             say(f"  skipped: {why}")
