@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+# x' = clamp(x - DRIFT dE/dx + NOISE_STD xi). The rate does not depend on them; these keep every energy's chains finite
+# and let them touch the bounds now and then, so that a contestant that does not clamp is found out.
+DRIFT = 0.05
+NOISE_STD = 0.3
+CLAMP = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """``steps`` Langevin steps of ``n_chains`` chains on a SiLU MLP energy: dim -> widths -> 1."""
+    """``steps`` Langevin steps of ``n_chains`` chains: x' = clamp(x - drift dE/dx + noise_std xi).
+
+    kind: "mlp": SiLU layers dim -> widths -> 1. "conv": a square image of dim pixels, one 3x3 convolution of
+    stride 2 and a SiLU for each of ``widths`` channels, and a Linear. "gaussian", "mixture": laws known in closed
+    form (problem.py), where ``steps`` are those from one kept draw to the next.
+    """
 
     dim: int
     widths: tuple[int, ...]
     n_chains: int
     steps: int = 60
+    kind: str = "mlp"
+    drift: float = DRIFT
+    noise_std: float = NOISE_STD
+    clamp: tuple[float, float] | None = CLAMP
 
     @property
     def energy(self) -> str:
-        return f"{self.dim}-{list(self.widths)}"
+        layers = f"{self.dim}-{list(self.widths)}" if self.widths else f"{self.dim}"
+        return layers if self.kind == "mlp" else f"{self.kind} {layers}"
 
     @property
     def name(self) -> str:
         return f"{self.energy} x {self.n_chains}"
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one state, as the energy takes it."""
+        side = math.isqrt(self.dim)
+        return (1, side, side) if self.kind == "conv" else (self.dim,)
 
-# x' = x - DRIFT dE/dx + NOISE_STD xi. The rate does not depend on them; these keep every energy's chains finite.
-DRIFT = 0.05
-NOISE_STD = 0.3
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A training step by persistent contrastive divergence: ``batch_size`` of ``n_chains`` chains move ``steps`` steps.
+
+    The energy is the MLP dim -> widths -> 1. ``restart_prob`` of the drawn chains start anew.
+    """
+
+    n_chains: int
+    dim: int = 64  # as in `fastebm train digits`
+    widths: tuple[int, ...] = (128, 128)
+    batch_size: int = 256
+    steps: int = 60
+    restart_prob: float = 0.05
+    drift: float = DRIFT
+    noise_std: float = NOISE_STD
+    clamp: tuple[float, float] = CLAMP
+
+    @property
+    def energy(self) -> str:
+        return f"{self.dim}-{list(self.widths)}"
+
 
 # A toy, a small table, digits in grey, small photographs in colour.
 TOY, TABLE, DIGITS, PHOTOGRAPHS = (2, (128, 128)), (64, (128, 128)), (784, (256, 128)), (3072, (512, 512))
@@ -44,3 +85,43 @@ CASES = (
 
 # The same logic within seconds, in Triton's interpreter: one energy a regime of the fused kernel.
 DRY_CASES = (Case(3, (16,), 70, 2), Case(130, (16, 16), 66, 2))
+
+# -- the suite of run.py: what is typed on the command line -> the case ----------------------------------------
+
+_NAMES = {TOY: "toy", TABLE: "table", DIGITS: "digits", PHOTOGRAPHS: "photographs"}
+
+
+def _conv(n_chains: int) -> Case:
+    return Case(256, (16, 32), n_chains, kind="conv")
+
+
+def _key(case: Case) -> str:
+    return f"{_NAMES.get((case.dim, case.widths), case.kind)}-{case.n_chains}"
+
+
+# Steps of chains. Those past CASES: the autograd path, and the quick set's own, of some tenths of a second a run.
+STEPS = {
+    _key(case): case
+    for case in (
+        *(*CASES, _conv(4_096), _conv(256)),
+        *(Case(*TOY, 1_024), Case(*TABLE, 1_024), Case(*PHOTOGRAPHS, 64), _conv(64)),
+    )
+}
+
+TRAINING = {f"pcd-{n}": TrainingCase(n) for n in (10_000, 100_000, 1_000_000)}
+
+# Temperature 1, so noise_std^2 = 2 drift, and no clamp: the laws are then known.
+EFFICIENCY = {
+    kind: Case(dim, (), 256, steps=10, kind=kind, drift=drift, noise_std=math.sqrt(2 * drift), clamp=None)
+    for kind, dim, drift in (("gaussian", 16, 0.05), ("mixture", 2, 0.2))
+}
+
+COMPILATION = {f"compile-{name}": Case(*energy, 1_024) for energy, name in ((TABLE, "table"), (DIGITS, "digits"))}
+
+SUITE: dict[str, Case | TrainingCase] = {**STEPS, **TRAINING, **EFFICIENCY, **COMPILATION}
+
+# Some minutes on two cores; one case a kind of energy.
+QUICK = (
+    *("toy-1024", "table-1024", "digits-256", "photographs-64", "conv-64"),
+    *("pcd-10000", "gaussian", "mixture", "compile-table"),
+)

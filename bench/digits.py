@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import rows
+from fastebm.bench import rows
 
 MEASURES = (
     "auroc_uniform",

@@ -50,10 +50,10 @@ else
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || give_up 69 "no CUDA device (or no torch)"
 fi
 
-# -- fastebm from this checkout: as installed, else installed in place, else by links (kernels/ is fastebm.kernels) --
+# -- fastebm from this checkout: as installed, else installed in place, else by links (kernels/ and bench/ are fastebm's) --
 imports() {
   (cd "$work" && "$python" -c '
-import sys, pathlib, fastebm, fastebm.kernels
+import sys, pathlib, fastebm, fastebm.kernels, fastebm.bench
 inside = pathlib.Path(fastebm.__file__).resolve().is_relative_to(pathlib.Path(sys.argv[1]).resolve())
 sys.exit(not inside)' "$root" 2>/dev/null)
 }
@@ -64,7 +64,7 @@ if ! imports; then
     how=links
     mkdir -p "$work/map/fastebm"
     ln -s "$root"/fastebm/* "$work/map/fastebm/"
-    ln -s "$root/kernels" "$work/map/fastebm/kernels"
+    ln -s "$root/kernels" "$root/bench" "$work/map/fastebm/"
     export PYTHONPATH="$work/map${PYTHONPATH:+:$PYTHONPATH}"
     imports || give_up 70 "fastebm can't be imported from $root"
   fi

@@ -25,9 +25,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from cases import ENERGIES
+from fastebm.bench.cases import ENERGIES
+from fastebm.bench.rows import RESULTS, write
 from fastebm.kernels.launch import SHARED_MEMORY, block
-from rows import RESULTS, write
 
 COMMITTED = RESULTS / "resources.csv"
 COMPILING = Path(__file__).parent.parent / "tests" / "compiling.py"

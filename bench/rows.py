@@ -12,29 +12,57 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+# resolved: the folder may be reached through a link (on_gpu.sh)
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def provenance() -> dict[str, Any]:
-    """Machine, versions, commit and date of this run."""
+def provenance(*peers: str) -> dict[str, Any]:
+    """Machine, versions (of ``peers`` too), commit and date of this run.
+
+    COMMIT in the environment names the commit where there is no checkout.
+    """
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "gpu": _gpu(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "numpy", "fastebm")},
+        **{name: _version(name) for name in ("torch", "triton", "numpy", "fastebm", *peers)},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as CSV, each with the provenance of this run behind its own columns."""
-    rows = [{**row, **provenance()} for row in rows]
+def write(path: Path, rows: Iterable[Mapping[str, Any]], common: Mapping[str, Any] | None = None) -> None:
+    """Write rows as CSV, each with the provenance of this run, or ``common``, behind its own columns.
+
+    Rows need not have the same columns: what one lacks is empty.
+    """
+    common = provenance() if common is None else common
+    rows = [{**row, **common} for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in common))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=[*columns, *common], lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def replace(path: Path, rows: Iterable[Mapping[str, Any]], same: tuple[str, ...]) -> None:
+    """Write self-sufficient rows; those in the file already stay, unless a new one has the same values of ``same``."""
+    rows = list(rows)
+    new = {tuple(str(row[name]) for name in same) for row in rows}
+    kept = [row for row in (read(path) if path.exists() else []) if tuple(row.get(name) for name in same) not in new]
+    write(path, [*kept, *rows], common={})
+
+
+def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Six digits of every float: more than any clock is good for."""
+    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _cpu() -> str:
@@ -47,6 +75,12 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
@@ -56,7 +90,9 @@ def _version(name: str) -> str:
 
 def _commit() -> str:
     """The commit, with a + if tracked files other than results differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent.parent
+    here = RESULTS.parent.parent
+    if not (here / "pyproject.toml").exists():  # installed: a repository around it would be another's
+        return os.environ.get("COMMIT", "unknown")
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
@@ -64,5 +100,5 @@ def _commit() -> str:
         status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"]
         changed = subprocess.run(status, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     return commit + ("+" if changed else "")

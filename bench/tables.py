@@ -6,20 +6,18 @@ python bench/tables.py --check    exit 1 if one is out of date
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rows import RESULTS
+from fastebm.bench.rows import RESULTS, read
 
 ROOT = Path(__file__).parent.parent
 
 
 def _read(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read(RESULTS / name)
 
 
 def _table(header: list[str], body: list[list[str]]) -> str:
@@ -114,10 +112,124 @@ def resources() -> str:
     )
 
 
+# -- timings of bench/run.py, once rows of a quiet machine are committed -----------------------------------------
+
+_NONE = "No rows are committed yet: `python bench/run.py --out bench/results` makes them."
+
+
+def _timed(name: str) -> list[dict[str, str]]:
+    return _read(name) if (RESULTS / name).exists() else []
+
+
+def _runs(rows: list[dict[str, str]], name: str) -> str:
+    """What was measured, where and when: one line a machine, version and commit."""
+    seen = dict.fromkeys(
+        (
+            row["gpu"] if row["device"] == "cuda" else f"{row['threads']} threads of {row['cpu']}",
+            *(row[k] for k in ("torch", "jax", "torchebm", "blackjax", "date", "commit")),
+        )
+        for row in rows
+    )
+    lines = [
+        f"{machine}, torch {torch}, jax {jax}, torchebm {torchebm}, blackjax {blackjax}, {date}, commit {commit}"
+        for machine, torch, jax, torchebm, blackjax, date, commit in seen
+    ]
+    return f"Measured by `python bench/run.py` on {'; '.join(lines)} (`bench/results/{name}`)."
+
+
+def _not_timed(rows: list[dict[str, str]]) -> str:
+    """Contestants without a time, by reason."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            reasons.setdefault((row["contestant"], row["status"], row["note"]), []).append(row["case"])
+    lines = [f"- {who}, {status} in {', '.join(cases)}: {note}" for (who, status, note), cases in reasons.items()]
+    return "\n\nNot timed:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _timings(name: str, columns: list[tuple[str, str, Callable[[str], str]]], figures: str = "") -> str:
+    """A table of the timed rows of a file, those that were not, and the figures that are there."""
+    rows = _timed(name)
+    if not rows:
+        return _NONE
+    body = [
+        [row["case"], f"{row['contestant']} {row.get('precision', '')}".strip()]
+        + [form(row[column]) if row[column] else "" for _, column, form in columns]
+        for row in rows
+        if row["status"] == "ok"
+    ]
+    table = _table(["case", "contestant", *(heading for heading, _, _ in columns)], body)
+    return f"{figures}{table}\n\n{_runs(rows, name)}{_not_timed(rows)}"
+
+
+def _number(text: str) -> str:
+    return f"{float(text):.3g}"
+
+
+def _milliseconds(text: str) -> str:
+    return f"{1e3 * float(text):.3g}"
+
+
+def _percent(text: str) -> str:
+    return f"{100 * float(text):.0f} %"
+
+
+def steps() -> str:
+    captions = {
+        "speedup": "Times the eager loop, with quartiles",
+        "throughput": "Chain-steps a second against chains",
+        "roofline": "Product FLOP/s under the limit of products and normal numbers",
+    }
+    there = [(name, text) for name, text in captions.items() if (ROOT / "docs" / f"{name}.png").exists()]
+    figures = "".join(f"![{text}]({name}.png)\n\n" for name, text in there)
+    columns = [
+        ("chain-steps/s", "chain_steps_per_s", _number),
+        ("ms", "seconds", _milliseconds),
+        ("quartile 1", "seconds_q1", _milliseconds),
+        ("quartile 3", "seconds_q3", _milliseconds),
+        ("times eager", "times_eager", _number),
+        ("times the fastest peer", "times_peer", _number),
+        ("of the limit", "of_limit", _percent),
+    ]
+    return _timings("steps.csv", columns, figures)
+
+
+def training() -> str:
+    columns = [
+        ("ms a training step", "seconds", _milliseconds),
+        ("quartile 1", "seconds_q1", _milliseconds),
+        ("quartile 3", "seconds_q3", _milliseconds),
+        ("times the list", "times_tutorial", _number),
+    ]
+    return _timings("training.csv", columns)
+
+
+def efficiency() -> str:
+    columns = [
+        ("effective samples/s", "ess_per_s", _number),
+        ("a chain-step", "ess_per_step", _number),
+        ("times eager", "times_eager", _number),
+    ]
+    return _timings("efficiency.csv", columns)
+
+
+def compilation() -> str:
+    columns = [
+        ("first call, s", "first_call_seconds", _number),
+        ("in a second process, s", "second_process_seconds", _number),
+        ("a later call, s", "later_call_seconds", _number),
+    ]
+    return _timings("compilation.csv", columns)
+
+
 # file, marker, and what stands between <!-- marker --> and <!-- /marker -->
 TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "digits", digits),
     ("docs/performance.md", "resources", resources),
+    ("docs/performance.md", "steps", steps),
+    ("docs/performance.md", "training", training),
+    ("docs/performance.md", "efficiency", efficiency),
+    ("docs/performance.md", "compilation", compilation),
 ]
 
 

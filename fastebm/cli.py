@@ -1,4 +1,4 @@
-"""The command ``fastebm``: train on real data, sample from a run, say what would run here.
+"""The command ``fastebm``: train on real data, sample from a run, say what would run here, time it.
 
 Exit status: 0 done; 1 the computation failed; 2 bad input; 128 + n ended by signal n. Every error is one line.
 """
@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .backends.choose import BACKENDS, choose
+from .bench import run as suite
 from .checkpoint import write_atomically
 from .energies import MLPEnergy
 from .mlp import ACTIVATIONS
@@ -135,6 +136,13 @@ def _parser() -> _Parser:
     )  # fmt: skip
     command.add_argument("--activation", choices=list(ACTIVATIONS), default=_DEFAULTS.activation, help="of them")
     command.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
+
+    command = commands.add_parser(
+        "bench", help="time fastebm against PyTorch loops and peers", description=_BENCH,
+        formatter_class=argparse.HelpFormatter,
+    )  # fmt: skip
+    command.set_defaults(run=_bench)
+    suite.add_arguments(command)
     return parser
 
 
@@ -142,6 +150,8 @@ _TRAIN = """Train an MLP energy by persistent contrastive divergence, then sampl
 and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume goes on with the same bits."""
 _SAMPLE = "Samples of a trained energy, from chains that start in uniform noise."
 _INFO = "Versions, devices, and which backend would sample an MLP energy of a given shape, and why."
+_BENCH = """Time fastebm, the loops that people write and the peers that are installed (pip install "fastebm[bench]") on
+the same problems, each checked first. Without --cases a quick set, of some minutes."""
 
 
 def _add_device_and_backend(command: _Parser, default: str) -> None:
@@ -377,6 +387,14 @@ def _info(arguments: argparse.Namespace) -> int:
     print(f"  backend: {choice.backend} ({choice.path}), products in {choice.precision}")
     print(f"  fused kernel: {'yes' if choice.why_not_fused is None else f'no, because {choice.why_not_fused}'}")
     return 0
+
+
+# -- bench --------------------------------------------------------------------------------------------------
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    status: int = suite.run(arguments, quick=arguments.cases is None)
+    return status
 
 
 def _version(package: str) -> str:

@@ -110,7 +110,7 @@ def test_info_says_what_would_run(capsys):
 
 
 def test_help_names_the_defaults(capsys):
-    for command in ([], ["train"], ["sample"], ["info"]):
+    for command in ([], ["train"], ["sample"], ["info"], ["bench"]):
         with pytest.raises(SystemExit) as exit:
             main([*command, "--help"])
         assert exit.value.code == 0

@@ -5,11 +5,15 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from fastebm.bench import gpu, gpu_tests
+from fastebm.bench.cases import Case
+from fastebm.bench.contestants import Contestant, eager
+from fastebm.bench.problem import Missing
+from fastebm.bench.race import race
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton and GPUs: Linux")
 
@@ -21,18 +25,6 @@ RESULT = {"status", "correct", "error", "allowed", "rounds", "seconds", "chain_s
 def read(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def modules_of_bench(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    import cases
-    import gpu
-    import gpu_tests
-
-    return types.SimpleNamespace(cases=cases, gpu=gpu, gpu_tests=gpu_tests)
-
-
-bench = pytest.fixture(modules_of_bench, name="bench")
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +58,9 @@ def test_timings(dry):
     for energy in energies:
         assert status[energy, "eager", "float32"] == "ok"
         assert status[energy, "compile", "float32"] == "ok"
-        assert status[energy, "fastebm update", "float32"] == "ok"
+        assert status[energy, "fastebm-update", "float32"] == "ok"
         for precision in ("bf16x3", "tf32", "bf16"):
-            assert status[energy, "fastebm", precision] == "ok"
+            assert status[energy, "fastebm-triton", precision] == "ok"
         # a contestant that can't run says so, and why
         assert status[energy, "graph", "float32"] == "missing"
     for row in rows:
@@ -84,57 +76,57 @@ def test_sweep(dry):
     assert all(float(row["error"]) <= float(row["allowed"]) for row in rows)
 
 
-def test_a_wrong_result_has_no_speed(bench):
-    gpu, case = bench.gpu, bench.cases.Case(3, (16,), 70, 2)
-    right = gpu.Contestant("eager", "float32", gpu.eager)
+def test_a_wrong_result_has_no_speed():
+    case = Case(3, (16,), 70, 2)
+    right = Contestant("eager", "float32", eager)
 
     def slipped(p, steps, noise_std):
-        run = gpu.eager(p, steps, noise_std)
+        run = eager(p, steps, noise_std)
         return lambda: p.x0 + 1.001 * (run() - p.x0)
 
     def nan(p, steps, noise_std):
         return lambda: torch.full_like(p.x0, torch.nan)
 
     def absent(p, steps, noise_std):
-        raise gpu.Missing("not here")
+        raise Missing("not here")
 
     def breaks(p, steps, noise_std):
         raise RuntimeError("broken")
 
-    wrong = [gpu.Contestant(f.__name__, "float32", f) for f in (slipped, nan, absent, breaks)]
-    rows = gpu.time_case(case, [right, *wrong], seconds=0.0, dry=True)
-    assert [row["status"] for row in rows] == ["ok", "wrong", "wrong", "missing", "error"]
+    wrong = [Contestant(f.__name__, "float32", f) for f in (slipped, nan, absent, breaks)]
+    rows = race(case, [right, *wrong], gpu.DEVICE, seconds=0.0, dry=True)
+    assert [row["status"] for row in rows] == ["ok", "FAILED", "FAILED", "missing", "error"]
     assert rows[0]["times_eager"] == 1.0
     for row in rows[1:]:
         assert row["times_eager"] == row["seconds"] == row["chain_steps_per_s"] == ""
 
     # nor is anything compared with an eager loop that is wrong itself
-    rows = gpu.time_case(
-        case, [gpu.Contestant("eager", "float32", slipped), gpu.Contestant("other", "float32", gpu.eager)], seconds=0.0
+    rows = race(
+        case, [Contestant("eager", "float32", slipped), Contestant("other", "float32", eager)], gpu.DEVICE, seconds=0.0
     )
-    assert [row["status"] for row in rows] == ["wrong", "ok"]
+    assert [row["status"] for row in rows] == ["FAILED", "ok"]
     assert rows[1]["seconds"] > 0
     assert rows[1]["times_eager"] == ""
 
 
-def test_a_contestant_that_killed_a_process_is_not_tried_again(bench, tmp_path):
-    gpu, case = bench.gpu, bench.cases.Case(3, (16,), 70, 2)
+def test_a_contestant_that_killed_a_process_is_not_tried_again(tmp_path):
+    case = Case(3, (16,), 70, 2)
     journal = gpu.Journal(tmp_path / "part")
     journal.underway(f"{case.name}, graph float32")
     assert journal.bury() == f"{case.name}, graph float32"
-    contestants = [gpu.Contestant("eager", "float32", gpu.eager), gpu.Contestant("graph", "float32", gpu.eager)]
-    rows = gpu.time_case(case, contestants, lost=journal.lost(), seconds=0.0)
+    contestants = [Contestant("eager", "float32", eager), Contestant("graph", "float32", eager)]
+    rows = race(case, contestants, gpu.DEVICE, lost=journal.lost(), seconds=0.0)
     assert [row["status"] for row in rows] == ["ok", "error"]
     journal.add(case.name, rows)
     assert journal.done() == {case.name}
     assert journal.bury() == ""
 
 
-def test_noise_is_gated_too(bench):
+def test_noise_is_gated_too():
     """A fused path with the right gradient and another noise has no speed either."""
-    gpu, case = bench.gpu, bench.cases.Case(3, (16,), 70, 2)
-    rows = gpu.time_case(case, [gpu.Contestant("fastebm", "float32", gpu.eager)], seconds=0.0)
-    assert [row["status"] for row in rows] == ["wrong"]
+    case = Case(3, (16,), 70, 2)
+    rows = race(case, [Contestant("fastebm", "float32", eager)], gpu.DEVICE, seconds=0.0)
+    assert [row["status"] for row in rows] == ["FAILED"]
 
 
 def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path):
@@ -157,10 +149,10 @@ def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path):
 # -- stand-ins: what the tests use of hypothesis and scipy, where they are not installed ---------------------
 
 
-def test_scipy_standin(bench):
+def test_scipy_standin():
     from scipy import special, stats
 
-    _, own_stats, own_special = bench.gpu_tests.scipy_standin()
+    _, own_stats, own_special = gpu_tests.scipy_standin()
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     assert own_stats.norm.sf(4.0) == pytest.approx(stats.norm.sf(4.0), rel=1e-9)
     assert own_stats.norm.pdf(x, 0.3, 2.0) == pytest.approx(stats.norm.pdf(x, 0.3, 2.0), rel=1e-12)
@@ -175,8 +167,8 @@ def test_scipy_standin(bench):
         assert ours == pytest.approx(theirs, rel=0.1)
 
 
-def test_hypothesis_standin(bench):
-    hypothesis, st = bench.gpu_tests.hypothesis_standin()
+def test_hypothesis_standin():
+    hypothesis, st = gpu_tests.hypothesis_standin()
     seen = []
 
     @hypothesis.settings(max_examples=25)

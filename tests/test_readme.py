@@ -33,6 +33,6 @@ def test_the_two_commands_are_there_word_for_word():
 
 def test_every_command_of_the_readme_exists():
     commands = set(re.findall(r"^ +fastebm (\w+)", README, re.MULTILINE))
-    assert commands == {"sample", "train", "info"}
+    assert commands == {"sample", "train", "info", "bench"}
     for command in commands:
         assert subprocess.run([sys.executable, "-m", "fastebm", command, "--help"], capture_output=True).returncode == 0

@@ -1,0 +1,14 @@
+"""The benchmark suite, imported as ``fastebm.bench``; the scripts of it run as ``python bench/NAME.py``.
+
+cases.py        what is run, as data
+problem.py      the energy, start and rule that a case's contestants share, and what a right answer is
+contestants.py  the ways to run it: what people write, peers, and fastebm
+clock.py        runs in turns, medians and quartiles
+limits.py       what the machine could do at most, measured beside them
+race.py         gate, clock, rows: the steps of chains
+training.py     a training step with persistent chains      efficiency.py  effective samples a second
+compilation.py  first calls, and those of a second process  micro.py       single operations (pytest-benchmark)
+run.py          the command: cases -> contestants -> clock -> rows
+rows.py         result files                tables.py, plot.py  tables and figures from them; they never measure
+gpu.py          a GPU session (on_gpu.sh)   resources.py  what compiled kernels take    digits.py  the main job
+"""

@@ -1,0 +1,61 @@
+"""The clock: runs in turns (A B C A B C ...), medians and quartiles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+MIN_ROUNDS, ROUNDS = 3, 15
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """A monotonic clock; on a GPU CUDA events, from idle to the end of the work, the host's share included."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    runs: Mapping[Any, Callable[[], object]], seconds: float, device: torch.device, rounds: int = ROUNDS
+) -> dict[Any, list[float]]:
+    """A B C A B C ...: at least MIN_ROUNDS, then as many as fit. What runs out of memory drops out, with no times."""
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    end = time.monotonic() + seconds
+    for i in range(rounds):
+        if i >= MIN_ROUNDS and time.monotonic() > end:
+            break
+        for key, run in runs.items():
+            if key in times:
+                try:
+                    times[key].append(seconds_of(run, device))
+                except torch.OutOfMemoryError:
+                    del times[key]
+                    torch.cuda.empty_cache()
+    return times
+
+
+def past_share(runs: int, seconds: float, share: float) -> str | None:
+    """Why that many runs of about so many seconds are not begun; None if they fit the share of the budget."""
+    if runs * seconds <= share:
+        return None
+    return f"{runs} runs of about {seconds:.3g} s would pass its share of the budget, {share:.3g} s"
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third."""
+    if len(times) < 2:
+        return (times[0],) * 3
+    q1, q2, q3 = statistics.quantiles(times, n=4, method="inclusive")
+    return q1, q2, q3

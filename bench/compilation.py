@@ -1,0 +1,94 @@
+"""What the first call costs: compilation, in a process with empty caches, and in a second one that finds them.
+
+python bench/compilation.py CASE CONTESTANT PRECISION DEVICE THREADS    one process' part, as JSON: for run.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from fastebm.bench.cases import COMPILATION, Case
+
+# Empty at first, full for the second process. JAX keeps only compilations of over a second unless told otherwise.
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
+KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+COLUMNS = ("first_call_seconds", "second_process_seconds", "later_call_seconds", "note")
+
+
+def first_calls(key: str, name: str, precision: str, device: str, threads: str) -> dict[str, Any]:
+    """In this process: seconds of preparing and calling a contestant for the first time, and of the next call."""
+    import torch
+    from fastebm.bench.clock import seconds_of
+    from fastebm.bench.contestants import CONTESTANTS
+    from fastebm.bench.problem import Missing, Problem, matmul
+
+    case = COMPILATION[key]
+    p = Problem(case, torch.device(device))
+    torch.set_num_threads(int(threads))
+    contestant = next(c for c in CONTESTANTS if (c.name, c.precision) == (name, precision))
+    try:
+        with matmul(precision):
+            start = time.perf_counter()
+            run = contestant.prepare(p, case.steps, case.noise_std)
+            run()
+            if p.device.type == "cuda":
+                torch.cuda.synchronize()
+            first = time.perf_counter() - start
+            return {"first": first, "later": min(seconds_of(run, p.device) for _ in range(3))}
+    except Missing as why:
+        return {"missing": str(why)}
+
+
+def measure(
+    key: str, contestants: Iterable[tuple[str, str]], device: str, threads: int, limit: float = 300.0
+) -> Iterable[dict[str, Any]]:
+    """One row a (name, precision): two processes after each other, with caches of their own.
+
+    first_call_seconds: from preparing to the end of the first run, packages of the contestant imported within.
+    second_process_seconds: the same with the first one's caches on disk. later_call_seconds: a warm call.
+    """
+    case: Case = COMPILATION[key]
+    for name, precision in contestants:
+        row: dict[str, Any] = {"energy": case.energy, "n_chains": case.n_chains, "steps": case.steps}
+        row |= {"device": device, "contestant": name, "precision": precision, "status": "ok"}
+        row |= dict.fromkeys(COLUMNS, "")
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, **KEEP_ALL, **{c: os.path.join(folder, c) for c in CACHES}}
+            command = [sys.executable, "-m", "fastebm.bench.compilation", key, name, precision, device, str(threads)]
+            found = []
+            for _ in range(2):
+                try:
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+                except subprocess.TimeoutExpired:
+                    row |= {"status": "skipped", "note": f"not done after {limit:.0f} s"}
+                    break
+                if done.returncode != 0:
+                    row |= {"status": "error", "note": (done.stderr.strip().splitlines() or ["no word"])[-1][:500]}
+                    break
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+                if "missing" in found[-1]:
+                    row |= {"status": "missing", "note": found[-1]["missing"]}
+                    break
+        if row["status"] == "ok":
+            row |= {"first_call_seconds": found[0]["first"], "second_process_seconds": found[1]["first"]}
+            row["later_call_seconds"] = min(f["later"] for f in found)
+        yield row
+
+
+def brief(row: dict[str, Any]) -> str:
+    name = f"{row['contestant']} {row['precision']}"
+    if row["status"] != "ok":
+        return f"{name}: {row['status']}: {row['note'][:120]}"
+    times = [f"{row[column]:.3g} s" for column in COLUMNS[:3]]
+    return f"{name}: first call {times[0]}, in a second process {times[1]}, later {times[2]}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_calls(*sys.argv[1:])))

@@ -1,0 +1,366 @@
+"""The ways to run a case: what people write in PyTorch, the peers, and fastebm. One definition of each.
+
+A contestant is prepared for (problem, steps, noise_std) and then run any number of times: every run moves p.x0 by the
+same rule, with fresh noise, and returns the states, (n_chains, *shape). Each draws noise in its own fastest way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from fastebm.bench.problem import MM_BF16, SEED, Gaussian, Missing, Mixture, Problem
+from torch import Tensor, nn
+
+from fastebm import langevin_sample
+from fastebm.backends import Chains
+from fastebm.backends.choose import choose, interpreted
+from fastebm.backends.torch_compiled import multiplies_bf16
+from fastebm.energies import Energy
+from fastebm.mlp import MLP
+
+Run = Callable[[], Tensor]
+Prepare = Callable[[Problem, int, float], Run]
+
+FUSED_PRECISIONS = ("bf16x3", "tf32", "bf16")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    precision: str  # of the matrix products
+    prepare: Prepare
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("fastebm")
+
+
+# -- what people write ---------------------------------------------------------------------------------------
+
+
+def eager(p: Problem, steps: int, noise_std: float) -> Run:
+    """What every tutorial has: autograd of the summed energy, torch.randn_like, a Python loop."""
+    drift, clamp = p.case.drift, p.case.clamp
+
+    def run() -> Tensor:
+        x = p.x0
+        for _ in range(steps):
+            x = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(p.energy(x).sum(), x)
+            x = x.detach().sub(grad, alpha=drift).add_(torch.randn_like(grad), alpha=noise_std)
+            if clamp is not None:
+                x.clamp_(*clamp)
+        return x
+
+    return run
+
+
+def written_out(mlp: MLP, x: Tensor) -> Tensor:
+    """dE/dx of an MLP, (n, dim): backpropagation in plain operations, no graph."""
+    h, zs = x, []
+    for weight, bias, activation in zip(mlp.weights[:-1], mlp.biases[:-1], mlp.activations, strict=True):
+        zs.append(nn.functional.linear(h, weight, bias))
+        h = activation.forward(zs[-1], torch.empty_like(zs[-1]))
+    g = mlp.weights[-1].expand_as(h)
+    for weight, z, activation in zip(reversed(mlp.weights[:-1]), reversed(zs), reversed(mlp.activations), strict=True):
+        g = activation.backward(g, z, torch.empty_like(z)) @ weight
+    return g
+
+
+def closed_form(p: Problem, steps: int, noise_std: float) -> Run:
+    """The eager loop with the gradient written out: no graph, no autograd."""
+    if p.mlp is None:
+        raise Missing("the gradient is written out for MLP energies only")
+    mlp, drift, clamp = p.mlp, p.case.drift, p.case.clamp
+
+    def run() -> Tensor:
+        x = p.x0
+        with torch.no_grad():
+            for _ in range(steps):
+                x = x.sub(written_out(mlp, x), alpha=drift).add_(torch.randn_like(x), alpha=noise_std)
+                if clamp is not None:
+                    x.clamp_(*clamp)
+        return x
+
+    return run
+
+
+@cache
+def compiled_step(
+    energy: nn.Module, drift: float, clamp: tuple[float, float] | None, backend: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def step(x: Tensor, noise_std: Tensor) -> Tensor:
+        grad = torch.func.grad(lambda x: energy(x).sum())(x)
+        x = x - drift * grad + noise_std * torch.randn_like(x)
+        return x if clamp is None else x.clamp(*clamp)
+
+    return torch.compile(step, backend=backend, fullgraph=True)  # type: ignore[return-value]
+
+
+def compiled(p: Problem, steps: int, noise_std: float) -> Run:
+    """The step under torch.compile (one graph: gradient, noise, update, clamp), in a Python loop.
+
+    The loop itself is not unrolled into the graph: compilation would take as many times longer as it has steps.
+    """
+    # A dry run has no time to compile for real.
+    step = compiled_step(p.energy, p.case.drift, p.case.clamp, "eager" if p.dry else "inductor")
+    std = torch.tensor(noise_std, device=p.device)
+    # One compilation serves every number of chains: the products are cuBLAS's either way, and the rest is elementwise.
+    torch._dynamo.maybe_mark_dynamic(p.x0, 0)
+
+    def run() -> Tensor:
+        x = p.x0
+        with torch.no_grad():
+            for _ in range(steps):
+                x = step(x, std)
+        return x
+
+    return run
+
+
+def graphed(prepare: Prepare) -> Prepare:
+    """A whole loop of another contestant, captured in one CUDA graph."""
+
+    def prepared(p: Problem, steps: int, noise_std: float) -> Run:
+        if p.device.type != "cuda":
+            raise Missing("CUDA graphs need a CUDA device")
+        loop = prepare(p, steps, noise_std)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            prepare(p, 2, noise_std)()  # libraries set themselves up outside the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x = loop()
+
+        def run() -> Tensor:
+            graph.replay()
+            return x
+
+        return run
+
+    return prepared
+
+
+# -- peers ---------------------------------------------------------------------------------------------------
+
+
+def torchebm(p: Problem, steps: int, noise_std: float) -> Run:
+    """torchebm's LangevinDynamics: x' = x - eta dE/dx + sqrt(2 eta) noise_scale xi, then its clamp."""
+    try:
+        from torchebm.core import BaseModel
+        from torchebm.samplers import LangevinDynamics
+    except ImportError:
+        raise Missing("torchebm is not installed") from None
+    energy = p.energy
+
+    class Model(BaseModel):  # type: ignore[misc]
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return energy(x).squeeze(1)  # type: ignore[no-any-return]
+
+    sampler = LangevinDynamics(
+        Model(device=p.device),
+        step_size=p.case.drift,
+        noise_scale=max(noise_std, 1e-20) / (2 * p.case.drift) ** 0.5,  # it takes no 0
+        clamp=p.case.clamp,
+        device=p.device,
+    )
+    return lambda: sampler.sample(x=p.x0, n_steps=steps)  # type: ignore[no-any-return]
+
+
+def jax_energy(energy: nn.Module, precision: str) -> Callable[[Any], Any]:
+    """The energy of a case in JAX, with the same weights: (n, *shape) -> the sum of n energies."""
+    import jax
+
+    jnp, lax = jax.numpy, jax.lax
+
+    def array(t: Tensor | None) -> Any:
+        return 0.0 if t is None else jnp.asarray(t.detach().cpu().numpy())
+
+    if isinstance(energy, Gaussian):
+        matrix = array(energy.precision)
+        return lambda x: 0.5 * (jnp.dot(x, matrix, precision=precision) * x).sum()
+    if isinstance(energy, Mixture):
+        means = array(energy.means)
+        return lambda x: -jax.nn.logsumexp(-0.5 * ((x[:, None] - means) ** 2).sum(2), axis=1).sum()
+
+    def linear(layer: nn.Linear) -> Callable[[Any], Any]:
+        weight, bias = array(layer.weight.t()), array(layer.bias)
+        return lambda x: jnp.dot(x, weight, precision=precision) + bias
+
+    def conv(layer: nn.Conv2d) -> Callable[[Any], Any]:
+        weight, bias = array(layer.weight), array(layer.bias).reshape(-1, 1, 1)
+        stride, padding = layer.stride, [(n, n) for n in layer.padding]
+        return lambda x: lax.conv_general_dilated(x, weight, stride, padding, precision=precision) + bias
+
+    def read(layer: nn.Module) -> Callable[[Any], Any]:
+        if isinstance(layer, nn.Linear):
+            return linear(layer)
+        if isinstance(layer, nn.Conv2d):
+            return conv(layer)
+        return {nn.SiLU: jax.nn.silu, nn.Flatten: lambda x: x.reshape(len(x), -1)}[type(layer)]
+
+    layers = [read(layer) for layer in energy]  # type: ignore[attr-defined]
+
+    def total(x: Any) -> Any:
+        for layer in layers:
+            x = layer(x)
+        return x.sum()
+
+    return total
+
+
+JaxStep = Callable[[Any, Any, Callable[[Any], Any], Any, Any], Any]  # x, key, gradient, drift, noise_std -> x
+
+
+@cache
+def _jax_loop(make_step: Callable[[], JaxStep], energy: nn.Module, clamp: Any, steps: int, precision: str) -> Any:
+    """(x, key, drift, noise_std) -> x: jit of lax.scan over a step and the clamp, on the whole batch."""
+    import jax
+
+    gradient, step = jax.grad(jax_energy(energy, precision)), make_step()
+
+    def loop(x: Any, key: Any, drift: Any, noise_std: Any) -> Any:
+        def clamped(x: Any, key: Any) -> Any:
+            x = step(x, key, gradient, drift, noise_std)
+            return x if clamp is None else jax.numpy.clip(x, *clamp), None
+
+        return jax.lax.scan(clamped, x, jax.random.split(key, steps))[0]
+
+    return jax.jit(loop)
+
+
+def in_jax(make_step: Callable[[], JaxStep]) -> Prepare:
+    """A step in JAX as a contestant. Tensors pass both ways without a copy."""
+
+    def prepared(p: Problem, steps: int, noise_std: float) -> Run:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        try:
+            import jax
+        except ImportError:
+            raise Missing("jax is not installed") from None
+        if p.device.type == "cuda" and jax.default_backend() != "gpu":
+            raise Missing("this jax has no CUDA backend")
+        tf32 = p.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        precision = "tensorfloat32" if tf32 else "highest"
+        loop = _jax_loop(make_step, p.energy, p.case.clamp, steps, precision)
+        keys = (jax.random.key(SEED + call) for call in itertools.count())
+
+        def run() -> Tensor:
+            x = loop(jax.dlpack.from_dlpack(p.x0), next(keys), p.case.drift, noise_std)
+            return torch.from_dlpack(jax.block_until_ready(x))
+
+        return run
+
+    return prepared
+
+
+def jax_step() -> JaxStep:
+    import jax
+
+    return lambda x, key, gradient, drift, noise_std: (
+        x - drift * gradient(x) + noise_std * jax.random.normal(key, x.shape)
+    )
+
+
+def blackjax_step() -> JaxStep:
+    """BlackJAX' sgld: x' = x + eta grad log p + sqrt(2 eta T) xi. The batch is one position; it knows no clamp."""
+    try:
+        import blackjax
+    except ImportError:
+        raise Missing("blackjax is not installed") from None
+
+    def step(x: Any, key: Any, gradient: Callable[[Any], Any], drift: Any, noise_std: Any) -> Any:
+        sgld = blackjax.sgld(lambda x, minibatch: -gradient(x))
+        return sgld.step(key, x, None, drift, noise_std**2 / (2 * drift))
+
+    return step
+
+
+# -- fastebm -------------------------------------------------------------------------------------------------
+
+
+def fastebm_at(backend: str, precision: str | None = None, *, compile: bool = False) -> Prepare:
+    """langevin_sample as users call it: its checks and its copy are in the time."""
+
+    def prepared(p: Problem, steps: int, noise_std: float) -> Run:
+        if backend == "triton":
+            if interpreted() and not p.dry:
+                raise Missing("Triton's interpreter is on (TRITON_INTERPRET=1): its times mean nothing")
+            try:
+                why_not = choose(p.energy, p.device, torch.float32, backend, precision).why_not_fused
+            except ValueError as error:
+                why_not = str(error)
+            if why_not is not None:
+                raise Missing(why_not)
+        if compile and (p.device.type != "cpu" or p.mlp is None):
+            raise Missing("compiled code is for MLP energies on a CPU")
+        if compile and precision == "bf16" and not multiplies_bf16():
+            raise Missing("this CPU has no bf16 products")
+        rule = p.rule(noise_std)
+        options: dict[str, Any] = {"backend": backend, "precision": precision, "clamp": rule.clamp, "seed": SEED}
+        options["compile"] = compile
+        options |= {"step_size": rule.step_size, "noise_scale": rule.noise_scale}
+        first_steps = itertools.count(0, steps)
+        return lambda: langevin_sample(  # type: ignore[return-value]
+            p.energy, init=p.x0, steps=steps, first_step=next(first_steps), **options
+        )
+
+    return prepared
+
+
+def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
+    """What fastebm does for an energy it has no fused kernel for: autograd, then noise and update in one launch."""
+    if p.device.type != "cuda" and not (interpreted() and p.dry):
+        raise Missing("the update kernel needs a CUDA device")
+    from fastebm.backends import fused  # only here: it imports triton
+
+    rule = p.rule(noise_std)
+    energy = Energy(p.energy, p.case.shape, torch.float32)
+    numbers = torch.arange(p.case.n_chains, device=p.device)
+    first_steps = itertools.count(0, steps)
+
+    def run() -> Tensor:
+        ages = torch.full_like(numbers, next(first_steps))
+        chains = Chains(p.x0.flatten(1).clone(), SEED, numbers, ages)
+        return fused.advance_module(energy, chains, rule, steps).x.reshape(p.x0.shape)
+
+    return run
+
+
+# -- all of them, most important first: what runs out of time has left out the end ---------------------------
+
+CONTESTANTS = (
+    Contestant("eager", "float32", eager),
+    *(Contestant("fastebm-triton", precision, fastebm_at("triton", precision)) for precision in FUSED_PRECISIONS),
+    Contestant("fastebm-torch", "float32", fastebm_at("torch")),
+    Contestant("fastebm-compiled", "float32", fastebm_at("torch", compile=True)),
+    Contestant("fastebm-compiled", MM_BF16, fastebm_at("torch", "bf16", compile=True)),
+    Contestant("fastebm-update", "float32", fastebm_update),
+    Contestant("graph", "float32", graphed(eager)),
+    Contestant("compile", "float32", compiled),
+    Contestant("compile+graph", "float32", graphed(compiled)),
+    Contestant("closed-form", "float32", closed_form),
+    Contestant("torchebm", "float32", torchebm),
+    Contestant("jax", "float32", in_jax(jax_step)),
+    Contestant("blackjax", "float32", in_jax(blackjax_step)),
+    Contestant("fastebm-reference", "float32", fastebm_at("reference")),
+    Contestant("eager", "tf32", eager),
+    Contestant("compile+graph", "tf32", graphed(compiled)),
+    Contestant("jax", "tf32", in_jax(jax_step)),
+)
+
+
+def taking_part(device: torch.device) -> tuple[Contestant, ...]:
+    """All on a GPU; on a CPU one row a name, as tensor cores' precisions are the same there."""
+    if device.type == "cuda":
+        return CONTESTANTS
+    firsts = {c.name: c for c in reversed(CONTESTANTS)}
+    return tuple(c for c in CONTESTANTS if c is firsts[c.name] or c.precision == MM_BF16)

@@ -1,0 +1,143 @@
+"""Effective samples a second, on laws that are known: what a user waits for, where steps a second are only a means.
+
+Chains start in the law; every ``steps`` steps their states are kept. The effective sample size is arviz-stats' bulk
+ESS (Vehtari et al. 2021) of the coordinate that mixes worst. All contestants run the same chain in law, so per step
+they mix alike, and a difference of ESS a step would be a fault or chance: it is in the rows to be seen.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from fastebm.bench.cases import Case
+from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, seconds_of
+from fastebm.bench.contestants import Contestant, Run
+from fastebm.bench.problem import NOISE_SEED, Gaussian, Missing, Problem, matmul
+from fastebm.bench.race import gate, row_of
+from torch import Tensor
+
+DRAWS = 50  # of a round
+# How far, in Monte-Carlo standard errors, a moment may be from the law's: 1e-6 two-sided for one normal is 4.9.
+DEVIATION = 5.5
+COLUMNS = ("correct", "error", "allowed", "law_p", "deviation", "draws", "ess", "ess_per_step", "seconds")
+RATIOS = ("ess_per_s", "times_eager", "note")
+
+
+def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Functions of the states and their exact means: f (..., k) of x (..., dim), and (k,).
+
+    Gaussian: every coordinate (0) and its square (the chain's own variance, step size and all). Mixture: every
+    coordinate, and the sign of the first, which tells the modes apart (all 0, by symmetry).
+    """
+    x = x.double()
+    if isinstance(p.energy, Gaussian):
+        variance = p.energy.stationary_covariance(p.case.drift, p.case.noise_std).diagonal()
+        return torch.cat([x, x.square()], dim=-1), torch.cat([torch.zeros_like(variance), variance])
+    f = torch.cat([x, x[..., :1].sign()], dim=-1)
+    return f, torch.zeros(f.shape[-1], dtype=torch.float64)
+
+
+def worst_deviation(p: Problem, x: Tensor, ess: Callable[[Any], Any]) -> float:
+    """Largest |mean f - exact| in its standard errors, std f / sqrt(ESS of f); x: (chains, draws, dim)."""
+    f, exact = moments(p, x)
+    error = f.flatten(0, 1).std(dim=0) / torch.as_tensor(ess(f.numpy())).sqrt()
+    return float(((f.mean(dim=(0, 1)) - exact).abs() / error).max())
+
+
+def effective_sizes() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """(bulk ESS, ESS of the mean): (chains, draws, k) -> (k,), by arviz-stats."""
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:
+        raise Missing("arviz-stats is not installed") from None
+    return tuple(  # type: ignore[return-value]
+        lambda x, method=method: array_stats.ess(x, chain_axis=0, draw_axis=1, method=method)
+        for method in ("bulk", "mean")
+    )
+
+
+def draws_of(p: Problem, run: Run, n: int) -> Callable[[], Tensor]:
+    """A function that goes on from where its chains are: (n, chains, dim), one state kept a run."""
+    kept = torch.empty(n, *p.x0.shape)
+    state = p.x0.clone()
+
+    def draw() -> Tensor:
+        p.x0.copy_(state)  # every run starts at p.x0; each contestant has chains of its own
+        for i in range(n):
+            p.x0.copy_(run())
+            kept[i] = p.x0
+        state.copy_(p.x0)
+        return kept
+
+    return draw
+
+
+def race(
+    case: Case,
+    contestants: Iterable[Contestant],
+    device: torch.device,
+    *,
+    seconds: float = 6.0,
+    budget: float = math.inf,
+    draws: int = DRAWS,
+) -> list[dict[str, Any]]:
+    """One row a contestant: gate, then rounds of ``draws`` kept states in turns; ESS of all rounds.
+
+    seconds: for the timed rounds. budget: seconds that the least number of rounds of one contestant may take.
+    """
+    p = Problem(case, device)
+    results: dict[Contestant, dict[str, Any]] = {}
+    runs: dict[Contestant, Callable[[], object]] = {}
+    rounds: dict[Contestant, list[Tensor]] = {}
+    for c in contestants:
+        row = results[c] = row_of(case, device=device.type, contestant=c.name, precision=c.precision, status="ok")
+        row |= dict.fromkeys((*COLUMNS, *RATIOS), "")
+        try:
+            bulk, of_mean = effective_sizes()
+            row |= gate(p, c)
+            if row["correct"] == "no":
+                row |= {"status": "FAILED", "note": "failed its gate: not timed"}
+                continue
+            with matmul(c.precision):
+                run = c.prepare(p, case.steps, case.noise_std)
+                run()
+                estimate = min(seconds_of(run, device) for _ in range(3))
+            if (why := past_share(MIN_ROUNDS * draws, estimate, budget)) is not None:
+                row |= {"status": "skipped", "note": why}
+                continue
+            rounds[c], runs[c] = [], _kept(rounds, c, draws_of(p, run, draws))
+        except Missing as why:
+            row |= {"status": "missing", "note": str(why)}
+        except Exception as error:
+            row |= {"status": "error", "note": f"{type(error).__name__}: {error}"[:500]}
+            traceback.print_exc()
+    torch.manual_seed(NOISE_SEED)
+    times = interleaved(runs, seconds, device)
+    for c, t in times.items():
+        row, x = results[c], torch.cat(rounds[c]).transpose(0, 1).contiguous()
+        ess, total = float(bulk(x.double().numpy()).min()), sum(t)
+        row |= {"deviation": worst_deviation(p, x, of_mean), "draws": x.shape[1], "ess": ess, "seconds": total}
+        row |= {"ess_per_step": ess / (case.n_chains * case.steps * x.shape[1]), "ess_per_s": ess / total}
+        if not row["deviation"] <= DEVIATION:
+            row |= {"status": "FAILED", "correct": "no", "ess_per_s": "", "note": "its draws do not follow the law"}
+    eager = next((r["ess_per_s"] for c, r in results.items() if c.name == "eager" and r["status"] == "ok"), None)
+    for row in results.values():
+        if eager is not None and row["status"] == "ok":
+            row["times_eager"] = row["ess_per_s"] / eager
+    return list(results.values())
+
+
+def _kept(rounds: dict[Contestant, list[Tensor]], c: Contestant, draw: Callable[[], Tensor]) -> Callable[[], object]:
+    return lambda: rounds[c].append(draw().clone())
+
+
+def brief(row: dict[str, Any]) -> str:
+    name = f"{row['contestant']} {row['precision']}"
+    if row["status"] != "ok":
+        return f"{name}: {row['status']}: {row['note'][:120]}"
+    ratio = f", {row['times_eager']:.2f} x eager" if row["times_eager"] else ""
+    return f"{name}: {row['ess_per_s']:.3g} effective samples/s{ratio} ({row['ess_per_step']:.2g} a chain-step)"

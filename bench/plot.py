@@ -1,0 +1,161 @@
+"""Figures of docs/performance.md from result rows; nothing here measures.
+
+    python bench/plot.py                      bench/results/steps.csv -> docs/speedup.png, throughput.png, roofline.png
+    python bench/plot.py --results runs/bench --out runs/bench        from a run of one's own
+
+The rows of one device: cuda if there are any, unless --device says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastebm.bench.rows import RESULTS, read
+
+from fastebm.plot import png
+
+DOCS = RESULTS.parent.parent / "docs"
+# Okabe & Ito's palette, told apart by colour-blind readers too; fastebm in the strong ones.
+OURS = ("#D55E00", "#E69F00", "#CC79A7", "#A0522D", "#8C564B", "#F0A500")
+OTHERS = ("#666666", "#0072B2", "#56B4E9", "#009E73", "#000000", "#999999", "#4477AA", "#117733", "#88CCEE", "#BBBBBB")
+
+Row = dict[str, Any]
+
+
+def numbers(rows: Sequence[dict[str, str]]) -> list[Row]:
+    """The timed rows, their numbers as floats, each with a name: contestant, and precision unless float32."""
+    timed: list[Row] = []
+    for row in rows:
+        if row["status"] == "ok":
+            name = row["contestant"] + ("" if row["precision"] == "float32" else f" {row['precision']}")
+            timed.append({k: _float(v) for k, v in row.items()} | {"name": name, "case": row["case"]})
+    return timed
+
+
+def _float(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def colours(rows: Sequence[Row]) -> dict[str, str]:
+    """One colour a contestant in every figure, whatever took part in it."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    ours = [n for n in names if n.startswith("fastebm")]
+    others = [n for n in names if n not in ours]
+    return {
+        **{n: OURS[i % len(OURS)] for i, n in enumerate(ours)},
+        **{n: OTHERS[i % len(OTHERS)] for i, n in enumerate(others)},
+    }
+
+
+def _figure(width: float, height: float, rows: Sequence[Row]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    first = rows[0]
+    machine = first["gpu"] if first["device"] == "cuda" else f"{first['threads']:.0f} threads, {first['cpu']}"
+    figure.suptitle(f"{machine}, torch {first['torch']}, {first['date']}, {first['commit']}", fontsize=9)
+    return figure
+
+
+def speedups(rows: Sequence[Row]) -> Any:
+    """Bars: median seconds of the eager loop over a contestant's, a group a case; quartiles of the latter."""
+    palette, rows = colours(rows), [row for row in rows if row["times_eager"] != ""]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure = _figure(max(6.0, 1.6 * len(cases)), 4.5, rows)
+    axes = figure.add_subplot()
+    width = 0.8 / len(palette)
+    for i, (name, colour) in enumerate(palette.items()):
+        own = [row for row in rows if row["name"] == name]
+        x = [cases.index(row["case"]) + (i - len(palette) / 2 + 0.5) * width for row in own]
+        y = np.array([row["times_eager"] for row in own])
+        ends = np.array([[row["eager_seconds"] / row[q] for q in ("seconds_q3", "seconds_q1")] for row in own]).T
+        axes.bar(x, y, width, color=colour, label=name)
+        axes.errorbar(x, y, abs(ends - y), fmt="none", ecolor="black", elinewidth=0.8)
+    axes.axhline(1.0, color="#666666", linewidth=0.8)
+    axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=8)
+    axes.set_ylabel("times the eager loop")
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def throughput(rows: Sequence[Row]) -> Any:
+    """Lines: chain-steps/s against the number of chains, a panel an energy."""
+    energies = list(dict.fromkeys(row["energy"] for row in rows))
+    palette = colours(rows)
+    columns = min(3, len(energies))
+    figure = _figure(4.2 * columns, 3.4 * -(-len(energies) // columns), rows)
+    for i, energy in enumerate(energies):
+        axes = figure.add_subplot(-(-len(energies) // columns), columns, i + 1, title=energy)
+        for name, colour in palette.items():
+            own = sorted(
+                (r["n_chains"], r["chain_steps_per_s"]) for r in rows if (r["energy"], r["name"]) == (energy, name)
+            )
+            if own:
+                axes.plot(*zip(*own, strict=True), "o-", color=colour, label=name, markersize=4)
+        axes.set(xscale="log", yscale="log", xlabel="chains", ylabel="chain-steps/s")
+        axes.title.set_fontsize(9)
+        if i == 0:
+            axes.legend(fontsize=6)
+    return figure
+
+
+def roofline(rows: Sequence[Row]) -> Any:
+    """Product FLOP/s against product FLOPs a normal number, under what was measured beside: 1/(1/P + 1/(x N)).
+
+    P: rate of products (of the precision), N: of normal numbers. Dashed: memory, if a step read and wrote the state
+    once (8 bytes a normal number). The rates are medians over the rows.
+    """
+    palette, rows = colours(rows), [row for row in rows if row["of_limit"] != ""]
+    figure = _figure(6.5, 4.8, rows)
+    axes = figure.add_subplot()
+    at = [row["flops_per_chain_step"] / row["dim"] for row in rows]
+    x = np.geomspace(min(at) / 2, max(at) * 2, 200)
+    normals, bandwidth = (float(np.median([row[k] for row in rows])) for k in ("normal_rate", "bandwidth"))
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        products = float(np.median([row["product_rate"] for row in rows if row["precision"] == precision]))
+        line = 1 / (1 / products + 1 / (x * normals))
+        axes.plot(x, line, color="black", linewidth=1.2, label=f"limit: {precision} products and normals")
+    axes.plot(x, x * bandwidth / 8, "--", color="black", linewidth=0.8, label="memory")
+    for name, colour in palette.items():
+        own = [row for row in rows if row["name"] == name]
+        rate = [row["chain_steps_per_s"] * row["flops_per_chain_step"] for row in own]
+        axes.plot([row["flops_per_chain_step"] / row["dim"] for row in own], rate, "o", color=colour, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="product FLOPs a normal number", ylabel="product FLOP/s")
+    axes.legend(fontsize=7)
+    return figure
+
+
+FIGURES = {"speedup": speedups, "throughput": throughput, "roofline": roofline}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=DOCS, metavar="FOLDER")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    arguments = parser.parse_args(argv)
+    path = arguments.results / "steps.csv"
+    if not path.exists():
+        parser.error(f"there is no {path}: python bench/run.py --out {arguments.results} makes it")
+    rows = numbers(read(path))
+    device = arguments.device or ("cuda" if any(row["device"] == "cuda" for row in rows) else "cpu")
+    rows = [row for row in rows if row["device"] == device]
+    if not rows:
+        parser.error(f"{path} has no timed row of the device {device}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        (arguments.out / f"{name}.png").write_bytes(png(draw(rows)))
+        print(arguments.out / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""A training step by persistent contrastive divergence: fastebm's pool, the tutorials' list, torchebm's buffer.
+
+One recipe for all: draw a batch of persistent chains, restart some, move them K Langevin steps, put them back,
+contrastive divergence with a regulariser (``contrastive_divergence_loss``), Adam. How chains are drawn, restarted and
+put back is each one's own: fastebm draws distinct rows, restarts them uniformly and writes them back in place; the
+tutorials' list draws with replacement, starts anew likewise and keeps the newest; torchebm draws one row a stratum,
+adds noise of 0.01 instead of a restart and overwrites the oldest.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fastebm.bench.cases import TrainingCase
+from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, quartiles, seconds_of
+from fastebm.bench.problem import NOISE_SEED, SEED, ULP, Missing, largest, make_energy
+from torch import Tensor, nn
+
+from fastebm import ChainPool, Langevin, contrastive_divergence_loss
+from fastebm.energies import Energy
+
+LEARNING_RATE, REGULARISER = 1e-4, 0.01
+DATA_BATCHES = 8
+TUTORIAL = "list-buffer"
+TIMED = ("correct", "error", "allowed", "spread", "rounds", "seconds", "seconds_q1", "seconds_q3", "steps_per_s")
+
+
+@dataclass
+class Trainer:
+    """step: real (batch, dim) -> the negatives it trained against; it leaves the loss's gradients in the model.
+
+    states: all chains, (n_chains, dim), to look at. fill: sets all chains to one state, (dim,).
+    """
+
+    model: nn.Module
+    step: Callable[[Tensor], Tensor]
+    states: Callable[[], Tensor]
+    fill: Callable[[Tensor], None]
+
+
+def fresh_model(case: TrainingCase, device: torch.device) -> nn.Module:
+    """A trainable copy of the case's energy: every contestant trains its own."""
+    return copy.deepcopy(make_energy("mlp", case.dim, case.widths, device)).requires_grad_(True).train()
+
+
+def _finish(model: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, negatives: Tensor) -> Tensor:
+    """Loss, gradients, Adam: the same for the first two contestants."""
+    loss = contrastive_divergence_loss(model(real), model(negatives), REGULARISER)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return negatives
+
+
+def fastebm_pool(case: TrainingCase, device: torch.device) -> Trainer:
+    model = fresh_model(case, device)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    pool = ChainPool(case.n_chains, case.dim, clamp=case.clamp, seed=SEED, device=device, reinit_prob=case.restart_prob)
+    rule = Langevin.from_drift_and_noise(case.drift, case.noise_std)
+
+    def step(real: Tensor) -> Tensor:
+        negatives, _ = pool.sample(model, case.batch_size, rule, case.steps)
+        return _finish(model, optimizer, real, negatives)
+
+    return Trainer(model, step, lambda: pool.states, lambda x: pool.states.copy_(x.expand_as(pool.states)))
+
+
+def list_buffer(case: TrainingCase, device: torch.device) -> Trainer:
+    """The replay buffer of the IGEBM and UvA tutorials: a Python list of single states, on the CPU."""
+    model = fresh_model(case, device)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    (lo, hi), n = case.clamp, case.batch_size
+    examples = list((torch.rand(case.n_chains, case.dim) * (hi - lo) + lo).split(1))
+
+    def negatives_of(x: Tensor) -> Tensor:
+        training = model.training
+        model.eval()
+        for p in model.parameters():
+            p.requires_grad_(False)
+        for _ in range(case.steps):
+            x = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(model(x).sum(), x)
+            x = x.detach().sub(grad, alpha=case.drift).add_(torch.randn_like(grad), alpha=case.noise_std)
+            x.clamp_(lo, hi)
+        for p in model.parameters():
+            p.requires_grad_(True)
+        model.train(training)
+        return x
+
+    def step(real: Tensor) -> Tensor:
+        nonlocal examples
+        n_new = sum(random.random() < case.restart_prob for _ in range(n))
+        fresh = torch.rand(n_new, case.dim) * (hi - lo) + lo
+        old = torch.cat(random.choices(examples, k=n - n_new))
+        negatives = negatives_of(torch.cat([fresh, old]).to(device))
+        examples = (list(negatives.cpu().split(1)) + examples)[: case.n_chains]
+        return _finish(model, optimizer, real, negatives)
+
+    def fill(x: Tensor) -> None:
+        examples[:] = x.cpu().expand(case.n_chains, -1).clone().split(1)
+
+    return Trainer(model, step, lambda: torch.cat(examples).to(device), fill)
+
+
+def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
+    try:
+        from torchebm.core import BaseModel
+        from torchebm.losses import PersistentContrastiveDivergence
+        from torchebm.samplers import LangevinDynamics
+    except ImportError:
+        raise Missing("torchebm is not installed") from None
+    layers = fresh_model(case, device)
+
+    class Model(BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(device=device)
+            self.layers = layers
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.layers(x).squeeze(1)  # type: ignore[no-any-return]
+
+    model = Model()
+    sampler = LangevinDynamics(
+        model,
+        step_size=case.drift,
+        noise_scale=max(case.noise_std, 1e-20) / (2 * case.drift) ** 0.5,  # it takes no 0
+        clamp=case.clamp,
+        device=device,
+    )
+    objective = PersistentContrastiveDivergence(
+        model, sampler, k_steps=case.steps, buffer_size=case.n_chains, init_steps=0, device=device,
+        new_sample_ratio=case.restart_prob, energy_reg_weight=REGULARISER,
+    )  # fmt: skip
+    objective.initialize_buffer((case.dim,))
+    optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE)
+    lo, hi = case.clamp
+    objective.replay_buffer.uniform_(lo, hi)  # its own start is near 0
+
+    def step(real: Tensor) -> Tensor:
+        loss, negatives = objective(real)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return negatives  # type: ignore[no-any-return]
+
+    def fill(x: Tensor) -> None:
+        objective.replay_buffer.copy_(x.expand(case.n_chains, -1))
+
+    return Trainer(layers, step, lambda: objective.replay_buffer, fill)
+
+
+TRAINERS: dict[str, Callable[[TrainingCase, torch.device], Trainer]] = {
+    TUTORIAL: list_buffer,
+    "torchebm": torchebm_buffer,
+    "fastebm": fastebm_pool,
+}
+
+
+# -- gate ----------------------------------------------------------------------------------------------------
+
+
+def gate(
+    case: TrainingCase, make: Callable[[TrainingCase, torch.device], Trainer], device: torch.device
+) -> dict[str, Any]:
+    """One step of a small pool whose chains are all at 0, with no restarts.
+
+    error: the largest of two, against float64: the chains after one Langevin step without noise, and, relative to
+    their size, the loss's gradients in the weights. allowed: twice those of plain PyTorch in float32, plus rounding.
+    spread: std of (x' - descent) / noise_std over chains and dims after one step with noise, 1 for a right one. All
+    drawn chains must be found in the pool afterwards.
+    """
+    small = replace(case, n_chains=2 * case.batch_size, steps=1, restart_prob=0.0, noise_std=0.0)
+    data = real_batches(case, device)[0]
+    zero = torch.zeros(1, case.dim, device=device)
+    energy = make_energy("mlp", case.dim, case.widths, device)
+    exact, plain = (
+        (-case.drift * Energy(energy, (case.dim,), dtype).gradient(zero.to(dtype))).clamp(*case.clamp)
+        for dtype in (torch.float64, torch.float32)
+    )
+    trainer = make(small, device)
+    trainer.fill(zero[0])
+    negatives = trainer.step(data).detach()
+    kept = all(bool((trainer.states() == x).all(dim=1).any()) for x in (negatives[0], negatives[-1]))
+    moved = largest(negatives.double() - exact)
+    grads = [p.grad for p in trainer.model.parameters()]
+    truths, plains = (
+        _loss_gradients(fresh_model(case, device).to(t), data, negatives) for t in (torch.float64, torch.float32)
+    )
+    error = max(moved, *(relative(g, t) for g, t in zip(grads, truths, strict=True)))
+    allowed = 2 * max(largest(plain - exact), *(relative(g, t) for g, t in zip(plains, truths, strict=True))) + 8 * ULP
+
+    torch.manual_seed(NOISE_SEED)
+    trainer = make(replace(small, noise_std=case.noise_std), device)
+    trainer.fill(zero[0])
+    noise = (trainer.step(data).detach().double() - exact) / case.noise_std
+    inside = noise.abs() < 2.0  # the clamp cuts the tails: compare with a normal law cut at 2, of variance 0.7737
+    spread = float((noise[inside].square().mean() / 0.77374).sqrt())
+    share = float(inside.double().mean()) / 0.95450
+    correct = kept and error <= allowed and abs(spread - 1) < 0.03 and abs(share - 1) < 0.03
+    return {"correct": "yes" if correct else "no", "error": error, "allowed": allowed, "spread": spread}
+
+
+def relative(value: Tensor | None, truth: Tensor) -> float:
+    if value is None or value.shape != truth.shape:
+        return float("inf")
+    return largest(value.double() - truth) / max(largest(truth), 1e-30)
+
+
+def _loss_gradients(model: nn.Module, real: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
+    """Of the recipe's loss in the weights, written out; the head's bias has one of the regulariser alone."""
+    dtype = next(model.parameters()).dtype
+    e_real, e_neg = model(real.to(dtype)), model(negatives.to(dtype))
+    loss = e_real.mean() - e_neg.mean() + REGULARISER * ((e_real**2).mean() + (e_neg**2).mean())
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def real_batches(case: TrainingCase, device: torch.device) -> list[Tensor]:
+    """Stand-ins for data: points of a few clusters within the clamp range."""
+    lo, hi = case.clamp
+    generator = torch.Generator().manual_seed(SEED)
+    centres = torch.rand(10, case.dim, generator=generator)
+    picks = torch.randint(10, (DATA_BATCHES, case.batch_size), generator=generator)
+    x = centres[picks] + 0.1 * torch.randn(*picks.shape, case.dim, generator=generator)
+    return list((x.clamp(0, 1) * (hi - lo) + lo).to(device))
+
+
+# -- race ----------------------------------------------------------------------------------------------------
+
+
+def row_of(case: TrainingCase, **columns: Any) -> dict[str, Any]:
+    return {
+        "energy": case.energy,
+        "n_chains": case.n_chains,
+        "batch_size": case.batch_size,
+        "steps": case.steps,
+        "drift": case.drift,
+        "noise_std": case.noise_std,
+        "clamp": "{} {}".format(*case.clamp),
+        "restart_prob": case.restart_prob,
+        **columns,
+    }
+
+
+def race(
+    case: TrainingCase, names: Sequence[str], device: torch.device, *, seconds: float = 6.0, budget: float = math.inf
+) -> list[dict[str, Any]]:
+    """One row a contestant: gate, then training steps in turns, each run on another batch of data.
+
+    seconds: for the timed steps. budget: seconds for the case; each contestant may take an equal share of it.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    data = real_batches(case, device)
+    for name in names:
+        row = row_of(case, device=device.type, contestant=name, status="ok")
+        results[name] = row | dict.fromkeys((*TIMED, "tutorial_seconds", "times_tutorial", "note"), "")
+        row = results[name]
+        try:
+            row |= gate(case, TRAINERS[name], device)
+            if row["correct"] == "no":
+                row |= {"status": "FAILED", "note": "failed its gate: not timed"}
+                continue
+            trainer = TRAINERS[name](case, device)
+            step = _cycling(trainer, data)
+            step()
+            if (why := past_share(MIN_ROUNDS, seconds_of(step, device), budget / len(names))) is not None:
+                row |= {"status": "skipped", "note": why}
+                continue
+            runs[name] = step
+        except Missing as why:
+            row |= {"status": "missing", "note": str(why)}
+        except Exception as error:
+            row |= {"status": "error", "note": f"{type(error).__name__}: {error}"[:500]}
+            traceback.print_exc()
+    times = interleaved(runs, seconds, device, rounds=100)
+    medians = {name: quartiles(t)[1] for name, t in times.items()}
+    for name, t in times.items():
+        q1, median, q3 = quartiles(t)
+        results[name] |= {"rounds": len(t), "seconds": median, "seconds_q1": q1, "seconds_q3": q3}
+        results[name]["steps_per_s"] = 1 / median
+        if TUTORIAL in medians:
+            results[name] |= {"tutorial_seconds": medians[TUTORIAL], "times_tutorial": medians[TUTORIAL] / median}
+    return list(results.values())
+
+
+def _cycling(trainer: Trainer, data: list[Tensor]) -> Callable[[], object]:
+    batches = itertools.cycle(data)
+    return lambda: trainer.step(next(batches))
+
+
+def brief(row: dict[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"{row['contestant']}: {row['status']}: {row['note'][:120]}"
+    ratio = f", {row['times_tutorial']:.2f} x {TUTORIAL}" if row["times_tutorial"] else ""
+    return f"{row['contestant']}: {1e3 * row['seconds']:.3g} ms a training step{ratio}"

@@ -1,0 +1,478 @@
+"""The benchmark suite: wrong contestants are found out, the clock takes turns, rows say all that was measured."""
+
+import copy
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from fastebm.bench import compilation, efficiency, limits, plot, race, rows, run, tables, training
+from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SUITE, TABLE, Case, TrainingCase
+from fastebm.bench.clock import MIN_ROUNDS, interleaved, quartiles
+from fastebm.bench.contestants import CONTESTANTS, Contestant, eager, taking_part
+from fastebm.bench.problem import LAW_ALPHA, Missing, Problem, law_case, law_p_value, law_problem
+
+from fastebm import cli
+
+CPU = torch.device("cpu")
+TINY = Case(3, (16,), 70, 4)
+HERE = [
+    c for c in taking_part(CPU) if c.name in ("eager", "closed-form", "compile", "fastebm-torch", "fastebm-reference")
+]
+# peers that are installed; the test environment needs none
+for _name, _package in (("torchebm", "torchebm"), ("jax", "jax"), ("blackjax", "blackjax")):
+    if importlib.util.find_spec(_package) is not None:
+        HERE.append(next(c for c in CONTESTANTS if c.name == _name))
+
+
+def named(*names):
+    return [c for c in taking_part(CPU) if c.name in names]
+
+
+# --- the gate ---
+
+
+def no_noise(p, noise_std):
+    return p, 0.0
+
+
+def noise_times_root_2(p, noise_std):
+    return p, noise_std * math.sqrt(2)
+
+
+def with_case(**changes):
+    """The problem as a contestant that slips would take it: the truth still comes from the right one."""
+
+    def mutated(p, noise_std):
+        wrong = copy.copy(p)
+        wrong.case = dataclasses.replace(p.case, **{k: f(p.case) for k, f in changes.items()})
+        return wrong, noise_std
+
+    return mutated
+
+
+MUTANTS = {
+    "no noise": no_noise,
+    "noise times root 2": noise_times_root_2,
+    "gradient of the mean": with_case(drift=lambda case: case.drift / case.n_chains),
+    "step halved": with_case(drift=lambda case: case.drift / 2),
+    "no clamp": with_case(clamp=lambda case: None),
+}
+
+
+@pytest.mark.parametrize("contestant", HERE, ids=lambda c: c.name)
+def test_the_gate_lets_the_right_pass_and_rejects_every_mutant(contestant):
+    p = Problem(TINY, CPU, dry=True)
+    row = race.gate(p, contestant)
+    assert row["correct"] == "yes"
+    assert row["error"] <= row["allowed"] < 1e-5
+    for name, mutate in MUTANTS.items():
+
+        def prepare(p, steps, noise_std, mutate=mutate):
+            p, noise_std = mutate(p, noise_std)
+            return contestant.prepare(p, steps, noise_std)
+
+        wrong = dataclasses.replace(contestant, prepare=prepare)
+        assert race.gate(p, wrong)["correct"] == "no", name
+
+
+@pytest.mark.parametrize("case", [Case(16, (4,), 70, 2, kind="conv"), *EFFICIENCY.values()], ids=lambda c: c.kind)
+def test_the_gate_on_energies_that_are_no_mlp(case):
+    p = Problem(dataclasses.replace(case, n_chains=70), CPU, dry=True)
+    for contestant in HERE:
+        if contestant.name == "closed-form":
+            with pytest.raises(Missing, match="MLP"):
+                race.gate(p, contestant)
+        elif contestant.name not in ("compile", "blackjax"):  # the first is eager's code, the second jax'
+            assert race.gate(p, contestant)["correct"] == "yes", contestant.name
+
+
+def test_the_law_finds_noise_that_is_shared_or_reused():
+    p = law_problem(law_case(TINY), CPU, True)
+    n, dim, b = p.case.n_chains, p.case.dim, p.case.noise_std
+    generator = torch.Generator().manual_seed(5)
+
+    def chain(draw):
+        x, first = p.x0, draw()
+        for _ in range(p.case.steps):
+            x = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(p.energy(x).sum(), x)
+            noise = first if draw is reused else draw()
+            x = (x.detach() - p.case.drift * grad + b * noise).clamp(*p.case.clamp)
+        return law_p_value(x, p.copies)
+
+    def right():
+        return torch.randn(n, dim, generator=generator)
+
+    def reused():
+        return right()
+
+    def shared_by_chains():
+        return torch.randn(1, dim, generator=generator).expand(n, dim)
+
+    def shared_by_dims():
+        return torch.randn(n, 1, generator=generator).expand(n, dim)
+
+    assert chain(right) > 0.01
+    assert all(chain(wrong) < LAW_ALPHA for wrong in (reused, shared_by_chains, shared_by_dims))
+    assert law_p_value(torch.full((n, dim), torch.nan), p.copies) == 0.0
+
+
+# --- the clock ---
+
+
+def test_runs_take_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = interleaved(runs, 0.0, CPU)
+    assert "".join(order) == "abc" * MIN_ROUNDS
+    assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", MIN_ROUNDS)
+    order.clear()
+    interleaved(runs, 60.0, CPU, rounds=5)
+    assert "".join(order) == "abc" * 5
+
+
+def test_what_runs_out_of_memory_drops_out():
+    def hungry():
+        raise torch.OutOfMemoryError("no more")
+
+    times = interleaved({"hungry": hungry, "modest": lambda: None}, 0.0, CPU)
+    assert list(times) == ["modest"]
+
+
+def test_quartiles():
+    assert quartiles([4.0]) == (4.0, 4.0, 4.0)
+    assert quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
+
+
+# --- ratios and limits ---
+
+
+def test_ratios():
+    case = Case(3, (16,), 100, 10)
+    contestants = {name: Contestant(name, "float32", eager) for name in ("eager", "jax", "fastebm-torch")}
+    seconds = {"eager": [4.0, 8.0, 6.0], "jax": [3.0] * 3, "fastebm-torch": [2.0, 1.0, 2.0]}
+    found = race._timed(case, {contestants[k]: t for k, t in seconds.items()})
+    ours = found[contestants["fastebm-torch"]]
+    assert (ours["seconds"], ours["rounds"], ours["chain_steps_per_s"]) == (2.0, 3, 500.0)
+    assert (ours["times_eager"], ours["peer"], ours["times_peer"]) == (3.0, "jax float32", 1.5)
+    assert found[contestants["eager"]]["times_peer"] == 0.5
+    # without the eager loop there is nothing to compare with, and without peers none is named
+    alone = race._timed(case, {contestants["fastebm-torch"]: [2.0]})[contestants["fastebm-torch"]]
+    assert "times_eager" not in alone
+    assert "peer" not in alone
+
+
+def test_the_limit_of_a_case():
+    sticks = {
+        ("FLOPs", "float32", 100.0): [4.0, 2.0, 4.0],  # 50 a second, in the fastest round
+        ("FLOPs", "bf16", 600.0): [1.0],
+        ("normals", "slow", 10.0): [5.0],
+        ("normals", "fast", 20.0): [5.0],  # 4 a second
+        ("bytes", "copy", 30.0): [3.0],
+    }
+    times = {limits.Yardstick(*key, run=lambda: None): t for key, t in sticks.items()}
+    found = limits.rates({**times, "a contestant": [1.0]})
+    assert found == limits.Rates({"float32": 50.0, "bf16": 600.0}, 4.0, "fast", 10.0)
+    assert found.limit_seconds(200.0, 8.0, "float32") == 200 / 50 + 8 / 4
+    assert found.limit_seconds(200.0, 8.0, "bf16x3") == 200 / 200 + 8 / 4
+    row = race._limits(Case(2, (16,), 10, 5), found, 7.0, "float32", 56.0)
+    assert row["limit_seconds"] == 7 * 50 / 50 + 2 * 50 / 4
+    assert row["of_limit"] == 32.0 / 56.0
+
+
+def test_flops_of_an_mlp():
+    """Forward and back through each layer, 2 FLOPs a weight and way."""
+    assert limits.flops_per_chain_step(Problem(Case(64, (128, 32), 5), CPU)) == 4 * (64 * 128 + 128 * 32 + 32)
+
+
+def test_a_case_past_the_budget_or_the_memory_is_not_begun():
+    found = limits.Rates({"float32": 1e9}, 1e8, "torch.randn", 1e10)
+    assert race.why_not(Case(*TABLE, 256), 8, found, 300.0, 1e9) is None
+    assert "8 contestants would take" in race.why_not(Case(*TABLE, 1 << 20), 8, found, 300.0, 1e12)
+    assert "GiB of memory" in race.why_not(Case(*TABLE, 1 << 20), 8, found, math.inf, 1e9)
+
+
+def test_a_contestant_past_its_share_is_skipped():
+    found = race.race(TINY, named("eager"), CPU, seconds=0.0, budget=1e-6)
+    assert [row["status"] for row in found] == ["skipped"]
+    assert "share of the budget" in found[0]["note"]
+    assert found[0]["seconds"] == ""
+    found = training.race(SMALL, ["fastebm"], CPU, seconds=0.0, budget=1e-6)
+    assert [(row["status"], row["seconds"]) for row in found] == [("skipped", "")]
+    if importlib.util.find_spec("arviz_stats") is not None:
+        found = efficiency.race(EFFICIENCY["mixture"], named("eager"), CPU, seconds=0.0, budget=1e-6)
+        assert [(row["status"], row["ess_per_s"]) for row in found] == [("skipped", "")]
+
+
+# --- what is missing, what broke ---
+
+
+def test_missing_peers_are_reported(monkeypatch):
+    for package in ("jax", "torchebm.core", "torchebm.losses", "blackjax", "arviz_stats.base"):
+        monkeypatch.setitem(sys.modules, package, None)
+    names = ["eager", "graph", "torchebm", "jax", "blackjax"]
+    found = race.race(TINY, named(*names), CPU, seconds=0.0)
+    assert [row["contestant"] for row in found] == names
+    notes = {row["contestant"]: row["note"] for row in found if row["status"] == "missing"}
+    assert list(notes) == names[1:]
+    assert (notes["jax"], notes["torchebm"]) == ("jax is not installed", "torchebm is not installed")
+    assert "missing: jax is not installed" in race.brief(next(row for row in found if row["contestant"] == "jax"))
+
+    found = training.race(TrainingCase(40, 3, (16,), 8, 2), list(training.TRAINERS), CPU, seconds=0.0)
+    assert {row["contestant"]: row["status"] for row in found}["torchebm"] == "missing"
+    found = efficiency.race(EFFICIENCY["mixture"], named("eager"), CPU)
+    assert found[0]["note"] == "arviz-stats is not installed"
+
+
+# --- training ---
+
+SMALL = TrainingCase(600, dim=8, widths=(16,), batch_size=256, steps=2)
+
+
+def halved(case):
+    return dataclasses.replace(case, drift=case.drift / 2)
+
+
+@pytest.mark.parametrize("name", list(training.TRAINERS))
+def test_the_training_gate(name):
+    make = training.TRAINERS[name]
+    try:
+        assert training.gate(SMALL, make, CPU)["correct"] == "yes"
+    except Missing as why:
+        pytest.skip(str(why))
+
+    def forgetful(case, device):
+        trainer = make(case, device)
+        before = trainer.states().clone()
+        return dataclasses.replace(trainer, states=lambda: before)
+
+    def other_loss(case, device):
+        trainer = make(case, device)
+
+        def step(real):
+            negatives = trainer.step(real)
+            trainer.model[-1].bias.grad.zero_()  # as if there were no regulariser
+            return negatives
+
+        return dataclasses.replace(trainer, step=step)
+
+    changed = {
+        "no noise": lambda case, device: make(dataclasses.replace(case, noise_std=0.0), device),
+        "noise times root 2": lambda case, device: make(
+            dataclasses.replace(case, noise_std=case.noise_std * math.sqrt(2)), device
+        ),
+        "step halved": lambda case, device: make(halved(case), device),
+        "forgetful": forgetful,
+        "other loss": other_loss,
+    }
+    for mutant, wrong in changed.items():
+        assert training.gate(SMALL, wrong, CPU)["correct"] == "no", mutant
+
+
+def test_a_training_race():
+    found = training.race(SMALL, ["list-buffer", "fastebm"], CPU, seconds=0.0)
+    assert [row["status"] for row in found] == ["ok", "ok"]
+    assert found[0]["times_tutorial"] == 1.0
+    assert found[1]["times_tutorial"] == found[0]["seconds"] / found[1]["seconds"]
+    assert found[1]["tutorial_seconds"] == found[0]["seconds"]
+
+
+# --- effective samples ---
+
+
+def test_effective_samples():
+    pytest.importorskip("arviz_stats", reason="a package of the extra [bench]")
+    case = EFFICIENCY["gaussian"]
+    found = efficiency.race(case, named("eager"), CPU, seconds=0.0, draws=50)
+    assert found[0]["status"] == "ok"
+    assert found[0]["ess_per_s"] == found[0]["ess"] / found[0]["seconds"]
+    assert found[0]["draws"] == 50 * MIN_ROUNDS
+    # Exactly: x_{k+1} = B x_k + noise between draws, so coordinate i has tau_i = [(I + B)(I - B)^-1 S]_ii / S_ii.
+    # 150 draws a chain flatter it by some 10 %.
+    gaussian = Problem(case, CPU).energy
+    one = torch.eye(case.dim, dtype=torch.float64)
+    between = torch.linalg.matrix_power(one - case.drift * gaussian.precision.double(), case.steps)
+    law = gaussian.stationary_covariance(case.drift, case.noise_std)
+    tau = ((one + between) @ torch.linalg.inv(one - between) @ law).diagonal() / law.diagonal()
+    assert found[0]["ess_per_step"] * case.steps == pytest.approx(float(1 / tau.max()), rel=0.15)
+
+
+@pytest.mark.parametrize("kind", list(EFFICIENCY))
+def test_draws_of_another_law_are_found(kind):
+    pytest.importorskip("arviz_stats", reason="a package of the extra [bench]")
+    _, ess = efficiency.effective_sizes()
+    p = Problem(dataclasses.replace(EFFICIENCY[kind], n_chains=20_000), CPU)
+    x = p.x0.reshape(200, 100, -1)  # independent draws of the law
+    assert efficiency.worst_deviation(p, x, ess) < efficiency.DEVIATION
+    wrong = x * 1.05 if kind == "gaussian" else torch.where(x[..., :1] > -0.5, x, -x)
+    assert efficiency.worst_deviation(p, wrong, ess) > efficiency.DEVIATION
+
+
+# --- first calls ---
+
+
+def test_first_calls_in_this_process():
+    threads = torch.get_num_threads()
+    found = compilation.first_calls("compile-table", "eager", "float32", "cpu", str(threads))
+    assert min(found["first"], found["later"]) > 0
+    assert "CUDA device" in compilation.first_calls("compile-table", "graph", "float32", "cpu", str(threads))["missing"]
+
+
+def test_two_processes_share_their_caches_and_no_others(monkeypatch):
+    seen = []
+
+    def pretended(command, *, env, **options):
+        seen.append((command, env["TORCHINDUCTOR_CACHE_DIR"]))
+        first = 9.0 if len(seen) % 2 else 1.0
+        return subprocess.CompletedProcess(command, 0, json.dumps({"first": first, "later": 0.5}), "")
+
+    monkeypatch.setattr(compilation.subprocess, "run", pretended)
+    found = list(compilation.measure("compile-table", [("eager", "float32"), ("jax", "float32")], "cpu", 1))
+    assert [row["first_call_seconds"] for row in found] == [9.0, 9.0]
+    assert [row["second_process_seconds"] for row in found] == [1.0, 1.0]
+    caches = [folder for _, folder in seen]
+    assert caches[0] == caches[1] != caches[2] == caches[3]
+    assert seen[0][0][1:] == ["-m", "fastebm.bench.compilation", "compile-table", "eager", "float32", "cpu", "1"]
+
+
+# --- the command, its rows, its figures ---
+
+
+@pytest.fixture
+def tiny_suite(monkeypatch):
+    for sizes in (limits.SIDE, limits.NUMBERS, limits.COPIED):
+        monkeypatch.setitem(sizes, "cpu", 1024)
+    other = dataclasses.replace(TINY, n_chains=90)
+    for key, case in (("tiny-70", TINY), ("tiny-90", other)):
+        monkeypatch.setitem(run.STEPS, key, case)
+        monkeypatch.setitem(run.SUITE, key, case)
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_path, capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    options = ["--contestants", "eager", "fastebm-torch", "graph", "--out", str(tmp_path), "--threads", "1"]
+    assert run.main(["--cases", "tiny-*", "--budget", "60", "--device", "cpu", *options]) == 0
+    assert torch.get_num_threads() == threads
+    said = capsys.readouterr()
+    assert "[2/2" in said.err
+    assert "chain-steps/s" in said.out
+    assert "missing: graph in tiny-70, tiny-90: CUDA graphs need a CUDA device" in said.out
+
+    found = read(tmp_path / "steps.csv")
+    assert [(row["case"], row["contestant"]) for row in found] == [
+        (case, name) for case in ("tiny-70", "tiny-90") for name in ("eager", "fastebm-torch", "graph")
+    ]
+    ok = [row for row in found if row["status"] == "ok"]
+    assert len(ok) == 4
+    everything = {"dim", "widths", "n_chains", "steps", "drift", "noise_std", "clamp", "device", "threads", "precision"}
+    everything |= {"seconds", "seconds_q1", "seconds_q3", "rounds", "times_eager", "times_peer", "of_limit", "allowed"}
+    everything |= {"product_rate", "normal_rate", "bandwidth", "cpu", "torch", "jax", "torchebm", "commit", "date"}
+    for row in ok:
+        assert not {name for name in everything if row[name] == ""}
+        assert float(row["times_eager"]) == pytest.approx(float(row["eager_seconds"]) / float(row["seconds"]), rel=1e-4)
+        assert float(row["of_limit"]) == pytest.approx(float(row["limit_seconds"]) / float(row["seconds"]), rel=1e-4)
+    assert ok[0]["clamp"] == f"{CLAMP[0]} {CLAMP[1]}"
+
+    # one case again: its rows are replaced, the other's stay
+    assert run.main(["--cases", "tiny-70", "--device", "cpu", "--budget", "60", *options]) == 0
+    again = read(tmp_path / "steps.csv")
+    assert len(again) == len(found)
+    assert [row for row in again if row["case"] == "tiny-90"] == [row for row in found if row["case"] == "tiny-90"]
+
+    assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    for name in ("speedup", "throughput", "roofline"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = tables.steps()
+    assert "| tiny-70 | fastebm-torch float32 |" in text
+    assert "- graph, missing in tiny-90, tiny-70: CUDA graphs need a CUDA device" in text
+    assert tables.training() == tables._NONE
+
+
+def test_a_wrong_contestant_ends_in_status_1_and_has_no_time(tiny_suite, tmp_path, capsys, monkeypatch):
+    wrong = Contestant("eager", "float32", lambda p, steps, noise_std: eager(p, steps, 0.0))
+    monkeypatch.setattr("fastebm.bench.contestants.CONTESTANTS", (wrong, *named("closed-form")))
+    options = ["--device", "cpu", "--budget", "60", "--threads", "1", "--out", str(tmp_path)]
+    assert run.main(["--cases", "tiny-70", *options]) == 1
+    status = {row["contestant"]: row for row in read(tmp_path / "steps.csv")}
+    assert status["eager"]["status"] == "FAILED"
+    assert status["eager"]["seconds"] == ""
+    assert status["closed-form"]["times_eager"] == ""
+    assert "eager float32 FAILED" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cases", "nope"], "no case is called 'nope'; there are toy-4096, table-4096"),
+        (["--contestants", "nope"], "no contestant is called 'nope'; there are eager, fastebm-triton"),
+        (["--threads", "0", "--cases", "toy-256"], "--threads must be from 1 to"),
+        (["--budget", "0", "--cases", "toy-256"], "--budget must be > 0 seconds, got 0"),
+    ],
+)
+def test_bad_arguments_are_told_with_what_there_is(options, message, capsys):
+    assert cli.main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        run.main(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_fastebm_bench_is_the_quick_set(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "run", lambda arguments, quick: seen.append(quick) or 0)
+    assert cli.main(["bench"]) == 0
+    assert cli.main(["bench", "--cases", "toy-256"]) == 0
+    assert seen == [True, False]
+
+
+def test_the_list_names_every_case_and_contestant(capsys):
+    assert run.main(["--list"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name}" in said for name in (*SUITE, *(c.name for c in CONTESTANTS), *training.TRAINERS))
+
+
+def test_the_suite_holds_the_cases_of_gpu_sessions_and_a_quick_set():
+    assert set(CASES) <= set(run.STEPS.values())
+    assert set(QUICK) <= set(SUITE)
+    kinds = [run.describe(key).split(",")[0] for key in QUICK]
+    assert set(kinds) == {"steps", "training", "effective samples", "first calls"}
+
+
+def test_plot_without_rows(tmp_path, capsys):
+    for text, message in ((None, "there is no"), ("case,device,status,contestant,precision\n", "no timed row")):
+        if text is not None:
+            (tmp_path / "steps.csv").write_text(text)
+        with pytest.raises(SystemExit):
+            plot.main(["--results", str(tmp_path)])
+        assert message in capsys.readouterr().err
+
+
+def test_rows_may_lack_columns(tmp_path):
+    rows.write(tmp_path / "a.csv", [{"a": 1}, {"b": 0.1234567}], {"commit": "c"})
+    assert (tmp_path / "a.csv").read_text() == "a,b,commit\n1,,c\n,0.1234567,c\n"
+    assert rows.rounded({"b": 0.12345678, "n": 3, "s": "x"}) == {"b": "0.123457", "n": 3, "s": "x"}
+
+
+def test_the_memory_that_is_free():
+    assert 0 < run.free_memory(types.SimpleNamespace(type="cpu"))
