@@ -26,7 +26,7 @@ from .mlp import (
     slope_at,
     transpose,
 )
-from .philox import normals
+from .philox import from_lanes, lane_order, normals, to_lanes
 
 # -- parts of a step, shared with update.py --------------------------------------------------------------------
 
@@ -41,8 +41,9 @@ def load_coefficient(ptr, stride_chain, stride_step, chains, inside, t, PER_CHAI
 
 
 @triton.jit
-def load_key(seed_ptr):
-    seed = tl.load(seed_ptr)
+def load_key(seed_ptr, shift=0):
+    """shift is 0, but where the compiler does not know, it can't carry the ten rounds' keys in 18 registers."""
+    seed = tl.load(seed_ptr + shift)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
@@ -175,19 +176,18 @@ def langevin_resident(
     zero,  # 0, at run time: bias + zero * t is loaded in each step, where hoisting would cost 32 registers a layer
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, BOTH_ORDERS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     FAST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # int64: n_chains * DIM can pass 2**31
     chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
     inside = chains < n_chains
-    dims = tl.arange(0, BLOCK_DIM)
+    dims = lane_order(tl.arange(0, BLOCK_DIM))
     x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
     x_inside = inside[:, None] & (dims < DIM)[None, :]
 
-    key0, key1 = load_key(seed_ptr)
-    weights = load_weights(weight_ptrs, FIRSTS, BLOCK_DIM, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED)
+    weights = load_weights(weight_ptrs, FIRSTS, BLOCK_DIM, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED, BOTH_ORDERS)
     x = tl.load(x_ptrs, mask=x_inside, other=0.0)
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
     square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
@@ -214,11 +214,12 @@ def langevin_resident(
             clipped *= shrinkage(tl.sum(clipped * clipped, axis=1), norm_clip)
 
         chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
-        noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST)
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+        key0, key1 = load_key(seed_ptr, zero * t)
+        noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b)
         moved = hold(
-            x - a * clipped + b * noise, x, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM
+            x - a * clipped + noise, x, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM
         )  # fmt: skip
         if DIM != BLOCK_DIM:
             # Padded columns hold noise of no dim and, where dE/dz is infinite, 0 * inf: neither may freeze a chain.
@@ -292,15 +293,22 @@ def empty_sums(FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_CHAINS: tl.cons
 
 
 @triton.jit
+def load_chunk_of_state(x_ptr, chains, inside, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Dims c BLOCK_DIM and on, in lane_order: read as they lie in memory, turned in registers."""
+    dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    x_inside = inside[:, None] & (dims < DIM)[None, :]
+    return to_lanes(tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x_inside, other=0.0))
+
+
+@triton.jit
 def gradient_chunk(
     x_ptr, chains, inside, c, slopes, weights, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr, stride_frozen,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Chunk c of the state and of its gradient, 0 where frozen."""
-    dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    x_inside = inside[:, None] & (dims < DIM)[None, :]
-    x = tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x_inside, other=0.0)
+    x = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
+    dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
     grad = product(slopes[0], transpose(weights[0], PRECISION), PRECISION, INTERPRETED)
     for k in tl.static_range(len(weights) - 1):
         grad += product(slopes[k + 1], transpose(weights[k + 1], PRECISION), PRECISION, INTERPRETED)
@@ -317,18 +325,34 @@ def move_chunk(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The clipped gradient, and where chunk c would move to before the clamp. shrink: (BLOCK_CHAINS, 1) or None."""
-    dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
     clipped = clipped_by_value(grad, grad_clip)
     if shrink is not None:
         clipped *= shrink
     noise = normals(
-        noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST
+        noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b
     )  # fmt: skip
-    moved = x - a * clipped + b * noise
+    moved = x - a * clipped + noise
     moved = hold(moved, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
     if DIM % BLOCK_DIM != 0:
         moved = tl.where((dims < DIM)[None, :], moved, 0.0)  # as in the resident kernel
     return clipped, moved
+
+
+@triton.jit
+def through_memory(slope, ptr, chains, PRECISION: tl.constexpr):
+    """A slope written to memory and read back, which makes it an operand in shared memory.
+
+    As the product's result that it is, it would lie in 64 registers a thread during all chunks, beside the 128 of the
+    next z. Shared memory has no room for both halves of bf16x3.
+    """
+    if PRECISION == "bf16x3":
+        return slope
+    else:
+        ptrs = ptr + chains[:, None] * slope.shape[1] + tl.arange(0, slope.shape[1])[None, :]
+        tl.store(ptrs, slope.to(ptr.dtype.element_ty))
+        tl.debug_barrier()
+        return tl.load(ptrs)
 
 
 @triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
@@ -341,6 +365,7 @@ def langevin_streaming(
     curvature_ptr, mean_ptr, linear_ptr, constant_ptr,
     n_chains, steps, zero,
     reach_ptr,  # float32: largest |c|, largest |b - c m|, then of each network the largest |W_1|
+    slope_ptrs,  # a network each, (programs * BLOCK_CHAINS, its first width): see through_memory; empty at bf16x3
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
@@ -350,16 +375,14 @@ def langevin_streaming(
     chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
     inside = chains < n_chains
     noise_key = load_key(seed_ptr)
-    weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED)
+    weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED, False)
 
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
     zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # sum |x| of each chain
     for c in range(n_chunks):
-        dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-        x0_inside = inside[:, None] & (dims < DIM)[None, :]
-        x0 = tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x0_inside, other=0.0)
+        x0 = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
         w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
         zs = forward_chunk(zs, x0, w0, PRECISION, INTERPRETED)
         size += tl.sum(tl.abs(x0), axis=1)
@@ -387,7 +410,7 @@ def langevin_streaming(
                 z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS,
                 ACTIVATIONS, PARAMETERS, PRECISION, FAST, INTERPRETED,
             )  # fmt: skip
-            slopes = slopes + (slope,)
+            slopes = slopes + (through_memory(slope, slope_ptrs[k], chains, PRECISION),)
             pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
         reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
         in_doubt = (first_bad < 0) & ~(reach < 1e38)
@@ -434,7 +457,7 @@ def langevin_streaming(
                 x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
                 stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST,
             )  # fmt: skip
-            dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+            dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
             new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)
             if CLAMP != "":
                 new = hold(new, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
@@ -443,8 +466,9 @@ def langevin_streaming(
                 any_clipped = tl.maximum(any_clipped, differs(clipped, grad, dims, DIM))
                 any_clamped = tl.maximum(any_clamped, differs(new, moved, dims, DIM))
             x = tl.where((first_bad < 0)[:, None], new, x)
-            x_inside = inside[:, None] & (dims < DIM)[None, :]
-            tl.store(x_ptr + chains[:, None] * DIM + dims[None, :], x, mask=x_inside)
+            in_memory = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+            x_inside = inside[:, None] & (in_memory < DIM)[None, :]
+            tl.store(x_ptr + chains[:, None] * DIM + in_memory[None, :], from_lanes(x), mask=x_inside)
             store_trajectory(trajectory_ptr, x, t, thin, steps, chains, inside, dims, DIM)
             zs = forward_chunk(zs, x, w, PRECISION, INTERPRETED)
             size += tl.sum(tl.abs(x), axis=1)
@@ -459,9 +483,7 @@ def langevin_streaming(
     energy = tl.zeros((BLOCK_CHAINS,), tl.float32) + tl.load(constant_ptr)
     if HAS_TERMS:
         for c in range(n_chunks):
-            dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-            x1_inside = inside[:, None] & (dims < DIM)[None, :]
-            x1 = tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x1_inside, other=0.0)
+            x1 = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
             energy += energy_of_terms(x1, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
     labels = load_labels(label_ptr, chains, inside, 0)
     for k in tl.static_range(len(FIRSTS) - 1):

@@ -5,7 +5,7 @@ A choice that depended on the batch would change the order of sums, and with it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
@@ -34,6 +34,7 @@ class Launch:
 
     regime: "resident" (weights and state on the chip for all steps) or "streaming" (W_1 and the state in L2).
     block_chains: chains a program. block_dim: the padded dim, or the dims of one streamed chunk.
+    both_orders: a resident weight lies in shared memory twice, once transposed.
     """
 
     regime: str
@@ -41,6 +42,7 @@ class Launch:
     block_dim: int
     num_warps: int
     num_stages: int
+    both_orders: bool = False
 
 
 def block(n: int) -> int:
@@ -55,10 +57,14 @@ def shared_bytes(launch: Launch, networks: Networks, precision: str, capability:
     """An upper estimate of the shared memory that a configuration takes (tests hold it to compiled kernels)."""
     # bf16x3 keeps two bf16 halves. wgmma (9.x) transposes 16-bit operands only, so 4-byte ones lie in both orders.
     weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 == 9 else 4)
+    if launch.both_orders:
+        weight_bytes *= 2
     chains_of_sizes = [[launch.block_dim, *(block(w) for w in widths)] for widths in networks]
     weights = sum(n_in * n_out for sizes in chains_of_sizes for n_in, n_out in pairwise(sizes)) * weight_bytes
-    # One operand of the tile on its way between layouts.
-    operand = launch.block_chains * max(map(max, chains_of_sizes)) * (2 if precision in ("bf16", "bf16x3") else 4)
+    # One operand of the tile on its way between layouts, or, streaming, the one of each network that all chunks use. A
+    # warp of mma.sync that has all columns (both_orders) keeps its operands in registers.
+    operand_bytes = 2 if precision in ("bf16", "bf16x3") else 4
+    operand = 0 if launch.both_orders else launch.block_chains * sum(map(max, chains_of_sizes)) * operand_bytes
     noise = launch.block_chains * launch.block_dim * 4
     return weights + operand + noise + 1024
 
@@ -69,7 +75,7 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
     networks: the widths of each MLP's layers, from the first hidden one up.
     capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
     """
-    candidates = _candidates(dim)
+    candidates = _candidates(dim, precision, capability)
     if capability is None:
         return candidates[0]
     limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
@@ -80,7 +86,7 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
     for launch in candidates:
         if need(launch, precision) <= limit:
             return launch
-    fitting = [p for p in PRECISIONS if any(need(launch, p) <= limit for launch in candidates)]
+    fitting = [p for p in PRECISIONS if any(need(launch, p) <= limit for launch in _candidates(dim, p, capability))]
     widths = " + ".join(str(list(widths)) for widths in networks)
     return (
         f"hidden widths {widths} at precision {precision!r} need "
@@ -89,7 +95,20 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
     )
 
 
-def _candidates(dim: int) -> list[Launch]:
-    """The fastest first."""
-    resident = [Launch("resident", 64, block(dim), 4, 1)] if dim <= _MAX_RESIDENT_DIM else []
-    return resident + [Launch("streaming", 64, min(block_dim, block(dim)), 4, 1) for block_dim in (64, 32)]
+def _candidates(dim: int, precision: str, capability: int | None) -> list[Launch]:
+    """Configurations in order of preference: fewest spills, then fewest instructions (bench/resources.py)."""
+    family = None if capability is None else capability // 10
+    tiles = [Launch("resident", 64, block(dim), 4, 1)] if dim <= _MAX_RESIDENT_DIM else []
+    if family in (8, 12):
+        # mma.sync: a warp has 16 chains and all columns, or, of 32 chains, half the columns and so half the registers.
+        # That wants wide enough a state; a narrow one leaves shared memory for weights in both orders.
+        if dim > 32:
+            tiles = [replace(tile, block_chains=32) for tile in tiles]
+        elif precision != "bf16x3":
+            tiles = [replace(tile, both_orders=True) for tile in tiles] + tiles
+        chunks = [(32, 64, 4), (32, 32, 4)]
+    elif family == 9:
+        chunks = [(128, 32, 8), (64, 32, 4)]
+    else:
+        chunks = [(64, 64, 4), (64, 32, 4)]
+    return tiles + [Launch("streaming", chains, min(dims, block(dim)), warps, 1) for chains, dims, warps in chunks]

@@ -79,6 +79,22 @@ def activation_and_slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISI
 
 
 @triton.jit
+def slope_times(z, grad, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """act'(z) grad, where act(z) is not asked for: silu' = f (1 + g) takes the product in without an instruction."""
+    if NAME == "silu" and PRECISION == "bf16":
+        t = tanh(z, FAST, PRECISION)
+        f = grad * t + grad
+        return f * (z - z * t) + f
+    elif NAME == "silu":
+        s = sigmoid(z, FAST)
+        f = grad * s
+        return f * (z - z * s) + f
+    else:
+        _, slope = activation_and_slope(z, NAME, PARAMETER, PRECISION, FAST)
+        return slope * grad
+
+
+@triton.jit
 def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """a @ w in float32, for a in float32 and w = (hi, lo) as `load_weight` gives it."""
     if PRECISION == "bf16":
@@ -106,8 +122,12 @@ def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def transpose(w, PRECISION: tl.constexpr):
-    if PRECISION == "bf16x3":
+    if len(w) == 4:
+        return (w[2], w[3])
+    elif PRECISION == "bf16x3":
         return (tl.trans(w[0]), tl.trans(w[1]))
+    elif len(w) == 2:
+        return (w[1],)
     else:
         return (tl.trans(w[0]),)
 
@@ -115,9 +135,12 @@ def transpose(w, PRECISION: tl.constexpr):
 @triton.jit
 def load_weight(
     ptrs, first_in, STRIDE: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOTH_ORDERS: tl.constexpr = False,
 ):  # fmt: skip
     """Rows first_in .. first_in + BLOCK_IN - 1 of an (in, BLOCK_OUT) weight: (hi,) or, for bf16x3, (hi, lo).
+
+    BOTH_ORDERS appends the transposed ones. Without wgmma, an operand that was turned in registers stays in
+    registers for all steps, more than there are; one that is used as it was loaded waits in shared memory.
 
     ptrs: one pointer for each half. In memory a weight is (BLOCK_OUT, STRIDE), as in nn.Linear; the host has
     padded it with zeros, so no mask is needed.
@@ -129,11 +152,24 @@ def load_weight(
     hi = tl.load(ptrs[0] + offsets)
     if INTERPRETED:
         hi = hi.to(tl.float32)
+    if BOTH_ORDERS:
+        turned = cols[None, :] * STRIDE + rows[:, None]
+        hi_turned = tl.load(ptrs[0] + turned)
+        if INTERPRETED:
+            hi_turned = hi_turned.to(tl.float32)
     if PRECISION == "bf16x3":
         lo = tl.load(ptrs[1] + offsets)
         if INTERPRETED:
             lo = lo.to(tl.float32)
-        return (tl.trans(hi), tl.trans(lo))
+        if BOTH_ORDERS:
+            lo_turned = tl.load(ptrs[1] + turned)
+            if INTERPRETED:
+                lo_turned = lo_turned.to(tl.float32)
+            return (hi_turned, lo_turned, hi, lo)
+        else:
+            return (tl.trans(hi), tl.trans(lo))
+    elif BOTH_ORDERS:
+        return (hi_turned, hi)
     else:
         return (tl.trans(hi),)
 
@@ -152,7 +188,7 @@ def load_bias(ptrs, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr):
 @triton.jit
 def load_weights(
     ptrs, FIRSTS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCKS: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOTH_ORDERS: tl.constexpr,
 ):  # fmt: skip
     """Every layer's weight as `load_weight` gives it. Left as pointers: a scalar or class head, which is no product,
     and, with BLOCK_DIM = 0, the first layers."""
@@ -162,14 +198,17 @@ def load_weights(
             # tl.constexpr: triton 3.6 takes an entry of a constexpr tuple for a value
             if layer == tl.constexpr(FIRSTS[k]):
                 if BLOCK_DIM > 0:
-                    w = load_weight(ptrs[layer], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[layer], PRECISION, INTERPRETED)
+                    w = load_weight(
+                        ptrs[layer], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[layer], PRECISION, INTERPRETED, BOTH_ORDERS
+                    )  # fmt: skip
                 else:
                     w = ptrs[layer]
             elif tl.constexpr(ACTIVATIONS[layer]) == "scalar" or tl.constexpr(ACTIVATIONS[layer]) == "class":
                 w = ptrs[layer]
             else:
                 w = load_weight(
-                    ptrs[layer], 0, BLOCKS[layer - 1], BLOCKS[layer - 1], BLOCKS[layer], PRECISION, INTERPRETED
+                    ptrs[layer], 0, BLOCKS[layer - 1], BLOCKS[layer - 1], BLOCKS[layer], PRECISION, INTERPRETED,
+                    BOTH_ORDERS,
                 )  # fmt: skip
             weights = weights + (w,)
     return weights
@@ -194,13 +233,16 @@ def slope_at(
 
     weights[l] and bias_ptrs[l] lead to layer l. scale_ptr: of a "logsumexp" head.
     """
-    a, slope = activation_and_slope(
-        z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
-    )  # fmt: skip
     ABOVE: tl.constexpr = tl.constexpr(ACTIVATIONS[LAYER + 1])
     if ABOVE == "scalar" or ABOVE == "class":
-        return slope * load_head(weights[LAYER + 1][0], labels, shift, BLOCKS[LAYER], ABOVE)
+        head = load_head(weights[LAYER + 1][0], labels, shift, BLOCKS[LAYER], ABOVE)
+        return slope_times(
+            z, head, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
+        )  # fmt: skip
     else:
+        a, slope = activation_and_slope(
+            z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
+        )  # fmt: skip
         above = product(a, weights[LAYER + 1], PRECISION, INTERPRETED)
         above += load_bias(bias_ptrs, shift, LAYER + 1, BLOCKS)
         if ABOVE == "logsumexp":

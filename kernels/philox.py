@@ -5,16 +5,28 @@ import triton.language as tl
 
 
 @triton.jit
-def philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10):
+def wide_product(c, factor, FAST: tl.constexpr):
+    """High and low word of a 64-bit product: one IMAD.WIDE, where umulhi and a product would be two instructions."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }", "=r,=r,r,r",
+            [c, factor], (tl.uint32, tl.uint32), True, 1,
+        )  # fmt: skip
+    else:
+        p = c.to(tl.uint64) * factor
+        return (p >> 32).to(tl.uint32), p.to(tl.uint32)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10, FAST: tl.constexpr = False):
     """Four random uint32 words for each counter; all arguments are uint32 and broadcast together."""
     for _ in tl.static_range(ROUNDS):
-        # A 64-bit product is one IMAD.WIDE; umulhi and a product would be two instructions.
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1 = p1.to(tl.uint32)
-        c3 = p0.to(tl.uint32)
+        hi0, lo0 = wide_product(c0, 0xD2511F53, FAST)
+        hi1, lo1 = wide_product(c2, 0xCD9E8D57, FAST)
+        c0 = hi1 ^ c1 ^ k0
+        c2 = hi0 ^ c3 ^ k1
+        c1 = lo1
+        c3 = lo0
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
@@ -27,8 +39,8 @@ def unit(w):
 
 
 @triton.jit
-def box_muller(w0, w1, FAST: tl.constexpr):
-    """Two standard normals r (cos t, sin t), r = sqrt(-2 ln u(w0)), t = 2 pi u(w1).
+def box_muller(w0, w1, scale, FAST: tl.constexpr):
+    """Two standard normals times scale: r (cos t, sin t), r = scale sqrt(-2 ln u(w0)), t = 2 pi u(w1).
 
     FAST uses the special-function unit through inline assembly: tl.cos and tl.sin carry a slow path for
     large arguments, and tl.log a long polynomial, that four times the instructions of the whole draw.
@@ -38,17 +50,42 @@ def box_muller(w0, w1, FAST: tl.constexpr):
         # 2 pi u(w1) in one fused multiply-add
         angle = w1.to(tl.float32) * 1.4629180792671596e-09 + 7.314590396335798e-10
         log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1)
-        # -2 ln 2 log2(u); the approximation may round log2(u) above 0 near u = 1
-        square = tl.maximum(log2 * -1.3862943611198906, 0.0)
-        radius = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], tl.float32, True, 1)
+        # abs: the approximation may round log2(u) above 0 near u = 1
+        root = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [tl.abs(log2)], tl.float32, True, 1)
+        radius = root * (scale * 1.1774100225154747)  # sqrt(2 ln 2)
         cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
         sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
     else:
         angle = unit(w1) * 6.283185307179586
-        radius = tl.sqrt(-2.0 * tl.log(u))
+        radius = scale * tl.sqrt(-2.0 * tl.log(u))
         cos = tl.cos(angle)
         sin = tl.sin(angle)
     return radius * cos, radius * sin
+
+
+@triton.jit
+def lane_order(k):
+    """The dim that lies at column k of a state in registers: in each 16 columns, 4 neighbouring dims to a thread.
+
+    In an accumulator of a tensor-core product a thread holds columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of each 16. In
+    this order they are four neighbouring dims, one draw of Philox, so noise is made where it is used: neither shared
+    memory nor a barrier is needed. The host orders the columns of W_1 likewise.
+    """
+    return k // 16 * 16 + k % 8 // 2 * 4 + k // 8 % 2 * 2 + k % 2
+
+
+@triton.jit
+def to_lanes(x):
+    """(chains, dims) in the order of the dims -> with dim lane_order(k) at column k."""
+    parts = tl.reshape(x, (x.shape[0], x.shape[1] // 16, 4, 2, 2))
+    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), x.shape)
+
+
+@triton.jit
+def from_lanes(x):
+    """The inverse of to_lanes."""
+    parts = tl.reshape(x, (x.shape[0], x.shape[1] // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), x.shape)
 
 
 @triton.jit
@@ -63,10 +100,13 @@ def normals(
     BLOCK_CHAINS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     FAST: tl.constexpr,
+    LANES: tl.constexpr = False,
+    scale=1.0,
 ):
-    """(BLOCK_CHAINS, BLOCK_DIM) standard normals of dims 4 first_block .. 4 first_block + BLOCK_DIM - 1.
+    """(BLOCK_CHAINS, BLOCK_DIM) standard normals of dims 4 first_block .. 4 first_block + BLOCK_DIM - 1, times scale.
 
-    chain: (BLOCK_CHAINS,) int64 global numbers; step: (BLOCK_CHAINS,) uint32 lifetime steps.
+    chain: (BLOCK_CHAINS,) int64 global numbers; step: (BLOCK_CHAINS,) uint32 lifetime steps. scale: a number or
+    (BLOCK_CHAINS, 1); here it costs half an instruction a normal, afterwards one. LANES: columns in lane_order.
     """
     c0 = chain.to(tl.uint32)[:, None]
     c1 = (chain >> 32).to(tl.uint32)[:, None]
@@ -74,20 +114,25 @@ def normals(
     if DIM <= 4:
         # One draw a chain serves all its dims; columns past DIM hold copies that nobody reads.
         c3 = tl.full((1, 1), STREAM << 24, tl.uint32)
-        w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, key0, key1)
-        n0, n1 = box_muller(w0, w1, FAST)
+        w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, key0, key1, FAST=FAST)
+        n0, n1 = box_muller(w0, w1, scale, FAST)
         column = tl.arange(0, BLOCK_DIM)[None, :]
+        if LANES:
+            column = lane_order(column)
         if DIM <= 2:
             return tl.where(column == 0, n0, n1)
         else:
-            n2, n3 = box_muller(w2, w3, FAST)
+            n2, n3 = box_muller(w2, w3, scale, FAST)
             return tl.where(column < 2, tl.where(column == 0, n0, n1), tl.where(column == 2, n2, n3))
     else:
         block = first_block + tl.arange(0, BLOCK_DIM // 4)
         c3 = (block.to(tl.uint32) | (STREAM << 24))[None, :]
-        w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, key0, key1)
-        n0, n1 = box_muller(w0, w1, FAST)
-        n2, n3 = box_muller(w2, w3, FAST)
+        w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, key0, key1, FAST=FAST)
+        n0, n1 = box_muller(w0, w1, scale, FAST)
+        n2, n3 = box_muller(w2, w3, scale, FAST)
         # [block, i, j] -> 4 block + 2 i + j: four words to four neighbouring dims
         quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))
-        return tl.reshape(quads, (BLOCK_CHAINS, BLOCK_DIM))
+        noise = tl.reshape(quads, (BLOCK_CHAINS, BLOCK_DIM))
+        if LANES:
+            noise = to_lanes(noise)
+        return noise

@@ -71,8 +71,8 @@ def langevin_update(
         clipped = clipped_by_value(grad, grad_clip)
         if shrink is not None:
             clipped *= shrink
-        noise = normals(key0, key1, chain, step, first_dim // 4, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST)
-        moved = hold(x - a * clipped + b * noise, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
+        noise = normals(key0, key1, chain, step, first_dim // 4, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, False, b)
+        moved = hold(x - a * clipped + noise, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
         moved = tl.where(mask, moved, 0.0)
         finite = finite & is_finite(moved)
         new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)

@@ -51,9 +51,15 @@ def advance_mlp(
     layers = [layer for mlp in mlps for layer in _layers(mlp, precision, launch)]
     depths = [len(mlp.weights) for mlp in mlps]
     terms = _term_arguments(description, launch)
+    extra: list[Any]
     kernel, extra = kernels.langevin_resident, []
     if launch.regime == "streaming":
-        kernel, extra = kernels.langevin_streaming, [_reach(description)]
+        rows = 0 if precision == "bf16x3" else -(-n_chains // launch.block_chains) * launch.block_chains
+        operand = torch.bfloat16 if precision == "bf16" else torch.float32
+        slopes = (torch.empty(rows, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
+        kernel, extra = kernels.langevin_streaming, [_reach(description), tuple(slopes)]
+    else:
+        flags["BOTH_ORDERS"] = launch.both_orders
     if n_chains > 0:
         # triton launches on the current device, which may be another than x's
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -241,6 +247,8 @@ def _layers(mlp: MLP, precision: str, launch: Launch) -> Iterator[tuple[tuple[Te
         padded_in = block(n_out)
         weight = pad(weight, (0, 0, 0, padded_in - n_out))
         bias = pad(bias, (0, padded_in - n_out), value=-torch.inf if is_head else 0.0)
+        if i == 0:
+            weight = _in_lanes(weight)
         yield _operand(weight, precision), bias.contiguous()
 
 
@@ -249,9 +257,14 @@ def _term_arguments(description: Description, launch: Launch) -> list[Tensor | N
     padded = -(-description.dim // launch.block_dim) * launch.block_dim
     rows = (description.curvature, description.mean, description.linear)
     return [
-        *(None if row is None else pad(row, (0, padded - len(row))).contiguous() for row in rows),
+        *(None if row is None else _in_lanes(pad(row, (0, padded - len(row)))).contiguous() for row in rows),
         description.constant.reshape(1),
     ]
+
+
+def _in_lanes(v: Tensor) -> Tensor:
+    """The last axis in the order of kernels/philox.py, to_lanes."""
+    return v.reshape(*v.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(v.shape)
 
 
 def _reach(description: Description) -> Tensor:
