@@ -12,6 +12,7 @@ taken over 64 chains or more, so that one lucky chain is no yardstick.
 Uninitialised memory holds NaN throughout, and kernels get their states between two guards.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ from fastebm.backends import Chains, fused, reference, torch_tiles
 from fastebm.backends.choose import interpreted
 from fastebm.description import describe
 from fastebm.energies import Energy
-from fastebm.mlp import ACTIVATIONS, read_mlp
+from fastebm.mlp import ACTIVATIONS, NotAnMLP, read_mlp
 
 SEED = 0x9E3779B97F4A7C15
 YARDSTICK = 64
@@ -96,19 +97,23 @@ def first_steps_of(rule, steps):
     return replace(rule, **values)
 
 
-def advance_reference(energy, x, rule, steps, counters, dtype=torch.float32):
+# counters: all that a chain has beside its state, with labels and frozen coordinates too; asked: thin, telemetry
+
+
+def advance_reference(energy, x, rule, steps, counters, dtype=torch.float32, **asked):
     return reference.advance(
-        Energy(energy, x.shape[1:], dtype), Chains(x.flatten(1).to(dtype), **counters), rule, steps
+        Energy(energy, x.shape[1:], dtype), Chains(x.flatten(1).to(dtype), **counters), rule, steps, **asked
     )
 
 
-def advance_torch(energy, x, rule, steps, counters):
-    return torch_tiles.advance(describe(energy), Chains(x.clone(), **counters), rule, steps)
+def advance_torch(energy, x, rule, steps, counters, **asked):
+    description = describe(energy, labels="labels" in counters)
+    return torch_tiles.advance(description, Chains(x.clone(), **counters), rule, steps, **asked)
 
 
-def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", chunk=32):
+def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", chunk=32, **asked):
     """The fused kernel on a state between two guards; None where the GPU at hand has no room for it."""
-    description = describe(energy)
+    description = describe(energy, labels="labels" in counters)
     block_dim = block(description.dim) if regime == "resident" else min(chunk, block(description.dim))
     launch = Launch(regime, 64, block_dim, 4, 1)
     if x.is_cuda:
@@ -117,14 +122,16 @@ def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", ch
             return None
     guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
     inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)
-    done = fused.advance_mlp(description, Chains(inner, **counters), rule, steps, precision=precision, launch=launch)
+    done = fused.advance_mlp(
+        description, Chains(inner, **counters), rule, steps, precision=precision, launch=launch, **asked
+    )
     assert guarded[:128].isnan().all()
     assert guarded[128 + x.numel() :].isnan().all()
     return done
 
 
 def largest(values):
-    return float(values.abs().max())
+    return float(values.abs().max()) if values.numel() > 0 else 0.0
 
 
 class Truth:
@@ -134,29 +141,31 @@ class Truth:
         self.states = [x.flatten(1).double()]
         for t in range(1, steps + 1):
             self.states.append(advance_reference(energy, x, first_steps_of(rule, t), t, counters, torch.float64).x)
-        exact = Energy(energy, x.shape[1:], torch.float64)
-        self.energy = exact(self.states[-1])
-        gradients = [exact.gradient(state) for state in self.states]
+        exact, labels = Energy(energy, x.shape[1:], torch.float64), counters.get("labels")
+        self.energy = exact(self.states[-1], labels)
+        gradients = [exact.gradient(state, labels) for state in self.states]
         self.sure = self._away_from_kinks(energy)
         a, _ = rule.coefficients(len(x), steps)
         scale = max(map(largest, self.states)) + (largest(a) if steps else 0) * max(map(largest, gradients))
         plain = advance_reference(energy, x, rule, steps, counters)
-        self.tolerance = 2 * largest((plain.x - self.states[-1])[self.sure]) + 2 * steps * ULP * scale
+        self.rounding = 2 * steps * ULP * scale
+        self.tolerance = 2 * largest((plain.x - self.states[-1])[self.sure]) + self.rounding
         # an energy sums terms of about 1, and the state's own error moves it by |dE/dx|_1 times that
         slope = float(gradients[-1].abs().sum(dim=1).max())
         self.energy_tolerance = (
             2 * largest((plain.energy - self.energy)[self.sure])
             + 2 * ULP * max(1.0, largest(self.energy))
-            + 2 * steps * ULP * scale * slope / x[0].numel() ** 0.5
+            + self.rounding * slope / x[0].numel() ** 0.5
         )
 
     def _away_from_kinks(self, energy):
         """Chains for which rounding can't choose the side of a kink."""
         sure = torch.ones(len(self.states[0]), dtype=torch.bool, device=self.states[0].device)
-        if not isinstance(energy, MLPEnergy):
+        try:
+            description = describe(energy).to(sure.device, torch.float64)
+        except NotAnMLP:
             return sure
-        mlp = read_mlp(energy).to(sure.device, torch.float64)
-        for h in self.states:
+        for mlp, h in itertools.product(description.mlps, self.states):
             for weight, bias, activation in zip(mlp.weights[:-1], mlp.biases[:-1], mlp.activations, strict=True):
                 z = nn.functional.linear(h, weight, bias)
                 if activation.name in KINKED:
