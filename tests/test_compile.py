@@ -20,6 +20,12 @@ COMPILING = pathlib.Path(__file__).with_name("compiling.py")
 ARCHITECTURES = {2: [128, 128], 64: [128, 128], 784: [256, 128]}
 ALL_ACTIVATIONS = sorted(ACTIVATIONS)
 ALL_OPTIONS = {"step_size": [[0.1]] * 64, "noise_scale": [1.0], "clamp": [-1.0, 1.0], "grad_clip": 0.5}
+# What a head, a sum and every option of a call add; bounds a dim, where ALL_OPTIONS has numbers.
+SUM = {"sum": True, "recorded": True}
+
+
+def all_options(dim):
+    return {"clamp": [[-1.0] * dim, [1.0] * dim], "grad_clip": 0.5, "grad_norm_clip": 2.0}
 
 
 def mlp(capability, dim, precision, widths=None, **options):
@@ -55,6 +61,13 @@ QUICK = [
     update(80, 3),
     update(90, 63, rule=ALL_OPTIONS),
     update(90, 2000),
+    # both regimes, heads and sums, with frozen coordinates, labels, a trajectory and telemetry
+    mlp(80, 5, "bf16x3", [20], head="class", rule=all_options(5), **SUM),
+    mlp(80, 200, "bf16", [20], head="logsumexp", rule=all_options(200), **SUM),
+    mlp(90, 5, "bf16", [20], head="logsumexp", rule=all_options(5), **SUM),
+    mlp(90, 200, "bf16x3", [20], head="class", rule=all_options(200), **SUM),
+    update(80, 63, rule=all_options(63), recorded=True),
+    update(90, 2000, rule=all_options(2000), recorded=True),
 ]
 SLOW = [
     *[
@@ -65,11 +78,24 @@ SLOW = [
         if (case := mlp(capability, dim, precision)) not in QUICK
     ],
     mlp(90, 2, "ieee", [16]),
+    # each head, alone and in a sum, with and without all that a call may ask for
+    *[
+        case
+        for capability, precision in ((80, "bf16x3"), (80, "bf16"), (90, "bf16x3"), (90, "bf16"), (90, "tf32"))
+        for dim in (5, 64, 200)
+        for head in ("scalar", "logsumexp", "class")
+        for more in ({}, {"rule": {"grad_norm_clip": 2.0}}, {"rule": all_options(dim), **SUM})
+        if (case := mlp(capability, dim, precision, [20, 16], head=head, **more)) not in QUICK
+    ],
+    *[mlp(capability, 784, "bf16", head="logsumexp", recorded=True) for capability in (80, 90)],
 ]
 
 
 def name(case):
-    options = "".join(f"-{key}" for key in ("activations", "rule") if key in case)
+    options = "".join(f"-{key}" for key in ("activations", "rule", "sum", "recorded") if key in case)
+    options += f"-{case['head']}" if "head" in case else ""
+    options += "-bounds" if isinstance(case.get("rule", {}).get("clamp", [0])[0], list) else ""
+    options += "-norm" if "grad_norm_clip" in case.get("rule", {}) else ""
     return f"{case['kernel']}-sm_{case['capability']}-{case['dim']}-{case['widths']}-{case['precision']}{options}"
 
 
