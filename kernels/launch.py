@@ -106,7 +106,8 @@ def _candidates(dim: int, precision: str, capability: int | None) -> list[Launch
             tiles = [replace(tile, block_chains=32) for tile in tiles]
         elif precision != "bf16x3":
             tiles = [replace(tile, both_orders=True) for tile in tiles] + tiles
-        chunks = [(32, 64, 4), (32, 32, 4)]
+        chains = 32 if dim > 32 else 64
+        chunks = [(chains, 64, 4), (chains, 32, 4)]
     elif family == 9:
         chunks = [(128, 32, 8), (64, 32, 4)]
     else:
