@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .energies import ClassifierEnergy, GaussianEnergy, SumEnergy
-from .mlp import MLP, NotAnMLP, evaluating, read_mlp
+from .mlp import MLP, NotAnMLP, read_mlp, reading
+from .tracing import operator
 
 __all__ = ["Description", "describe"]
 
@@ -82,17 +83,19 @@ def describe(module: nn.Module, *, labels: bool = False) -> Description:
     Raises:
         NotAnMLP: naming the part that does not fit.
     """
-    with evaluating(module), torch.no_grad():
+    with reading(module):
         one = torch.ones((), dtype=_dtype(module), device=_device(module))
         mlps: list[MLP] = []
         scales: list[Tensor] = []
-        gaussians: list[tuple[Tensor, GaussianEnergy]] = []
-        linears: list[tuple[Tensor, nn.Linear]] = []
+        gaussians: list[Tensor] = []
+        linears: list[Tensor] = []
+        biases: list[Tensor | None] = []
         for scale, term in _terms(module, one):
             if isinstance(term, GaussianEnergy):
-                gaussians.append((scale, term))
+                gaussians += [scale, term.mean, term.std]
             elif isinstance(term, nn.Linear):
-                linears.append((scale, term))
+                linears += [scale, term.weight]
+                biases.append(term.bias)
             else:
                 scales.append(scale)
                 if isinstance(term, ClassifierEnergy):
@@ -102,17 +105,19 @@ def describe(module: nn.Module, *, labels: bool = False) -> Description:
         if not mlps:
             raise NotAnMLP("none of its terms is an MLP")
         dim = mlps[0].dim
-        if any(mlp.dim != dim for mlp in mlps) or any(layer.in_features != dim for _, layer in linears):
+        if any(mlp.dim != dim for mlp in mlps) or any(weight.shape[1] != dim for weight in linears[1::2]):
             raise NotAnMLP("its terms take different numbers of dims")
-        curvature, mean, linear, constant = _quadratic(gaussians, dim)
-        for scale, layer in linears:
-            row = scale * layer.weight[0]
-            linear = row if linear is None else linear + row
-            if layer.bias is not None:
-                constant = constant + scale * layer.bias[0]
-        return Description(
-            tuple(mlps), torch.stack(scales), curvature, mean, linear, torch.as_tensor(constant, device=one.device)
-        )
+        for rows in (*gaussians[1::3], *gaussians[2::3]):
+            if rows.numel() not in (1, dim):
+                raise NotAnMLP(f"a GaussianEnergy has {rows.numel()} dims, and the MLPs have {dim}")
+        # made on the device: a copy from the host would wait for it
+        arguments = (gaussians, linears, biases, torch.zeros((), dtype=one.dtype, device=one.device), dim)
+        if torch.compiler.is_compiling():
+            *rows, constant = _folded(*arguments)
+            curvature, mean, linear = (row if row.numel() > 0 else None for row in rows)
+        else:
+            curvature, mean, linear, constant = _fold(*arguments)
+        return Description(tuple(mlps), torch.stack(scales), curvature, mean, linear, constant)
 
 
 def _terms(module: nn.Module, scale: Tensor) -> Iterator[tuple[Tensor, nn.Module]]:
@@ -133,23 +138,23 @@ def _terms(module: nn.Module, scale: Tensor) -> Iterator[tuple[Tensor, nn.Module
         yield scale, module
 
 
-def _quadratic(
-    gaussians: list[tuple[Tensor, GaussianEnergy]], dim: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | float]:
-    """(curvature, mean, linear, constant) of a sum of Gaussian terms, about the first one's mean m_0:
+def _fold(
+    gaussians: list[Tensor], linears: list[Tensor], biases: list[Tensor | None], zero: Tensor, dim: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """(curvature, mean, linear, constant) of a sum of Gaussian and linear terms, about the first Gaussian's mean m_0:
 
     c (x - m)^2 / 2 = c (x - m_0)^2 / 2 + c (m_0 - m) x + c (m_0 - m) ((m_0 - m) / 2 - m_0)
+
+    Args:
+        gaussians: scale, mean and std of each in turn. linears, biases: scale and weight (1, dim), and bias (1,).
     """
     curvature: Tensor | None = None
     mean: Tensor | None = None
     linear: Tensor | None = None
-    constant: Tensor | float = 0.0
-    for scale, term in gaussians:
-        rows = [v.flatten() for v in (term.mean, term.std)]
-        if any(len(row) not in (1, dim) for row in rows):
-            raise NotAnMLP(f"a GaussianEnergy has {max(map(len, rows))} dims, and the MLPs have {dim}")
-        m, std = (row.expand(dim) for row in rows)
-        c = scale / std**2
+    constant = zero
+    for k in range(0, len(gaussians), 3):
+        m, std = (v.flatten().expand(dim) for v in gaussians[k + 1 : k + 3])
+        c = gaussians[k] / std**2
         if curvature is None or mean is None:
             curvature, mean = c, m
             continue
@@ -157,7 +162,24 @@ def _quadratic(
         curvature = curvature + c
         linear = shift if linear is None else linear + shift
         constant = constant + (shift * ((mean - m) / 2 - mean)).sum()
+    for scale, weight, bias in zip(linears[::2], linears[1::2], biases, strict=True):
+        row = scale * weight[0]
+        linear = row if linear is None else linear + row
+        if bias is not None:
+            constant = constant + scale * bias[0]
     return curvature, mean, linear, constant
+
+
+@operator(
+    "folded",
+    "(Tensor[] gaussians, Tensor[] linears, Tensor?[] biases, Tensor zero, int dim) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _folded(
+    gaussians: list[Tensor], linears: list[Tensor], biases: list[Tensor | None], zero: Tensor, dim: int
+) -> tuple[Tensor, ...]:
+    """``_fold`` in a compiled call: (0,) for None."""
+    return tuple(zero.new_empty(0) if v is None else v.clone() for v in _fold(gaussians, linears, biases, zero, dim))
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

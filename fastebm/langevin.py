@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import readable
+
 __all__ = ["Langevin"]
 
 
@@ -129,15 +131,19 @@ class Langevin:
         lo, hi = self.clamp
         if isinstance(lo, float) and isinstance(hi, float):
             return lo, hi
-        rows = [torch.as_tensor(bound, dtype=torch.float64).flatten() for bound in (lo, hi)]
-        for name, bound, row in zip(("lo", "hi"), (lo, hi), rows, strict=True):
-            if isinstance(bound, Tensor) and len(row) != dim:
+        rows = []
+        for name, bound in (("lo", lo), ("hi", hi)):
+            if not isinstance(bound, Tensor):
+                # made on the device: a copy from the host would wait for it
+                rows.append(torch.full((dim,), bound, dtype=dtype, device=device))
+                continue
+            if bound.ndim > 0 and bound.numel() != dim:
                 raise ValueError(
                     f"clamp's {name} must be a number or have one value for each of the {dim} dims, "
                     f"got shape {tuple(bound.shape)}"
                 )
-        low, high = (row.to(device, dtype).expand(dim).contiguous() for row in rows)
-        return low, high
+            rows.append(bound.detach().flatten().to(device, dtype).expand(dim).contiguous())
+        return rows[0], rows[1]
 
     def clip(self, grad: Tensor) -> Tensor:
         """The gradient, (n_chains, dim), within grad_clip and then within grad_norm_clip."""
@@ -154,12 +160,12 @@ class Langevin:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _checked_bounds(clamp: Any) -> Bounds:
     try:
-        lo, hi = (v.detach() if isinstance(v, Tensor) and v.ndim > 0 else float(v) for v in clamp)
+        lo, hi = (v if isinstance(v, Tensor) and (v.ndim > 0 or not readable(v.device)) else float(v) for v in clamp)
     except (TypeError, ValueError):
         raise TypeError(f"clamp must be a pair (lo, hi) of numbers or tensors, or None, got {clamp!r}") from None
     if isinstance(lo, float) and isinstance(hi, float):
@@ -169,10 +175,13 @@ def _checked_bounds(clamp: Any) -> Bounds:
     for name, bound in (("lo", lo), ("hi", hi)):
         if isinstance(bound, Tensor) and not bound.is_floating_point():
             raise TypeError(f"clamp's {name} must be a number or a floating-point tensor, got {bound.dtype}")
-    flat = [bound.flatten() if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
-    sizes = {len(bound) for bound in flat if isinstance(bound, Tensor)}
+    tensors = [bound for bound in (lo, hi) if isinstance(bound, Tensor)]
+    sizes = {bound.numel() for bound in tensors if bound.ndim > 0}
     if len(sizes) > 1:
         raise ValueError(f"clamp's lo and hi must have as many values each, got {sorted(sizes)}")
+    if not all(readable(bound.device) for bound in tensors):
+        return lo, hi  # a compiled call looks when it runs (backends/op.py); a captured one can't
+    flat = [bound.flatten() if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
     good = torch.as_tensor(flat[0] < flat[1])
     if not bool(good.all()):
         raise ValueError(f"clamp needs lo < hi in every dim, which fails in {int((~good).sum())} of {good.numel()}")
@@ -188,13 +197,15 @@ def _check_coefficient(name: str, value: float | Tensor, *, positive: bool) -> N
             raise ValueError(
                 f"{name} must be a float, a (steps,) tensor or a (n_chains, 1) tensor, got shape {tuple(value.shape)}"
             )
+        if not readable(value.device):
+            return  # a compiled call looks when it runs (backends/op.py); a captured one can't
         # One reduction for all three faults: NaN fails every comparison.
         good = torch.isfinite(value) & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):
             raise ValueError(f"{rule}, got a tensor with {value[~good].flatten()[0].item()}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
-    elif not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+    elif not ((value > 0 if positive else value >= 0) and value < math.inf):
         raise ValueError(f"{rule}, got {value}")
 
 

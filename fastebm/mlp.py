@@ -19,10 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["ACTIVATIONS", "MLP", "Activation", "NotAnMLP", "evaluating", "read_mlp"]
+from .tracing import operator, readable
+
+__all__ = ["ACTIVATIONS", "MLP", "Activation", "NotAnMLP", "evaluating", "read_mlp", "reading"]
 
 _aten = torch.ops.aten
 
@@ -212,6 +216,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     m.training = mode
 
 
+@contextmanager
+def reading(module: nn.Module) -> Iterator[None]:
+    """In eval mode and without a graph. A compiler needs neither: it runs no module, and operators make no graph."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with evaluating(module), torch.no_grad():
+        yield
+
+
 def read_mlp(module: nn.Module, head: str = "scalar") -> MLP:
     """Read an MLP with a head out of a module, in eval mode and without touching it.
 
@@ -222,7 +236,7 @@ def read_mlp(module: nn.Module, head: str = "scalar") -> MLP:
     Raises:
         NotAnMLP: naming the layer that does not fit.
     """
-    with evaluating(module), torch.no_grad():
+    with reading(module):
         mlp = _assemble(list(_layers(module, "")), head)
         if not _is_plain(module, nn.Sequential):
             _check_forward(module, mlp)
@@ -275,7 +289,7 @@ def _assemble(layers: list[tuple[str, nn.Module]], head: str) -> MLP:
             if len(weights) > len(activations):
                 activations.append(Activation("identity"))
             weights.append(_effective_weight(name, layer))
-            biases.append(None if layer.bias is None else layer.bias.detach())
+            biases.append(None if layer.bias is None else _detached(layer.bias))
         elif (activation := _read_activation(layer)) is not None:
             if len(activations) == len(weights):
                 raise NotAnMLP(f"{name} does not follow a Linear layer")
@@ -292,8 +306,15 @@ def _assemble(layers: list[tuple[str, nn.Module]], head: str) -> MLP:
     return MLP(tuple(weights), tuple(biases), tuple(activations), head)
 
 
+def _detached(tensor: Tensor) -> Tensor:
+    # torch 2.13 can't compile a detach under torch.inference_mode; operators let no gradient through anyway
+    return tensor if torch.compiler.is_compiling() else tensor.detach()
+
+
 def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
     """The weight that the forward pass would use, under parametrizations and under the older hook-based norms."""
+    if torch.compiler.is_compiling():
+        return _traced_weight(name, layer)
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
             return hook.compute_weight(layer, do_power_iteration=False).detach()
@@ -303,9 +324,41 @@ def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
     return layer.weight.detach()
 
 
+@operator("normalised_weight", "(Tensor weight, Tensor u, Tensor? v, int dim) -> Tensor")
+def _normalised_weight(weight: Tensor, u: Tensor, v: Tensor | None, dim: int) -> Tensor:
+    """A weight under spectral norm at rest (u, v: the singular vectors), or weight norm (u: the lengths, v: None)."""
+    if v is None:
+        return torch._weight_norm(weight, u, dim)
+    matrix = weight.movedim(dim, 0).flatten(1)
+    return weight / torch.vdot(u, torch.mv(matrix, v))
+
+
+def _traced_weight(name: str, layer: nn.Linear) -> Tensor:
+    """``_effective_weight`` in a compiled call, which must never trace the training mode's power iteration."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return _normalised_weight(layer.weight_orig, layer.weight_u, layer.weight_v, hook.dim)  # type: ignore[no-any-return]
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return _normalised_weight(layer.weight_v, layer.weight_g, None, hook.dim)  # type: ignore[no-any-return]
+        raise NotAnMLP(f"{name} has a forward pre-hook, which may change what it computes")
+    if is_parametrized(layer, "bias"):
+        raise NotAnMLP(f"{name} has a parametrized bias, which can't be compiled in whole")
+    if not is_parametrized(layer, "weight"):
+        return layer.weight
+    of_weight: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+    norm = of_weight[0]
+    if len(of_weight) == 1 and isinstance(norm, _SpectralNorm):
+        return _normalised_weight(of_weight.original, norm._u, norm._v, norm.dim)  # type: ignore[no-any-return]
+    if len(of_weight) == 1 and isinstance(norm, _WeightNorm):
+        return _normalised_weight(of_weight.original1, of_weight.original0, None, norm.dim)  # type: ignore[no-any-return]
+    raise NotAnMLP(f"{name} has a parametrization that can't be compiled in whole ({type(norm).__name__})")
+
+
 def _check_forward(module: nn.Module, mlp: MLP) -> None:
     """A wrapper's forward is code that can't be read: hold what it computes against what its layers say."""
     weight = mlp.weights[0]
+    if not readable(weight.device):
+        raise NotAnMLP(f"the forward of {type(module).__name__} can't be compared with its layers now")
     probe = torch.linspace(-1.0, 1.0, 3 * mlp.dim, dtype=weight.dtype, device=weight.device).reshape(3, mlp.dim)
     probe = probe * probe.new_tensor([[1.0], [30.0], [1000.0]])  # a wrapper may clamp what it is given
     try:

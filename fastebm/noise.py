@@ -47,7 +47,7 @@ class Stream(IntEnum):
 
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor],
-    key: tuple[int, int],
+    key: tuple[int | Tensor, int | Tensor],
     rounds: int = 10,
     *,
     scratch: Sequence[Tensor] | None = None,
@@ -56,7 +56,7 @@ def philox4x32(
 
     Args:
         counter: four int64 tensors that broadcast together, each holding words in [0, 2**32).
-        key: two words.
+        key: two words, as numbers or (1,) int64 tensors.
         rounds: 10 is the contract; 7 exists for the published known answers.
         scratch: six int64 tensors of the broadcast shape to work in; the result is four of them.
 
@@ -87,7 +87,7 @@ def philox4x32(
 
 
 def words(
-    seed: int,
+    seed: int | Tensor,
     stream: Stream,
     chains: Tensor,
     steps: Tensor | int,
@@ -99,7 +99,8 @@ def words(
     """The four words of n_blocks blocks for each row.
 
     Args:
-        seed: 64-bit integer; negative seeds count from 2**64, as in two's complement.
+        seed: 64-bit integer, or a (1,) int64 tensor, which no one waits for; negative seeds count from 2**64, as in
+            two's complement.
         chains: (rows,) int64 global chain numbers.
         steps: (rows,) int64 step numbers, or one for all rows.
 
@@ -107,7 +108,10 @@ def words(
         Four int64 tensors (rows, n_blocks).
     """
     rows = chains.reshape(-1, 1)
-    step = torch.as_tensor(steps, dtype=torch.int64, device=chains.device).reshape(-1, 1)
+    seed = seed.to(chains.device) if isinstance(seed, Tensor) else seed
+    if not isinstance(steps, Tensor):  # made on the device: a copy from the host would wait for it
+        steps = torch.full((1,), steps, dtype=torch.int64, device=chains.device)
+    step = steps.to(chains.device, torch.int64).reshape(-1, 1)
     block = torch.arange(first_block, first_block + n_blocks, device=chains.device).reshape(1, -1)
     block = block | (int(stream) << 24)
     counter = (rows & _MASK, (rows >> 32) & _MASK, step & _MASK, block)
@@ -115,7 +119,7 @@ def words(
 
 
 def uniform(
-    seed: int,
+    seed: int | Tensor,
     stream: Stream,
     chains: Tensor,
     steps: Tensor | int,
@@ -132,7 +136,7 @@ def uniform(
 
 
 def normal(
-    seed: int,
+    seed: int | Tensor,
     stream: Stream,
     chains: Tensor,
     steps: Tensor | int,
@@ -208,7 +212,7 @@ def _unit(w: Tensor, out: Tensor) -> Tensor:
 
 
 def _chunks(
-    seed: int, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor
+    seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...], list[Tensor]]]:
     """Triples (rows of ``out``, their four words, three work buffers of its dtype); buffers are reused.
 

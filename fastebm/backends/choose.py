@@ -13,7 +13,7 @@ from torch import nn
 from ..description import Description, describe
 from ..mlp import NotAnMLP
 
-__all__ = ["BACKENDS", "PRECISIONS", "Choice", "choose", "interpreted", "why_not_fused"]
+__all__ = ["BACKENDS", "PRECISIONS", "Choice", "choose", "interpreted", "launch_for", "why_not_fused"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
@@ -91,10 +91,7 @@ def choose(
         raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
     wanted = precision or default_precision()
     if no_triton is None and description is not None:
-        from ..kernels.launch import choose_launch  # needs no triton, but only this path needs it
-
-        capability = None if interpreted() else _capability(device)
-        launch = choose_launch(description.dim, description.networks, wanted, capability)
+        launch = launch_for(description, wanted, device)
         if isinstance(launch, str):
             launch, why_not = None, launch
     why_not = why_not or no_triton
@@ -106,6 +103,14 @@ def choose(
         path = "autograd" if description is None else "products"
         return Choice("triton", path, description, None, full, why_not)
     return Choice("torch", "autograd" if description is None else "tiles", description, None, full, why_not)
+
+
+def launch_for(description: Description, precision: str, device: torch.device) -> Any:
+    """The fused kernel's configuration, or why there is none."""
+    from ..kernels.launch import choose_launch  # needs no triton, but only this path needs it
+
+    capability = None if interpreted() else _capability(device)
+    return choose_launch(description.dim, description.networks, precision, capability)
 
 
 def default_precision() -> str:
@@ -123,8 +128,12 @@ def _capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _why_not_triton(device: torch.device, dtype: torch.dtype, *, asked: bool) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed"
     if dtype != torch.float32:
         return f"kernels keep their state in float32, and this one is {dtype}"
