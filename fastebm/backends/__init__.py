@@ -5,6 +5,9 @@ torch_tiles.py  the fast pure-PyTorch path for MLP energies
 torch_compiled.py  the same as compiled code, for long calls on a CPU
 fused.py        the fused Triton kernel for MLP energies, and the fused update for all others
 choose.py       which of them runs, and why not the fused one
+run.py          the start, an MLP energy on the path that was chosen, and chains that are not finite
+graphs.py       a step recorded as a CUDA graph and replayed
+op.py           all of a call as one operator of torch.library; compiling.py: what a compiled call does with it
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ class Advanced(NamedTuple):
     x: (n_chains, dim) last finite states. energy: (n_chains,) E at x. first_bad: (n_chains,) int32, the first
     step of this call whose new state was not finite, before the clamp; -1 if all were. trajectory: (n_chains,
     steps // thin, dim) states after every thin-th step, if thin > 0 was asked for. telemetry: if asked for.
+    cuda_graph: "recorded", or why no step was, in words, if that was asked for.
     """
 
     x: Tensor
@@ -69,3 +73,4 @@ class Advanced(NamedTuple):
     first_bad: Tensor
     trajectory: Tensor | None = None
     telemetry: Telemetry | None = None
+    cuda_graph: str | None = None

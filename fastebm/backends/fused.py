@@ -19,6 +19,7 @@ from ..langevin import Langevin
 from ..mlp import MLP
 from . import Advanced, Chains, Telemetry
 from .choose import interpreted
+from .graphs import Recorder, run_steps
 from .torch_tiles import Evaluator, matrix, rows_of_products
 
 __all__ = ["advance_mlp", "advance_module", "advance_products"]
@@ -103,21 +104,41 @@ def advance_mlp(
 
 
 def advance_module(
-    energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
+    energy: Energy,
+    chains: Chains,
+    rule: Langevin,
+    steps: int,
+    *,
+    thin: int = 0,
+    telemetry: bool = False,
+    recorder: Recorder | None = None,
 ) -> Advanced:
-    """Any energy: its gradient by autograd, then noise, update and clamp in one launch. chains.x is overwritten."""
+    """Any energy: its gradient by autograd, then noise, update and clamp in one launch. chains.x is moved in place.
+
+    recorder: to record one step and replay it.
+    """
 
     def gradient(x: Tensor) -> Tensor:
         return energy.gradient(x, chains.labels).contiguous()
 
-    x, first_bad, trajectory, told = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry)
-    return Advanced(x, energy(x, chains.labels), first_bad, trajectory, told)
+    done = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry, recorder)
+    return done._replace(energy=energy(chains.x, chains.labels))
 
 
 def advance_products(
-    description: Description, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
+    description: Description,
+    chains: Chains,
+    rule: Langevin,
+    steps: int,
+    *,
+    thin: int = 0,
+    telemetry: bool = False,
+    recorder: Recorder | None = None,
 ) -> Advanced:
-    """An MLP energy too wide for the fused kernel: closed-form gradient by library products, and the fused update."""
+    """An MLP energy too wide for the fused kernel: closed-form gradient by library products, and the fused update.
+
+    chains.x is moved in place. recorder: to record one step and replay it.
+    """
     n_chains, dim = chains.x.shape
     n_rows = rows_of_products(chains.x.device)
     evaluator = Evaluator(description, n_rows, n_rows)
@@ -139,15 +160,22 @@ def advance_products(
             grad[rows] = evaluator.gradient(tile, tile_labels, tile_grad)[: rows.stop - rows.start]
         return grad
 
-    x, first_bad, trajectory, told = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry)
-    for rows in each_tile(x):
+    done = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry, recorder)
+    for rows in each_tile(chains.x):
         energy[rows] = evaluator.energy(tile, tile_labels)[: rows.stop - rows.start]
-    return Advanced(x, energy, first_bad, trajectory, told)
+    return done._replace(energy=energy)
 
 
 def _advance_by_gradient(
-    gradient: Callable[[Tensor], Tensor], chains: Chains, rule: Langevin, steps: int, thin: int, telemetry: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Telemetry | None]:
+    gradient: Callable[[Tensor], Tensor],
+    chains: Chains,
+    rule: Langevin,
+    steps: int,
+    thin: int,
+    telemetry: bool,
+    recorder: Recorder | None,
+) -> Advanced:
+    """Without the energies."""
     x = chains.x
     n_chains, dim = x.shape
     device = x.device
@@ -161,8 +189,9 @@ def _advance_by_gradient(
     block_dim = max(4, min(1024, 1 << (dim - 1).bit_length()))
     block_chains = max(1, 1024 // block_dim)
     new = torch.empty_like(x)
-    for t in range(steps if n_chains > 0 else 0):
-        grad = gradient(x)
+
+    def step() -> None:
+        grad = gradient(x)  # the only line that may raise or wait: nothing has moved yet
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             langevin_update[((n_chains + block_chains - 1) // block_chains,)](
                 new,
@@ -185,15 +214,19 @@ def _advance_by_gradient(
                 num_warps=4,
                 **_OPTIONS,
             )
-        at += 1
-        x, new = new, x
+        x.copy_(new)  # not a swap: what a CUDA graph records stays in its place
+        at.add_(1)
+
+    def keep(t: int) -> None:
         if trajectory is not None and (t + 1) % thin == 0:
             trajectory[:, t // thin] = x
+
+    how = run_steps(step, steps if n_chains > 0 else 0, recorder, keep)
     if told is not None:
         told[1:] /= max(steps, 1)
         if steps == 0:
             told[0] = torch.nan
-    return x, first_bad, trajectory, None if told is None else Telemetry(*told)
+    return Advanced(x, x, first_bad, trajectory, None if told is None else Telemetry(*told), how)
 
 
 def _rule_arguments(

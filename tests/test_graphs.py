@@ -1,0 +1,110 @@
+"""Steps recorded and replayed: the logic, with a recorder that needs no GPU."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from fastebm import Langevin, MLPEnergy
+from fastebm.backends import Chains
+from fastebm.backends.graphs import MIN_STEPS, WARM_UP, run_steps
+from fastebm.description import describe
+from fastebm.energies import Energy
+
+
+class FakeRecorder:
+    """Records without running, replays by running, as a CUDA graph does."""
+
+    def __init__(self, waits=False, fails=False):
+        self.waits, self.fails, self.replays, self.log = waits, fails, 0, []
+
+    @contextmanager
+    def aside(self):
+        self.log.append("aside")
+        yield
+        self.log.append("back")
+
+    @contextmanager
+    def without_waiting(self):
+        self.log.append("no waiting")
+        if self.waits:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        yield
+
+    def record(self, step):
+        self.log.append("record")
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def replay():
+            self.replays += 1
+            step()
+
+        return replay
+
+
+outcomes = pytest.mark.parametrize("options", [{}, {"waits": True}, {"fails": True}], ids=str)
+
+
+@pytest.mark.parametrize("steps", [0, 1, MIN_STEPS - 1, MIN_STEPS, 60])
+@outcomes
+def test_every_step_is_taken_once_and_then_looked_at(steps, options):
+    recorder, taken = FakeRecorder(**options), []
+    how = run_steps(lambda: taken.append("step"), steps, recorder, taken.append)
+    assert taken == [v for t in range(steps) for v in ("step", t)]
+    if steps < MIN_STEPS:
+        assert "fewer than" in how
+        assert recorder.log == []
+    elif not options:
+        assert (how, recorder.replays) == ("recorded", steps - WARM_UP)
+        assert recorder.log == ["aside", "no waiting", "back", "record"]
+    else:
+        assert ("waits for the device" if "waits" in options else "the recording failed") in how
+        assert recorder.replays == 0
+        assert ("record" in recorder.log) == ("fails" in options)
+
+
+def test_errors_of_the_energy_are_its_own():
+    def step():
+        raise ValueError("the energy does not depend on x")
+
+    with pytest.raises(ValueError, match="does not depend"):
+        run_steps(step, 60, FakeRecorder(), lambda t: None)
+
+
+STEPS = 20
+RULES = {
+    "plain": Langevin(0.1, 0.5),
+    "schedule": Langevin(torch.linspace(0.1, 0.01, STEPS), 0.5, clamp=(-1, torch.rand(3)), grad_clip=0.5),
+    "a value a chain": Langevin(torch.rand(5, 1) + 0.1, torch.linspace(0.5, 0.1, STEPS), grad_norm_clip=0.3),
+    "explodes": Langevin(torch.logspace(0, 38, STEPS), torch.tensor([[0.1], [1e19], [1e20], [0.2], [1e30]])),
+}
+
+
+@pytest.mark.parametrize("path", ["autograd", "products"])
+@pytest.mark.parametrize("rule", RULES)
+@outcomes
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_the_same_bits_as_step_by_step(rule, options, path, device):
+    pytest.importorskip("triton")
+    from fastebm.backends import fused
+
+    torch.manual_seed(0)
+    mlp = MLPEnergy(3, (8,)).to(device)
+    x, seed = torch.randn(5, 3).to(device), torch.tensor([7], device=device)
+    numbers, frozen = torch.arange(5, device=device) + 2**33, torch.rand(5, 3).to(device) < 0.2
+
+    def advance(**more):
+        chains = Chains(x.clone(), seed, numbers, numbers * 100 % 997, None, frozen)
+        if path == "products":
+            return fused.advance_products(describe(mlp), chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
+        energy = Energy(nn.Sequential(mlp, nn.Softplus()).eval(), (3,), torch.float32)
+        return fused.advance_module(energy, chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
+
+    expected, found = advance(), advance(recorder=FakeRecorder(**options))
+    assert expected.cuda_graph is None
+    assert (found.cuda_graph == "recorded") == (not options)
+    for a, b in zip((*found[:4], *found.telemetry), (*expected[:4], *expected.telemetry), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert bool((found.first_bad >= 0).any()) == (rule == "explodes")
