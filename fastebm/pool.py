@@ -103,7 +103,13 @@ class ChainPool:
         Raises:
             ValueError, NonFiniteError: as ``langevin_sample``; the pool is unchanged then.
         """
-        done = self._sample(energy, batch_size, langevin, steps, backend, precision, on_nonfinite)
+        arguments = (energy, batch_size, langevin, steps, backend, precision, on_nonfinite)
+        if torch.compiler.is_compiling():
+            from .backends import compiling
+
+            done: Advanced = compiling.uncompiled(self._sample, *arguments)
+        else:
+            done = self._sample(*arguments)
         return done.x.reshape(batch_size, *self.shape), done.energy
 
     def _sample(

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from .backends import Advanced, Chains, reference, torch_compiled, torch_tiles
+from .backends import Advanced, Chains, reference, run, torch_compiled
 from .backends.choose import Choice, choose
+from .backends.graphs import CudaRecorder
+from .backends.run import NonFiniteError, uniform_states
 from .description import describe
 from .energies import Energy, n_classes, takes_labels
 from .langevin import Bounds, Langevin
 from .mlp import NotAnMLP, evaluating
-from .noise import Stream, draw_seed, uniform
+from .noise import Stream, draw_seed
+from .tracing import capturing, readable
 
 __all__ = ["NonFiniteError", "SampleInfo", "advance_chains", "langevin_sample", "state_shape", "uniform_states"]
 
 ON_NONFINITE = ("raise", "reinit", "ignore")
-
-
-class NonFiniteError(RuntimeError):
-    """Some chains left the finite numbers, and ``on_nonfinite="raise"``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +32,9 @@ class SampleInfo:
 
     backend: "triton", "torch" or "reference". path: what ran in it ("resident" or "streaming": the fused
     kernel; "tiles", "compiled" or "products": closed-form gradient; "autograd"). why_not_fused: why the fused kernel
-    did not run, or None. precision: of the matrix products. seed: reproduces the call. temperature: implied,
-    noise_scale^2.
+    did not run, or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
+    the call is compiled). temperature: implied, noise_scale^2. cuda_graph: with ``cuda_graph=True``, "recorded" or in words
+    why no step was; else None.
 
     All others are (n_chains,). energies: E of the last states. first_bad_step: int32, first step of this call
     whose new state was not finite; -1 if none. grad_norm: |dE/dx| before clips, over the coordinates that are not
@@ -48,6 +48,7 @@ class SampleInfo:
     precision: str
     seed: int | Tensor
     temperature: float | Tensor
+    cuda_graph: str | None
     energies: Tensor
     first_bad_step: Tensor
     grad_norm: Tensor
@@ -78,6 +79,7 @@ def langevin_sample(
     compile: bool | str = "auto",
     device: torch.device | str | None = None,
     on_nonfinite: str = "raise",
+    cuda_graph: bool = False,
     return_trajectory: bool = False,
     thin: int = 1,
     out: Tensor | None = None,
@@ -122,6 +124,10 @@ def langevin_sample(
             call is so long that compiling (10 to 40 seconds, once) pays. Compiled and other code round differently.
         device: where to sample when there is no ``init``; None: where the energy is.
         on_nonfinite: "raise", "reinit" (start those chains anew) or "ignore" (return their last finite state).
+        cuda_graph: where a step is several launches (an energy that is no MLP, or too wide an MLP), record one step as
+            a CUDA graph and replay it. For energies whose forward does the same work on the device each time, whatever
+            x is: what it does on the host is done for the first steps only. Where nothing can be recorded, and for
+            fewer than 16 steps, the steps run one by one, and ``SampleInfo.cuda_graph`` says why.
         return_trajectory: return the states after every ``thin``-th step in place of the last ones.
         thin: a divisor of ``steps``.
         out: tensor to write the samples to, of their shape; may be ``init`` itself.
@@ -135,6 +141,19 @@ def langevin_sample(
         TypeError, ValueError: for bad input: the rule, the value, the way out. Nothing is changed then.
         NonFiniteError: chains that exploded, with what to try.
     """
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        from .backends import compiling as compiled  # takes seconds to import
+
+        if not compiled.can_compile(energy, labels, backend, generator):
+            return compiled.uncompiled(  # type: ignore[no-any-return]
+                langevin_sample, energy, input_size, batch_size=batch_size, steps=steps, step_size=step_size,
+                noise_scale=noise_scale, init=init, labels=labels, frozen=frozen, clamp=clamp, grad_clip=grad_clip,
+                grad_norm_clip=grad_norm_clip, seed=seed, generator=generator, first_chain=first_chain,
+                first_step=first_step, backend=backend, precision=precision, compile=compile, device=device,
+                on_nonfinite=on_nonfinite, cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin, out=out,
+                return_info=return_info,
+            )  # fmt: skip
     rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip)
     if not isinstance(energy, nn.Module):
         raise TypeError(f"energy must be a torch.nn.Module, got {type(energy).__name__}")
@@ -153,12 +172,17 @@ def langevin_sample(
         raise ValueError(f"chain numbers are 63-bit: first_chain + n_chains must be <= 2**63, got {first_chain}")
     if out is not None:
         _check_out(out, (n_chains, *((steps // thin,) if thin else ()), *shape), dtype, device)
+    if capturing(device):
+        tensors = (init, labels, frozen, step_size, noise_scale, *(clamp or ()), seed, first_step)
+        check_capture(on_nonfinite, seed, first_step, tensors, device)
     dim = math.prod(shape)
     numbers = torch.arange(first_chain, first_chain + n_chains, device=device)
     first_steps = _checked_first_steps(first_step, steps, numbers)
-    seed = draw_seed(seed, generator) if not isinstance(seed, Tensor) else _checked_seed(seed)
-    if init is None:
-        x = uniform_states(int(seed), Stream.INITIAL, numbers, 0, dim, clamp=rule.clamp, dtype=dtype)
+    seed = _seed_tensor(seed, device) if compiling or isinstance(seed, Tensor) else draw_seed(seed, generator)
+    if compiling:
+        x = torch.empty(n_chains, 0, dtype=dtype, device=device) if init is None else init
+    elif init is None:
+        x = uniform_states(seed, Stream.INITIAL, numbers, 0, dim, clamp=rule.clamp, dtype=dtype)
     else:
         x = init.detach().reshape(n_chains, dim)
     done, info = advance_chains(
@@ -171,13 +195,13 @@ def langevin_sample(
         precision=precision,
         compile=compile,
         on_nonfinite=on_nonfinite,
+        cuda_graph=cuda_graph,
         thin=thin,
         telemetry=return_info,
     )
-    if done.trajectory is not None:
-        samples = done.trajectory.reshape(n_chains, steps // thin, *shape)
-    else:
-        samples = done.x.reshape(n_chains, *shape)
+    samples = done.x if done.trajectory is None else done.trajectory
+    if len(shape) > 1:  # no view that is not needed: torch 2.11 can't compile one under torch.inference_mode
+        samples = samples.reshape(*samples.shape[:-1], *shape)
     if out is not None:
         samples = out.copy_(samples)
     return (samples, info) if info is not None else samples
@@ -194,6 +218,7 @@ def advance_chains(
     precision: str | None = None,
     compile: bool | str = "auto",
     on_nonfinite: str = "raise",
+    cuda_graph: bool = False,
     thin: int = 0,
     telemetry: bool = False,
 ) -> tuple[Advanced, SampleInfo | None]:
@@ -203,6 +228,8 @@ def advance_chains(
         shape: of one state as the energy takes it.
         thin: keep the state after every thin-th step; 0: of none.
         telemetry: also return a ``SampleInfo``.
+
+    While torch.compile traces, chains.x is as ``backends/op.py`` takes it, and chains.seed a tensor.
     """
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
@@ -212,37 +239,23 @@ def advance_chains(
     if parameter is not None and not _same_device(parameter.device, x.device):
         raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # a private, contiguous copy: backends work in place
-    x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-    with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        choice = choose(energy, x.device, dtype, backend, precision, labels=chains.labels is not None)
-        if _wants_compiled(compile, choice, x, steps):
-            bf16 = precision == "bf16" and torch_compiled.multiplies_bf16()
-            choice = replace(choice, path="compiled", precision="bf16" if bf16 else "ieee")
-        description = choice.description
-        if description is not None and description.dim != x.shape[1]:
-            raise ValueError(f"the energy takes {description.dim} dims, and the chains have {x.shape[1]}")
-        module = Energy(energy, shape, dtype)
-        labels = _checked_labels(module, chains.labels, x)
-        if len(x) > 0 and (description is None or len(shape) > 1):
-            _check_takes(module, x[:1], None if labels is None else torch.zeros_like(labels[:1]))
-        if len(x) > 0 and labels is not None:
-            _check_classes(energy, labels, x[:1].reshape(1, *shape))
-        chains = chains._replace(x=x, labels=labels)
-        start = x.clone() if on_nonfinite == "reinit" and chains.frozen is not None else x
-        try:
-            done = _run(choice, module, chains, rule, steps, thin, telemetry)
-        except torch_compiled.CannotCompile as error:
-            warnings.warn(f"the torch path runs uncompiled: {error}", stacklevel=3)
-            choice = replace(choice, path="tiles", precision="ieee")
-            done = _run(choice, module, chains, rule, steps, thin, telemetry)
-        bad = (done.first_bad >= 0) | ~done.energy.isfinite()
-        # the call's one device sync
-        if on_nonfinite != "ignore" and bool(bad.any()):
-            if on_nonfinite == "raise":
-                raise NonFiniteError(_diagnosis(energy, done, bad, rule, steps))
-            done.x[bad] = _restarted(chains.rows(bad), start[bad], rule, steps)
-            done.energy[bad] = module(done.x[bad], None if chains.labels is None else chains.labels[bad])
+    labels = _checked_labels(energy, chains.labels, chains.numbers)
+    if torch.compiler.is_compiling():
+        from .backends import compiling
+
+        choice, done = compiling.advance(
+            energy, chains._replace(labels=labels), rule, steps, shape=shape, dtype=dtype, backend=backend,
+            precision=precision, on_nonfinite=on_nonfinite, thin=thin, telemetry=telemetry,
+        )  # fmt: skip
+        if cuda_graph:
+            done = done._replace(cuda_graph="a compiled call records nothing by itself")
+    else:
+        # a private, contiguous copy: backends work in place
+        x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        choice, done = _advance(
+            energy, chains._replace(x=x, labels=labels), rule, steps, shape, backend, precision, compile,
+            on_nonfinite, cuda_graph, thin, telemetry,
+        )  # fmt: skip
     if done.telemetry is None:
         return done, None
     info = SampleInfo(
@@ -252,6 +265,7 @@ def advance_chains(
         precision=choice.precision,
         seed=chains.seed,
         temperature=rule.temperature,
+        cuda_graph=done.cuda_graph,
         energies=done.energy,
         first_bad_step=done.first_bad,
         grad_norm=done.telemetry.grad_norm,
@@ -261,66 +275,59 @@ def advance_chains(
     return done, info
 
 
-def _restarted(chains: Chains, start: Tensor, rule: Langevin, steps: int) -> Tensor:
-    """Fresh states for chains that exploded; frozen coordinates as they started."""
-    ages = chains.first_steps + steps
-    dim = start.shape[1]
-    fresh = uniform_states(
-        int(chains.seed), Stream.POOL, chains.numbers, ages, dim, clamp=rule.clamp, dtype=start.dtype
-    )
-    return fresh if chains.frozen is None else torch.where(chains.frozen, start, fresh)
-
-
-def uniform_states(
-    seed: int,
-    stream: Stream,
-    chains: Tensor,
-    steps: Tensor | int,
-    dim: int,
-    *,
-    clamp: Bounds | None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """States uniform on the clamp range, or on [-1, 1] without one: (n_chains, dim)."""
-    lo, hi = Langevin(clamp=clamp).bounds(dim, dtype=dtype, device=chains.device) or (-1.0, 1.0)
-    if not bool(torch.as_tensor(hi - lo).isfinite().all()):
-        raise ValueError(f"there is no uniform start on an infinite clamp range {(lo, hi)}: pass init=")
-    # The clamp is for u = 1, and for lo + (hi - lo), which may round past hi.
-    states = uniform(seed, stream, chains, steps, dim, dtype=dtype) * (hi - lo) + lo
-    return states.clamp(lo, hi)  # type: ignore[arg-type]
-
-
-def _run(
-    choice: Choice, energy: Energy, chains: Chains, rule: Langevin, steps: int, thin: int, telemetry: bool
-) -> Advanced:
-    x = chains.x
-    if choice.description is None:
-        if choice.backend == "triton":
+def _advance(
+    energy: nn.Module, chains: Chains, rule: Langevin, steps: int, shape: Sequence[int], backend: str,
+    precision: str | None, compile: bool | str, on_nonfinite: str, cuda_graph: bool, thin: int, telemetry: bool,
+) -> tuple[Choice, Advanced]:  # fmt: skip
+    x, device = chains.x, chains.x.device
+    with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        choice = choose(energy, device, x.dtype, backend, precision, labels=chains.labels is not None)
+        if capturing(device) and choice.backend != "triton":
+            raise ValueError(
+                f"while a CUDA graph is captured only kernels can run, and this call would wait: {choice.why_not_fused}"
+            )
+        if _wants_compiled(compile, choice, x, steps):
+            bf16 = precision == "bf16" and torch_compiled.multiplies_bf16()
+            choice = replace(choice, path="compiled", precision="bf16" if bf16 else "ieee")
+        description = choice.description
+        if description is not None and description.dim != x.shape[1]:
+            raise ValueError(f"the energy takes {description.dim} dims, and the chains have {x.shape[1]}")
+        module = Energy(energy, shape, x.dtype)
+        if len(x) > 0 and readable(device):
+            if description is None or len(shape) > 1:
+                _check_takes(module, x[:1], None if chains.labels is None else torch.zeros_like(chains.labels[:1]))
+            n = None if chains.labels is None else n_classes(energy, x[:1].reshape(1, *shape))
+            if n is not None and chains.labels is not None:
+                run.check_classes(chains.labels, n)
+        start = x.clone() if on_nonfinite == "reinit" and chains.frozen is not None else x
+        why_not_recorded = _why_not_recorded(choice, device) if cuda_graph else None
+        recorder = CudaRecorder(device) if cuda_graph and why_not_recorded is None else None
+        energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
+        if description is not None:
+            description = description.to(device, x.dtype)
+            arguments = {"launch": choice.launch, "recorder": recorder, "thin": thin, "telemetry": telemetry}
+            try:
+                done = run.advance(
+                    description, chains, rule, steps, path=choice.path, precision=choice.precision, **arguments
+                )
+            except torch_compiled.CannotCompile as error:
+                warnings.warn(f"the torch path runs uncompiled: {error}", stacklevel=4)
+                choice = replace(choice, path="tiles", precision="ieee")
+                done = run.advance(
+                    description, chains, rule, steps, path=choice.path, precision=choice.precision, **arguments
+                )
+            energy_of = run.energy_of(description)
+        elif choice.backend == "triton":
             from .backends import fused  # only here: it imports triton
 
-            return fused.advance_module(energy, chains, rule, steps, thin=thin, telemetry=telemetry)
-        return reference.advance(energy, chains, rule, steps, thin=thin, telemetry=telemetry)
-    description = choice.description.to(x.device, x.dtype)
-    if choice.backend == "triton":
-        from .backends import fused
-
-        if choice.launch is None:
-            return fused.advance_products(description, chains, rule, steps, thin=thin, telemetry=telemetry)
-        return fused.advance_mlp(
-            description,
-            chains,
-            rule,
-            steps,
-            precision=choice.precision,
-            launch=choice.launch,
-            thin=thin,
-            telemetry=telemetry,
-        )
-    if choice.path == "compiled":
-        return torch_compiled.advance(
-            description, chains, rule, steps, precision=choice.precision, thin=thin, telemetry=telemetry
-        )
-    return torch_tiles.advance(description, chains, rule, steps, thin=thin, telemetry=telemetry)
+            done = fused.advance_module(module, chains, rule, steps, recorder=recorder, thin=thin, telemetry=telemetry)
+        else:
+            done = reference.advance(module, chains, rule, steps, thin=thin, telemetry=telemetry)
+        if why_not_recorded is not None:
+            done = done._replace(cuda_graph=why_not_recorded)
+        if on_nonfinite != "ignore":
+            run.settle(done, chains, start, rule, steps, dict(energy.named_parameters()), energy_of, on_nonfinite)
+    return choice, done
 
 
 def _wants_compiled(compile: bool | str, choice: Choice, x: Tensor, steps: int) -> bool:
@@ -337,25 +344,31 @@ def _wants_compiled(compile: bool | str, choice: Choice, x: Tensor, steps: int) 
     return bool(compile)
 
 
-def _diagnosis(energy: nn.Module, done: Advanced, bad: Tensor, rule: Langevin, steps: int) -> str:
-    """What went wrong, and what to try."""
-    n_bad, n_chains = int(bad.sum()), len(bad)
-    broken = [name for name, p in energy.named_parameters() if not bool(p.isfinite().all())]
-    if broken:
-        return f"{n_bad} of {n_chains} chains are not finite, because the energy's weights are not: {', '.join(broken)}"
-    where = "the energy of a finite state is not finite"
-    if bool((done.first_bad >= 0).any()):
-        first = int(done.first_bad[done.first_bad >= 0].min())
-        where = f"first at step {first} of {steps}"
-    size = float(done.x[bad].abs().max())
-    step = (
-        f"{rule.step_size:g}" if isinstance(rule.step_size, (int, float)) else f"up to {float(rule.step_size.max()):g}"
-    )
-    return (
-        f"{n_bad} of {n_chains} chains are not finite ({where}; last finite max |x| = {size:.3g}; step_size = {step}). "
-        "Try a smaller step_size, grad_clip=, clamp=, or an energy with bounded gradients (spectral_norm=True); "
-        'on_nonfinite="reinit" starts such chains anew, "ignore" keeps their last finite state.'
-    )
+def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
+    if choice.path in ("resident", "streaming"):
+        return "all steps are one launch of the fused kernel"
+    if choice.backend != "triton":
+        return "steps in plain PyTorch wait for the device"
+    if device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    return "a CUDA graph is captured already" if capturing(device) else None
+
+
+def check_capture(
+    on_nonfinite: str, seed: object, first_step: object, tensors: Sequence[object], device: torch.device
+) -> None:
+    """What a call must be like to be captured. tensors: all that it was given, and maybe other things."""
+    where = "while a CUDA graph is captured"
+    if on_nonfinite != "ignore":
+        raise ValueError(f'{where} nothing can wait for the device: pass on_nonfinite="ignore", not {on_nonfinite!r}')
+    if not (isinstance(seed, Tensor) or isinstance(first_step, Tensor)):
+        raise ValueError(
+            f"{where} the seed and the step would be frozen, and each replay repeat the same noise: pass seed= or "
+            "first_step= as an int64 tensor on the device, and change it between replays"
+        )
+    for value in tensors:
+        if isinstance(value, Tensor) and value.device.type != device.type:
+            raise ValueError(f"{where} every tensor must be on {device}, got one on {value.device}")
 
 
 def _check_takes(energy: Energy, x: Tensor, labels: Tensor | None) -> None:
@@ -368,32 +381,24 @@ def _check_takes(energy: Energy, x: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"the energy does not take states of shape (n_chains, {shape}){beside}: {error}") from error
 
 
-def _checked_labels(energy: Energy, labels: Tensor | None, x: Tensor) -> Tensor | None:
+def _checked_labels(energy: nn.Module, labels: Tensor | None, chains: Tensor) -> Tensor | None:
+    """chains: (n_chains,), where the states are."""
     if labels is None:
         return None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a tensor of integers, got {got}")
-    if labels.shape != (len(x),) or not _same_device(labels.device, x.device):
+    if labels.shape != chains.shape or not _same_device(labels.device, chains.device):
         raise ValueError(
-            f"labels must be ({len(x)},), one a chain, on {x.device}, got {tuple(labels.shape)} on {labels.device}"
+            f"labels must be ({len(chains)},), one a chain, on {chains.device}, got {tuple(labels.shape)} on "
+            f"{labels.device}"
         )
-    if not takes_labels(energy.module):
+    if not takes_labels(energy):
         raise ValueError(
-            f"labels were given, and {type(energy.module).__name__}.forward takes x only: wrap a classifier in "
+            f"labels were given, and {type(energy).__name__}.forward takes x only: wrap a classifier in "
             "ClassifierEnergy, or leave labels= out"
         )
-    return labels.detach().to(torch.int64).contiguous()
-
-
-def _check_classes(energy: nn.Module, labels: Tensor, x: Tensor) -> None:
-    """x: one state. On a device, a label out of range would end the process' use of it."""
-    n = n_classes(energy, x)
-    if n is not None and bool(((labels < 0) | (labels >= n)).any()):
-        raise ValueError(
-            f"labels must be in [0, {n}), the energy's classes, got values from {int(labels.min())} to "
-            f"{int(labels.max())}"
-        )
+    return labels.to(torch.int64).contiguous()
 
 
 def _checked_frozen(
@@ -429,10 +434,18 @@ def _checked_thin(thin: int, steps: int, return_trajectory: bool, on_nonfinite: 
     return thin
 
 
-def _checked_seed(seed: Tensor) -> Tensor:
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"a seed tensor must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
-    return seed.reshape(1)
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """(1,) int64: the given seed, or a fresh one, drawn where the chains are so that no one waits for it."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"a seed tensor must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
+        return seed.reshape(1)
+    if seed is None:
+        low, high = torch.randint(2**32, (2,), device=device)
+        drawn: Tensor = high << 32 | low
+        return drawn.reshape(1)
+    seed = draw_seed(seed)
+    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
 def _checked_first_steps(first_step: int | Tensor, steps: int, chains: Tensor) -> Tensor:
@@ -493,12 +506,8 @@ def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: to
             raise ValueError(f"input_size {input_size!r} and init of shape {tuple(init.shape)} disagree: leave one out")
     if device is not None and not _same_device(torch.device(device), init.device):
         raise ValueError(f"init is on {init.device} and device={device}: move one, or leave device= out")
-    finite = init.isfinite()
-    if not bool(finite.all()):
-        rows = (~finite).flatten(1).any(dim=1).nonzero().flatten()
-        raise ValueError(
-            f"init must be finite, got NaN or inf in {len(rows)} of {len(init)} chains (first: {int(rows[0])})"
-        )
+    if readable(init.device):
+        run.check_finite(init)
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

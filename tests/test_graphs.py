@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastebm import Langevin, MLPEnergy
+from fastebm import Langevin, MLPEnergy, langevin_sample
 from fastebm.backends import Chains
 from fastebm.backends.graphs import MIN_STEPS, WARM_UP, run_steps
 from fastebm.description import describe
@@ -108,3 +108,20 @@ def test_the_same_bits_as_step_by_step(rule, options, path, device):
     for a, b in zip((*found[:4], *found.telemetry), (*expected[:4], *expected.telemetry), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
     assert bool((found.first_bad >= 0).any()) == (rule == "explodes")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("module", [MLPEnergy(3, (8,)), nn.Sequential(MLPEnergy(3, (8,)), nn.Softplus())])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU; tests/test_gpu.py has the others")
+def test_why_nothing_is_recorded(backend, module):
+    options = {"batch_size": 4, "steps": 20, "step_size": 0.1, "seed": 0, "backend": backend, "return_info": True}
+    x, info = langevin_sample(module, 3, cuda_graph=True, **options)
+    expected, plain = langevin_sample(module, 3, **options)
+    assert torch.equal(x, expected)
+    assert plain.cuda_graph is None
+    if backend != "triton":
+        assert "plain PyTorch" in info.cuda_graph
+    elif info.path == "autograd":
+        assert "need a CUDA device" in info.cuda_graph
+    else:
+        assert "one launch" in info.cuda_graph

@@ -304,7 +304,7 @@ def test_uniform_start(backend, home, clamp):
 @pytest.mark.parametrize("clamp", [(0.1, 0.7), (-0.3, 0.9), (1e-3, 1.0), (-1.0, 0.1)])
 def test_uniform_start_at_the_largest_uniform_number_is_within_the_clamp(clamp, monkeypatch):
     """u(w) rounds to 1 for w near 2**32, one number in 2**25, and lo + (hi - lo) may round past hi."""
-    monkeypatch.setattr("fastebm.sampling.uniform", lambda *a, dtype, **k: torch.ones(4, DIM, dtype=dtype))
+    monkeypatch.setattr("fastebm.backends.run.uniform", lambda *a, dtype, **k: torch.ones(4, DIM, dtype=dtype))
     samples = langevin_sample(mlp(), batch_size=4, steps=0, clamp=clamp)
     assert torch.equal(samples, samples.clamp(*clamp))
 

@@ -1,0 +1,67 @@
+"""What ``langevin_sample`` does while torch.compile traces it. Imported only then: torch._dynamo takes seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..description import describe
+from ..langevin import Langevin
+from ..mlp import NotAnMLP
+from . import Advanced, Chains, op
+from . import choose as choosing
+
+__all__ = ["advance", "can_compile", "uncompiled"]
+
+
+# What they say of a machine stays true, and what torch.set_float32_matmul_precision said is taken when compiling. (This
+# marks them in place; torch can't trace them.)
+for _function in (choosing._has_triton, choosing._capability, choosing.default_precision):
+    torch.compiler.assume_constant_result(_function)  # type: ignore[no-untyped-call]
+
+
+def can_compile(energy: nn.Module, labels: Tensor | None, backend: str, generator: torch.Generator | None) -> bool:
+    """In whole, as one operator. Decided first, so that a graph break leaves none of the call half traced."""
+    if not isinstance(energy, nn.Module) or backend == "reference" or generator is not None:
+        return False
+    try:
+        describe(energy, labels=labels is not None)
+    except NotAnMLP:
+        return False
+    return True
+
+
+def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+uncompiled = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _uncompiled,
+    reason="langevin_sample compiles in whole for MLP energies only (see fastebm.why_not_fused), without "
+    'generator= and backend="reference"; ChainPool does not',
+)
+
+
+def advance(
+    energy: nn.Module,
+    chains: Chains,
+    rule: Langevin,
+    steps: int,
+    *,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+    precision: str | None,
+    **options: Any,
+) -> tuple[choosing.Choice, Advanced]:
+    """chains.x: (n_chains, *shape), or (n_chains, 0) for a uniform start."""
+    choice = choosing.choose(energy, chains.x.device, dtype, backend, precision, labels=chains.labels is not None)
+    description = choice.description
+    assert description is not None  # can_compile
+    if description.dim != math.prod(shape):
+        raise ValueError(f"the energy takes {description.dim} dims, and the chains have {math.prod(shape)}")
+    return choice, op.advance(description, chains, rule, steps, path=choice.path, precision=choice.precision, **options)

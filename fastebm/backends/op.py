@@ -1,0 +1,167 @@
+"""All of a ``langevin_sample`` of an MLP energy as one operator of torch.library, ``fastebm::langevin``.
+
+Tensors and plain constants only, so that a compiler need not look inside: what depends on data (checks, raising,
+restarting chains) happens in here, and weights are arguments, so that no compiled code keeps old ones. How a call
+becomes these arguments is this file's alone: ``advance`` encodes, the operator decodes.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from ..description import Description
+from ..langevin import Langevin
+from ..mlp import MLP, Activation
+from ..noise import Stream
+from ..tracing import capturing, operator
+from . import Advanced, Chains, Telemetry, run
+from .choose import launch_for
+
+__all__ = ["advance", "encode_networks", "encode_rule"]
+
+
+def encode_networks(mlps: tuple[MLP, ...]) -> str:
+    """Heads and activations: "scalar silu=0.0 leaky_relu=0.2;logsumexp tanh=0.0"."""
+    return ";".join(" ".join([mlp.head, *(f"{a.name}={a.parameter!r}" for a in mlp.activations)]) for mlp in mlps)
+
+
+def _decode_networks(networks: str, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[MLP, ...]:
+    words = [network.split() for network in networks.split(";")]
+    ends = accumulate(map(len, words), initial=0)  # as many layers as words: the head's for the head
+    mlps = []
+    for (head, *layers), (first, end) in zip(words, pairwise(ends), strict=True):
+        pairs = (layer.split("=") for layer in layers)
+        activations = tuple(Activation(name, float(parameter)) for name, parameter in pairs)
+        mlps.append(MLP(tuple(weights[first:end]), tuple(biases[first:end]), activations, head))
+    return tuple(mlps)
+
+
+def encode_rule(rule: Langevin) -> tuple[list[float], list[Tensor | None], float | None, float | None]:
+    """step_size, noise_scale and the clamp's two, each in one of two lists; then both clips."""
+    values = (rule.step_size, rule.noise_scale, *(rule.clamp or ()))
+    numbers = [math.nan if isinstance(v, Tensor) else float(v) for v in values]
+    tensors = [v if isinstance(v, Tensor) else None for v in values]
+    grad_clip, norm_clip = (None if clip is None else float(clip) for clip in (rule.grad_clip, rule.grad_norm_clip))
+    return numbers, tensors, grad_clip, norm_clip
+
+
+def _decode_rule(
+    numbers: list[float], tensors: list[Tensor | None], grad_clip: float | None, grad_norm_clip: float | None
+) -> Langevin:
+    step_size, noise_scale, *clamp = (n if t is None else t for n, t in zip(numbers, tensors, strict=True))
+    bounds = (clamp[0], clamp[1]) if clamp else None
+    return Langevin(step_size, noise_scale, grad_clip, bounds, grad_norm_clip)
+
+
+def _fake(  # type: ignore[no-untyped-def]
+    x, seed, chains, first_steps, labels, frozen, weights, biases, networks, scales, curvature, mean, linear, constant,
+    numbers, tensors, grad_clip, grad_norm_clip, steps, thin, telemetry, path, precision, on_nonfinite,
+):  # fmt: skip
+    n, dim = chains.shape[0], weights[0].shape[1]
+    x = x.new_empty((n, dim), dtype=_dtype(x))
+    return (
+        x,
+        x.new_empty((n,)),
+        x.new_empty((n,), dtype=torch.int32),
+        x.new_empty((n, steps // thin, dim) if thin else (0,)),
+        x.new_empty((3, n) if telemetry else (0,)),
+    )
+
+
+# cudagraph_unsafe: it looks at values, and so waits for the device; the CUDA graphs of torch.compile go round it.
+@operator(
+    "langevin",
+    "(Tensor x, Tensor seed, Tensor chains, Tensor first_steps, Tensor? labels, Tensor? frozen, "
+    "Tensor[] weights, Tensor?[] biases, str networks, "
+    "Tensor scales, Tensor? curvature, Tensor? mean, Tensor? linear, Tensor constant, "
+    "float[] numbers, Tensor?[] tensors, float? grad_clip, float? grad_norm_clip, "
+    "int steps, int thin, bool telemetry, str path, str precision, str on_nonfinite) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def langevin(  # type: ignore[no-untyped-def]
+    x, seed, chains, first_steps, labels, frozen, weights, biases, networks, scales, curvature, mean, linear, constant,
+    numbers, tensors, grad_clip, grad_norm_clip, steps, thin, telemetry, path, precision, on_nonfinite,
+):  # fmt: skip
+    """x: (n, *shape) start; (n, 0): a uniform one. seed: (1,) int64. chains: (n,) global numbers. frozen: any shape.
+
+    weights, biases: of all networks in turn. Returns what ``Advanced`` holds, (0,) for what was not asked for.
+    """
+    dtype, device, dim = _dtype(x), x.device, weights[0].shape[1]
+    mlps = _decode_networks(networks, weights, biases)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        description = Description(mlps, scales, curvature, mean, linear, constant).to(device, dtype)
+        rule = _decode_rule(numbers, tensors, grad_clip, grad_norm_clip)
+        if not capturing(device):
+            run.check_finite(x)
+            if labels is not None:
+                run.check_classes(labels, min(len(mlp.weights[-1]) for mlp in mlps if mlp.head == "class"))
+        if x.ndim == 2 and x.shape[1] == 0:
+            x = run.uniform_states(seed, Stream.INITIAL, chains, 0, dim, clamp=rule.clamp, dtype=dtype)
+        else:
+            x = x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(len(chains), dim)
+        frozen = None if frozen is None else frozen.reshape(-1, dim)
+        moving = Chains(x, seed, chains, first_steps, labels, frozen)
+        start = x.clone() if on_nonfinite == "reinit" and frozen is not None else x
+        launch = launch_for(description, precision, device) if path in ("resident", "streaming") else None
+        done = run.advance(
+            description, moving, rule, steps, path=path, precision=precision, launch=launch, thin=thin,
+            telemetry=telemetry,
+        )  # fmt: skip
+        if on_nonfinite != "ignore":
+            named = {f"{kind} {i}": v for kind, vs in (("weight", weights), ("bias", biases)) for i, v in enumerate(vs)}
+            given = {name: v for name, v in named.items() if v is not None}
+            run.settle(done, moving, start, rule, steps, given, run.energy_of(description), on_nonfinite)
+    nothing = x.new_empty(0)
+    return (
+        done.x,
+        done.energy,
+        done.first_bad,
+        nothing if done.trajectory is None else done.trajectory,
+        nothing.clone() if done.telemetry is None else torch.stack(done.telemetry),
+    )
+
+
+def advance(
+    description: Description,
+    chains: Chains,
+    rule: Langevin,
+    steps: int,
+    *,
+    path: str,
+    precision: str,
+    on_nonfinite: str,
+    thin: int,
+    telemetry: bool,
+) -> Advanced:
+    """The operator on a call. chains.x: as the operator takes it. chains.seed: a tensor."""
+    x, energy, first_bad, trajectory, told = langevin(
+        *chains,
+        [weight for mlp in description.mlps for weight in mlp.weights],
+        [bias for mlp in description.mlps for bias in mlp.biases],
+        encode_networks(description.mlps),
+        description.scales,
+        description.curvature,
+        description.mean,
+        description.linear,
+        description.constant,
+        *encode_rule(rule),
+        steps,
+        thin,
+        telemetry,
+        path,
+        precision,
+        on_nonfinite,
+    )
+    return Advanced(
+        x, energy, first_bad, trajectory if thin else None, Telemetry(*told.unbind()) if telemetry else None
+    )
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,150 @@
+"""What ``langevin_sample`` and the operator of compiled calls have in common: the start, an MLP energy on the path that
+was chosen, and what becomes of chains that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..description import Description
+from ..langevin import Bounds, Langevin
+from ..noise import Stream, uniform
+from ..tracing import readable
+from . import Advanced, Chains, torch_compiled, torch_tiles
+from .graphs import Recorder
+
+__all__ = ["NonFiniteError", "advance", "check_classes", "check_finite", "energy_of", "settle", "uniform_states"]
+
+
+class NonFiniteError(RuntimeError):
+    """Some chains left the finite numbers, and ``on_nonfinite="raise"``."""
+
+
+def check_finite(init: Tensor) -> None:
+    """init: (n_chains, *shape)."""
+    finite = init.isfinite()
+    if not bool(finite.all()):
+        rows = (~finite).flatten(1).any(dim=1).nonzero().flatten()
+        raise ValueError(
+            f"init must be finite, got NaN or inf in {len(rows)} of {len(init)} chains (first: {int(rows[0])})"
+        )
+
+
+def check_classes(labels: Tensor, n: int) -> None:
+    """On a device, a label out of range would end the process' use of it."""
+    if bool(((labels < 0) | (labels >= n)).any()):
+        raise ValueError(
+            f"labels must be in [0, {n}), the energy's classes, got values from {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+
+
+def uniform_states(
+    seed: int | Tensor,
+    stream: Stream,
+    chains: Tensor,
+    steps: Tensor | int,
+    dim: int,
+    *,
+    clamp: Bounds | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """States uniform on the clamp range, or on [-1, 1] without one: (n_chains, dim)."""
+    lo, hi = Langevin(clamp=clamp).bounds(dim, dtype=dtype, device=chains.device) or (-1.0, 1.0)
+    width = hi - lo
+    known = not isinstance(width, Tensor) or readable(width.device)
+    if known and not bool(torch.as_tensor(width).isfinite().all()):
+        raise ValueError(f"there is no uniform start on an infinite clamp range {(lo, hi)}: pass init=")
+    # The clamp is for u = 1, and for lo + (hi - lo), which may round past hi.
+    states = uniform(seed, stream, chains, steps, dim, dtype=dtype) * width + lo
+    return states.clamp(lo, hi)  # type: ignore[arg-type]
+
+
+def advance(
+    description: Description,
+    chains: Chains,
+    rule: Langevin,
+    steps: int,
+    *,
+    path: str,
+    precision: str,
+    launch: Any,
+    recorder: Recorder | None = None,
+    thin: int = 0,
+    telemetry: bool = False,
+) -> Advanced:
+    """An MLP energy on a ``Choice``'s path. chains.x is moved in place."""
+    options: dict[str, Any] = {"thin": thin, "telemetry": telemetry}
+    if path == "tiles":
+        return torch_tiles.advance(description, chains, rule, steps, **options)
+    if path == "compiled":
+        return torch_compiled.advance(description, chains, rule, steps, precision=precision, **options)
+    from . import fused  # only here: it imports triton
+
+    if path == "products":
+        return fused.advance_products(description, chains, rule, steps, recorder=recorder, **options)
+    return fused.advance_mlp(description, chains, rule, steps, precision=precision, launch=launch, **options)
+
+
+def energy_of(description: Description) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """(n, dim) states, and labels (n,) or None -> (n,)."""
+
+    def energy(x: Tensor, labels: Tensor | None) -> Tensor:
+        zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return torch_tiles.advance(description, Chains(x.clone(), 0, zeros, zeros, labels), Langevin(), 0).energy
+
+    return energy
+
+
+def settle(
+    done: Advanced,
+    chains: Chains,
+    start: Tensor,
+    rule: Langevin,
+    steps: int,
+    weights: Mapping[str, Tensor],
+    energy: Callable[[Tensor, Tensor | None], Tensor],
+    on_nonfinite: str,
+) -> None:
+    """Raise for chains that are not finite, or start them anew in place. The call's one device sync.
+
+    start: the states before, read where ``chains.frozen``. weights: by name, for the error. energy: of new states.
+    """
+    bad = (done.first_bad >= 0) | ~done.energy.isfinite()
+    if not bool(bad.any()):
+        return
+    if on_nonfinite == "raise":
+        raise NonFiniteError(_diagnosis(weights, done, bad, rule, steps))
+    chains = chains.rows(bad)
+    ages = chains.first_steps + steps
+    fresh = uniform_states(
+        chains.seed, Stream.POOL, chains.numbers, ages, start.shape[1], clamp=rule.clamp, dtype=start.dtype
+    )
+    if chains.frozen is not None:
+        fresh = torch.where(chains.frozen, start[bad], fresh)
+    done.x[bad] = fresh
+    done.energy[bad] = energy(fresh, chains.labels)
+
+
+def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, rule: Langevin, steps: int) -> str:
+    """What went wrong, and what to try."""
+    n_bad, n_chains = int(bad.sum()), len(bad)
+    broken = [name for name, p in weights.items() if not bool(p.isfinite().all())]
+    if broken:
+        return f"{n_bad} of {n_chains} chains are not finite, because the energy's weights are not: {', '.join(broken)}"
+    where = "the energy of a finite state is not finite"
+    if bool((done.first_bad >= 0).any()):
+        first = int(done.first_bad[done.first_bad >= 0].min())
+        where = f"first at step {first} of {steps}"
+    size = float(done.x[bad].abs().max())
+    step = (
+        f"{rule.step_size:g}" if isinstance(rule.step_size, (int, float)) else f"up to {float(rule.step_size.max()):g}"
+    )
+    return (
+        f"{n_bad} of {n_chains} chains are not finite ({where}; last finite max |x| = {size:.3g}; step_size = {step}). "
+        "Try a smaller step_size, grad_clip=, clamp=, or an energy with bounded gradients (spectral_norm=True); "
+        'on_nonfinite="reinit" starts such chains anew, "ignore" keeps their last finite state.'
+    )
