@@ -33,8 +33,8 @@ class SampleInfo:
     backend: "triton", "torch" or "reference". path: what ran in it ("resident" or "streaming": the fused
     kernel; "tiles", "compiled" or "products": closed-form gradient; "autograd"). why_not_fused: why the fused kernel
     did not run, or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
-    the call is compiled). temperature: implied, noise_scale^2. cuda_graph: with ``cuda_graph=True``, "recorded" or in words
-    why no step was; else None.
+    the call is compiled). temperature: implied, noise_scale^2. cuda_graph: with ``cuda_graph=True``, "recorded" or in
+    words why no step was; else None.
 
     All others are (n_chains,). energies: E of the last states. first_bad_step: int32, first step of this call
     whose new state was not finite; -1 if none. grad_norm: |dE/dx| before clips, over the coordinates that are not
@@ -151,8 +151,8 @@ def langevin_sample(
                 noise_scale=noise_scale, init=init, labels=labels, frozen=frozen, clamp=clamp, grad_clip=grad_clip,
                 grad_norm_clip=grad_norm_clip, seed=seed, generator=generator, first_chain=first_chain,
                 first_step=first_step, backend=backend, precision=precision, compile=compile, device=device,
-                on_nonfinite=on_nonfinite, cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin, out=out,
-                return_info=return_info,
+                on_nonfinite=on_nonfinite, cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin,
+                out=out, return_info=return_info,
             )  # fmt: skip
     rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip)
     if not isinstance(energy, nn.Module):

@@ -630,8 +630,11 @@ def test_exploding_noise_freezes_as_in_the_reference(path, dim, device):
     expected = advance("reference", slide(dim), x, rule, 4)
     assert {-1, 0} < set(expected.first_bad.tolist())
     done = advance(path, slide(dim).to(home), x.to(home), rule, 4)
-    assert torch.equal(done.first_bad.cpu(), expected.first_bad)
-    torch.testing.assert_close(done.x.cpu(), expected.x, rtol=1e-5, atol=1e33)
+    # Kernels scale the radius of Box and Muller, which may pass float32's end where its sine would have come back.
+    early = done.first_bad.cpu() != expected.first_bad
+    assert (rule.noise_scale[early, 0] * 2**0.5 * 6.8 > torch.finfo(torch.float32).max).all()
+    assert path != "torch" or not early.any()
+    torch.testing.assert_close(done.x.cpu()[~early], expected.x[~early], rtol=1e-5, atol=1e33)
 
 
 @pytest.mark.parametrize("path", ["torch", "update", "resident ieee", "streaming ieee"])
