@@ -44,11 +44,8 @@ class FakeRecorder:
         return replay
 
 
-outcomes = pytest.mark.parametrize("options", [{}, {"waits": True}, {"fails": True}], ids=str)
-
-
 @pytest.mark.parametrize("steps", [0, 1, MIN_STEPS - 1, MIN_STEPS, 60])
-@outcomes
+@pytest.mark.parametrize("options", [{}, {"waits": True}, {"fails": True}], ids=str)
 def test_every_step_is_taken_once_and_then_looked_at(steps, options):
     recorder, taken = FakeRecorder(**options), []
     how = run_steps(lambda: taken.append("step"), steps, recorder, taken.append)
@@ -82,11 +79,17 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("path", ["autograd", "products"])
-@pytest.mark.parametrize("rule", RULES)
-@outcomes
+@pytest.mark.parametrize(
+    ("rule", "path", "options"),
+    [
+        *((rule, path, {}) for rule in RULES for path in ("autograd", "products")),
+        ("schedule", "autograd", {"waits": True}),
+        ("schedule", "products", {"fails": True}),
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-def test_the_same_bits_as_step_by_step(rule, options, path, device):
+def test_the_same_bits_as_step_by_step(rule, path, options, device):
     pytest.importorskip("triton")
     from fastebm.backends import fused
 

@@ -236,7 +236,7 @@ SUMS = {
 
 
 @every_compiler
-@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("class", "sum"))) for n in SUMS])
 def test_the_same_bits_of_heads_and_sums(name, backend, untouched):
     make, given = SUMS[name]
     energy, x = make(), torch.randn(5, 3)
