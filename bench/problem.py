@@ -260,7 +260,7 @@ def truncated(values: Tensor, bits: int) -> Tensor:
     return (values.contiguous().view(torch.int32) & -(1 << bits)).view(torch.float32)
 
 
-def halves(values: Tensor, precision: str, *, in_kernel: bool) -> tuple[Tensor, ...]:
+def halves(values: Tensor, precision: str, *, in_kernel: bool, on_gpu: bool) -> tuple[Tensor, ...]:
     """An operand as a precision multiplies it: a sum of terms, each exact in float32.
 
     Weights are rounded on the host. In the kernel, bf16x3 cuts the high half off and rounds the rest, and tensor
@@ -269,22 +269,27 @@ def halves(values: Tensor, precision: str, *, in_kernel: bool) -> tuple[Tensor, 
     if precision in ("ieee", "float32"):
         return (values,)
     if precision == "tf32":
-        return (values if interpreted() else truncated(values, 13),)
-    cut = in_kernel and (interpreted() or precision == "bf16x3")
+        return (truncated(values, 13) if on_gpu else values,)
+    cut = in_kernel and (not on_gpu or precision == "bf16x3")
     rounded = truncated(values, 16) if cut else values.bfloat16().float()
     if precision == "bf16":
         return (rounded,)
     rest = values - rounded
-    return rounded, truncated(rest, 16) if in_kernel and interpreted() else rest.bfloat16().float()
+    return rounded, truncated(rest, 16) if in_kernel and not on_gpu else rest.bfloat16().float()
 
 
-def plain_gradient(mlp: MLP, x: Tensor, precision: str) -> Tensor:
-    """dE/dx by plain PyTorch with operands rounded as documented for a precision; sums in float32."""
+def plain_gradient(mlp: MLP, x: Tensor, precision: str, *, on_gpu: bool | None = None) -> Tensor:
+    """dE/dx by plain PyTorch with operands rounded as documented for a precision; sums in float32.
+
+    on_gpu: as tensor cores round, or as the interpreter does. None: as where kernels run now.
+    """
+    on_gpu = not interpreted() if on_gpu is None else on_gpu
 
     def product(a: Tensor, w: Tensor) -> Tensor:
         if precision == MM_BF16:
             return (a.bfloat16() @ w.bfloat16()).float()
-        a_terms, w_terms = halves(a, precision, in_kernel=True), halves(w, precision, in_kernel=False)
+        a_terms = halves(a, precision, in_kernel=True, on_gpu=on_gpu)
+        w_terms = halves(w, precision, in_kernel=False, on_gpu=on_gpu)
         terms = [a_terms[i] @ w_terms[j] for i in range(len(a_terms)) for j in range(len(w_terms)) if i + j < 2]
         return torch.stack(terms).sum(dim=0)
 

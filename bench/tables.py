@@ -223,9 +223,32 @@ def compilation() -> str:
 
 
 # file, marker, and what stands between <!-- marker --> and <!-- /marker -->
+def precision() -> str:
+    rows = _read("precision.csv")
+    first = rows[0]
+    names = ("kernel_error", "plain_error", "plain_error_on_gpu")
+    where = "on a GPU" if first["device"] == "cuda" else "in the interpreter"
+    table = _table(
+        [
+            "energy",
+            "precision",
+            f"kernel, {where}",
+            "plain PyTorch, the same roundings",
+            "plain PyTorch, tensor cores' roundings",
+        ],
+        [[row["case"].replace(" ", ""), row["precision"], *(row[name] for name in names)] for row in rows],
+    )
+    return (
+        f"{table}\n\nRoot-mean-square error of the gradient against float64, relative, by `python bench/precision.py`: "
+        f"torch {first['torch']}, triton {first['triton']}, {first['date']}, commit {first['commit']} "
+        "(`bench/results/precision.csv`)."
+    )
+
+
 TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "digits", digits),
     ("docs/performance.md", "resources", resources),
+    ("docs/performance.md", "precision", precision),
     ("docs/performance.md", "steps", steps),
     ("docs/performance.md", "training", training),
     ("docs/performance.md", "efficiency", efficiency),
