@@ -103,10 +103,13 @@ def advance(
         )  # fmt: skip
         given = [v for v in tensors if v is not None]
         state, bad_at = block.x, torch.full((n_rows,), -1, dtype=torch.int32)
+        at, a_steps, b_steps = torch.tensor(0), a_rows.t()[..., None], b_rows.t()[..., None]  # (steps, rows or 1, 1)
+        step: Callable[..., list[Tensor]] | None = None
         norm, clipped, clamped = state.new_full((n_rows,), torch.nan), state.new_zeros(n_rows), state.new_zeros(n_rows)
         for t in range(steps):
-            arguments = [*given, state, bad_at, torch.tensor(t), a_rows[:, t, None], b_rows[:, t, None]]
-            state, bad_at, *told = _compiled(plan, arguments)(*arguments)
+            arguments = [*given, state, bad_at, at.fill_(t), a_steps[t], b_steps[t]]
+            step = step or _compiled(plan, arguments)
+            state, bad_at, *told = step(*arguments)
             if telemetry:
                 norm = told[0]
                 clipped += told[1]
@@ -129,7 +132,9 @@ def _constants(
     """The tensors that all blocks share, in the order in which ``_step`` takes them."""
     tensors: list[Tensor | None] = []
     for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True):
-        tensors += [*(w.to(operand) for w in mlp.weights), *mlp.biases, scale]
+        first, *others = (w.to(operand) for w in mlp.weights)
+        # The way down to few dims is a slow product in the library (fivefold at 2) unless the weight is laid out so.
+        tensors += [first.t().contiguous().t(), *others, *mlp.biases, scale]
     tensors += [description.curvature, description.mean, description.linear]
     bounds = rule.bounds(description.dim) or (None, None)
     tensors += [None if bound is None else torch.as_tensor(bound, dtype=torch.float32) for bound in bounds]
