@@ -103,7 +103,7 @@ def _key(case: Case) -> str:
 STEPS = {
     _key(case): case
     for case in (
-        *(*CASES, _conv(4_096), _conv(256)),
+        *(*CASES, Case(*PHOTOGRAPHS, 512), _conv(4_096), _conv(256)),
         *(Case(*TOY, 1_024), Case(*TABLE, 1_024), Case(*PHOTOGRAPHS, 64), _conv(64)),
     )
 }

@@ -21,14 +21,14 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Stream", "draw_seed", "normal", "philox4x32", "traceable_normal", "uniform", "words"]
+__all__ = ["Stream", "blocks_at_once", "draw_seed", "normal", "philox4x32", "traceable_normal", "uniform", "words"]
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
-# Counters worked on at once on a CPU: the fastest of 4,096 to 65,536 on a Zen 4 core, where fewer pay for PyTorch's
-# cost per operation and more for leaving the cache.
+# Counters that a thread of a CPU works on at once: the fastest of 4,096 to 65,536 on a Zen 4 core, where fewer pay for
+# PyTorch's cost per operation and more for leaving the cache.
 _CHUNK = 32768
 
 
@@ -201,6 +201,11 @@ def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int
     return int(high) << 32 | int(low)
 
 
+def blocks_at_once(device: torch.device) -> int:
+    """Blocks of four normals that are drawn together, at least, for PyTorch's cost per operation to be small."""
+    return _CHUNK * torch.get_num_threads() if device.type == "cpu" else 0
+
+
 def _n_blocks(dim: int) -> int:
     return (dim + 3) // 4
 
@@ -219,7 +224,7 @@ def _chunks(
     Chunks of a CPU stay in cache; another device takes all rows at once.
     """
     n_rows, n_blocks, _ = out.shape
-    size = min(n_rows, max(1, _CHUNK // max(1, n_blocks))) if out.device.type == "cpu" else n_rows
+    size = min(n_rows, max(1, blocks_at_once(out.device) // max(1, n_blocks))) if out.device.type == "cpu" else n_rows
     ints = torch.empty(6, size, n_blocks, dtype=torch.int64, device=out.device)
     floats = torch.empty(3, size, n_blocks, dtype=out.dtype, device=out.device)
     for i in range(0, n_rows, max(1, size)):

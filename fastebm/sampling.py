@@ -19,6 +19,7 @@ from .energies import Energy, n_classes, takes_labels
 from .langevin import Bounds, Langevin
 from .mlp import NotAnMLP, evaluating
 from .noise import Stream, draw_seed
+from .threads import survives_fork
 from .tracing import capturing, readable
 
 __all__ = ["NonFiniteError", "SampleInfo", "advance_chains", "langevin_sample", "state_shape", "uniform_states"]
@@ -56,6 +57,7 @@ class SampleInfo:
     clamped: Tensor
 
 
+@survives_fork
 def langevin_sample(
     energy: nn.Module,
     input_size: int | Sequence[int] | None = None,
@@ -207,6 +209,7 @@ def langevin_sample(
     return (samples, info) if info is not None else samples
 
 
+@survives_fork
 def advance_chains(
     energy: nn.Module,
     chains: Chains,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, SumEnergy, langevin_sample
-from fastebm.backends import Chains, reference, torch_compiled
+from fastebm.backends import Chains, reference, torch_compiled, torch_tiles
 from fastebm.description import describe
 from fastebm.energies import Energy
 from fastebm.noise import Stream, normal, traceable_normal
@@ -81,7 +81,7 @@ def test_agrees_with_the_reference_in_every_option(labels):
 def test_bits_do_not_depend_on_the_batch():
     """Over more than one block, and with a neighbour that explodes."""
     energy = an_energy()
-    n_chains = torch_compiled._ROWS + 100
+    n_chains = torch_tiles._TILE_ROWS + 100
     x = torch.randn(n_chains, 5)
     wild = x.clone()
     wild[3] = 3e38

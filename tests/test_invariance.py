@@ -1,5 +1,9 @@
 """A chain's bits depend on its number, its age and its start: not on the batch, its order, or the threads."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from fastebm.kernels.launch import Launch, block
@@ -112,20 +116,23 @@ def test_any_batch_of_the_fused_update(device, dim):
     check_any_batch(on_the_fused_update(device), make_chains(70 if dim < 300 else 20, dim), sizes=(1, 9))
 
 
-@pytest.mark.parametrize("n_chains", [1, 64, 255, 600])
-@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+# The last are widths that 3 or 5 threads would split within a vector, or within a padded row.
+@pytest.mark.parametrize(
+    ("dim", "widths", "n_chains"),
+    [*((*shape, n) for shape in ARCHITECTURES for n in (1, 255)), (20, [40, 72], 2100), (300, [150, 33], 600)],
+)
 def test_any_number_of_threads(dim, widths, n_chains):
     run, chains = on_torch(make_mlp(dim, widths)), make_chains(n_chains, dim)
-    before = torch.get_num_threads()
+    before, results = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        one = run(*chains)
-        torch.set_num_threads(2)
-        two = run(*chains)
-        assert torch.get_num_threads() == 2
+        for n_threads in (1, 2, 3, 5):
+            torch.set_num_threads(n_threads)
+            results.append(run(*chains))
+            assert torch.get_num_threads() == n_threads
     finally:
         torch.set_num_threads(before)
-    assert same_bits(two, one)
+    for result in results[1:]:
+        assert same_bits(result, results[0])
 
 
 def paths(device):
@@ -175,3 +182,44 @@ def test_parts_of_a_public_call(device, backend):
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(langevin_sample(energy, batch_size=100, steps=4, **options), whole)
     assert not torch.equal(langevin_sample(energy, batch_size=100, steps=4, **{**options, "seed": 8}), whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_a_fork():
+    """A child of a process whose OpenMP threads ran would wait for them for ever; in a process of its own to fork."""
+    script = """
+import os, torch, fastebm
+torch.set_num_threads(2)
+energy, init = fastebm.MLPEnergy(64, (128,)), torch.rand(2048, 64)
+def run():
+    options = {"step_size": 0.1, "noise_scale": 1.0, "seed": 1, "backend": "torch", "compile": False}
+    fresh = fastebm.langevin_sample(energy, batch_size=2048, steps=1, **options)
+    return fresh, fastebm.langevin_sample(energy, init=init, steps=2, **options)
+before = run()
+if (child := os.fork()) == 0:
+    after = run()
+    is_two = torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    os._exit(0 if is_two and all(map(torch.equal, before, after)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_chains():
+    """Beside the start and the samples: tiles. 60,000 chains of 784 are 188 MB."""
+    script = """
+import resource, torch, fastebm
+energy, options = fastebm.build(784, hidden_sizes=(256, 128)), {"steps": 1, "backend": "torch", "compile": False}
+fastebm.langevin_sample(energy, batch_size=2048, **options)
+init = torch.rand(60_000, 784)
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+samples = fastebm.langevin_sample(energy, init=init, **options)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - samples.nbytes)
+"""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("resident memory is read from /proc")
+    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True, text=True)
+    assert int(done.stdout) < 60e6

@@ -12,11 +12,15 @@ from torch import Tensor
 from ..description import Description
 from ..langevin import Bounds, Langevin
 from ..noise import Stream, uniform
+from ..threads import survives_fork
 from ..tracing import readable
 from . import Advanced, Chains, torch_compiled, torch_tiles
 from .graphs import Recorder
 
 __all__ = ["NonFiniteError", "advance", "check_classes", "check_finite", "energy_of", "settle", "uniform_states"]
+
+# Chains that are tested together: of a large start no whole copies are made.
+_ROWS_AT_ONCE = 4096
 
 
 class NonFiniteError(RuntimeError):
@@ -25,9 +29,12 @@ class NonFiniteError(RuntimeError):
 
 def check_finite(init: Tensor) -> None:
     """init: (n_chains, *shape)."""
-    finite = init.isfinite()
+    # A sum is finite only if all its terms are, and takes no memory; one that overflowed by itself is looked into.
+    if bool(init.sum().isfinite()):
+        return
+    finite = torch.cat([part.isfinite().flatten(1).all(dim=1) for part in torch.split(init, _ROWS_AT_ONCE)])
     if not bool(finite.all()):
-        rows = (~finite).flatten(1).any(dim=1).nonzero().flatten()
+        rows = (~finite).nonzero().flatten()
         raise ValueError(
             f"init must be finite, got NaN or inf in {len(rows)} of {len(init)} chains (first: {int(rows[0])})"
         )
@@ -42,6 +49,7 @@ def check_classes(labels: Tensor, n: int) -> None:
         )
 
 
+@survives_fork
 def uniform_states(
     seed: int | Tensor,
     stream: Stream,
@@ -59,8 +67,8 @@ def uniform_states(
     if known and not bool(torch.as_tensor(width).isfinite().all()):
         raise ValueError(f"there is no uniform start on an infinite clamp range {(lo, hi)}: pass init=")
     # The clamp is for u = 1, and for lo + (hi - lo), which may round past hi.
-    states = uniform(seed, stream, chains, steps, dim, dtype=dtype) * width + lo
-    return states.clamp(lo, hi)  # type: ignore[arg-type]
+    states = uniform(seed, stream, chains, steps, dim, dtype=dtype).contiguous().mul_(width).add_(lo)
+    return states.clamp_(lo, hi)  # type: ignore[arg-type]
 
 
 def advance(

@@ -23,17 +23,13 @@ from ..langevin import Langevin
 from ..mlp import Activation
 from ..noise import Stream, traceable_normal
 from . import Advanced, Chains, Telemetry
-from .torch_tiles import Evaluator, padded_rows, rows_of_products
+from .torch_tiles import Evaluator, padded_rows, rows_of_products, tile_rows
 
 __all__ = ["CannotCompile", "advance", "multiplies_bf16", "pays"]
 
 # Seconds of uncompiled work on one core that compiling must stand against: it takes 10 to 40 seconds at first, and
 # halves the rest.
 _WORTH = 120.0
-
-# Chains of one block of up to 256 dims, and four times as many as of a wider one: what lies between two products then
-# stays in a cache, and a block pays for its calls.
-_ROWS = 2048
 
 
 class CannotCompile(Exception):
@@ -90,7 +86,7 @@ def advance(
     )
     constants = _constants(description, chains.seed, rule, torch.bfloat16 if precision == "bf16" else torch.float32)
     layers = tuple((mlp.activations, mlp.head) for mlp in description.mlps)
-    n_rows = _ROWS if dim <= 256 else _ROWS // 4
+    n_rows = tile_rows(dim, x.device)
     evaluator = Evaluator(description, n_rows, rows_of_products(x.device))
     for first in range(0, n_chains, n_rows):
         rows = slice(first, min(first + n_rows, n_chains))

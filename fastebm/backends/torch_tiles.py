@@ -1,16 +1,15 @@
 """The fast pure-PyTorch path for MLP energies: closed-form gradient, all K steps of a tile before the next.
 
-A tile's buffers fit in cache and are reused, so extra memory is O(threads x tile), not O(chains x width).
-Tiles run on Python threads, one PyTorch thread each: an operation on a tile is too small to split further.
+A tile's buffers are reused, so extra memory is O(tile), not O(chains x width). Threads work within an operation:
+Python threads, one a tile, gave no second core's worth, for every operation waits for Python's lock.
 
-Bits do not depend on the batch: a matrix product may round a row differently for another number of rows, so
-every product has the same number of rows (the last tile is padded), whatever the number of chains.
+Bits do not depend on the batch: a matrix product may round a row differently for another number of rows or threads, so
+every product has, or rounds like one that has, the same few rows on one thread (the last tile is padded).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from ..description import Description
 from ..langevin import Langevin
 from ..mlp import MLP
-from ..noise import Stream, normal
+from ..noise import Stream, blocks_at_once, normal
+from ..threads import threads
 from . import Advanced, Chains, Telemetry
 
 __all__ = ["Evaluator", "advance", "matrix", "padded_rows", "rows_of_products"]
@@ -27,12 +27,13 @@ __all__ = ["Evaluator", "advance", "matrix", "padded_rows", "rows_of_products"]
 # Rows of one matrix product on a CPU: a call with few chains is padded to no more than this.
 _PRODUCT_ROWS = 64
 
-# Rows of one tile on a CPU, a multiple of the above: large enough for PyTorch's cost per operation to be small,
-# small enough for the buffers to stay in a core's cache.
-_TILE_ROWS = 256
+# Rows of one tile on a CPU, of up to 256 dims and of more: large enough for PyTorch's cost per operation to be small
+# and for threads to share it, small enough for the buffers to stay in cache. Powers of two times the above.
+_TILE_ROWS, _WIDE_TILE_ROWS = 2048, 512
 
-# Philox blocks drawn ahead for a tile: what noise.py works on at once.
-_NOISE_BLOCKS = 32768
+# How PyTorch's elementwise loops share out a tensor: at least so many numbers a thread (at::internal::GRAIN_SIZE), and
+# vectors of at most so many in a round of a loop (two of AVX-512, and a factor of 2 to be safe).
+_GRAIN, _VECTOR = 32768, 64
 
 # Rows of both on any other device, where a launch costs more than the padding.
 _DEVICE_ROWS = 4096
@@ -52,22 +53,32 @@ def advance(
         x.new_empty(n_chains, steps // thin, dim) if thin else None,
         Telemetry(*x.new_zeros(3, n_chains)) if telemetry else None,
     )
-    on_cpu = x.device.type == "cpu"
     product_rows = rows_of_products(x.device)
-    tile_rows = _TILE_ROWS if on_cpu else product_rows
-
-    def run(rows: slice) -> None:
+    widths = {dim, *(width for mlp in description.mlps for width in mlp.widths)}
+    at_most = torch.get_num_threads()
+    for rows in _tiles(n_chains, tile_rows(dim, x.device), product_rows):
         tile = _Tile(description, rule, rows.stop - rows.start, product_rows)
         a_rows, b_rows = (c[rows] if len(c) > 1 else c for c in (a, b))
-        tile.advance(chains.rows(rows), a_rows, b_rows, thin, _rows_of(done, rows))
-
-    n_threads = torch.get_num_threads() if on_cpu else 1
-    # Few chains are shared out evenly among the threads; bits depend on product_rows alone.
-    share = -(-n_chains // (n_threads * product_rows)) * product_rows
-    tile_rows = max(product_rows, min(tile_rows, share))
-    tiles = [slice(i, min(i + tile_rows, n_chains)) for i in range(0, n_chains, tile_rows)]
-    _run_on_threads(run, tiles, min(n_threads, len(tiles)))
+        with torch.inference_mode(), threads(_even_threads(tile.n_rows, widths, at_most)):
+            tile.advance(chains.rows(rows), a_rows, b_rows, thin, _rows_of(done, rows))
     return done
+
+
+def tile_rows(dim: int, device: torch.device) -> int:
+    """Rows that are worked on at once."""
+    if device.type != "cpu":
+        return _DEVICE_ROWS
+    return _TILE_ROWS if dim <= 256 else _WIDE_TILE_ROWS
+
+
+def _tiles(n_chains: int, most: int, least: int) -> Iterator[slice]:
+    """Halves, quarters, ... of a tile for the rest of the chains: few sizes, as each is tried by ``rounds_alike``."""
+    first, size = 0, most
+    while first < n_chains:
+        while size > max(least, n_chains - first):
+            size //= 2
+        yield slice(first, min(first + size, n_chains))
+        first += size
 
 
 def rows_of_products(device: torch.device) -> int:
@@ -86,26 +97,16 @@ def _rows_of(done: Advanced, rows: slice) -> Advanced:
     )
 
 
-def _run_on_threads(run: Callable[[slice], None], tiles: list[slice], n_threads: int) -> None:
-    """Every tile once, on Python threads that use one PyTorch thread each (so that products round alike)."""
+def _even_threads(n_rows: int, widths: Iterable[int], at_most: int) -> int:
+    """Most threads among which PyTorch splits (n_rows, width) buffers so that every part is whole vectors, and whole
+    rows where those are padded: what is left of a vector goes to scalar code, where activations round differently."""
 
-    def task(rows: slice) -> None:
-        with torch.inference_mode():  # of this thread only
-            run(rows)
+    def even(width: int, n_threads: int) -> bool:
+        size = n_rows * width
+        part = -(-size // min(n_threads, -(-size // _GRAIN)))
+        return part % (_VECTOR if _stride(width) == width else width) == 0
 
-    before = torch.get_num_threads()
-    try:
-        if n_threads <= 1:
-            torch.set_num_threads(1)
-            for rows in tiles:
-                task(rows)
-        else:
-            with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(task, tiles))
-    finally:
-        # The setting is a thread's own in OpenMP builds of PyTorch, and the process' in others.
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+    return max(n for n in range(1, at_most + 1) if all(even(width, n) for width in widths))
 
 
 def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
@@ -114,24 +115,40 @@ def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
     MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place in the
     tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
     """
-    return like.new_empty(n_rows, width if width <= 4 else -(-width // 4) * 4)[:, :width]
+    return like.new_empty(n_rows, _stride(width))[:, :width]
+
+
+def _stride(width: int) -> int:
+    return width if width <= 4 else -(-width // 4) * 4
+
+
+def rounds_alike(n_in: int, n_out: int, transposed: bool, few: int, many: int, dtype: torch.dtype) -> bool:
+    """Whether this machine's product of many rows has the bits of products of few rows each on one thread: then it is
+    taken, being up to twice as fast. Found out by trying, once for each shape; a library promises neither."""
+    n_threads = torch.get_num_threads()
+    return (few, n_threads) == (many, 1) or _tried_alike(n_in, n_out, transposed, few, many, dtype, n_threads)
 
 
 @cache
-def rounds_alike(n_in: int, n_out: int, transposed: bool, few: int, many: int, dtype: torch.dtype) -> bool:
-    """Whether this machine's product of many rows has the bits of products of few rows each: then it is taken, being
-    up to a third faster. Found out by trying, once for each shape; a library promises neither."""
-    if few == many:
-        return True
+def _tried_alike(
+    n_in: int, n_out: int, transposed: bool, few: int, many: int, dtype: torch.dtype, n_threads: int
+) -> bool:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(n_out, n_in, dtype=dtype, generator=generator)
     w = w.t() if transposed else w.t().contiguous()
     a, whole, parts = (matrix(many, width, w) for width in (n_in, n_out, n_out))
     a.copy_(torch.randn(many, n_in, dtype=dtype, generator=generator))
     torch.mm(a, w, out=whole)
-    for i in range(0, many, few):
-        torch.mm(a[i : i + few], w, out=parts[i : i + few])
+    with threads(1):
+        for i in range(0, many, few):
+            torch.mm(a[i : i + few], w, out=parts[i : i + few])
     return torch.equal(whole, parts)
+
+
+def _multiply(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> Tensor:
+    if add:
+        return out.addmm_(a, w)
+    return torch.mm(a, w, out=out) if bias is None else torch.addmm(bias, a, w, out=out)
 
 
 class _Network:
@@ -140,23 +157,21 @@ class _Network:
     def __init__(self, mlp: MLP, scale: Tensor, n_rows: int, product_rows: int) -> None:
         self.mlp, self.scale, self.product_rows = mlp, scale, product_rows
         weight = mlp.weights[0]
+        # The way down to few dims is a slow product in the library (fivefold at 2) unless the weight is laid out so.
+        self.down = weight.t().contiguous().t()
         self.z = [matrix(n_rows, width, weight) for width in mlp.widths]
         self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations going up, gradients coming down
         self.top = None if mlp.head == "scalar" else matrix(n_rows, len(mlp.weights[-1]), weight)
 
     def product(self, a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> Tensor:
         """out = a @ w (+ bias) (+ out), in products of a fixed number of rows, or what rounds like them."""
-        n_rows = self.product_rows
-        if a.device.type == "cpu" and rounds_alike(*w.shape, w.stride(0) == 1, n_rows, len(a), a.dtype):
-            n_rows = len(a)
-        for i in range(0, len(a), n_rows):
-            rows, part = a[i : i + n_rows], out[i : i + n_rows]
-            if add:
-                part.addmm_(rows, w)
-            elif bias is None:
-                torch.mm(rows, w, out=part)
-            else:
-                torch.addmm(bias, rows, w, out=part)
+        n_in, n_out = w.shape
+        if a.device.type != "cpu" or rounds_alike(n_in, n_out, w.stride(0) == 1, self.product_rows, len(a), a.dtype):
+            return _multiply(a, w, bias, out, add)
+        with threads(1):
+            for i in range(0, len(a), self.product_rows):
+                rows = slice(i, i + self.product_rows)
+                _multiply(a[rows], w, bias, out[rows], add)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,7 +199,7 @@ class _Network:
         for i in reversed(range(len(self.z))):
             self.mlp.activations[i].backward(above, self.z[i], self.h[i])
             if i == 0:
-                self.product(self.h[0], self.mlp.weights[0], None, out, add=add)
+                self.product(self.h[0], self.down, None, out, add=add)
             else:
                 above = self.product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
 
@@ -245,7 +260,7 @@ class _Tile:
         self.bounds = rule.bounds(dim, dtype=weight.dtype, device=weight.device)
         # With small dims the noise of several steps is drawn at once, so that its many small operations pay.
         n_blocks = (dim + 3) // 4
-        self.noise_steps = max(1, _NOISE_BLOCKS // (self.n_rows * n_blocks))
+        self.noise_steps = max(1, blocks_at_once(weight.device) // (self.n_rows * n_blocks))
         self.noise = weight.new_empty(self.noise_steps * n_chains, n_blocks, 4)
 
     def advance(self, chains: Chains, a: Tensor, b: Tensor, thin: int, done: Advanced) -> None:
