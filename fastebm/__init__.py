@@ -5,7 +5,7 @@ from .energies import ClassifierEnergy, GaussianEnergy, MLPEnergy, SumEnergy, bu
 from .langevin import Langevin
 from .mlp import Activation
 from .objectives import contrastive_divergence_loss
-from .pool import ChainPool
+from .pool import ChainPool, PoolCall, PoolStats
 from .sampling import NonFiniteError, SampleInfo, langevin_sample
 
 __version__ = "0.1.0"
@@ -18,6 +18,8 @@ __all__ = [
     "Langevin",
     "MLPEnergy",
     "NonFiniteError",
+    "PoolCall",
+    "PoolStats",
     "SampleInfo",
     "SumEnergy",
     "build",

@@ -1,4 +1,4 @@
-"""Persistent chains: a pool that keeps the state and the age of every chain between calls.
+"""Persistent chains: a pool that keeps the state and the story of every chain between calls.
 
 Persistent contrastive divergence (Younes 1999; Tieleman 2008) and the replay buffer of IGEBM draw a batch of
 chains, restart a few, advance them, and put them back where they came from.
@@ -7,40 +7,120 @@ chains, restart a few, advance them, and put them back where they came from.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backends import Advanced, Chains
-from .langevin import Langevin
-from .noise import Stream, draw_seed, words
-from .sampling import advance_chains, state_shape, uniform_states
+from .langevin import Bounds, Langevin
+from .noise import Stream, draw_seed, normal, words
+from .sampling import ON_NONFINITE, NonFiniteError, advance_chains, state_shape, uniform_states
+from .storage import Storage
 
-__all__ = ["ChainPool", "draw_distinct"]
+__all__ = ["ChainPool", "PoolCall", "PoolStats", "draw_distinct"]
 
-# Blocks of the POOL stream past any state's dims: restarts' states use blocks 0, 1, ...
+# Blocks of the POOL stream past any state's dims: restarts' states use blocks 0, 1, ... (storage.py has its own)
+_RESERVOIR_BLOCK = 0xFFFFFD
 _COIN_BLOCK = 0xFFFFFE
 _DRAW_BLOCK = 0xFFFFFF
 
-_VERSION = 1
+_VERSION = 2
+
+# float32 states worked on at once where all chains are: enough for every core or SM, and little beside the pool.
+_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+
+# Seconds of a call before its bar shows on a terminal.
+_BAR_AFTER = 2.0
+
+_OTHER_CALLS = "called with another batch_size or steps, or after other calls"
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+_LAWS = ("uniform", "gaussian")
+
+# Numbers that processes tell each other at the end of a call.
+_MESSAGE = 10
+
+_T = TypeVar("_T")
+
+# seed, stream, chains (n,), steps (n,) -> (n, *shape), as noise.uniform and noise.normal take them
+Start = Callable[[int, Stream, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class PoolCall:
+    """What the last ``sample`` or ``advance`` of a pool did.
+
+    chains: (n,) int64, global numbers of the chains that this process moved, in the order of the samples.
+    labels: (n,) int64, theirs, or None. restarted: chains that started anew before they moved. nonfinite: chains that
+    left the finite numbers. Both count the chains of all processes.
+    """
+
+    chains: Tensor
+    labels: Tensor | None
+    restarted: int
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Plain numbers about all chains of a pool, on all processes.
+
+    n_energies: chains whose energy is known and finite. energy: {q: the smallest such energy that at least a share q
+    of them do not exceed}; NaN if there are none. ages: counts of chains by their steps since they started: ages[0]
+    of 0 steps, ages[i] of 2^(i-1) to 2^i - 1. restarts, nonfinite: sums over the chains' lives.
+    """
+
+    n_chains: int
+    draws: int
+    n_energies: int
+    energy: dict[float, float]
+    ages: tuple[int, ...]
+    restarts: int
+    nonfinite: int
 
 
 class ChainPool:
-    """A pool of persistent chains, on one device.
+    """A pool of persistent chains, on one device or sharded over processes.
 
     Chain i is row i for ever, has the global number i in the noise's counter, and counts its own steps. So
-    what a chain does depends on its number and age alone, and a resumed pool goes on bit for bit.
+    what a chain does depends on its number and its steps alone: not on the batch, the chunks or the number of
+    processes (for energies whose gradient is computed in closed form; PyTorch's own products round by the batch), and
+    a resumed pool goes on bit for bit.
 
     Args:
-        n_chains: >= 1.
+        n_chains: >= 1, over all processes.
         input_size: dims or shape of one state.
-        clamp: (lo, hi): chains start uniform on it and stay within it. None: they start on [-1, 1], and
-            only the sampler's own clamp holds them.
+        clamp: (lo, hi), each a number or a tensor of one state's shape: chains start within it and stay. None: only
+            the sampler's own clamp holds them.
         seed: 64-bit seed of everything random in the pool.
+        device: where chains move.
         reinit_prob: probability in [0, 1] that a drawn chain starts anew.
+        init: where chains start, at first and anew. "uniform": on the clamp, or on [-1, 1] without one. "gaussian":
+            N(0, I), clamped. A tensor (m, *shape), m < 2**31: a row of it. A callable (seed, stream, chains, steps) ->
+            (n, *shape), clamped, where chains and steps are (n,) int64, global numbers and lifetime steps: a pure
+            function of these, as ``noise.uniform`` and ``noise.normal`` are, keeps the pool reproducible.
+        labels: (n_chains,) integers, each chain's class, given to the energy beside the states. None: none.
+        storage_dtype: of the states between calls: torch.float32, torch.bfloat16, or torch.uint8 (256 levels on the
+            clamp). The last two round at random, so that the mean is kept (storage.py); chains move in float32, and
+            ``sample`` returns what they are before they are rounded.
+        storage_device: where states lie between calls, the device or "cpu" (pinned for a GPU). None: the device.
+        storage_file: a file to lie in instead, which must not exist; ".RANK" is added where there are processes.
+            A place to work, not a way to save: that is ``state_dict``.
+        process_group: of torch.distributed. Each process has one slice of the chains, ``first_chain`` and ``n_local``,
+            and all make the same calls. None: this process has all chains.
+
+    Memory: n_local states, and 28 bytes a chain. What every method takes beside that is said with it; building takes
+    some 64 MiB on a CPU and 512 MiB on a GPU, or a few states.
     """
 
     def __init__(
@@ -48,41 +128,108 @@ class ChainPool:
         n_chains: int,
         input_size: int | Sequence[int],
         *,
-        clamp: tuple[float, float] | None = None,
+        clamp: Bounds | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
         reinit_prob: float = 0.05,
+        init: str | Tensor | Start = "uniform",
+        labels: Tensor | None = None,
+        storage_dtype: torch.dtype = torch.float32,
+        storage_device: torch.device | str | None = None,
+        storage_file: str | os.PathLike[str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if isinstance(n_chains, bool) or not isinstance(n_chains, int) or not 1 <= n_chains < 2**31:
             raise ValueError(f"n_chains must be an int in [1, 2**31), got {n_chains!r}")
-        shape = state_shape(input_size)
-        if not 0.0 <= reinit_prob <= 1.0:
-            raise ValueError(f"reinit_prob must be in [0, 1], got {reinit_prob!r}")
-        self.shape = shape
-        self.clamp = Langevin(clamp=clamp).clamp
-        self.seed = draw_seed(seed)
-        self.reinit_prob = float(reinit_prob)
+        self.n_chains, self.shape = n_chains, state_shape(input_size)
+        self._dim = math.prod(self.shape)
+        self.reinit_prob = _checked_probability(reinit_prob)
+        rule = Langevin(clamp=clamp)
+        self.clamp, self.seed = rule.clamp, draw_seed(seed)
         self.device = torch.device("cpu" if device is None else device)
-        self.draws = 0
-        chains = torch.arange(n_chains, device=self.device)
-        self._x = uniform_states(self.seed, Stream.INITIAL, chains, 0, math.prod(shape), clamp=self.clamp)
-        self._age = torch.zeros(n_chains, dtype=torch.int64, device=self.device)
+        self._init = self._checked_init(init)
+        self.draws = self.added = 0
+        self.last: PoolCall | None = None
+        self._processes = _Processes(process_group, self.device)
+        self.first_chain, last = self._processes.share(n_chains)
+        self.n_local = last - self.first_chain
+        self._labels = None if labels is None else self._checked_labels(labels)
+        arguments = (n_chains, self.shape, self.seed, self._kind(), self.reinit_prob, storage_dtype, labels is not None)
+        self._processes.agree(None, (_hash(arguments),), what="built their pools with other arguments or seeds")
+        file = storage_file
+        if file is not None:
+            file = Path(f"{os.fspath(file)}.{self._processes.rank}") if self._processes.world > 1 else Path(file)
+            if file.exists():
+                raise ValueError(
+                    f"storage_file must not exist, as the pool overwrites it: delete {file} or choose another"
+                )
+        self._storage = Storage(
+            self.n_local, self._dim, dtype=storage_dtype, rule=rule, device=self.device, home=storage_device, file=file,
+            seed=self.seed, first_chain=self.first_chain,
+        )  # fmt: skip
+        self._steps, self._started = (torch.zeros(self.n_local, dtype=torch.int64, device=self.device) for _ in "12")
+        self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
+        self._energy = torch.full((self.n_local,), math.nan, device=self.device)
+        with self._bar("chains", None) as bar:
+            for rows in self._parts(None):
+                steps = self._steps[rows]
+                self._storage.write(rows, self._starts(Stream.INITIAL, self._storage.chains(rows), steps), steps)
+                bar.update(rows.stop - rows.start)
 
     def __len__(self) -> int:
-        return len(self._x)
+        return self.n_chains
 
     def __repr__(self) -> str:
-        return f"ChainPool({len(self)} chains of shape {self.shape} on {self.device}, {self.draws} draws)"
+        here = "" if self._processes.world == 1 else f" ({self.n_local} of them here)"
+        return f"ChainPool({len(self)} chains of shape {self.shape} on {self.device}{here}, {self.draws} draws)"
+
+    # -- what is known of every chain of this process -----------------------------------------------------------
 
     @property
     def states(self) -> Tensor:
-        """(n_chains, *shape) float32: the states of all chains, not a copy."""
-        return self._x.reshape(len(self), *self.shape)
+        """(n_local, *shape) float32: the pool's own memory, not a copy, where that is float32; else a copy."""
+        stored = self._storage.data
+        x = stored if stored.dtype == torch.float32 else self._storage.decoded(stored)
+        return x.reshape(self.n_local, *self.shape)
+
+    @property
+    def steps(self) -> Tensor:
+        """(n_local,) int64: lifetime steps, the noise's counter; restarts do not set them back. Not a copy."""
+        return self._steps
 
     @property
     def ages(self) -> Tensor:
-        """(n_chains,) int64: lifetime steps of all chains, restarts included, not a copy."""
-        return self._age
+        """(n_local,) int64: steps since the chain last started."""
+        return self._steps - self._started
+
+    @property
+    def energies(self) -> Tensor:
+        """(n_local,) float32: E of the state when the chain last moved, under the weights of then. Not a copy.
+
+        NaN before that, and for states that were added.
+        """
+        return self._energy
+
+    @property
+    def restarts(self) -> Tensor:
+        """(n_local,) int32: how often the chain started anew: drawn to, not finite, or an added state. Not a copy."""
+        return self._restarts
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """(n_local,) int32: how often it started anew because it was not finite. Not a copy."""
+        return self._nonfinite
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(n_local,) int64, not a copy, or None. To be set to (n_chains,) integers, the labels of all, or None."""
+        return self._labels
+
+    @labels.setter
+    def labels(self, labels: Tensor | None) -> None:
+        self._labels = None if labels is None else self._checked_labels(labels)
+
+    # -- calls that move chains ---------------------------------------------------------------------------------
 
     def sample(
         self,
@@ -93,107 +240,655 @@ class ChainPool:
         *,
         backend: str = "auto",
         precision: str | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
         on_nonfinite: str = "raise",
     ) -> tuple[Tensor, Tensor]:
         """Draw distinct chains, restart a few, advance them, write them back.
 
+        Every process draws the same chains and moves its own of them, which may be none.
+
+        Args:
+            batch_size: over all processes.
+            langevin: the rule; what it has for each chain is for the batch, in its order.
+            compile: True: as compiled code. Not "auto", which goes by the length of the call: compiled code rounds
+                otherwise, and chains would depend on the batch.
+            on_nonfinite: "raise"; "reinit" starts those chains anew, as ``init`` says, and leaves all others as they
+                are (``last.nonfinite``, ``nonfinite``); "ignore" keeps their last finite state.
+            Others as for ``langevin_sample``.
+
         Returns:
-            samples (batch_size, *shape) and their energies (batch_size,).
+            samples (n, *shape) and their energies (n,), of this process; n is batch_size if it is the only one.
+            ``last`` tells their chains and labels, and how many restarted or were not finite.
 
         Raises:
-            ValueError, NonFiniteError: as ``langevin_sample``; the pool is unchanged then.
+            ValueError, NonFiniteError: as ``langevin_sample``, on every process; the pool is unchanged then.
         """
-        arguments = (energy, batch_size, langevin, steps, backend, precision, on_nonfinite)
+        arguments = (energy, batch_size, langevin, steps, backend, precision, compile, cuda_graph, on_nonfinite)
         if torch.compiler.is_compiling():
             from .backends import compiling
 
             done: Advanced = compiling.uncompiled(self._sample, *arguments)
         else:
             done = self._sample(*arguments)
-        return done.x.reshape(batch_size, *self.shape), done.energy
+        return done.x.reshape(len(done.x), *self.shape), done.energy
 
     def _sample(
         self, energy: nn.Module, batch_size: int, langevin: Langevin, steps: int, backend: str,
-        precision: str | None, on_nonfinite: str,
+        precision: str | None, compile: bool, cuda_graph: bool, on_nonfinite: str,
     ) -> Advanced:  # fmt: skip
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
-            raise ValueError(f"batch_size must be an int in [1, {len(self)}], the pool's size, got {batch_size!r}")
-        if self.clamp is not None:
-            if langevin.clamp not in (None, self.clamp):
-                raise ValueError(f"the pool clamps to {self.clamp} and the sampler to {langevin.clamp}: use one")
-            langevin = dataclasses.replace(langevin, clamp=self.clamp)
-        rows = draw_distinct(self.seed, self.draws, len(self), batch_size, device=self.device)
-        x, ages = self._x[rows], self._age[rows]
-        restart = self._coins(rows, ages) < self.reinit_prob * 2**32
-        if bool(restart.any()):
-            x[restart] = uniform_states(
-                self.seed, Stream.POOL, rows[restart], ages[restart], x.shape[1], clamp=self.clamp
-            )
-        done, _ = advance_chains(
-            energy,
-            Chains(x, self.seed, rows, ages),
-            langevin,
-            steps,
-            shape=self.shape,
-            backend=backend,
-            precision=precision,
-            on_nonfinite=on_nonfinite,
+        options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
+
+        def work() -> tuple[tuple[Tensor, Tensor, Tensor, Advanced, Tensor], tuple[int, ...]]:
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
+                raise ValueError(f"batch_size must be an int in [1, {len(self)}], the pool's size, got {batch_size!r}")
+            rule = self._rule(langevin)
+            rows = draw_distinct(self.seed, self.draws, len(self), batch_size, device=self.device)
+            if self._processes.world > 1:
+                mine = ((rows >= self.first_chain) & (rows < self.first_chain + self.n_local)).nonzero().flatten()
+                rows, rule = rows[mine] - self.first_chain, _rule_of(rule, mine, batch_size)
+            x, before = self._storage.read(rows), self._steps.index_select(0, rows)
+            chains = self._storage.chains(rows)
+            coins = words(self.seed, Stream.POOL, chains, before, 1, _COIN_BLOCK)[0][:, 0]
+            restart = (coins < self.reinit_prob * 2**32).nonzero().flatten()
+            if len(restart) > 0:
+                x.index_copy_(0, restart, self._starts(Stream.POOL, chains[restart], before[restart]))
+            done, bad = self._moved(energy, x, rows, before, rule, steps, on_nonfinite, options)
+            return (rows, before, restart, done, bad), (len(restart), len(bad))
+
+        (rows, before, restart, done, bad), (n_restarted, n_bad) = self._processes.together(
+            work, (0, self.draws, self.added, batch_size, steps), what=_OTHER_CALLS
         )
         # From here on nothing can fail, so a pool never holds half a draw.
-        self._x[rows] = done.x
-        self._age[rows] = ages + steps
+        after = before + steps
+        self._storage.write(rows, done.x, after)
+        self._steps.index_copy_(0, rows, after)
+        self._energy.index_copy_(0, rows, done.energy)
+        if len(restart) > 0:
+            self._restarted(rows[restart], before[restart])
+        if len(bad) > 0 and on_nonfinite == "reinit":
+            self._restarted(rows[bad], after[bad], nonfinite=True)
         self.draws += 1
+        labels = None if self._labels is None else self._labels[rows]
+        self.last = PoolCall(self._storage.chains(rows), labels, n_restarted, n_bad)
         return done
 
-    def _coins(self, rows: Tensor, ages: Tensor) -> Tensor:
-        return words(self.seed, Stream.POOL, rows, ages, 1, _COIN_BLOCK)[0][:, 0]
+    def advance(
+        self,
+        energy: nn.Module,
+        langevin: Langevin,
+        steps: int,
+        *,
+        chunk_size: int | None = None,
+        progress: bool | None = None,
+        backend: str = "auto",
+        precision: str | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
+        on_nonfinite: str = "raise",
+    ) -> None:
+        """Move all chains, without restarts, chunk by chunk; their new states and energies are in the pool.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors "x" (n_chains, dim) and "age" (n_chains,), and plain numbers: all that the pool is."""
+        Chunks change no bits. Memory beside the pool: some six times the float32 states of a chunk. With
+        on_nonfinite="raise" and more than one chunk also as much as the states take in store (beside ``storage_file``
+        if there is one), from which they are put back if a chain is not finite, or the call is interrupted. With
+        "reinit" and "ignore" an interrupted call leaves each chain either moved or not, as its steps tell.
+
+        Args:
+            langevin: the rule; what it has for each chain is for all n_chains.
+            chunk_size: chains at once; None: as many as take 64 MiB on a CPU and 512 MiB on a GPU.
+            progress: a bar on stderr, of the first process. None: on a terminal, if the call takes seconds.
+            Others as for ``sample``.
+
+        Raises:
+            ValueError, NonFiniteError: as ``sample``.
+        """
+        arguments = (energy, langevin, steps, chunk_size, progress, backend, precision, compile, cuda_graph)
+        if torch.compiler.is_compiling():
+            from .backends import compiling
+
+            compiling.uncompiled(self._advance, *arguments, on_nonfinite)
+        else:
+            self._advance(*arguments, on_nonfinite)
+
+    def _advance(
+        self, energy: nn.Module, langevin: Langevin, steps: int, chunk_size: int | None, progress: bool | None,
+        backend: str, precision: str | None, compile: bool, cuda_graph: bool, on_nonfinite: str,
+    ) -> None:  # fmt: skip
+        options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
+        story = tuple(self._story().values())
+        before: tuple[Tensor, ...] = ()
+        spare: Tensor | None = None
+        moved = n_bad = 0
+        agreed = False
+
+        def agree(error: Exception | None = None) -> None:
+            nonlocal agreed, n_bad
+            if not agreed:
+                agreed = True
+                (n_bad,) = self._processes.agree(
+                    error, (1, self.draws, self.added, 0, steps), (n_bad,), what=_OTHER_CALLS
+                )
+
+        def move(rows: slice, x: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal n_bad, moved
+            part = _rule_of(rule, self._storage.chains(rows), len(self))
+            done, bad = self._moved(energy, x, rows, self._steps[rows], part, steps, on_nonfinite, options)
+            n_bad += len(bad)
+            if rows.stop == self.n_local:  # before anything of the last chunk is written
+                agree()
+            if spare is not None:
+                spare[rows].copy_(self._storage.data[rows])
+            moved = rows.stop
+            self._steps[rows] += steps
+            self._energy[rows] = done.energy
+            if len(bad) > 0 and on_nonfinite == "reinit":
+                bad = bad + rows.start
+                self._restarted(bad, self._steps[bad], nonfinite=True)
+            bar.update(rows.stop - rows.start)
+            return done.x, self._steps[rows]
+
+        try:
+            rule, parts = self._rule(langevin), self._parts(chunk_size)
+            if on_nonfinite == "raise" and len(parts) > 1:
+                before, spare = tuple(t.clone() for t in story), self._storage.spare()
+            with self._bar(f"chains, {steps} steps each", progress) as bar:
+                self._storage.rewrite(parts, move)
+            agree()
+        except BaseException as error:
+            if spare is not None:
+                for old, new in zip(before, story, strict=True):
+                    new.copy_(old)
+                for rows in parts:
+                    if rows.stop <= moved:
+                        self._storage.data[rows].copy_(spare[rows])
+            if isinstance(error, Exception):
+                agree(error)
+            raise
+        self.last = PoolCall(self._storage.chains(slice(0, self.n_local)), self._labels, 0, n_bad)
+
+    def _moved(
+        self, energy: nn.Module, x: Tensor, rows: slice | Tensor, steps_before: Tensor, rule: Langevin, steps: int,
+        on_nonfinite: str, options: Mapping[str, Any],
+    ) -> tuple[Advanced, Tensor]:  # fmt: skip
+        """Some chains after their steps, and which of them were not finite; the pool is unchanged."""
+        if not isinstance(options["compile"], bool):
+            raise ValueError(
+                f"compile must be True or False in a pool, got {options['compile']!r}: compiled code rounds otherwise, "
+                "and what a chain does must not depend on the length of a call"
+            )
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
+        labels = None if self._labels is None else self._labels[rows]
+        chains = Chains(x, self.seed, self._storage.chains(rows), steps_before, labels)
+        policy = "ignore" if on_nonfinite == "reinit" else on_nonfinite
+        done, _ = advance_chains(energy, chains, rule, steps, shape=self.shape, on_nonfinite=policy, **options)
+        if on_nonfinite == "raise":
+            return done, steps_before[:0]
+        bad = ((done.first_bad >= 0) | ~done.energy.isfinite()).nonzero().flatten()
+        if on_nonfinite == "reinit" and len(bad) > 0:
+            fresh = chains.rows(bad)
+            fresh = fresh._replace(x=self._starts(Stream.POOL, fresh.numbers, fresh.first_steps + steps))
+            again, _ = advance_chains(
+                energy, fresh, Langevin(), 0, shape=self.shape, on_nonfinite="ignore", backend=options["backend"],
+                precision=options["precision"],
+            )  # fmt: skip
+            done.x.index_copy_(0, bad, again.x)
+            done.energy.index_copy_(0, bad, again.energy)
+        return done, bad
+
+    def _restarted(self, rows: Tensor, steps: Tensor, *, nonfinite: bool = False) -> None:
+        """rows: distinct. steps: (n,), at which they started anew."""
+        self._started.index_copy_(0, rows, steps)
+        one = torch.ones_like(rows, dtype=torch.int32)
+        self._restarts.index_add_(0, rows, one)
+        if nonfinite:
+            self._nonfinite.index_add_(0, rows, one)
+
+    # -- the replay buffer --------------------------------------------------------------------------------------
+
+    def add(self, samples: Tensor, labels: Tensor | None = None, *, policy: str = "fifo") -> None:
+        """Put states from outside in place of chains, which then go on from there.
+
+        The first n_chains that are ever added take the chains in order. After that "fifo" goes round, so the oldest
+        goes; "reservoir" keeps a uniform choice of all that were ever added (Algorithm R; Vitter 1985), if every call
+        has that policy. Processes each pass the same samples, and keep those of their own chains.
+
+        Args:
+            samples: (n, *shape), finite and within the clamp.
+            labels: (n,) integers, for a pool that has labels.
+            policy: "fifo" or "reservoir".
+
+        Raises:
+            TypeError, ValueError: the pool is unchanged then.
+        """
+        if policy not in ("fifo", "reservoir"):
+            raise ValueError(f'policy must be "fifo" or "reservoir", got {policy!r}')
+        x = self._checked_states("samples", samples)
+        if (labels is None) != (self._labels is None):
+            raise ValueError(
+                "this pool has no labels: build it with labels=, or leave them out"
+                if self._labels is None
+                else "this pool has labels: pass those of the samples"
+            )
+        new_labels = None if labels is None else _labels_of("labels", labels, len(x), "one a sample")
+        numbers = torch.arange(self.added, self.added + len(x), device=self.device)
+        rows = numbers % len(self)
+        if policy == "reservoir":
+            w0, w1, _, _ = (w[:, 0] for w in words(self.seed, Stream.POOL, numbers, 0, 1, _RESERVOIR_BLOCK))
+            # floor(u (number + 1)) of 53 bits: products in float64 are the same everywhere
+            u = ((w0 << 21) | (w1 >> 11)).double() * 2.0**-53
+            chosen = (u * (numbers + 1).double()).long().clamp_(max=numbers)
+            rows = torch.where(numbers < len(self), numbers, chosen)
+        rows = rows - self.first_chain
+        which = _last_of_each(rows, self.n_local)
+        rows = rows[which]
+        self._storage.write(rows, x[which.to(x.device)].to(self.device, torch.float32), self._steps[rows])
+        self._energy.index_fill_(0, rows, math.nan)
+        self._restarted(rows, self._steps[rows])
+        if new_labels is not None and self._labels is not None:
+            self._labels.index_copy_(0, rows, new_labels.to(self.device)[which])
+        self.added += len(x)
+
+    # -- what the pool is like ----------------------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """Numbers of all chains, computed where they are and then fetched at once; states are not looked at.
+
+        Memory: some 40 bytes a chain. Processes each get the numbers of all, from a few small sums; every one calls it.
+        """
+        total = self._processes.total
+        # Floats in the order of their bits, as int64; what is not finite stands last.
+        bits = self._energy.view(torch.int32).long()
+        known = self._energy.isfinite()
+        keys = torch.where(bits < 0, 0x7FFFFFFF & ~bits, bits + 2**31)
+        keys = torch.where(known, keys, 2**32).sort().values
+        n_energies = total(known.sum().reshape(1))
+        shares = torch.tensor(QUANTILES, dtype=torch.float64, device=self.device)
+        ranks = (shares * n_energies).ceil().long().clamp_(min=1)
+        # The smallest key that at least rank keys do not exceed, by bisection: exact, and the same in any split.
+        low = torch.zeros_like(ranks)
+        high = low + (2**32 - 1)
+        for _ in range(32):
+            middle = (low + high) >> 1
+            enough = total(torch.searchsorted(keys, middle, right=True)) >= ranks
+            low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+        found = torch.where(low < 2**31, low ^ 0x7FFFFFFF, low).sub(2**31).to(torch.int32).view(torch.float32)
+        edges = 2 ** torch.arange(33, device=self.device)
+        bins = torch.bucketize(self.ages, edges, right=True)
+        ages = torch.zeros(34, dtype=torch.int64, device=self.device).index_add_(0, bins, torch.ones_like(bins))
+        sums = torch.stack([self._restarts.sum(), self._nonfinite.sum()])
+        counts = total(torch.cat([ages, sums]))
+        *values, n_known = torch.cat([found.double(), counts.double(), n_energies.double()]).tolist()
+        energies, values = values[: len(QUANTILES)], [int(v) for v in values[len(QUANTILES) :]]
+        histogram = values[:34]
+        while len(histogram) > 1 and histogram[-1] == 0:
+            histogram.pop()
+        return PoolStats(
+            n_chains=len(self),
+            draws=self.draws,
+            n_energies=int(n_known),
+            energy=dict(zip(QUANTILES, energies if n_known else [math.nan] * len(QUANTILES), strict=True)),
+            ages=tuple(histogram),
+            restarts=values[34],
+            nonfinite=values[35],
+        )
+
+    # -- save and resume ----------------------------------------------------------------------------------------
+
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """All that the pool is, but for the rows or the callable of ``init``.
+
+        Tensors have one row for each chain of this process: "x" (n_local, dim) as they are stored, "steps",
+        "started", "energy", "restarts", "nonfinite", and "labels" if there are any. All else is plain, and the same on
+        all processes.
+
+        Args:
+            copy: False: the pool's own memory, which takes no more, and changes when chains move.
+        """
+        tensors = {"x": self._storage.data, **self._story()}
         return {
-            "x": self._x.clone(),
-            "age": self._age.clone(),
+            **({k: t.clone() for k, t in tensors.items()} if copy else tensors),
+            **({} if self._labels is not None else {"labels": None}),
+            "n_chains": len(self),
             "draws": self.draws,
+            "added": self.added,
             "seed": self.seed,
             "shape": list(self.shape),
-            "clamp": None if self.clamp is None else list(self.clamp),
+            "clamp": None if self.clamp is None else [v.tolist() if isinstance(v, Tensor) else v for v in self.clamp],
             "reinit_prob": self.reinit_prob,
+            "init": self._kind(),
+            "storage_dtype": str(self._storage.dtype).removeprefix("torch."),
             "version": _VERSION,
         }
 
+    def _story(self) -> dict[str, Tensor]:
+        story = {
+            "steps": self._steps,
+            "started": self._started,
+            "energy": self._energy,
+            "restarts": self._restarts,
+            "nonfinite": self._nonfinite,
+        }
+        return story if self._labels is None else {**story, "labels": self._labels}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the saved pool, on this pool's device. Checked first: a bad state changes nothing.
+        """Become the saved pool, on this pool's device and in its memory. Checked first: a bad state changes nothing.
+
+        Tensors hold the rows of this process' chains, however many processes there were. With processes, every one
+        calls it, and if one can't load, none does.
 
         Raises:
-            ValueError: missing entries, another version, size or shape, or values that are not finite.
+            ValueError: missing entries, another version, size, shape or storage_dtype, or values that can't be.
         """
-        missing = sorted(self.state_dict().keys() - state.keys())
+        (seed, rule, reinit_prob), _ = self._processes.together(
+            lambda: (self._checked_state(state), ()), (2, state.get("draws", 0)), what="loaded other states"
+        )
+        # From here on nothing can fail, so a pool never becomes half of another.
+        self._labels = None if state["labels"] is None else torch.empty_like(self._steps)
+        for name, target in (("x", self._storage.data), *self._story().items()):
+            target.copy_(state[name])
+        self.seed, self.clamp, self.reinit_prob = seed, rule.clamp, reinit_prob
+        self.draws, self.added = state["draws"], state["added"]
+        if state["init"] in _LAWS:
+            self._init = state["init"]
+        self._storage.seed, self._storage.bounds = seed, self._storage.bounds_of(rule)
+        self.last = None
+
+    def _checked_state(self, state: Mapping[str, Any]) -> tuple[int, Langevin, float]:
+        if "version" in state and state["version"] != _VERSION:
+            raise ValueError(
+                f"the pool was saved by version {state['version']}, and this one reads {_VERSION} only: go on with the "
+                "release that saved it, or start a new pool"
+            )
+        mine = self.state_dict(copy=False)
+        missing = sorted(mine.keys() - state.keys())
         if missing:
             raise ValueError(f"not the state of a ChainPool: it lacks {', '.join(missing)}")
-        if state["version"] != _VERSION:
-            raise ValueError(f"the pool was saved by version {state['version']}; this one reads {_VERSION}")
-        x, age = state["x"], state["age"]
-        if not (isinstance(x, Tensor) and isinstance(age, Tensor)):
-            raise ValueError(f"x and age must be tensors, got {type(x).__name__} and {type(age).__name__}")
-        if tuple(state["shape"]) != self.shape or x.shape != self._x.shape or age.shape != self._age.shape:
+        tensors = {"x": self._storage.data, **self._story()}
+        if state["labels"] is not None:
+            tensors["labels"] = self._steps
+        for name in tensors:
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(state[name]).__name__}")
+        theirs = (state["n_chains"], len(state["x"]), tuple(state["shape"]))
+        if theirs != (len(self), self.n_local, self.shape) or state["x"].shape != self._storage.data.shape:
             raise ValueError(
-                f"the saved pool has {len(x)} chains of shape {tuple(state['shape'])}, "
-                f"and this one {len(self)} of shape {self.shape}"
+                f"the saved pool has {theirs[0]} chains of shape {theirs[2]}, {theirs[1]} of them here, and this one "
+                f"{len(self)} of shape {self.shape}, {self.n_local} of them here"
             )
-        if not bool(x.isfinite().all()) or bool((age < 0).any()):
-            raise ValueError("the saved pool is damaged: states that are not finite, or negative ages")
-        draws, reinit_prob = state["draws"], state["reinit_prob"]
-        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
-            raise ValueError(f"the saved pool is damaged: draws must be an int >= 0, got {draws!r}")
+        if state["storage_dtype"] != mine["storage_dtype"]:
+            raise ValueError(
+                f"the saved pool has storage_dtype {state['storage_dtype']}, and this one {mine['storage_dtype']}: "
+                "build it with the same"
+            )
+        if state["init"] not in (mine["init"], *_LAWS):
+            raise ValueError(
+                f"the chains of the saved pool start from {state['init']}, and of this one from {mine['init']}: build "
+                "it with the same init="
+            )
+        for name, target in tensors.items():
+            value = state[name]
+            if value.shape != target.shape or value.dtype != target.dtype:
+                raise ValueError(
+                    f"{name} must be {tuple(target.shape)} of {target.dtype}, got {tuple(value.shape)} of {value.dtype}"
+                )
+        x = state["x"]
+        if x.is_floating_point() and not all(bool(x[rows].isfinite().all()) for rows in self._parts(None)):
+            raise ValueError("the saved pool is damaged: states that are not finite")
+        counts = [state[name] for name in ("steps", "started", "restarts", "nonfinite")]
+        if any(bool((v < 0).any()) for v in counts) or bool((state["started"] > state["steps"]).any()):
+            raise ValueError(
+                "the saved pool is damaged: negative steps or counts, or chains that started after their last step"
+            )
+        for name in ("draws", "added"):
+            value = state[name]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"the saved pool is damaged: {name} must be an int >= 0, got {value!r}")
+        reinit_prob = state["reinit_prob"]
         if not isinstance(reinit_prob, float) or not 0.0 <= reinit_prob <= 1.0:
             raise ValueError(f"the saved pool is damaged: reinit_prob must be in [0, 1], got {reinit_prob!r}")
         if state["seed"] is None:
             raise ValueError("the saved pool is damaged: it has no seed")
-        seed, clamp = draw_seed(state["seed"]), Langevin(clamp=state["clamp"]).clamp
-        # From here on nothing can fail, so a pool never becomes half of another.
-        self._x = x.to(self.device, torch.float32, copy=True)
-        self._age = age.to(self.device, torch.int64, copy=True)
-        self.draws, self.seed, self.clamp, self.reinit_prob = draws, seed, clamp, reinit_prob
+        clamp = state["clamp"]
+        if isinstance(clamp, list):
+            clamp = tuple(torch.tensor(v) if isinstance(v, list) else v for v in clamp)
+        rule = Langevin(clamp=clamp)
+        self._storage.bounds_of(rule)
+        return draw_seed(state["seed"]), rule, reinit_prob
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _starts(self, stream: Stream, chains: Tensor, steps: Tensor) -> Tensor:
+        """States of chains that start, (n, dim): pure functions of seed, stream, chain and lifetime step."""
+        init, bounds = self._init, self._storage.bounds
+        if init == "uniform":
+            return uniform_states(self.seed, stream, chains, steps, self._dim, clamp=self.clamp)
+        if init == "gaussian":
+            x = normal(self.seed, stream, chains, steps, self._dim)
+        elif isinstance(init, Tensor):
+            w0, w1, _, _ = (w[:, 0] for w in words(self.seed, stream, chains, steps, 1))
+            return init[_below(len(init), w0, w1).to(init.device)].to(self.device, torch.float32)
+        else:
+            assert not isinstance(init, str)
+            x = init(self.seed, stream, chains, steps)
+            if not isinstance(x, Tensor) or x.shape != (len(chains), *self.shape):
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"init must give a tensor {(len(chains), *self.shape)}, got {got}")
+            x = x.detach().reshape(len(chains), self._dim).to(self.device, torch.float32)
+            if not bool(x.isfinite().all()):
+                raise ValueError("init must give finite states, got NaN or inf")
+        return x if bounds is None else x.clamp(*bounds)
+
+    def _kind(self) -> str:
+        """What ``init`` is, for a saved pool."""
+        if isinstance(self._init, Tensor):
+            return f"{len(self._init)} rows of data"
+        return self._init if isinstance(self._init, str) else "a callable"
+
+    def _rule(self, langevin: Langevin) -> Langevin:
+        """With the pool's clamp."""
+        if self.clamp is None:
+            return langevin
+        if langevin.clamp is not None and not _same_bounds(langevin.clamp, self.clamp, self._dim):
+            raise ValueError(f"the pool clamps to {self.clamp} and the sampler to {langevin.clamp}: use one")
+        return dataclasses.replace(langevin, clamp=self.clamp)
+
+    def _parts(self, chunk_size: int | None) -> list[slice]:
+        """All rows, a chunk at a time."""
+        if chunk_size is None:
+            kind = "cpu" if self.device.type == "cpu" else "cuda"
+            chunk_size = max(1, _CHUNK_BYTES[kind] // (4 * self._dim))
+        elif isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be an int >= 1 or None, got {chunk_size!r}")
+        return [slice(i, min(i + chunk_size, self.n_local)) for i in range(0, self.n_local, chunk_size)]
+
+    def _bar(self, what: str, progress: bool | None) -> Any:
+        """tqdm's bar over this process' chains, or what takes its calls."""
+        if self._processes.rank > 0 or progress is False or (progress is None and not sys.stderr.isatty()):
+            return _NoBar()
+        try:
+            from tqdm import tqdm  # an optional package
+        except ImportError:
+            if progress is None:
+                return _NoBar()
+            raise ValueError('progress=True needs tqdm: pip install "fastebm[cli]"') from None
+        delay = _BAR_AFTER if progress is None else 0.0
+        return tqdm(total=self.n_local, unit=" " + what, unit_scale=True, delay=delay, dynamic_ncols=True)
+
+    def _checked_init(self, init: Any) -> str | Tensor | Start:
+        if isinstance(init, str):
+            if init not in _LAWS:
+                raise ValueError(f"init must be {', '.join(_LAWS)}, a tensor of states or a callable, got {init!r}")
+            if init == "uniform":  # for its error
+                uniform_states(0, Stream.INITIAL, torch.zeros(0, dtype=torch.int64), 0, self._dim, clamp=self.clamp)
+            return init
+        if isinstance(init, Tensor):
+            x = self._checked_states("init", init)
+            if not 1 <= len(x) < 2**31:
+                raise ValueError(f"init must have 1 to 2**31 - 1 rows, got {len(x)}")
+            return x
+        if not callable(init):
+            raise TypeError(f"init must be a name, a tensor of states or a callable, got {type(init).__name__}")
+        start: Start = init
+        return start
+
+    def _checked_states(self, name: str, x: Tensor) -> Tensor:
+        """States from outside, (n, dim): finite and within the clamp."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating-point tensor of states, got {got}")
+        if x.ndim < 2 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"{name} must be (n, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        x = x.detach().reshape(len(x), self._dim)
+        lo, hi = Langevin(clamp=self.clamp).bounds(self._dim, device=x.device) or (-math.inf, math.inf)
+        size = max(1, _CHUNK_BYTES["cpu"] // (4 * self._dim))
+        for part in (x[i : i + size] for i in range(0, len(x), size)):
+            good = part.isfinite() & (part >= lo) & (part <= hi)
+            if not bool(good.all()):
+                if not bool(part.isfinite().all()):
+                    raise ValueError(f"{name} must be finite, got NaN or inf")
+                raise ValueError(
+                    f"{name} must lie within the pool's clamp {self.clamp}, got values from {float(part.min()):g} to "
+                    f"{float(part.max()):g}: scale them"
+                )
+        return x
+
+    def _checked_labels(self, labels: Tensor) -> Tensor:
+        """Of this process' chains."""
+        labels = _labels_of("labels", labels, len(self), "one a chain")
+        return labels[self.first_chain : self.first_chain + self.n_local].to(self.device, torch.int64, copy=True)
+
+
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int) -> None:
+        pass
+
+
+class _Processes:
+    """The processes of a group, each with a share of the chains; without a group this one alone.
+
+    All make the same calls. Whatever ends in an error on one ends in one on all, before anything has changed.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group, self.rank, self.world = group, 0, 1
+        self.device = torch.device("cpu")
+        if group is not None:
+            if not (dist.is_available() and dist.is_initialized()):
+                raise ValueError("process_group needs torch.distributed.init_process_group() first")
+            self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+            if self.rank < 0:
+                raise ValueError("this process is not in process_group: only its members build the pool")
+            if dist.get_backend(group) == "nccl":
+                self.device = device
+
+    def share(self, n: int) -> tuple[int, int]:
+        """First chain of this process, and of the next."""
+        return n * self.rank // self.world, n * (self.rank + 1) // self.world
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over all processes."""
+        if self.world == 1:
+            return values
+        values_there = values.to(self.device, copy=True)
+        dist.all_reduce(values_there, group=self.group)
+        return values_there.to(values.device)
+
+    def agree(
+        self, error: Exception | None, same: Sequence[int], counts: Sequence[int] = (), *, what: str
+    ) -> tuple[int, ...]:
+        """Sums of counts, if no process has an error and ``same`` is the same on all. The caller raises its own error.
+
+        Args:
+            what: the other processes did, if not.
+        """
+        if self.world == 1:
+            return tuple(counts)
+        mine = [0] * _MESSAGE
+        if error is not None:
+            mine[0] = 1 if isinstance(error, NonFiniteError) else 2
+        else:
+            mine[1 : 1 + len(same) + len(counts)] = [*same, *counts]
+        message = torch.tensor(mine, device=self.device)
+        messages = [torch.empty_like(message) for _ in range(self.world)]
+        dist.all_gather(messages, message, group=self.group)
+        told = torch.stack(messages).tolist()
+        if error is not None:
+            return tuple(counts)
+        for kind, code in ((RuntimeError, 2), (NonFiniteError, 1)):
+            if ranks := [str(rank) for rank, row in enumerate(told) if row[0] == code]:
+                raise kind(f"stopped by an error of process {', '.join(ranks)}, which tells it; this pool is unchanged")
+        if any(row[1 : 1 + len(same)] != mine[1 : 1 + len(same)] for row in told):
+            raise ValueError(f"the processes of a pool must make the same calls, and some {what}")
+        columns = slice(1 + len(same), 1 + len(same) + len(counts))
+        return tuple(sum(column) for column in zip(*(row[columns] for row in told), strict=True))
+
+    def together(
+        self, work: Callable[[], tuple[_T, tuple[int, ...]]], same: Sequence[int], *, what: str
+    ) -> tuple[_T, tuple[int, ...]]:
+        """What work returns here, and the sums of its counts; or an error on every process."""
+        try:
+            result, counts = work()
+        except Exception as error:
+            self.agree(error, (), what=what)
+            raise
+        return result, self.agree(None, same, counts, what=what)
+
+
+def _checked_probability(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"reinit_prob must be in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _labels_of(name: str, labels: Tensor, n: int, rule: str) -> Tensor:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if labels.shape != (n,):
+        raise ValueError(f"{name} must be ({n},), {rule}, got {tuple(labels.shape)}")
+    return labels
+
+
+def _same_bounds(a: Bounds, b: Bounds, dim: int) -> bool:
+    if not any(isinstance(v, Tensor) for v in (*a, *b)):
+        return a == b
+    rows = (torch.as_tensor(v, dtype=torch.float32).cpu().flatten() for v in (*a, *b))
+    a_lo, a_hi, b_lo, b_hi = (v.expand(dim) if v.numel() == 1 else v for v in rows)
+    return torch.equal(a_lo, b_lo) and torch.equal(a_hi, b_hi)
+
+
+def _rule_of(rule: Langevin, which: Tensor, n: int) -> Langevin:
+    """The rule for some of n chains; what does not fit n is left, for its error."""
+
+    def part(v: float | Tensor) -> float | Tensor:
+        return v[which.to(v.device)] if isinstance(v, Tensor) and v.ndim == 2 and len(v) == n else v
+
+    return dataclasses.replace(rule, step_size=part(rule.step_size), noise_scale=part(rule.noise_scale))
+
+
+def _last_of_each(rows: Tensor, n: int) -> Tensor:
+    """Places of the last of equal rows, for rows in [0, n)."""
+    values, order = torch.sort(rows, stable=True)
+    is_last = torch.ones_like(values, dtype=torch.bool)
+    is_last[:-1] = values[1:] != values[:-1]
+    return order[is_last & (values >= 0) & (values < n)]
+
+
+def _hash(arguments: tuple[Any, ...]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(arguments).encode()).digest()[:7], "little")
+
+
+def _below(n: int, w0: Tensor, w1: Tensor) -> Tensor:
+    """floor(n * w / 2**64) for the 64-bit w = w0, w1; n < 2**31 keeps it in int64."""
+    return (w0 * n + ((w1 * n) >> 32)) >> 32
 
 
 def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -209,7 +904,7 @@ def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device 
     n_candidates = 2 * k  # of which at least 1.26 k are expected to differ
     while True:
         w0, w1, _, _ = _draw_words(seed, draw, n_candidates, device)
-        candidates = (w0 * n + ((w1 * n) >> 32)) >> 32  # floor(n * w / 2**64): n < 2**31 keeps it in int64
+        candidates = _below(n, w0, w1)
         values, order = torch.sort(candidates, stable=True)
         is_first = torch.ones_like(values, dtype=torch.bool)
         is_first[1:] = values[1:] != values[:-1]

@@ -309,7 +309,8 @@ class _Run:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, and values that JSON can hold."""
         pool = self.pool.state_dict()
-        tensors = {"generator": self.generator.get_state(), "pool.x": pool.pop("x"), "pool.age": pool.pop("age")}
+        tensors = {f"pool.{k}": v for k, v in pool.items() if isinstance(v, Tensor)}
+        tensors["generator"] = self.generator.get_state()
         tensors |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for name, p in self.model.named_parameters():
@@ -319,7 +320,7 @@ class _Run:
             "config": self.config.to_dict(),
             "step": self.step,
             "seconds": self.seconds,
-            "pool": pool,
+            "pool": {k: v for k, v in pool.items() if not isinstance(v, Tensor)},
         }
         return tensors, values
 

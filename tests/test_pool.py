@@ -1,7 +1,10 @@
 """ChainPool: which chains are drawn, what comes back into them, and that a resumed pool goes on bit for bit."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,9 +12,10 @@ from scipy import stats
 from torch import nn
 
 import fastebm
-from fastebm import ChainPool, Langevin, MLPEnergy, NonFiniteError, langevin_sample
-from fastebm.noise import Stream, uniform
+from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy, NonFiniteError, langevin_sample
+from fastebm.noise import Stream, normal, uniform
 from fastebm.pool import draw_distinct
+from fastebm.storage import Storage
 
 DIM = 3
 RULE = Langevin(0.1, 0.5)
@@ -41,8 +45,13 @@ def drawn(pool: ChainPool, n: int) -> torch.Tensor:
 def same(a: ChainPool, b: ChainPool) -> bool:
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+        torch.equal(bits(a[k]), bits(b[k])) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
     )
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 class Quartic(nn.Module):
@@ -95,13 +104,16 @@ def test_chains_start_uniform_and_know_their_numbers():
     assert torch.equal(pool.states, uniform(7, Stream.INITIAL, torch.arange(2000), 0, DIM) * 2)
     assert torch.equal(pool_of(20, clamp=(0.0, 2.0)).states, pool.states[:20])
     assert pool_of(clamp=None).states.abs().max() <= 1
-    assert pool.ages.tolist() == [0] * 2000
+    assert pool.steps.tolist() == pool.ages.tolist() == pool.restarts.tolist() == [0] * 2000
+    assert bool(pool.energies.isnan().all())
+    assert pool.labels is None
+    assert pool.last is None
     assert repr(pool) == "ChainPool(2000 chains of shape (3,) on cpu, 0 draws)"
 
 
 @pytest.mark.parametrize("batch_size", [1, 20, 30, 50])
 def test_samples_go_back_to_the_rows_they_came_from(energy, batch_size):
-    pool = pool_of()
+    pool = pool_of(reinit_prob=0.0)
     before = pool.states.clone()
     rows = drawn(pool, batch_size)
     samples, energies = pool.sample(energy, batch_size, RULE, 4)
@@ -109,16 +121,20 @@ def test_samples_go_back_to_the_rows_they_came_from(energy, batch_size):
     assert torch.equal(pool.states[rows], samples)
     assert torch.equal(pool.states[others], before[others])
     assert not bool((samples == before[rows]).any())
-    assert pool.ages[rows].tolist() == [4] * batch_size
-    assert pool.ages[others].tolist() == [0] * (50 - batch_size)
+    assert pool.steps[rows].tolist() == pool.ages[rows].tolist() == [4] * batch_size
+    assert pool.steps[others].tolist() == [0] * (50 - batch_size)
+    assert torch.equal(pool.energies[rows], energies)
+    assert bool(pool.energies[others].isnan().all())
     assert pool.draws == 1
+    assert torch.equal(pool.last.chains, rows)
+    assert (pool.last.labels, pool.last.restarted, pool.last.nonfinite) == (None, 0, 0)
     torch.testing.assert_close(energies, fastebm.energy(energy, samples).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_chain_moves_as_its_number_and_age_say(energy):
     pool = pool_of(reinit_prob=0.0)
     for steps in (3, 5, 2):
-        before, ages, rows = pool.states.clone(), pool.ages.clone(), drawn(pool, 20)
+        before, ages, rows = pool.states.clone(), pool.steps.clone(), drawn(pool, 20)
         pool.sample(energy, 20, RULE, steps)
         for row in rows.tolist()[:7]:
             alone = langevin_sample(
@@ -126,7 +142,7 @@ def test_a_chain_moves_as_its_number_and_age_say(energy):
                 seed=pool.seed, first_chain=row, first_step=int(ages[row]),
             )  # fmt: skip
             assert torch.equal(pool.states[row : row + 1], alone)
-    assert int(pool.ages.sum()) == 20 * (3 + 5 + 2)
+    assert int(pool.steps.sum()) == 20 * (3 + 5 + 2)
 
 
 def test_samples_are_no_view_of_the_pool(energy):
@@ -161,7 +177,7 @@ def test_backends_move_the_same_chains(energy, backend, device):
         pool.sample(energy.cpu(), 20, RULE, 3, backend="reference")
         other.sample(energy.to(home), 20, RULE, 3, backend=backend)
     torch.testing.assert_close(other.states.cpu(), pool.states, rtol=1e-3, atol=1e-3)
-    assert torch.equal(other.ages.cpu(), pool.ages)
+    assert torch.equal(other.steps.cpu(), pool.steps)
 
 
 # -- restarts ---------------------------------------------------------------------------------------------------
@@ -179,12 +195,16 @@ def test_restarts_are_as_many_as_asked_for(energy, probability):
         pool.sample(energy, n, still, 1)
         moved = (pool.states - before).abs().amax(dim=1) > 1e-6
         restarts += int(moved.sum())
+        assert pool.last.restarted == int(moved.sum())
+        assert bool((pool.ages[moved] == 1).all())
         fresh.append(pool.states[moved].flatten())
     assert (
         stats.binomtest(restarts, n * draws, probability).pvalue > 1e-6
         if 0 < probability < 1
         else (restarts == n * draws * probability)
     )
+    assert int(pool.restarts.sum()) == restarts
+    assert pool.steps.tolist() == [draws] * n
     if restarts:
         u = (torch.cat(fresh).double() + 1) / 2
         assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-6
@@ -194,10 +214,10 @@ def test_restarts_do_not_depend_on_the_batch(energy):
     """The coin belongs to a chain's number and age, so one batch of all and batches of some toss the same."""
     whole, parts = pool_of(reinit_prob=0.5), pool_of(reinit_prob=0.5)
     whole.sample(energy, 50, RULE, 2)
-    while int(parts.ages.min()) == 0:
-        before = parts.ages.clone()
+    while int(parts.steps.min()) == 0:
+        before = parts.steps.clone()
         parts.sample(energy, 10, RULE, 2)
-        first = (before == 0) & (parts.ages == 2)
+        first = (before == 0) & (parts.steps == 2)
         assert torch.equal(parts.states[first], whole.states[first])
 
 
@@ -242,22 +262,40 @@ def test_saved_state_is_tensors_and_plain_numbers(tmp_path):
     ("change", "error", "match"),
     [
         ({"x": ...}, ValueError, "not the state of a ChainPool: it lacks x"),
-        ({"age": ..., "draws": ...}, ValueError, "it lacks age, draws"),
+        ({"steps": ..., "draws": ...}, ValueError, "it lacks draws, steps"),
         ({"version": 99}, ValueError, "saved by version 99"),
-        ({"x": torch.zeros(49, DIM)}, ValueError, r"49 chains of shape \(3,\), and this one 50 of shape \(3,\)"),
+        ({"version": 1, "x": ...}, ValueError, "by version 1, and this one reads 2 only: go on with the release that"),
+        (
+            {"x": torch.zeros(49, DIM)},
+            ValueError,
+            r"\(3,\), 49 of them here, and this one 50 of shape \(3,\), 50",
+        ),
+        ({"n_chains": 60}, ValueError, r"60 chains of shape \(3,\), 50 of them here, and this one 50"),
         ({"x": torch.zeros(50, 4), "shape": [4]}, ValueError, r"50 chains of shape \(4,\)"),
         ({"shape": [1, 3]}, ValueError, r"shape \(1, 3\)"),
-        ({"age": torch.zeros(49, dtype=torch.int64)}, ValueError, "and this one 50"),
+        (
+            {"steps": torch.zeros(49, dtype=torch.int64)},
+            ValueError,
+            r"steps must be \(50,\) of .*, got \(49,\)",
+        ),
+        ({"restarts": torch.zeros(50)}, ValueError, "restarts must be .* of torch.int32, got .* of torch.float32"),
+        ({"x": torch.zeros(50, DIM).double()}, ValueError, "x must be .* got .* of torch.float64"),
+        ({"labels": torch.zeros(50)}, ValueError, "labels must be .* of torch.int64"),
+        ({"storage_dtype": "uint8"}, ValueError, "storage_dtype uint8, and this one float32: build it with the same"),
+        ({"init": "7 rows of data"}, ValueError, "start from 7 rows of data, and of this one from uniform: build it"),
         ({"x": torch.full((50, DIM), math.nan)}, ValueError, "the saved pool is damaged: states that are not finite"),
         ({"x": torch.full((50, DIM), math.inf)}, ValueError, "the saved pool is damaged: states that are not finite"),
-        ({"x": [[0.0] * DIM] * 50}, ValueError, "x and age must be tensors, got list and Tensor"),
-        ({"age": torch.full((50,), -1)}, ValueError, "negative ages"),
+        ({"x": [[0.0] * DIM] * 50}, ValueError, "x must be a tensor, got list"),
+        ({"steps": torch.full((50,), -1)}, ValueError, "negative steps"),
+        ({"started": torch.full((50,), 99)}, ValueError, "started after their last step"),
+        ({"added": -1}, ValueError, "added must be an int >= 0, got -1"),
         ({"draws": "x"}, ValueError, "draws must be an int >= 0, got 'x'"),
         ({"draws": -1}, ValueError, "draws must be an int >= 0, got -1"),
         ({"seed": None}, ValueError, "it has no seed"),
         ({"seed": 2**64}, ValueError, "seed must fit 64 bits"),
         ({"clamp": [1.0, -1.0]}, ValueError, "clamp needs lo < hi"),
         ({"clamp": [1.0]}, TypeError, "clamp must be a pair"),
+        ({"clamp": [[0.0] * 4, 1.0]}, ValueError, "one value for each of the 3 dims"),
         ({"reinit_prob": 7.0}, ValueError, r"reinit_prob must be in \[0, 1\], got 7.0"),
         ({"reinit_prob": None}, ValueError, r"reinit_prob must be in \[0, 1\], got None"),
     ],
@@ -286,7 +324,11 @@ def test_a_bad_state_is_refused_and_changes_nothing(energy, change, error, match
         ({"steps": -1}, ValueError, "steps must be >= 0, got -1"),
         ({"steps": 1.5}, TypeError, "steps must be an int, got 1.5"),
         ({"langevin": Langevin(clamp=(0.0, 1.0))}, ValueError, r"the pool clamps to \(-1.0, 1.0\) and the sampler to"),
+        ({"langevin": Langevin(clamp=(-torch.ones(DIM), 0.5))}, ValueError, "and the sampler to .* use one"),
         ({"langevin": Langevin(torch.ones(3))}, ValueError, "3 entries for 2 steps"),
+        ({"langevin": Langevin(torch.ones(19, 1))}, ValueError, r"does not fit 20 chains"),
+        ({"compile": "auto"}, ValueError, "compile must be True or False in a pool, got 'auto'"),
+        ({"on_nonfinite": "hide"}, ValueError, "on_nonfinite must be one of raise, reinit, ignore, got 'hide'"),
         ({"energy": MLPEnergy(4, (3,))}, ValueError, "the energy takes 4 dims, and the chains have 3"),
         ({"energy": MLPEnergy(DIM, (3,)).to("meta")}, ValueError, "the energy is on meta and the chains on cpu"),
         ({"energy": Quartic(), "langevin": Langevin(3e38, 0.0)}, NonFiniteError, "chains are not finite"),
@@ -311,6 +353,49 @@ def test_exploding_chains_leave_a_finite_pool(on_nonfinite):
     assert bool(pool.states.isfinite().all())
     assert bool(energies.isfinite().all()) or on_nonfinite == "ignore"
     assert (samples.abs().max() <= 1) == (on_nonfinite == "reinit")
+    assert pool.last.nonfinite == 30
+    assert int(pool.nonfinite.sum()) == (30 if on_nonfinite == "reinit" else 0)
+
+
+class Trap(nn.Module):
+    """|x|^2 / 2, but for NaN where the first coordinate passes 100."""
+
+    def forward(self, x):
+        return (x.square().sum(1) / 2).masked_fill(x[:, 0] > 100, math.nan)
+
+
+@pytest.mark.parametrize("call", ["sample", "advance"])
+@pytest.mark.parametrize("init", ["uniform", torch.full((4, DIM), 0.25)])
+def test_only_chains_that_are_not_finite_restart(call, init):
+    """The rest are bit for bit as without them, and the restarted ones are counted and start as ``init`` says."""
+    pool, twin = (pool_of(clamp=None, reinit_prob=0.0, init=init) for _ in range(2))
+    trapped = torch.tensor([3, 17, 41])
+    pool.states[trapped] = 1000.0
+
+    def move(pool, **options):
+        if call == "sample":
+            return pool.sample(Trap(), 50, RULE, 4, **options)
+        return pool.advance(Trap(), RULE, 4, chunk_size=7, **options)
+
+    before = pool_of(clamp=None, init=init)
+    before.load_state_dict(pool.state_dict())
+    with pytest.raises(NonFiniteError):
+        move(pool)
+    assert same(pool, before)
+    move(pool, on_nonfinite="reinit")
+    move(twin)
+    rest = torch.ones(50, dtype=torch.bool).index_fill_(0, trapped, False)
+    for name in ("states", "energies", "steps", "ages", "restarts", "nonfinite"):
+        assert torch.equal(getattr(pool, name)[rest], getattr(twin, name)[rest]), name
+    assert pool.last.nonfinite == 3
+    assert pool.nonfinite[trapped].tolist() == pool.restarts[trapped].tolist() == [1, 1, 1]
+    assert pool.steps[trapped].tolist() == [4, 4, 4]
+    assert pool.ages[trapped].tolist() == [0, 0, 0]
+    fresh = pool.states[trapped]
+    assert bool((fresh == 0.25).all()) if isinstance(init, torch.Tensor) else fresh.abs().max() <= 1
+    torch.testing.assert_close(pool.energies[trapped], fresh.square().sum(1) / 2)
+    move(pool)
+    assert pool.last.nonfinite == 0
 
 
 @pytest.mark.parametrize(
@@ -326,6 +411,20 @@ def test_exploding_chains_leave_a_finite_pool(on_nonfinite):
         ({"clamp": (1.0, 0.0)}, "clamp needs lo < hi"),
         ({"clamp": (0.0, math.inf)}, "no uniform start on an infinite clamp range"),
         ({"seed": 2**64}, "seed must fit 64 bits"),
+        ({"init": "zeros"}, "init must be uniform, gaussian, a tensor of states or a callable, got 'zeros'"),
+        ({"init": torch.zeros(0, 3)}, "init must have 1 to .* rows, got 0"),
+        ({"init": torch.zeros(5, 4)}, r"init must be \(n, 3\), got \(5, 4\)"),
+        ({"init": torch.full((2, 3), math.nan)}, "init must be finite"),
+        ({"init": torch.full((2, 3), 9.0), "clamp": (0.0, 1.0)}, "init must lie within .* from 9 to 9: scale them"),
+        ({"init": lambda *_: torch.zeros(1, 3)}, r"init must give a tensor \(5, 3\), got \(1, 3\)"),
+        ({"init": lambda *_: torch.full((5, 3), math.inf)}, "init must give finite states"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels must be \(5,\), one a chain, got \(4,\)"),
+        ({"clamp": (0.0, torch.ones(4))}, "one value for each of the 3 dims"),
+        ({"storage_dtype": torch.float16}, "storage_dtype must be one of .* got torch.float16"),
+        ({"storage_dtype": torch.uint8}, "uint8 has 256 levels on the clamp: it needs finite bounds, got None"),
+        ({"storage_device": "meta"}, "storage_device must be the pool's device, cpu, or cpu, got meta"),
+        ({"storage_device": "cuda", "storage_file": "x", "device": "cuda"}, "leave storage_device out, got cuda"),
+        ({"storage_file": __file__}, "storage_file must not exist, as the pool overwrites it"),
     ],
 )
 def test_a_bad_pool_is_refused(options, match):
@@ -342,3 +441,408 @@ def test_clamps_of_the_pool_and_of_the_sampler(energy, pool_clamp, rule_clamp, b
     pool.sample(energy, 50, Langevin(1.0, 3.0, clamp=rule_clamp), 3)
     largest = float(pool.states.abs().max())
     assert largest == bound if bound is not None else largest > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"init": 7}, "init must be a name, a tensor of states or a callable, got int"),
+        (
+            {"init": torch.zeros(5, 3, dtype=torch.int64)},
+            "init must be a floating-point tensor .* got torch.int64",
+        ),
+        ({"labels": torch.zeros(5)}, "labels must be a tensor of integers, got torch.float32"),
+    ],
+)
+def test_a_pool_of_wrong_types_is_refused(options, match):
+    with pytest.raises(TypeError, match=match):
+        ChainPool(**{"n_chains": 5, "input_size": 3, **options})
+
+
+def test_a_clamp_a_dim(energy):
+    lo, hi = torch.tensor([-1.0, 0.0, 5.0]), torch.tensor([1.0, 0.5, 6.0])
+    pool = pool_of(clamp=(lo, hi))
+    pool.sample(energy, 50, Langevin(1.0, 3.0, clamp=(lo.clone(), hi)), 3)
+    assert torch.equal(pool.states.amin(0), lo)
+    assert torch.equal(pool.states.amax(0), hi)
+    other = pool_of(clamp=(0.0, 1.0))
+    other.load_state_dict(json_round_trip(pool.state_dict()))
+    assert same(pool, other)
+    assert other.clamp[1].tolist() == hi.tolist()
+
+
+def json_round_trip(state):
+    values = json.loads(json.dumps({k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}))
+    return {**values, **{k: v for k, v in state.items() if isinstance(v, torch.Tensor)}}
+
+
+# -- where chains start -----------------------------------------------------------------------------------------
+
+
+def test_chains_start_and_restart_as_asked_for(energy):
+    """From a Gaussian, from rows of data and from a callable, at first and anew, as functions of chain and step."""
+    data = torch.linspace(-0.9, 0.9, 11)[:, None].expand(11, DIM) * torch.tensor([1.0, -1.0, 0.5])
+    calls = []
+
+    def start(seed, stream, chains, steps):
+        calls.append((stream, chains.tolist(), steps.tolist()))
+        return normal(seed, stream, chains, steps, DIM) * 0.1
+
+    still = Langevin(1e-12, 0.0)
+    for init in ("gaussian", data, start):
+        pool = pool_of(2000, init=init, clamp=(-1.5, 1.5), reinit_prob=1.0)
+        first = pool.states.clone()
+        samples, _ = pool.sample(energy, 2000, still, 3)
+        assert not torch.equal(first[pool.last.chains], samples)
+        both = torch.stack([first, pool.states])
+        if isinstance(init, torch.Tensor):
+            where = (both[:, :, None] - data).abs().amax(dim=3)
+            assert where.amin(dim=2).max() < 1e-6
+            counts = torch.bincount(where.argmin(dim=2).flatten(), minlength=11)
+            assert stats.chisquare(counts.numpy()).pvalue > 1e-6
+            assert (where[0].argmin(1) == where[1].argmin(1)).double().mean() < 0.2  # drawn anew
+        elif init == "gaussian":
+            assert float(both.abs().max()) == 1.5
+            for part in both:
+                inside = part[part.abs() < 1.5].double().numpy()
+                assert stats.kstest(inside, stats.truncnorm(-1.5, 1.5).cdf).pvalue > 1e-6
+        else:
+            assert torch.equal(first, start(7, Stream.INITIAL, torch.arange(2000), 0 * torch.arange(2000)))
+            stream, chains, steps = calls[1]
+            assert (stream, chains, steps) == (Stream.POOL, pool.last.chains.tolist(), [0] * 2000)
+        assert pool.restarts.tolist() == [1] * 2000
+
+
+def test_a_saved_pool_names_its_starts():
+    data = torch.zeros(4, DIM)
+    saved = pool_of(init=data).state_dict()
+    assert saved["init"] == "4 rows of data"
+    pool = pool_of(init=data, seed=9)
+    pool.load_state_dict(saved)
+    pool.load_state_dict(pool_of(init="gaussian").state_dict())
+    assert same(pool, pool_of(init="gaussian"))
+    with pytest.raises(ValueError, match="start from 4 rows of data, and of this one from gaussian"):
+        pool.load_state_dict(saved)
+
+
+# -- all chains -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"storage_dtype": torch.bfloat16}, {"storage_dtype": torch.uint8}])
+def test_advance_moves_every_chain_whatever_the_chunks(energy, options):
+    pools = [pool_of(**options) for _ in range(3)]
+    rule = Langevin(torch.linspace(0.05, 0.2, 50)[:, None], 0.5)
+    for pool, size in zip(pools, (None, 7, 50), strict=True):
+        assert pool.advance(energy, rule, 3, chunk_size=size) is None
+        pool.advance(energy, RULE, 2, chunk_size=size, on_nonfinite="ignore")
+    assert same(pools[0], pools[1])
+    assert same(pools[0], pools[2])
+    pool = pools[0]
+    assert pool.steps.tolist() == pool.ages.tolist() == [5] * 50
+    assert pool.draws == 0
+    assert pool.last.chains.tolist() == list(range(50))
+    if not options:
+        start = pool_of().states
+        moved = langevin_sample(
+            energy, init=start, steps=3, step_size=rule.step_size, noise_scale=0.5, clamp=(-1.0, 1.0), seed=7
+        )
+        moved, info = langevin_sample(
+            energy, init=moved, steps=2, step_size=0.1, noise_scale=0.5, clamp=(-1.0, 1.0), seed=7, first_step=3,
+            return_info=True,
+        )  # fmt: skip
+        assert torch.equal(pool.states, moved)
+        assert torch.equal(pool.energies, info.energies)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"chunk_size": 0}, ValueError, "chunk_size must be an int >= 1 or None, got 0"),
+        ({"steps": -1}, ValueError, "steps must be >= 0"),
+        ({"energy": MLPEnergy(4, (3,))}, ValueError, "the energy takes 4 dims"),
+        ({"compile": "auto"}, ValueError, "compile must be True or False"),
+        ({"langevin": Langevin(torch.ones(49, 1))}, ValueError, "does not fit 7 chains"),
+    ],
+)
+def test_an_advance_that_fails_leaves_the_pool_as_it_was(energy, options, error, match):
+    pool, twin = pool_of(), pool_of()
+    with pytest.raises(error, match=match):
+        pool.advance(**{"energy": energy, "langevin": RULE, "steps": 2, "chunk_size": 7, **options})
+    assert same(pool, twin)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_advance_puts_every_chain_back(tmp_path, error):
+    class Interrupted(Trap):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 20:
+                raise error
+            return super().forward(x)
+
+    pools = pool_of(clamp=None), pool_of(clamp=None, storage_file=tmp_path / "pool")
+    for pool in pools:
+        with pytest.raises(error):
+            pool.advance(Interrupted(), RULE, 3, chunk_size=9)
+        assert same(pool, pool_of(clamp=None))
+    assert [file.name for file in tmp_path.iterdir()] == ["pool"]
+    pool = pools[0]
+    with pytest.raises(error):
+        pool.advance(Interrupted(), RULE, 3, chunk_size=9, on_nonfinite="reinit")
+    moved = pool.steps == 3
+    assert 0 < int(moved.sum()) < 50
+    whole = pool_of(clamp=None)
+    whole.advance(Trap(), RULE, 3)
+    assert torch.equal(pool.states, torch.where(moved[:, None], whole.states, pool_of(clamp=None).states))
+
+
+def test_a_bar_is_shown_when_asked_for(energy, capsys):
+    pool = pool_of()
+    pool.advance(energy, RULE, 1, chunk_size=10)
+    assert capsys.readouterr().err == ""
+    pool.advance(energy, RULE, 1, chunk_size=10, progress=True)
+    assert "50/50" in capsys.readouterr().err.replace("50.0", "50")
+
+
+# -- labels and added states ------------------------------------------------------------------------------------
+
+
+def test_labels_stay_with_their_chains():
+    energy = ClassifierEnergy(nn.Sequential(nn.Linear(DIM, 8), nn.SiLU(), nn.Linear(8, 4)))
+    labels = torch.arange(50) % 4
+    pool = pool_of(labels=labels.to(torch.int32), reinit_prob=0.0)
+    samples, energies = pool.sample(energy, 20, RULE, 3)
+    assert torch.equal(pool.last.labels, labels[pool.last.chains])
+    torch.testing.assert_close(energies, fastebm.energy(energy, samples, labels=pool.last.labels).detach())
+    pool.advance(energy, RULE, 2, chunk_size=8)
+    torch.testing.assert_close(pool.energies, fastebm.energy(energy, pool.states, labels=labels).detach())
+
+    other = pool_of()
+    other.load_state_dict(pool.state_dict())
+    assert same(pool, other)
+    other.labels = labels + 1
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 4\)"):
+        other.sample(energy, 20, RULE, 1)
+    other.labels = None
+    other.sample(energy, 20, RULE, 1)
+    assert other.last.labels is None
+    with pytest.raises(ValueError, match=r"labels were given, and MLPEnergy.forward takes x only"):
+        pool.sample(MLPEnergy(DIM, (4,)), 20, RULE, 1)
+
+
+def numbered(first, n):
+    """States that say which they are."""
+    return torch.arange(first, first + n, dtype=torch.float32)[:, None].expand(n, DIM) / 1000
+
+
+def test_fifo_replaces_the_oldest(energy):
+    pool = pool_of(10, labels=torch.zeros(10, dtype=torch.int64))
+    pool.advance(ClassifierEnergy(nn.Linear(DIM, 3)), RULE, 2)
+    pool.add(numbered(0, 4), torch.arange(4))
+    assert pool.steps.tolist() == [2] * 10  # the noise goes on
+    assert pool.ages.tolist() == [0] * 4 + [2] * 6
+    assert pool.restarts.tolist() == [1] * 4 + [0] * 6
+    assert pool.energies.isnan().tolist() == [True] * 4 + [False] * 6
+    pool.add(numbered(4, 3), torch.arange(3))
+    pool.add(numbered(7, 6), torch.arange(6))
+    assert (pool.states[:, 0] * 1000).round().long().tolist() == [10, 11, 12, 3, 4, 5, 6, 7, 8, 9]
+    assert pool.labels.tolist() == [3, 4, 5, 3, 0, 1, 2, 0, 1, 2]
+    pool.add(numbered(0, 25), torch.zeros(25, dtype=torch.int64))  # more than there are: the last ones stay
+    assert sorted((pool.states[:, 0] * 1000).round().long().tolist()) == list(range(15, 25))
+    assert pool.added == 38
+
+
+def test_a_reservoir_keeps_every_state_that_was_seen_equally_often():
+    kept = torch.zeros(40, dtype=torch.int64)
+    for seed in range(400):
+        pool = pool_of(8, seed=seed)
+        for first, n in ((0, 5), (5, 10), (15, 24), (39, 1)):
+            pool.add(numbered(first, n), policy="reservoir")
+        numbers = (pool.states[:, 0] * 1000).round().long()
+        assert len(numbers.unique()) == 8
+        kept[numbers] += 1
+    assert stats.chisquare(kept.numpy()).pvalue > 1e-6
+
+
+def test_added_states_do_not_depend_on_how_they_come():
+    pool, other = pool_of(8), pool_of(8)
+    pool.add(numbered(0, 100), policy="reservoir")
+    for first, n in ((0, 3), (3, 60), (63, 37)):
+        other.add(numbered(first, n), policy="reservoir")
+    assert torch.equal(pool.states, other.states)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"policy": "lifo"}, ValueError, 'policy must be "fifo" or "reservoir", got \'lifo\''),
+        ({"samples": torch.zeros(3, 4)}, ValueError, r"samples must be \(n, 3\), got \(3, 4\)"),
+        ({"samples": torch.full((3, 3), math.nan)}, ValueError, "samples must be finite"),
+        ({"samples": torch.full((3, 3), 255.0)}, ValueError, "samples must lie within the pool's clamp .* 255: scale"),
+        ({"samples": [[0.0] * 3]}, TypeError, "samples must be a floating-point tensor of states, got list"),
+        ({"labels": None}, ValueError, "this pool has labels: pass those of the samples"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels must be \(3,\), one a sample"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
+    ],
+)
+def test_added_states_that_are_refused_change_nothing(options, error, match):
+    labels = torch.zeros(50, dtype=torch.int64)
+    pool = pool_of(labels=labels)
+    with pytest.raises(error, match=match):
+        pool.add(**{"samples": torch.zeros(3, 3), "labels": labels[:3], **options})
+    assert same(pool, pool_of(labels=labels))
+    with pytest.raises(ValueError, match="this pool has no labels: build it with labels=, or leave them out"):
+        pool_of().add(torch.zeros(3, 3), labels[:3])
+
+
+# -- statistics -------------------------------------------------------------------------------------------------
+
+
+def test_stats_of_a_fresh_pool():
+    s = pool_of().stats()
+    assert (s.n_chains, s.draws, s.n_energies, s.restarts, s.nonfinite, s.ages) == (50, 0, 0, 0, 0, (50,))
+    assert all(math.isnan(v) for v in s.energy.values())
+
+
+def test_stats_are_those_of_the_chains(energy):
+    pool = pool_of(5000, reinit_prob=0.3)
+    for n, steps in ((3000, 1), (2000, 7), (1000, 40)):
+        pool.sample(energy, n, RULE, steps)
+    pool.energies[:4] = torch.tensor([math.inf, -math.inf, 0.0, -0.0])
+    s = pool.stats()
+    known = pool.energies[pool.energies.isfinite()].sort().values
+    assert 3000 <= s.n_energies == len(known) < 5000
+    for q, value in s.energy.items():
+        assert value == float(known[max(math.ceil(q * len(known)) - 1, 0)])
+    assert known.min() < 0 < known.max() or len(set(s.energy.values())) == 7
+    assert sum(s.ages) == 5000
+    assert s.ages[0] == int((pool.ages == 0).sum())
+    for i, count in enumerate(s.ages[1:]):
+        assert count == int(((pool.ages >= 2**i) & (pool.ages < 2 ** (i + 1))).sum())
+    assert s.restarts == int(pool.restarts.sum()) > 0
+    assert s.draws == 3
+
+
+def test_quantiles_of_negative_and_positive_energies():
+    pool = pool_of(9)
+    pool.energies.copy_(torch.tensor([-3.5, 1e-42, 4.0, -1e30, 7.25, -0.25, 2.0, 3e38, -1e-42]))
+    assert pool.stats().energy[0.0] == float(torch.tensor(-1e30))
+    assert pool.stats().energy[0.5] == float(torch.tensor(1e-42))
+    assert pool.stats().energy[1.0] == float(torch.tensor(3e38))
+
+
+# -- storage ----------------------------------------------------------------------------------------------------
+
+
+def test_rounding_keeps_the_mean_and_what_is_stored_already():
+    n, dim = 4000, 21
+    rows, steps = slice(0, n), torch.arange(n)
+    x = torch.linspace(-0.97, 1.93, dim).expand(n, dim)
+    for dtype, spacing in ((torch.uint8, 3 / 255), (torch.bfloat16, 2.0**-7)):
+        bounds = Langevin(clamp=(-1.0, 2.0))
+        store = Storage(n, dim, dtype=dtype, rule=bounds, device=torch.device("cpu"), seed=3)
+        store.write(rows, x, steps)
+        kept = store.read(rows)
+        assert len(kept[:, 3].unique()) == 2  # one of the two neighbours
+        assert float((kept - x).abs().max()) < spacing
+        # a byte of noise leaves at most 1/512 of a unit, and the mean of n roundings at most half a unit / sqrt(n)
+        assert float((kept.mean(0) - x[0]).abs().max()) < spacing * (1 / 512 + 6 * 0.5 / math.sqrt(n))
+        stored = store.data.clone()
+        store.write(rows, kept, steps + 1)
+        assert torch.equal(store.data, stored)
+        store.write(torch.arange(n).flip(0), x, steps.flip(0))
+        assert torch.equal(store.data, stored)  # of the chain and its step alone
+
+
+def test_coarse_storage_stays_within_the_clamp_and_near_the_state(energy):
+    lo, hi = torch.tensor([-1.1, 0.0, 5.0]), torch.tensor([1.1, 0.3, 6.0])
+    for dtype in (torch.bfloat16, torch.uint8):
+        pool = pool_of(clamp=(lo, hi), storage_dtype=dtype, reinit_prob=0.0)
+        samples, energies = pool.sample(energy, 50, RULE, 3)
+        states = pool.states[pool.last.chains]
+        assert bool(((states >= lo) & (states <= hi)).all())
+        assert bool(
+            ((states - samples).abs() <= ((hi - lo) / 255 if dtype == torch.uint8 else samples.abs() / 128)).all()
+        )
+        torch.testing.assert_close(energies, fastebm.energy(energy, samples).detach())
+        assert pool.state_dict()["x"].dtype == dtype
+        other = pool_of(clamp=(lo, hi), storage_dtype=dtype, seed=1)
+        other.load_state_dict(json_round_trip(pool.state_dict()))
+        for p in (pool, other):
+            p.sample(energy, 20, RULE, 3)
+        assert same(pool, other)
+
+
+def test_images_of_256_levels_are_kept_as_they_are():
+    images = torch.randint(256, (30, DIM)) / 255
+    pool = pool_of(30, clamp=(0.0, 1.0), storage_dtype=torch.uint8)
+    pool.add(images)
+    assert torch.equal((pool.states * 255).round(), images * 255)
+
+
+def test_a_pool_in_a_file_is_the_same_pool(energy, tmp_path):
+    file = tmp_path / "pool"
+    pool, other = pool_of(reinit_prob=0.3), pool_of(reinit_prob=0.3, storage_file=file)
+    assert file.stat().st_size == 50 * DIM * 4
+    for p in (pool, other):
+        p.sample(energy, 20, RULE, 2)
+        p.advance(energy, RULE, 2, chunk_size=7)
+        p.add(torch.zeros(5, DIM))
+    assert same(pool, other)
+    assert torch.equal(torch.from_file(str(file), size=50 * DIM).view(50, DIM), pool.states)
+    with pytest.raises(ValueError, match="storage_file must not exist"):
+        pool_of(storage_file=file)
+    assert torch.equal(other.states, pool.states)
+
+
+def test_rows_past_two_billion_elements(tmp_path):
+    """The file is sparse: no more is written than these rows."""
+    n, dim = 2**22 + 10, 600
+    rule, cpu = Langevin(clamp=(0.0, 255.0)), torch.device("cpu")
+    store = Storage(n, dim, dtype=torch.uint8, rule=rule, device=cpu, file=tmp_path / "x", seed=0)
+    assert store.data.numel() > 2**31
+    rows = torch.tensor([0, 2**31 // dim + 1, n - 1])
+    x = torch.tensor([[1.0], [2.0], [3.0]]).expand(3, dim)
+    store.write(rows, x, torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(store.read(rows), x)
+    assert torch.equal(store.read(slice(n - 1, n)), x[2:])
+    assert int(store.data[1].max()) == 0
+    with open(tmp_path / "x", "rb") as file:
+        for row, value in zip(rows.tolist(), (1, 2, 3), strict=True):
+            file.seek(row * dim)
+            assert file.read(dim) == bytes([value]) * dim
+
+
+MEMORY = """
+import resource, torch, fastebm.pool as pool
+from fastebm import ChainPool, Langevin, MLPEnergy
+torch.set_num_threads(1)
+pool._CHUNK_BYTES["cpu"] = CHUNK = 2**20
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+energy, rule = MLPEnergy(512, (8,)), Langevin(0.1, 0.1)
+def work(n, **options):
+    p = ChainPool(n, 512, clamp=(0.0, 1.0), reinit_prob=0.5, **options)
+    for policy in ("ignore", "reinit"):
+        p.advance(energy, rule, 1, on_nonfinite=policy)
+    p.sample(energy, 200, rule, 1)
+    p.stats()
+    p.load_state_dict(p.state_dict(copy=False))
+    return p
+work(2000)
+for n, dtype in ((80_000, torch.uint8), (40_000, torch.float32)):
+    before = peak()
+    p = work(n, storage_dtype=dtype)
+    print(n * 512 * dtype.itemsize, (peak() - before - n * (512 * dtype.itemsize + 100)) / CHUNK)
+    del p
+"""
+
+
+def test_memory_beside_the_pool_is_a_few_chunks():
+    """Of a chunk's float32 states, 1 MiB here; the pools take 40 and 80."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=300, check=True)
+    for line in done.stdout.splitlines():
+        size, chunks = map(float, line.split())
+        assert size > 30 * 2**20
+        assert chunks < 8

@@ -1,0 +1,232 @@
+"""A pool sharded over real processes: the same chains, bit for bit, and errors on every process or on none."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy
+
+DIM, N = 3, 23
+RULE = Langevin(0.1, 0.5)
+TIMEOUT = 120  # seconds; a process that is left waiting fails the test
+
+
+class Trap(nn.Module):
+    """|x|^2 / 2, but for NaN where the first coordinate passes 100."""
+
+    def forward(self, x):
+        return (x.square().sum(1) / 2).masked_fill(x[:, 0] > 100, torch.nan)
+
+
+def pool_of(group=None, **options):
+    return ChainPool(
+        **{"n_chains": N, "input_size": DIM, "seed": 7, "reinit_prob": 0.3, "process_group": group, **options}
+    )
+
+
+def content(pool):
+    return {k: v.numpy().tobytes() if isinstance(v, torch.Tensor) else v for k, v in pool.state_dict().items()}
+
+
+def energies():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = nn.Sequential(nn.Linear(DIM, 8), nn.SiLU(), nn.Linear(8, 4))
+        return MLPEnergy(DIM, (9, 8)), ClassifierEnergy(classifier)
+
+
+def story(group=None):
+    """All that happens to a pool; of one process, or of each of several."""
+    mlp, classifier = energies()
+    told = {}
+    pool = pool_of(group, clamp=(-1.0, 1.0))
+    for i, batch in enumerate((9, 23, 1)):
+        rule = Langevin(torch.linspace(0.05, 0.2, batch)[:, None], 0.5)
+        x, e = pool.sample(mlp, batch, rule, 3)
+        told[f"sample {i}"] = (x, e, pool.last.chains, pool.last.restarted)
+    pool.advance(mlp, Langevin(torch.linspace(0.05, 0.2, N)[:, None], 0.5), 2, chunk_size=4)
+    pool.add(torch.linspace(-1, 1, 5 * DIM).reshape(5, DIM))
+    pool.add(torch.linspace(-1, 1, 60 * DIM).reshape(60, DIM), policy="reservoir")
+    pool.sample(mlp, 12, RULE, 2)
+    told["stats"] = pool.stats()
+    told["state"] = pool.state_dict()
+    other = pool_of(group, clamp=(0.0, 5.0))
+    other.load_state_dict(told["state"])
+    other.sample(mlp, 12, RULE, 2)
+    told["resumed"] = other.state_dict()
+
+    pool = pool_of(group, labels=torch.arange(N) % 4, storage_dtype=torch.bfloat16)
+    pool.sample(classifier, 11, RULE, 2)
+    told["labels"] = pool.last.labels
+    told["labelled"] = pool.state_dict()
+
+    pool = pool_of(group, n_chains=2)  # fewer than processes
+    x, _ = pool.sample(mlp, 1, RULE, 2)
+    pool.advance(mlp, RULE, 1)
+    told["few"] = (x, pool.last.chains, pool.stats())
+    told["few state"] = pool.state_dict()
+    return told
+
+
+def faults(group, rank):
+    """Errors of one process are errors of all, and no pool has changed."""
+    mlp, _ = energies()
+    told = {}
+
+    def attempt(name, call, pool=None):
+        before = None if pool is None else content(pool)
+        try:
+            call()
+        except Exception as error:
+            unchanged = pool is None or content(pool) == before
+            told[name] = (type(error).__name__, str(error), unchanged)
+        else:
+            told[name] = None
+
+    attempt("seeds", lambda: pool_of(group, seed=rank))
+    attempt("sizes", lambda: pool_of(group, n_chains=N + rank))
+    pool = pool_of(group)
+    attempt("batches", lambda: pool.sample(mlp, 5 + rank, RULE, 2), pool)
+    attempt("bad batch", lambda: pool.sample(mlp, 0 if rank == 1 else 5, RULE, 2), pool)
+    attempt("steps", lambda: pool.advance(mlp, RULE, 2 + rank), pool)
+    attempt("calls", lambda: pool.advance(mlp, RULE, 2) if rank else pool.sample(mlp, 5, RULE, 2), pool)
+    state = pool.state_dict()
+    if rank == 0:
+        state["x"][0, 0] = torch.nan
+    attempt("load", lambda: pool.load_state_dict(state), pool)
+    if rank == 1:
+        pool.states[2] = 1000.0
+    attempt("exploded", lambda: pool.sample(Trap(), N, RULE, 2), pool)
+    attempt("exploded in a chunk", lambda: pool.advance(Trap(), RULE, 2, chunk_size=2), pool)
+    pool.sample(Trap(), N, RULE, 2, on_nonfinite="reinit")
+    told["restarted"] = (pool.last.nonfinite, int(pool.nonfinite.sum()), pool.stats().nonfinite)
+    attempt("afterwards", lambda: pool.sample(mlp, 5, RULE, 2), pool)
+    return told
+
+
+def main(folder, rank, world):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT / 2)
+    )
+    pair = dist.new_group([0, 1])
+    told = {world: (story(dist.group.WORLD), faults(dist.group.WORLD, rank))}
+    if rank < 2:
+        told[2] = (story(pair), faults(pair, rank))
+    else:
+        with pytest.raises(ValueError, match="this process is not in process_group"):
+            pool_of(pair)
+    torch.save(told, f"{folder}/{rank}.pt")
+    dist.barrier()  # destroying too early aborts the others
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """{number of processes: what each of them tells}, from three processes, two of which are also a pair."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, __file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([*command, str(rank), "3"], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * 3, "\n".join(errors)
+    told = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    return {world: [rank[world] for rank in told[:world]] for world in (2, 3)}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return story()
+
+
+def bits(value):
+    return value.contiguous().view(torch.uint8) if value.numel() else value.numel()
+
+
+def joined(parts, chains=None):
+    """Rows of several processes, in the order of their chains if those are given."""
+    rows = torch.cat(list(parts))
+    return rows if chains is None else rows[torch.argsort(torch.cat(list(chains)))]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
+    shares = [told for told, _ in worlds[world]]
+    for i, batch in enumerate((9, 23, 1)):
+        x, e, chains, restarted = alone[f"sample {i}"]
+        order = torch.argsort(chains)
+        parts = [told[f"sample {i}"] for told in shares]
+        assert sum(len(part[0]) for part in parts) == batch
+        assert torch.equal(joined((p[0] for p in parts), (p[2] for p in parts)), x[order])
+        assert torch.equal(joined((p[1] for p in parts), (p[2] for p in parts)), e[order])
+        assert [part[3] for part in parts] == [restarted] * world
+    for name in ("state", "resumed", "labelled", "few state"):
+        for key, value in alone[name].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(bits(joined(told[name][key] for told in shares)), bits(value)), (name, key)
+            else:
+                assert [told[name][key] for told in shares] == [value] * world, (name, key)
+    assert [repr(told["stats"]) for told in shares] == [repr(alone["stats"])] * world
+    assert sum(len(told["labels"]) for told in shares) == len(alone["labels"])
+    assert torch.equal(joined(told["few"][0] for told in shares), alone["few"][0])
+    assert [repr(told["few"][2]) for told in shares] == [repr(alone["few"][2])] * world
+    assert len({len(told["few state"]["x"]) for told in shares}) == (1 if world == 2 else 2)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("name", "guilty", "kind", "own", "others"),
+    [
+        ("seeds", None, "ValueError", "built their pools with other arguments or seeds", None),
+        ("sizes", None, "ValueError", "built their pools with other arguments or seeds", None),
+        ("batches", None, "ValueError", "called with another batch_size or steps", None),
+        ("bad batch", 1, "ValueError", "batch_size must be an int", "RuntimeError"),
+        ("steps", None, "ValueError", "called with another batch_size or steps", None),
+        ("calls", None, "ValueError", "or after other calls", None),
+        ("load", 0, "ValueError", "states that are not finite", "RuntimeError"),
+        ("exploded", 1, "NonFiniteError", "chains are not finite", "NonFiniteError"),
+        ("exploded in a chunk", 1, "NonFiniteError", "chains are not finite", "NonFiniteError"),
+    ],
+)
+def test_distributed_errors_are_on_every_process(worlds, world, name, guilty, kind, own, others):
+    for rank, (_, told) in enumerate(worlds[world]):
+        got, message, unchanged = told[name]
+        assert unchanged
+        if guilty in (None, rank):
+            assert got == kind
+            assert own in message
+        else:
+            assert got == others
+            assert f"stopped by an error of process {guilty}, which tells it" in message
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_distributed_restarts_are_counted_over_all_processes(worlds, world):
+    told = [faults["restarted"] for _, faults in worlds[world]]
+    assert [last for last, _, _ in told] == [1] * world
+    assert [here for _, here, _ in told] == [int(rank == 1) for rank in range(world)]
+    assert [total for _, _, total in told] == [1] * world
+    assert all(faults["afterwards"] is None for _, faults in worlds[world])
+
+
+def test_a_process_group_must_be_there(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    with pytest.raises(ValueError, match=r"process_group needs torch.distributed.init_process_group\(\) first"):
+        pool_of(object())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
