@@ -7,6 +7,7 @@ clock.py        runs in turns, medians and quartiles
 limits.py       what the machine could do at most, measured beside them
 race.py         gate, clock, rows: the steps of chains
 training.py     a training step with persistent chains      efficiency.py  effective samples a second
+pool.py         draws, write-backs and memory of large pools
 compilation.py  first calls, and those of a second process  micro.py       single operations (pytest-benchmark)
 run.py          the command: cases -> contestants -> clock -> rows
 rows.py         result files                tables.py, plot.py  tables and figures from them; they never measure

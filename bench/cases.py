@@ -110,6 +110,10 @@ STEPS = {
 
 TRAINING = {f"pcd-{n}": TrainingCase(n) for n in (10_000, 100_000, 1_000_000)}
 
+# Of pool.py: the image tutorials' batch and image size.
+POOL = {n: TrainingCase(n, *DIGITS, batch_size=128) for n in (10_000, 100_000, 1_000_000)}
+QUICK_POOL = {n: TrainingCase(n, *DIGITS, batch_size=128, steps=10) for n in (1_000, 10_000)}
+
 # Temperature 1, so noise_std^2 = 2 drift, and no clamp: the laws are then known.
 EFFICIENCY = {
     kind: Case(dim, (), 256, steps=10, kind=kind, drift=drift, noise_std=math.sqrt(2 * drift), clamp=None)

@@ -204,6 +204,34 @@ def training() -> str:
     return _timings("training.csv", columns)
 
 
+def pool() -> str:
+    rows = _timed("pool.csv")
+    if not rows:
+        return _NONE.replace("run.py --out bench/results", "pool.py")
+    columns = [
+        ("draw + write-back, us", "draw_and_write_seconds", lambda text: f"{1e6 * float(text):.3g}"),
+        ("times the list", "times_list", _number),
+        ("chain-steps/s", "chain_steps_per_s", _number),
+        ("ms a training step", "training_step_seconds", _milliseconds),
+        ("of the smallest pool's", "times_smallest", lambda text: f"{float(text):.2f}"),
+        ("peak memory, MiB", "peak_bytes", lambda text: f"{float(text) / 2**20:.0f}"),
+    ]
+    body = [
+        [f"{int(row['n_chains']):,}", row["contestant"]]
+        + [form(row[column]) if row.get(column) else "" for _, column, form in columns]
+        for row in rows
+        if row["status"] == "ok"
+    ]
+    table = _table(["chains", "contestant", *(heading for heading, _, _ in columns)], body)
+    first = rows[0]
+    where = first["gpu"] if first["device"] == "cuda" else f"{first['threads']} threads of {first['cpu']}"
+    return (
+        f"{table}\n\n{first['energy']}, batches of {first['batch_size']}, {first['steps']} steps. Measured by "
+        f"`python bench/pool.py` on {where}, torch {first['torch']}, torchebm {first['torchebm']}, {first['date']}, "
+        f"commit {first['commit']} (`bench/results/pool.csv`, with quartiles)."
+    )
+
+
 def efficiency() -> str:
     columns = [
         ("effective samples/s", "ess_per_s", _number),
@@ -251,6 +279,7 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "precision", precision),
     ("docs/performance.md", "steps", steps),
     ("docs/performance.md", "training", training),
+    ("docs/performance.md", "pool", pool),
     ("docs/performance.md", "efficiency", efficiency),
     ("docs/performance.md", "compilation", compilation),
 ]

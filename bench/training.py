@@ -25,6 +25,7 @@ from fastebm.bench.problem import NOISE_SEED, SEED, ULP, Missing, largest, make_
 from torch import Tensor, nn
 
 from fastebm import ChainPool, Langevin, contrastive_divergence_loss
+from fastebm.backends import Advanced
 from fastebm.energies import Energy
 
 LEARNING_RATE, REGULARISER = 1e-4, 0.01
@@ -37,13 +38,17 @@ TIMED = ("correct", "error", "allowed", "spread", "rounds", "seconds", "seconds_
 class Trainer:
     """step: real (batch, dim) -> the negatives it trained against; it leaves the loss's gradients in the model.
 
-    states: all chains, (n_chains, dim), to look at. fill: sets all chains to one state, (dim,).
+    states: all chains, (n_chains, dim), to look at. fill: sets all chains to one state, (dim,). draw: where a batch
+    begins, (batch, dim), restarts and all. put: a batch takes its place. sample: draw, K steps, put.
     """
 
     model: nn.Module
     step: Callable[[Tensor], Tensor]
     states: Callable[[], Tensor]
     fill: Callable[[Tensor], None]
+    draw: Callable[[], Tensor]
+    put: Callable[[Tensor], None]
+    sample: Callable[[], Tensor]
 
 
 def fresh_model(case: TrainingCase, device: torch.device) -> nn.Module:
@@ -60,17 +65,38 @@ def _finish(model: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, ne
     return negatives
 
 
-def fastebm_pool(case: TrainingCase, device: torch.device) -> Trainer:
+def fastebm_pool(case: TrainingCase, device: torch.device, storage_dtype: torch.dtype = torch.float32) -> Trainer:
     model = fresh_model(case, device)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    pool = ChainPool(case.n_chains, case.dim, clamp=case.clamp, seed=SEED, device=device, reinit_prob=case.restart_prob)
+    pool = ChainPool(
+        case.n_chains, case.dim, clamp=case.clamp, seed=SEED, device=device, reinit_prob=case.restart_prob,
+        storage_dtype=storage_dtype,
+    )  # fmt: skip
     rule = Langevin.from_drift_and_noise(case.drift, case.noise_std)
+    energies = torch.zeros(case.batch_size, device=device)
+    taken: Any = None
+
+    def draw() -> Tensor:
+        nonlocal taken
+        drawn = pool._next_draw(case.batch_size)
+        x, steps = pool._taken(drawn)
+        taken = drawn, steps
+        return x
+
+    def put(x: Tensor) -> None:
+        drawn, steps = taken
+        pool._put_back(drawn, steps, steps + case.steps, Advanced(x, energies, energies))
+
+    def sample() -> Tensor:
+        return pool.sample(model, case.batch_size, rule, case.steps)[0]
 
     def step(real: Tensor) -> Tensor:
-        negatives, _ = pool.sample(model, case.batch_size, rule, case.steps)
-        return _finish(model, optimizer, real, negatives)
+        return _finish(model, optimizer, real, sample())
 
-    return Trainer(model, step, lambda: pool.states, lambda x: pool.states.copy_(x.expand_as(pool.states)))
+    def fill(x: Tensor) -> None:
+        pool.states.copy_(x.expand_as(pool.states))
+
+    return Trainer(model, step, lambda: pool.states, fill, draw, put, sample)
 
 
 def list_buffer(case: TrainingCase, device: torch.device) -> Trainer:
@@ -95,19 +121,28 @@ def list_buffer(case: TrainingCase, device: torch.device) -> Trainer:
         model.train(training)
         return x
 
-    def step(real: Tensor) -> Tensor:
-        nonlocal examples
+    def draw() -> Tensor:
         n_new = sum(random.random() < case.restart_prob for _ in range(n))
         fresh = torch.rand(n_new, case.dim) * (hi - lo) + lo
         old = torch.cat(random.choices(examples, k=n - n_new))
-        negatives = negatives_of(torch.cat([fresh, old]).to(device))
-        examples = (list(negatives.cpu().split(1)) + examples)[: case.n_chains]
-        return _finish(model, optimizer, real, negatives)
+        return torch.cat([fresh, old]).to(device)
+
+    def put(x: Tensor) -> None:
+        nonlocal examples
+        examples = (list(x.cpu().split(1)) + examples)[: case.n_chains]
+
+    def sample() -> Tensor:
+        negatives = negatives_of(draw())
+        put(negatives)
+        return negatives
+
+    def step(real: Tensor) -> Tensor:
+        return _finish(model, optimizer, real, sample())
 
     def fill(x: Tensor) -> None:
         examples[:] = x.cpu().expand(case.n_chains, -1).clone().split(1)
 
-    return Trainer(model, step, lambda: torch.cat(examples).to(device), fill)
+    return Trainer(model, step, lambda: torch.cat(examples).to(device), fill, draw, put, sample)
 
 
 def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
@@ -154,7 +189,18 @@ def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
     def fill(x: Tensor) -> None:
         objective.replay_buffer.copy_(x.expand(case.n_chains, -1))
 
-    return Trainer(layers, step, lambda: objective.replay_buffer, fill)
+    like = torch.empty(case.batch_size, case.dim, device=device)
+
+    def draw() -> Tensor:
+        return objective.get_start_points(like)  # type: ignore[no-any-return]
+
+    def sample() -> Tensor:
+        negatives = sampler.sample(x=draw(), n_steps=case.steps)
+        with torch.no_grad():
+            objective.update_buffer(negatives)
+        return negatives  # type: ignore[no-any-return]
+
+    return Trainer(layers, step, lambda: objective.replay_buffer, fill, draw, objective.update_buffer, sample)
 
 
 TRAINERS: dict[str, Callable[[TrainingCase, torch.device], Trainer]] = {

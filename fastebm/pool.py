@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,9 @@ from .storage import Storage
 
 __all__ = ["ChainPool", "PoolCall", "PoolStats", "draw_distinct"]
 
-# Blocks of the POOL stream past any state's dims: restarts' states use blocks 0, 1, ... (storage.py has its own)
+# Blocks of the POOL stream past any state's dims: states that follow others that were not finite use blocks 0, 1, ...
+# (storage.py has its own). Restarts by the coin are in the INITIAL stream, where the step is 0 at first and then the
+# number of the draw, from 1.
 _RESERVOIR_BLOCK = 0xFFFFFD
 _COIN_BLOCK = 0xFFFFFE
 _DRAW_BLOCK = 0xFFFFFF
@@ -36,7 +38,10 @@ _DRAW_BLOCK = 0xFFFFFF
 _VERSION = 2
 
 # float32 states worked on at once where all chains are: enough for every core or SM, and little beside the pool.
-_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+
+# Counters of draws worked out ahead: as many as noise.py has in a cache at once; and draws.
+_AHEAD, _MAX_AHEAD = 32768, 64
 
 # Seconds of a call before its bar shows on a terminal.
 _BAR_AFTER = 2.0
@@ -89,13 +94,25 @@ class PoolStats:
     nonfinite: int
 
 
+class _Draw(NamedTuple):
+    """A draw, as this process has it: rows (n,) of its chains; restart (m,), places among them of those that start
+    anew, and their states fresh (m, dim), or None before a callable is asked; places (n,) in the batch of all
+    processes, or None if this is the only one."""
+
+    number: int
+    rows: Tensor
+    restart: Tensor
+    fresh: Tensor | None
+    places: Tensor | None
+
+
 class ChainPool:
     """A pool of persistent chains, on one device or sharded over processes.
 
     Chain i is row i for ever, has the global number i in the noise's counter, and counts its own steps. So
-    what a chain does depends on its number and its steps alone: not on the batch, the chunks or the number of
-    processes (for energies whose gradient is computed in closed form; PyTorch's own products round by the batch), and
-    a resumed pool goes on bit for bit.
+    how a chain moves depends on its number and its steps alone: not on the batch, the chunks or the number of
+    processes (for energies whose gradient is computed in closed form; PyTorch's own products round by the batch). Which
+    chains are drawn and restart depends on the number of the draw. A resumed pool goes on bit for bit.
 
     Args:
         n_chains: >= 1, over all processes.
@@ -107,8 +124,9 @@ class ChainPool:
         reinit_prob: probability in [0, 1] that a drawn chain starts anew.
         init: where chains start, at first and anew. "uniform": on the clamp, or on [-1, 1] without one. "gaussian":
             N(0, I), clamped. A tensor (m, *shape), m < 2**31: a row of it. A callable (seed, stream, chains, steps) ->
-            (n, *shape), clamped, where chains and steps are (n,) int64, global numbers and lifetime steps: a pure
-            function of these, as ``noise.uniform`` and ``noise.normal`` are, keeps the pool reproducible.
+            (n, *shape), clamped, where chains are (n,) int64 global numbers, and stream and steps, (n,) int64, tell
+            their starts apart: a pure function of these, as ``noise.uniform`` and ``noise.normal`` are, keeps the pool
+            reproducible.
         labels: (n_chains,) integers, each chain's class, given to the energy beside the states. None: none.
         storage_dtype: of the states between calls: torch.float32, torch.bfloat16, or torch.uint8 (256 levels on the
             clamp). The last two round at random, so that the mean is kept (storage.py); chains move in float32, and
@@ -119,8 +137,8 @@ class ChainPool:
         process_group: of torch.distributed. Each process has one slice of the chains, ``first_chain`` and ``n_local``,
             and all make the same calls. None: this process has all chains.
 
-    Memory: n_local states, and 28 bytes a chain. What every method takes beside that is said with it; building takes
-    some 64 MiB on a CPU and 512 MiB on a GPU, or a few states.
+    Memory: n_local states, and 28 bytes a chain. Building, ``advance`` and ``load_state_dict`` take some ten times a
+    chunk of float32 states beside it at most: 320 MiB on a CPU and 2.5 GiB on a GPU; ``sample`` the same of its batch.
     """
 
     def __init__(
@@ -150,6 +168,8 @@ class ChainPool:
         self._init = self._checked_init(init)
         self.draws = self.added = 0
         self.last: PoolCall | None = None
+        self._ahead: dict[int, _Draw] = {}
+        self._ahead_for: tuple[Any, ...] = ()
         self._processes = _Processes(process_group, self.device)
         self.first_chain, last = self._processes.share(n_chains)
         self.n_local = last - self.first_chain
@@ -279,39 +299,83 @@ class ChainPool:
     ) -> Advanced:  # fmt: skip
         options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
 
-        def work() -> tuple[tuple[Tensor, Tensor, Tensor, Advanced, Tensor], tuple[int, ...]]:
+        def work() -> tuple[tuple[_Draw, Tensor, Advanced, Tensor], tuple[int, ...]]:
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
                 raise ValueError(f"batch_size must be an int in [1, {len(self)}], the pool's size, got {batch_size!r}")
             rule = self._rule(langevin)
-            rows = draw_distinct(self.seed, self.draws, len(self), batch_size, device=self.device)
-            if self._processes.world > 1:
-                mine = ((rows >= self.first_chain) & (rows < self.first_chain + self.n_local)).nonzero().flatten()
-                rows, rule = rows[mine] - self.first_chain, _rule_of(rule, mine, batch_size)
-            x, before = self._storage.read(rows), self._steps.index_select(0, rows)
-            chains = self._storage.chains(rows)
-            coins = words(self.seed, Stream.POOL, chains, before, 1, _COIN_BLOCK)[0][:, 0]
-            restart = (coins < self.reinit_prob * 2**32).nonzero().flatten()
-            if len(restart) > 0:
-                x.index_copy_(0, restart, self._starts(Stream.POOL, chains[restart], before[restart]))
-            done, bad = self._moved(energy, x, rows, before, rule, steps, on_nonfinite, options)
-            return (rows, before, restart, done, bad), (len(restart), len(bad))
+            draw = self._next_draw(batch_size)
+            if draw.places is not None:
+                rule = _rule_of(rule, draw.places, batch_size)
+            x, before = self._taken(draw)
+            done, bad = self._moved(energy, x, draw.rows, before, rule, steps, on_nonfinite, options)
+            return (draw, before, done, bad), (len(draw.restart), len(bad))
 
-        (rows, before, restart, done, bad), (n_restarted, n_bad) = self._processes.together(
+        (draw, before, done, bad), (n_restarted, n_bad) = self._processes.together(
             work, (0, self.draws, self.added, batch_size, steps), what=_OTHER_CALLS
         )
         # From here on nothing can fail, so a pool never holds half a draw.
-        after = before + steps
-        self._storage.write(rows, done.x, after)
-        self._steps.index_copy_(0, rows, after)
-        self._energy.index_copy_(0, rows, done.energy)
-        if len(restart) > 0:
-            self._restarted(rows[restart], before[restart])
+        self._put_back(draw, before, before + steps, done)
         if len(bad) > 0 and on_nonfinite == "reinit":
-            self._restarted(rows[bad], after[bad], nonfinite=True)
-        self.draws += 1
-        labels = None if self._labels is None else self._labels[rows]
-        self.last = PoolCall(self._storage.chains(rows), labels, n_restarted, n_bad)
+            self._restarted(draw.rows[bad], before[bad] + steps, nonfinite=True)
+        labels = None if self._labels is None else self._labels[draw.rows]
+        self.last = PoolCall(self._storage.chains(draw.rows), labels, n_restarted, n_bad)
         return done
+
+    def _taken(self, draw: _Draw) -> tuple[Tensor, Tensor]:
+        """Where the drawn chains begin, and their lifetime steps."""
+        x, steps = self._storage.read(draw.rows), self._steps.index_select(0, draw.rows)
+        if len(draw.restart) > 0:
+            x.index_copy_(0, draw.restart, self._fresh(draw))
+        return x, steps
+
+    def _put_back(self, draw: _Draw, before: Tensor, after: Tensor, done: Advanced) -> None:
+        self._storage.write(draw.rows, done.x, after)
+        self._steps.index_copy_(0, draw.rows, after)
+        self._energy.index_copy_(0, draw.rows, done.energy)
+        if len(draw.restart) > 0:
+            self._restarted(draw.rows[draw.restart], before[draw.restart])
+        self.draws += 1
+
+    def _next_draw(self, batch_size: int) -> _Draw:
+        """Draws depend on their number alone, so some are worked out at once: one by one, the hundreds of small
+        operations of Philox would take longer than all else of a call but its steps."""
+        key = (self.seed, self.reinit_prob, batch_size)
+        if key != self._ahead_for or self.draws not in self._ahead:
+            per_draw = max(2 * batch_size, round(self.reinit_prob * batch_size * self._dim / 32))
+            count = min(_MAX_AHEAD, max(1, _AHEAD // per_draw))
+            self._ahead_for, self._ahead = key, self._draws_ahead(batch_size, count)
+        return self._ahead[self.draws]
+
+    def _draws_ahead(self, batch_size: int, count: int) -> dict[int, _Draw]:
+        drawn = _draws(self.seed, self.draws, count, len(self), batch_size, self.device)
+        rows, sizes, places = drawn.flatten(), [batch_size] * count, None
+        if self._processes.world > 1:
+            mine = (drawn >= self.first_chain) & (drawn < self.first_chain + self.n_local)
+            sizes, places = mine.sum(dim=1).tolist(), torch.split(mine.nonzero()[:, 1], mine.sum(dim=1).tolist())
+            rows = rows[mine.flatten()] - self.first_chain
+        numbers = torch.arange(self.draws, self.draws + count, device=self.device)
+        numbers = numbers.repeat_interleave(torch.tensor(sizes, device=self.device))
+        chains = self._storage.chains(rows)
+        coins = words(self.seed, Stream.POOL, chains, numbers, 1, _COIN_BLOCK)[0][:, 0]
+        restart = (coins < self.reinit_prob * 2**32).nonzero().flatten()
+        chains, numbers = chains[restart], numbers[restart]
+        n_restarts = torch.bincount(numbers - self.draws, minlength=count).tolist()
+        # A callable is asked when its states are needed: it may go by what is then.
+        early = isinstance(self._init, str | Tensor)
+        fresh = torch.split(self._starts(Stream.INITIAL, chains, numbers + 1), n_restarts) if early else [None] * count
+        draws, first = {}, 0
+        for i, (own, at) in enumerate(zip(torch.split(rows, sizes), torch.split(restart, n_restarts), strict=True)):
+            draws[self.draws + i] = _Draw(
+                self.draws + i, own, at - first, fresh[i], None if places is None else places[i]
+            )
+            first += sizes[i]
+        return draws
+
+    def _fresh(self, draw: _Draw) -> Tensor:
+        if draw.fresh is not None:
+            return draw.fresh
+        chains = self._storage.chains(draw.rows[draw.restart])
+        return self._starts(Stream.INITIAL, chains, torch.full_like(chains, draw.number + 1))
 
     def advance(
         self,
@@ -329,14 +393,14 @@ class ChainPool:
     ) -> None:
         """Move all chains, without restarts, chunk by chunk; their new states and energies are in the pool.
 
-        Chunks change no bits. Memory beside the pool: some six times the float32 states of a chunk. With
-        on_nonfinite="raise" and more than one chunk also as much as the states take in store (beside ``storage_file``
-        if there is one), from which they are put back if a chain is not finite, or the call is interrupted. With
-        "reinit" and "ignore" an interrupted call leaves each chain either moved or not, as its steps tell.
+        Chunks change no bits. With on_nonfinite="raise" and more than one chunk, the states as they were are kept until
+        the end (beside ``storage_file`` if there is one), as much memory again: they are put back if a chain is not
+        finite, or the call is interrupted. "reinit" and "ignore" need none, and an interrupted call leaves each chain
+        either moved or not, as its steps tell.
 
         Args:
             langevin: the rule; what it has for each chain is for all n_chains.
-            chunk_size: chains at once; None: as many as take 64 MiB on a CPU and 512 MiB on a GPU.
+            chunk_size: chains at once; None: as many as take 32 MiB on a CPU and 256 MiB on a GPU.
             progress: a bar on stderr, of the first process. None: on a terminal, if the call takes seconds.
             Others as for ``sample``.
 
@@ -590,6 +654,7 @@ class ChainPool:
             target.copy_(state[name])
         self.seed, self.clamp, self.reinit_prob = seed, rule.clamp, reinit_prob
         self.draws, self.added = state["draws"], state["added"]
+        self._ahead = {}
         if state["init"] in _LAWS:
             self._init = state["init"]
         self._storage.seed, self._storage.bounds = seed, self._storage.bounds_of(rule)
@@ -897,23 +962,29 @@ def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device 
     A pure function of (seed, draw, n, k). As in NumPy's Generator.choice, few of many come from independent
     candidates without the repeated ones, in O(k log k) whatever n is; many from sorting a random key each.
     """
-    device = torch.device("cpu" if device is None else device)
+    return _draws(seed, draw, 1, n, k, torch.device("cpu" if device is None else device))[0]
+
+
+def _draws(seed: int, first: int, count: int, n: int, k: int, device: torch.device) -> Tensor:
+    """``draw_distinct`` of count draws in a row: (count, k)."""
+
+    def keys(size: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.arange(size, device=device).repeat(count)
+        draws = torch.arange(first, first + count, device=device).repeat_interleave(size)
+        w0, w1, _, _ = words(seed, Stream.POOL, numbers, draws, 1, _DRAW_BLOCK)
+        return w0.view(count, size), w1.view(count, size)
+
     if 2 * k > n:
-        w0, w1, _, _ = _draw_words(seed, draw, n, device)
-        return torch.argsort((w0 << 31) | (w1 >> 1))[:k]
+        w0, w1 = keys(n)
+        return torch.argsort((w0 << 31) | (w1 >> 1), dim=1)[:, :k]
     n_candidates = 2 * k  # of which at least 1.26 k are expected to differ
     while True:
-        w0, w1, _, _ = _draw_words(seed, draw, n_candidates, device)
-        candidates = _below(n, w0, w1)
-        values, order = torch.sort(candidates, stable=True)
+        candidates = _below(n, *keys(n_candidates))
+        values, order = torch.sort(candidates, dim=1, stable=True)
         is_first = torch.ones_like(values, dtype=torch.bool)
-        is_first[1:] = values[1:] != values[:-1]
-        distinct = candidates[torch.empty_like(is_first).index_copy_(0, order, is_first)]
-        if len(distinct) >= k:
-            return distinct[:k]
-        n_candidates *= 2
-
-
-def _draw_words(seed: int, draw: int, n: int, device: torch.device) -> tuple[Tensor, ...]:
-    numbers = torch.arange(n, device=device)
-    return tuple(w[:, 0] for w in words(seed, Stream.POOL, numbers, draw, 1, _DRAW_BLOCK))
+        is_first[:, 1:] = values[:, 1:] != values[:, :-1]
+        is_first = torch.empty_like(is_first).scatter_(1, order, is_first)
+        place = is_first.cumsum(dim=1)
+        if k == 0 or bool((place[:, -1] >= k).all()):
+            return candidates[is_first & (place <= k)].view(count, k)
+        n_candidates *= 2  # the same first ones, and more

@@ -13,6 +13,7 @@ import types
 import pytest
 import torch
 from fastebm.bench import compilation, efficiency, limits, plot, race, rows, run, tables, training
+from fastebm.bench import pool as pools
 from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SUITE, TABLE, Case, TrainingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, quartiles
 from fastebm.bench.contestants import CONTESTANTS, Contestant, eager, taking_part
@@ -282,6 +283,49 @@ def test_a_training_race():
     assert found[0]["times_tutorial"] == 1.0
     assert found[1]["times_tutorial"] == found[0]["seconds"] / found[1]["seconds"]
     assert found[1]["tutorial_seconds"] == found[0]["seconds"]
+
+
+# --- pools ---
+
+
+def test_a_race_of_pools(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchebm.losses", None)
+    asked = []
+
+    def memory(*arguments):
+        asked.append(arguments)
+        return {"state_bytes": 1, "peak_bytes": 2**20, "host_bytes": 2**20}
+
+    monkeypatch.setattr(pools, "memory", memory)
+    for name in ("QUICK_POOL", "POOL"):
+        monkeypatch.setattr(
+            f"fastebm.bench.cases.{name}", {n: dataclasses.replace(SMALL, n_chains=n) for n in (600, 900)}
+        )
+    assert pools.main(["--quick", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)]) == 0
+    found = {(int(row["n_chains"]), row["contestant"]): row for row in read(tmp_path / "pool.csv")}
+    assert [key for key, row in found.items() if row["status"] == "missing"] == [(600, "torchebm"), (900, "torchebm")]
+    ours, listed = found[900, "fastebm"], found[900, "list-buffer"]
+    assert (listed["times_list"], found[600, "fastebm"]["times_smallest"]) == ("1", "1")
+    cost = "draw_and_write_seconds"
+    assert float(ours["times_list"]) == pytest.approx(float(listed[cost]) / float(ours[cost]), rel=1e-4)
+    assert float(ours["chain_steps_per_s"]) == pytest.approx(256 * 2 / float(ours["sample_seconds"]), rel=1e-4)
+    assert ours["correct"] == "yes"
+    assert {"cpu", "commit", "torchebm", "training_step_q1", "peak_bytes", "threads"} <= ours.keys()
+    assert (pools.UINT8, 900, 2, "cpu") in asked
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| 900 | fastebm-uint8 |" in tables.pool()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "none")
+    assert tables.pool() == "No rows are committed yet: `python bench/pool.py` makes them."
+
+
+def test_draws_and_writes_of_a_pool_are_those_of_its_samples():
+    """What the bench times is what ``sample`` does, but for the steps."""
+    a, b = (training.fastebm_pool(dataclasses.replace(SMALL, steps=0), CPU) for _ in range(2))
+    for _ in range(3):
+        x = a.draw()
+        a.put(x)
+        assert torch.equal(x, b.sample())
+    assert torch.equal(a.states(), b.states())
 
 
 # --- effective samples ---

@@ -11,7 +11,7 @@ import torch
 from test_agreement import ULP, largest, make_energy, plain_energy_and_gradient
 from torch import nn
 
-from fastebm import Langevin, SumEnergy, langevin_sample, why_not_fused
+from fastebm import ChainPool, Langevin, NonFiniteError, SumEnergy, langevin_sample, why_not_fused
 from fastebm.backends import Chains, fused, reference
 from fastebm.energies import Energy
 from fastebm.mlp import read_mlp
@@ -450,3 +450,61 @@ def test_compiled(name):
     else:
         assert torch.equal(found, expected)
         assert torch.equal(info.energies, expected_info.energies)
+
+
+# -- pools ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("home", ["pinned", "file"])
+def test_a_pool_on_the_host_moves_as_one_on_the_gpu(home, dtype, tmp_path):
+    """Chunks come and go in two streams while others move: no bit may depend on that."""
+    energy, rule = make_energy(64, [128, 128]).cuda(), Langevin(0.05, 0.3)
+    there = {"storage_device": "cpu"} if home == "pinned" else {"storage_file": tmp_path / "pool"}
+    options = {"clamp": (-1.0, 1.0), "seed": SEED, "device": "cuda", "storage_dtype": dtype, "reinit_prob": 0.3}
+    near, far = ChainPool(10_000, 64, **options), ChainPool(10_000, 64, **options, **there)
+    assert far.state_dict(copy=False)["x"].is_pinned() == (home == "pinned")
+    for _ in range(5):
+        near.advance(energy, rule, 3)
+        far.advance(energy, rule, 3, chunk_size=700, on_nonfinite="reinit")
+        a, b = near.sample(energy, 500, rule, 2), far.sample(energy, 500, rule, 2)
+        assert a[0].is_cuda
+        assert b[0].is_cuda
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+    near.add(a[0])
+    far.add(b[0].cpu())
+    assert near.stats() == far.stats()
+    other = ChainPool(10_000, 64, **options)
+    other.load_state_dict(far.state_dict())
+    for key, value in near.state_dict().items():
+        theirs = other.state_dict()[key]
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value.nan_to_num(7.0), theirs.nan_to_num(7.0)), key
+        else:
+            assert value == theirs, key
+
+
+def test_a_pool_larger_than_a_chunk_takes_little_of_the_gpu():
+    need_memory(8)
+    energy, rule = make_energy(784, [256, 128]).cuda(), Langevin(0.05, 0.3)
+    pool = ChainPool(500_000, 784, clamp=(0.0, 1.0), device="cuda", storage_device="cpu", storage_dtype=torch.uint8)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    pool.advance(energy, rule, 2, chunk_size=20_000, on_nonfinite="reinit")
+    assert torch.cuda.max_memory_allocated() - before < 14 * 20_000 * 784 * 4
+    assert pool.steps.tolist() == [2] * 500_000
+
+
+def test_a_failed_advance_puts_a_pool_on_the_host_back():
+    class Trap(nn.Module):
+        def forward(self, x):
+            return (x.square().sum(1) / 2).masked_fill(x[:, 0] > 100, torch.nan)
+
+    pool, twin = (ChainPool(5_000, 8, device="cuda", storage_device="cpu") for _ in range(2))
+    for p in (pool, twin):
+        p.states[4_200] = 1000.0
+    with pytest.raises(NonFiniteError):
+        pool.advance(Trap(), Langevin(0.1, 0.1), 2, chunk_size=300)
+    assert torch.equal(pool.states, twin.states)
+    assert pool.steps.tolist() == [0] * 5_000
