@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -174,23 +173,21 @@ class ChainPool:
         self.first_chain, last = self._processes.share(n_chains)
         self.n_local = last - self.first_chain
         self._labels = None if labels is None else self._checked_labels(labels)
-        arguments = (n_chains, self.shape, self.seed, self._kind(), self.reinit_prob, storage_dtype, labels is not None)
-        self._processes.agree(None, (_hash(arguments),), what="built their pools with other arguments or seeds")
-        file = storage_file
-        if file is not None:
-            file = Path(f"{os.fspath(file)}.{self._processes.rank}") if self._processes.world > 1 else Path(file)
-            if file.exists():
-                raise ValueError(
-                    f"storage_file must not exist, as the pool overwrites it: delete {file} or choose another"
-                )
-        self._storage = Storage(
-            self.n_local, self._dim, dtype=storage_dtype, rule=rule, device=self.device, home=storage_device, file=file,
-            seed=self.seed, first_chain=self.first_chain,
-        )  # fmt: skip
+        arguments = (n_chains, self.shape, self.clamp, self.seed, self._kind(), self.reinit_prob, storage_dtype)
+
+        def place() -> tuple[Storage, tuple[int, ...]]:
+            storage = Storage(
+                self.n_local, self._dim, dtype=storage_dtype, rule=rule, device=self.device, home=storage_device,
+                file=self._processes.own(storage_file), seed=self.seed, first_chain=self.first_chain,
+            )  # fmt: skip
+            return storage, ()
+
+        what = "built theirs with other arguments or another seed"
+        self._storage, _ = self._processes.together(place, (_hash(arguments),), what=what)
         self._steps, self._started = (torch.zeros(self.n_local, dtype=torch.int64, device=self.device) for _ in "12")
         self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
         self._energy = torch.full((self.n_local,), math.nan, device=self.device)
-        with self._bar("chains", None) as bar:
+        with self._bar("start", None) as bar:
             for rows in self._parts(None):
                 steps = self._steps[rows]
                 self._storage.write(rows, self._starts(Stream.INITIAL, self._storage.chains(rows), steps), steps)
@@ -456,7 +453,7 @@ class ChainPool:
             rule, parts = self._rule(langevin), self._parts(chunk_size)
             if on_nonfinite == "raise" and len(parts) > 1:
                 before, spare = tuple(t.clone() for t in story), self._storage.spare()
-            with self._bar(f"chains, {steps} steps each", progress) as bar:
+            with self._bar(f"{steps} steps", progress) as bar:
                 self._storage.rewrite(parts, move)
             agree()
         except BaseException as error:
@@ -646,7 +643,7 @@ class ChainPool:
             ValueError: missing entries, another version, size, shape or storage_dtype, or values that can't be.
         """
         (seed, rule, reinit_prob), _ = self._processes.together(
-            lambda: (self._checked_state(state), ()), (2, state.get("draws", 0)), what="loaded other states"
+            lambda: (self._checked_state(state), ()), (2,), what=_OTHER_CALLS
         )
         # From here on nothing can fail, so a pool never becomes half of another.
         self._labels = None if state["labels"] is None else torch.empty_like(self._steps)
@@ -727,15 +724,14 @@ class ChainPool:
     def _starts(self, stream: Stream, chains: Tensor, steps: Tensor) -> Tensor:
         """States of chains that start, (n, dim): pure functions of seed, stream, chain and lifetime step."""
         init, bounds = self._init, self._storage.bounds
-        if init == "uniform":
-            return uniform_states(self.seed, stream, chains, steps, self._dim, clamp=self.clamp)
-        if init == "gaussian":
-            x = normal(self.seed, stream, chains, steps, self._dim)
-        elif isinstance(init, Tensor):
+        if isinstance(init, Tensor):
             w0, w1, _, _ = (w[:, 0] for w in words(self.seed, stream, chains, steps, 1))
             return init[_below(len(init), w0, w1).to(init.device)].to(self.device, torch.float32)
+        if init == "uniform":
+            return uniform_states(self.seed, stream, chains, steps, self._dim, clamp=self.clamp)
+        if isinstance(init, str):
+            x = normal(self.seed, stream, chains, steps, self._dim)
         else:
-            assert not isinstance(init, str)
             x = init(self.seed, stream, chains, steps)
             if not isinstance(x, Tensor) or x.shape != (len(chains), *self.shape):
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -779,7 +775,7 @@ class ChainPool:
                 return _NoBar()
             raise ValueError('progress=True needs tqdm: pip install "fastebm[cli]"') from None
         delay = _BAR_AFTER if progress is None else 0.0
-        return tqdm(total=self.n_local, unit=" " + what, unit_scale=True, delay=delay, dynamic_ncols=True)
+        return tqdm(desc=what, total=self.n_local, unit=" chains", unit_scale=True, delay=delay, dynamic_ncols=True)
 
     def _checked_init(self, init: Any) -> str | Tensor | Start:
         if isinstance(init, str):
@@ -857,6 +853,10 @@ class _Processes:
     def share(self, n: int) -> tuple[int, int]:
         """First chain of this process, and of the next."""
         return n * self.rank // self.world, n * (self.rank + 1) // self.world
+
+    def own(self, file: str | os.PathLike[str] | None) -> str | None:
+        """The name of this process' part of a file."""
+        return None if file is None else os.fspath(file) if self.world == 1 else f"{os.fspath(file)}.{self.rank}"
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over all processes."""

@@ -67,6 +67,8 @@ class Storage:
             raise ValueError(f"storage_device must be the pool's device, {device}, or cpu, got {home}")
         if file is not None and home.type != "cpu":
             raise ValueError(f"storage_file is mapped into host memory: leave storage_device out, got {home}")
+        if file is not None and os.path.exists(file):
+            raise ValueError(f"storage_file must not exist, as the pool overwrites it: delete {file}, or name another")
         self.bounds = self.bounds_of(rule)
         self.data = self._mapped(Path(file), n) if file is not None else self._empty(n, home)
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def story(group=None):
     return told
 
 
-def faults(group, rank):
+def faults(group, rank, folder):
     """Errors of one process are errors of all, and no pool has changed."""
     mlp, _ = energies()
     told = {}
@@ -91,6 +92,10 @@ def faults(group, rank):
 
     attempt("seeds", lambda: pool_of(group, seed=rank))
     attempt("sizes", lambda: pool_of(group, n_chains=N + rank))
+    file = f"{folder}/{dist.get_world_size(group)}"
+    if rank == 0:
+        Path(f"{file}.0").touch()
+    attempt("file", lambda: pool_of(group, storage_file=file))
     pool = pool_of(group)
     attempt("batches", lambda: pool.sample(mlp, 5 + rank, RULE, 2), pool)
     attempt("bad batch", lambda: pool.sample(mlp, 0 if rank == 1 else 5, RULE, 2), pool)
@@ -116,9 +121,9 @@ def main(folder, rank, world):
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT / 2)
     )
     pair = dist.new_group([0, 1])
-    told = {world: (story(dist.group.WORLD), faults(dist.group.WORLD, rank))}
+    told = {world: (story(dist.group.WORLD), faults(dist.group.WORLD, rank, folder))}
     if rank < 2:
-        told[2] = (story(pair), faults(pair, rank))
+        told[2] = (story(pair), faults(pair, rank, folder))
     else:
         with pytest.raises(ValueError, match="this process is not in process_group"):
             pool_of(pair)
@@ -190,8 +195,9 @@ def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
 @pytest.mark.parametrize(
     ("name", "guilty", "kind", "own", "others"),
     [
-        ("seeds", None, "ValueError", "built their pools with other arguments or seeds", None),
-        ("sizes", None, "ValueError", "built their pools with other arguments or seeds", None),
+        ("seeds", None, "ValueError", "built theirs with other arguments or another seed", None),
+        ("sizes", None, "ValueError", "built theirs with other arguments or another seed", None),
+        ("file", 0, "ValueError", "storage_file must not exist", "RuntimeError"),
         ("batches", None, "ValueError", "called with another batch_size or steps", None),
         ("bad batch", 1, "ValueError", "batch_size must be an int", "RuntimeError"),
         ("steps", None, "ValueError", "called with another batch_size or steps", None),
