@@ -1,5 +1,6 @@
 """A pool sharded over real processes: the same chains, bit for bit, and errors on every process or on none."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -136,18 +137,11 @@ def main(folder, rank, world):
 def worlds(tmp_path_factory):
     """{number of processes: what each of them tells}, from three processes, two of which are also a pair."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, str(rank), "3"], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
-    try:
-        errors = [process.communicate(timeout=TIMEOUT)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * 3, "\n".join(errors)
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     told = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
     return {world: [rank[world] for rank in told[:world]] for world in (2, 3)}
 
@@ -235,4 +229,10 @@ def test_a_process_group_must_be_there(monkeypatch):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    fork = multiprocessing.get_context("fork")  # torch is imported once
+    running = [fork.Process(target=main, args=(sys.argv[1], rank, 3), daemon=True) for rank in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    sys.exit(any(process.exitcode != 0 for process in running))
