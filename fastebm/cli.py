@@ -21,21 +21,11 @@ from typing import Any, NoReturn
 from .backends.choose import BACKENDS, choose
 from .bench import run as suite
 from .checkpoint import write_atomically
+from .data import DIGITS_LEVELS, DIGITS_SHAPE
 from .energies import MLPEnergy
 from .mlp import ACTIVATIONS
-from .train import (
-    CHECKPOINT,
-    DIGITS_LEVELS,
-    DIGITS_SHAPE,
-    SUMMARY,
-    Stopped,
-    TrainConfig,
-    fresh_samples,
-    load_model,
-    resolve_device,
-    saved_config,
-    train,
-)
+from .report import fresh_samples
+from .train import CHECKPOINT, SUMMARY, Stopped, TrainConfig, load_model, resolve_device, saved_config, train
 
 __all__ = ["main"]
 

@@ -17,30 +17,27 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, evaluate, plot
+from . import checkpoint
+from .data import Images, load_digits
 from .energies import MLPEnergy, energy
-from .langevin import Langevin
 from .objectives import contrastive_divergence_loss
 from .pool import ChainPool
-from .sampling import NonFiniteError, SampleInfo, langevin_sample
+from .recipe import TrainConfig
+from .report import report
+from .sampling import NonFiniteError, langevin_sample
 
 __all__ = [
-    "DIGITS_LEVELS",
-    "DIGITS_SHAPE",
     "Images",
     "Stopped",
     "TrainConfig",
-    "fresh_samples",
     "load_digits",
     "load_model",
     "resolve_device",
@@ -53,17 +50,6 @@ CHECKPOINT, MODEL, SUMMARY = "checkpoint.safetensors", "model.safetensors", "sum
 # Steps between checkpoints: a few seconds of work to lose, and far more time training than writing.
 CHECKPOINT_EVERY = 250
 
-# Fresh chains are numbered past any pool's (fewer than 2**31), so that they never share its noise.
-_FIRST_FRESH_CHAIN = 2**31
-
-# Steps of fresh chains between two calls of on_steps.
-_FRESH_CHUNK = 50
-
-# A class is present with at least this share of the samples: one or two stray ones are no mode.
-_MIN_CLASS_SHARE = 0.01
-
-DIGITS_SHAPE, DIGITS_LEVELS = (8, 8), 16
-
 
 class Stopped(Exception):
     """``should_stop`` asked for an end; the run folder can be resumed."""
@@ -71,129 +57,6 @@ class Stopped(Exception):
     def __init__(self, out: Path, step: int, steps: int) -> None:
         super().__init__(f"stopped at step {step} of {steps}")
         self.out, self.step = out, step
-
-
-# -- the recipe ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every hyper-parameter of a run; these defaults are the recipe.
-
-    A chain moves by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of langevin_steps, alike
-    in training and when sampling afresh. Within a block the noise is noise_std, and over its last part
-    (cooling, a share) falls linearly to 0, so a block ends on a step without noise. drift = noise_std^2 / 2 is
-    temperature 1: the energy is the negative log-density, and finds its own scale.
-
-    Args:
-        steps: training iterations. batch_size: real images, and chains, of each.
-        hidden_sizes, activation: of the MLPEnergy.
-        dequantisation: width, in grey levels, of the uniform noise added to the data; 1 fills the gaps between
-            levels, 0 leaves black and white exactly on the clamp's bounds, where clamped chains lie as well.
-        pool_size: persistent chains. restart_prob: of a drawn chain. langevin_steps: of each iteration.
-        learning_rate, betas: Adam's. warmup_steps: over which the learning rate rises from 0. decay: of the
-            learning rate, to 0 at the end: "cosine", "linear" or "none".
-        alpha: weight of the energies' squares in the loss.
-        max_grad_norm: the weights' gradient is scaled down to it; None: never.
-        ema_decay: of the averaged weights, which grows to it as (1 + step) / (10 + step).
-        n_fresh: chains, from uniform noise, that the measures use. fresh_steps: of each.
-        device: "auto" (a GPU if there is one) or any name of PyTorch's.
-    """
-
-    seed: int = 0
-    steps: int = 2500
-    batch_size: int = 256
-    hidden_sizes: tuple[int, ...] = (256, 128)
-    activation: str = "silu"
-    dequantisation: float = 0.0
-
-    pool_size: int = 10_000
-    restart_prob: float = 0.02
-    langevin_steps: int = 20
-    drift: float = 0.01125
-    noise_std: float = 0.15
-    cooling: float = 0.5
-    grad_clip: float | None = None
-    clamp: tuple[float, float] | None = (0.0, 1.0)
-
-    learning_rate: float = 3e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup_steps: int = 100
-    decay: str = "linear"
-    alpha: float = 1e-3
-    max_grad_norm: float | None = 1.0
-    ema_decay: float = 0.999
-
-    n_fresh: int = 1000
-    fresh_steps: int = 1000
-
-    device: str = "auto"
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "pool_size", "langevin_steps", "n_fresh", "fresh_steps"):
-            _require(name, getattr(self, name), int, lambda v: v >= 1, "an int >= 1")
-        _require("seed", self.seed, int, lambda v: 0 <= v < 2**63, "an int in [0, 2**63)")
-        for name in ("drift", "learning_rate"):
-            _require(name, getattr(self, name), float, lambda v: v > 0, "a number > 0")
-        _require("warmup_steps", self.warmup_steps, int, lambda v: v >= 0, "an int >= 0")
-        for name in ("noise_std", "alpha"):
-            _require(name, getattr(self, name), float, lambda v: v >= 0, "a number >= 0")
-        for name in ("restart_prob", "cooling", "dequantisation"):
-            _require(name, getattr(self, name), float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        _require("ema_decay", self.ema_decay, float, lambda v: 0 <= v < 1, "a number in [0, 1)")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        for beta in self.betas:
-            _require("betas", beta, float, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
-        self.sampler(1)  # checks grad_clip and clamp
-        if self.max_grad_norm is not None:
-            _require("max_grad_norm", self.max_grad_norm, float, lambda v: v > 0, "a number > 0, or None")
-        if self.decay not in ("cosine", "linear", "none"):
-            raise ValueError(f'decay must be "cosine", "linear" or "none", got {self.decay!r}')
-        if self.batch_size > self.pool_size:
-            raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
-
-    def sampler(self, steps: int) -> Langevin:
-        """The sampler of ``steps`` steps, as many blocks as they hold; what is left over is the end of a block."""
-        cooling = round(self.cooling * self.langevin_steps)
-        noise = torch.full((self.langevin_steps,), self.noise_std)
-        noise[self.langevin_steps - cooling :] *= torch.linspace(1.0, 0.0, cooling + 1)[1:]
-        blocks = noise.repeat(-(-steps // self.langevin_steps))
-        return Langevin.from_drift_and_noise(
-            self.drift, blocks[len(blocks) - steps :], grad_clip=self.grad_clip, clamp=self.clamp
-        )
-
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the iteration after ``step`` finished ones."""
-        done = step / self.steps
-        share = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "none": 1.0}
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
-        return self.learning_rate * share[self.decay] * warm
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: missing, unknown or impossible entries.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if values.keys() != names:
-            odd = ", ".join(sorted(values.keys() ^ names))
-            raise ValueError(f"these entries of the configuration are missing or unknown: {odd}")
-        entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**entries)
-
-
-def _require(name: str, value: Any, kind: type, rule: Callable[[Any], bool], words: str) -> None:
-    kinds = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not rule(value):  # NaN fails every rule
-        raise ValueError(f"{name} must be {words}, got {value!r}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -211,58 +74,6 @@ def resolve_device(name: str) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device {name!r} is not available: {reason}") from None
     return device
-
-
-# -- the data -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Images of integer grey levels 0 .. levels, split in two.
-
-    train: (n_train, dim), test: (n_test, dim), float32 holding integers; their labels: (n,) int64.
-    """
-
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-    shape: tuple[int, int]
-    levels: int
-
-    @property
-    def dim(self) -> int:
-        return math.prod(self.shape)
-
-    def dequantise(self, k: Tensor, width: float, generator: torch.Generator) -> Tensor:
-        """x = clamp((k + width (u - 1/2)) / levels, 0, 1), u uniform on [0, 1), which rounds back to k."""
-        u = torch.rand(k.shape, generator=generator)
-        return ((k + width * (u - 0.5)) / self.levels).clamp_(0.0, 1.0)
-
-    def quantise(self, x: Tensor) -> Tensor:
-        """The nearest grey level, as a float."""
-        return (x * self.levels).round_()
-
-    def batch(self, size: int, width: float, generator: torch.Generator) -> Tensor:
-        """Distinct dequantised training images: (size, dim)."""
-        rows = torch.randperm(len(self.train), generator=generator)[:size]
-        return self.dequantise(self.train[rows], width, generator)
-
-
-def load_digits() -> Images:
-    """scikit-learn's bundled handwritten digits: 8 x 8, levels 0 .. 16; 1,437 to train on and 360 held out.
-
-    The split is the same for every seed, so that what is held out stays held out.
-    Source: Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits (its test set).
-    """
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    x, y = load(return_X_y=True)
-    split = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
-    train, test = (torch.from_numpy(part).float() for part in split[:2])
-    train_labels, test_labels = (torch.from_numpy(part).long() for part in split[2:])
-    return Images(train, train_labels, test, test_labels, DIGITS_SHAPE, DIGITS_LEVELS)
 
 
 # -- the state of a run -------------------------------------------------------------------------------------
@@ -546,49 +357,6 @@ def _metrics_up_to(step: int, path: Path) -> list[dict[str, float]]:
 # -- what comes after ---------------------------------------------------------------------------------------
 
 
-def fresh_samples(
-    model: nn.Module,
-    config: TrainConfig,
-    n: int,
-    *,
-    dim: int,
-    steps: int | None = None,
-    seed: int = 0,
-    backend: str | None = None,
-    on_steps: Callable[[int, int], None] = lambda done, steps: None,
-) -> tuple[Tensor, SampleInfo]:
-    """Samples from chains that start in uniform noise: (n, dim), and what ran. They have seen no data and no pool.
-
-    Args:
-        steps: None: config.fresh_steps. seed: of starts and noise. backend: None: the configuration's.
-        on_steps: called with the steps done and all of them, every few steps; what it raises ends the sampling.
-    """
-    steps = config.fresh_steps if steps is None else steps
-    rule = config.sampler(steps)
-
-    def advance(**options: Any) -> tuple[Tensor, SampleInfo]:
-        return langevin_sample(  # type: ignore[return-value]
-            model,
-            step_size=rule.step_size,
-            grad_clip=rule.grad_clip,
-            clamp=rule.clamp,
-            seed=seed,
-            first_chain=_FIRST_FRESH_CHAIN,
-            backend=backend or config.backend,
-            return_info=True,
-            **options,
-        )
-
-    x, info = advance(input_size=dim, batch_size=n, steps=0)
-    noise = rule.noise_scale.split(_FRESH_CHUNK) if steps > 0 else ()  # type: ignore[union-attr]
-    done = 0
-    for part in noise:
-        x, info = advance(init=x, steps=len(part), noise_scale=part, first_step=done)
-        done += len(part)
-        on_steps(done, steps)
-    return x, info
-
-
 def _report(
     run: _Run,
     data: Images,
@@ -598,7 +366,7 @@ def _report(
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Samples, measures and pictures of a trained run."""
-    config, model = run.config, run.average
+    config = run.config
 
     def begin(phase: str) -> None:
         if should_stop():
@@ -606,90 +374,15 @@ def _report(
         on_phase(phase)
 
     started = time.perf_counter()
-    samples, info = fresh_samples(
-        model,
-        config,
-        config.n_fresh,
-        dim=data.dim,
-        seed=config.seed,
-        on_steps=lambda done, steps: begin(f"sampling {config.n_fresh:,} fresh chains: step {done} of {steps}"),
-    )
-    samples = samples.cpu()
-
-    begin("measuring")
-    generator = torch.Generator().manual_seed(config.seed)
-    digits = data.test.reshape(-1, *data.shape)
-    shuffle = torch.rand(data.test.shape, generator=generator).argsort(dim=1)  # another order for each digit
-    outliers = {
-        "shuffled": data.test.gather(1, shuffle),
-        "rotated": digits.rot90(1, (1, 2)).reshape(data.test.shape),
-        "inverted": data.levels - data.test,
-    }
-    states = {
-        "test": data.dequantise(data.test, config.dequantisation, generator),
-        "samples": samples,
-        "uniform": torch.rand(data.test.shape, generator=generator),
-        **{name: data.dequantise(k, config.dequantisation, generator) for name, k in outliers.items()},
-    }
-    with torch.no_grad():
-        energies = {name: energy(model, x.to(run.device)).cpu().numpy() for name, x in states.items()}
-    measures: dict[str, Any] = {
-        f"auroc_{name}": evaluate.auroc(energies["test"], energies[name])
-        for name in ("uniform", "shuffled", "rotated", "inverted")
-    }
-    quantised = data.quantise(samples).numpy()
-    shares = evaluate.class_shares(data.train.numpy(), data.train_labels.numpy(), quantised)
-    measures |= {
-        "two_sample_accuracy": evaluate.two_sample_accuracy(data.test.numpy(), quantised, seed=config.seed),
-        "classes_present": sum(share >= _MIN_CLASS_SHARE for share in shares),
-        "class_shares": shares,
-    }
-
-    begin("drawing")
-    title = f"fastebm: MLP energy {data.dim} → {' → '.join(map(str, config.hidden_sizes))} → 1 after {run.step:,} steps"
-    grids = {
-        f"Fresh samples: noise, then {config.fresh_steps:,} Langevin steps": quantised[:100],
-        "Real digits, held out": data.test[:100].numpy(),
-    }
-    images = {name: k.reshape(-1, *data.shape) / data.levels for name, k in grids.items()}
-    checkpoint.write_atomically(out / "samples.png", plot.png(plot.samples_figure(images, title=title)))
-    named = {
-        "test digits": energies["test"],
-        "fresh samples": energies["samples"],
-        f"pixel-shuffled digits (AUROC {measures['auroc_shuffled']:.3f})": energies["shuffled"],
-        f"uniform noise (AUROC {measures['auroc_uniform']:.3f})": energies["uniform"],
-    }
-    checkpoint.write_atomically(
-        out / "energies.png", plot.png(plot.energies_figure(named, ["test digits", "fresh samples"]))
-    )
-    if metrics:
-        checkpoint.write_atomically(out / "training.png", plot.png(plot.training_figure(metrics, title=title)))
-
     summary = {
-        **measures,
+        **report(run.average, config, data, metrics, out, begin),
         "chain_steps": run.step * config.batch_size * config.langevin_steps,
         "seconds": run.seconds,
         "seconds_after_training": time.perf_counter() - started,
         "steps": run.step,
-        "seed": config.seed,
-        "device": str(run.device),
-        "device_name": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "backend": info.backend,
-        "path": info.path,
-        "precision": info.precision,
-        "why_not_fused": info.why_not_fused,
-        "versions": _versions(),
     }
     _write_json(out / SUMMARY, summary)
     return summary
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("fastebm", "torch", "numpy", "scikit-learn")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _read_json(path: Path) -> Any:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastebm import NonFiniteError, checkpoint, evaluate, plot
+from fastebm import NonFiniteError, checkpoint, evaluate, plot, report
 from fastebm import train as training
-from fastebm.train import Images, Stopped, TrainConfig, fresh_samples, load_digits, load_model, train
+from fastebm.data import Images, load_digits
+from fastebm.recipe import TrainConfig
+from fastebm.report import fresh_samples
+from fastebm.train import Stopped, load_model, train
 
 TINY = TrainConfig(
     seed=3,
@@ -352,7 +355,7 @@ def test_fresh_samples_do_not_depend_on_their_number_or_on_the_chunks(whole, mon
     model, config = load_model(whole)
     assert config == TINY
     many, info = fresh_samples(model, config, 20, dim=9, steps=7, seed=1)
-    monkeypatch.setattr(training, "_FRESH_CHUNK", 3)
+    monkeypatch.setattr(report, "_FRESH_CHUNK", 3)
     seen = []
     few, _ = fresh_samples(model, config, 4, dim=9, steps=7, seed=1, on_steps=lambda *done: seen.append(done))
     assert torch.equal(many[:4], few)

@@ -1,0 +1,135 @@
+"""Every hyper-parameter of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .langevin import Langevin
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every hyper-parameter of a run; these defaults are the recipe.
+
+    A chain moves by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of langevin_steps, alike
+    in training and when sampling afresh. Within a block the noise is noise_std, and over its last part
+    (cooling, a share) falls linearly to 0, so a block ends on a step without noise. drift = noise_std^2 / 2 is
+    temperature 1: the energy is the negative log-density, and finds its own scale.
+
+    Args:
+        steps: training iterations. batch_size: real images, and chains, of each.
+        hidden_sizes, activation: of the MLPEnergy.
+        dequantisation: width, in grey levels, of the uniform noise added to the data; 1 fills the gaps between
+            levels, 0 leaves black and white exactly on the clamp's bounds, where clamped chains lie as well.
+        pool_size: persistent chains. restart_prob: of a drawn chain. langevin_steps: of each iteration.
+        learning_rate, betas: Adam's. warmup_steps: over which the learning rate rises from 0. decay: of the
+            learning rate, to 0 at the end: "cosine", "linear" or "none".
+        alpha: weight of the energies' squares in the loss.
+        max_grad_norm: the weights' gradient is scaled down to it; None: never.
+        ema_decay: of the averaged weights, which grows to it as (1 + step) / (10 + step).
+        n_fresh: chains, from uniform noise, that the measures use. fresh_steps: of each.
+        device: "auto" (a GPU if there is one) or any name of PyTorch's.
+    """
+
+    seed: int = 0
+    steps: int = 2500
+    batch_size: int = 256
+    hidden_sizes: tuple[int, ...] = (256, 128)
+    activation: str = "silu"
+    dequantisation: float = 0.0
+
+    pool_size: int = 10_000
+    restart_prob: float = 0.02
+    langevin_steps: int = 20
+    drift: float = 0.01125
+    noise_std: float = 0.15
+    cooling: float = 0.5
+    grad_clip: float | None = None
+    clamp: tuple[float, float] | None = (0.0, 1.0)
+
+    learning_rate: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 100
+    decay: str = "linear"
+    alpha: float = 1e-3
+    max_grad_norm: float | None = 1.0
+    ema_decay: float = 0.999
+
+    n_fresh: int = 1000
+    fresh_steps: int = 1000
+
+    device: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "pool_size", "langevin_steps", "n_fresh", "fresh_steps"):
+            _require(name, getattr(self, name), int, lambda v: v >= 1, "an int >= 1")
+        _require("seed", self.seed, int, lambda v: 0 <= v < 2**63, "an int in [0, 2**63)")
+        for name in ("drift", "learning_rate"):
+            _require(name, getattr(self, name), float, lambda v: v > 0, "a number > 0")
+        _require("warmup_steps", self.warmup_steps, int, lambda v: v >= 0, "an int >= 0")
+        for name in ("noise_std", "alpha"):
+            _require(name, getattr(self, name), float, lambda v: v >= 0, "a number >= 0")
+        for name in ("restart_prob", "cooling", "dequantisation"):
+            _require(name, getattr(self, name), float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        _require("ema_decay", self.ema_decay, float, lambda v: 0 <= v < 1, "a number in [0, 1)")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        for beta in self.betas:
+            _require("betas", beta, float, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
+        self.sampler(1)  # checks grad_clip and clamp
+        if self.max_grad_norm is not None:
+            _require("max_grad_norm", self.max_grad_norm, float, lambda v: v > 0, "a number > 0, or None")
+        if self.decay not in ("cosine", "linear", "none"):
+            raise ValueError(f'decay must be "cosine", "linear" or "none", got {self.decay!r}')
+        if self.batch_size > self.pool_size:
+            raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
+
+    def sampler(self, steps: int) -> Langevin:
+        """The sampler of ``steps`` steps, as many blocks as they hold; what is left over is the end of a block."""
+        cooling = round(self.cooling * self.langevin_steps)
+        noise = torch.full((self.langevin_steps,), self.noise_std)
+        noise[self.langevin_steps - cooling :] *= torch.linspace(1.0, 0.0, cooling + 1)[1:]
+        blocks = noise.repeat(-(-steps // self.langevin_steps))
+        return Langevin.from_drift_and_noise(
+            self.drift, blocks[len(blocks) - steps :], grad_clip=self.grad_clip, clamp=self.clamp
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the iteration after ``step`` finished ones."""
+        done = step / self.steps
+        share = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "none": 1.0}
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
+        return self.learning_rate * share[self.decay] * warm
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: missing, unknown or impossible entries.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if values.keys() != names:
+            odd = ", ".join(sorted(values.keys() ^ names))
+            raise ValueError(f"these entries of the configuration are missing or unknown: {odd}")
+        entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**entries)
+
+
+def _require(name: str, value: Any, kind: type, rule: Callable[[Any], bool], words: str) -> None:
+    kinds = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not rule(value):  # NaN fails every rule
+        raise ValueError(f"{name} must be {words}, got {value!r}")
