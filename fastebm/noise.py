@@ -21,7 +21,17 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Stream", "blocks_at_once", "draw_seed", "normal", "philox4x32", "traceable_normal", "uniform", "words"]
+__all__ = [
+    "Stream",
+    "blocks_at_once",
+    "draw_seed",
+    "normal",
+    "normals_of_steps",
+    "philox4x32",
+    "traceable_normal",
+    "uniform",
+    "words",
+]
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -162,6 +172,26 @@ def normal(
             torch.mul(radius, torch.cos(angle, out=cos), out=part[..., j])
             torch.mul(radius, angle.sin_(), out=part[..., j + 1])
     return out.flatten(1)[:, :dim]
+
+
+def normals_of_steps(
+    seed: int, stream: Stream, chains: Tensor, first_steps: Tensor, steps: int, dim: int, *, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """``normal`` of each of some steps in turn, (n, dim), until the next is asked for.
+
+    Few numbers of several steps are drawn together, so that the many small operations pay.
+
+    Args:
+        chains, first_steps: (n,) int64.
+    """
+    n, device = len(chains), chains.device
+    at_once = max(1, blocks_at_once(device) // max(1, n * _n_blocks(dim)))
+    out = torch.empty(min(at_once, steps) * n, _n_blocks(dim), 4, dtype=dtype, device=device)
+    for t in range(0, steps, at_once):
+        ahead = torch.arange(t, min(t + at_once, steps), device=device)[:, None]
+        rows = chains.expand(len(ahead), n).reshape(-1)
+        drawn = normal(seed, stream, rows, (first_steps + ahead).reshape(-1), dim, dtype=dtype, out=out[: len(rows)])
+        yield from drawn.reshape(len(ahead), n, dim)
 
 
 def traceable_normal(key: Tensor, stream: Stream, chains: Tensor, steps: Tensor, dim: int) -> Tensor:

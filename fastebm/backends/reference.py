@@ -9,7 +9,7 @@ import torch
 
 from ..energies import Energy
 from ..langevin import Langevin
-from ..noise import Stream, normal
+from ..noise import Stream, normals_of_steps
 from . import Advanced, Chains, Telemetry
 
 __all__ = ["advance"]
@@ -26,11 +26,13 @@ def advance(
     first_bad = torch.full((n_chains,), -1, dtype=torch.int32, device=x.device)
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
     grad_norm, clipped, clamped = x.new_full((n_chains,), torch.nan), x.new_zeros(n_chains), x.new_zeros(n_chains)
-    for t in range(steps):
+    noises = normals_of_steps(
+        int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps, steps, dim, dtype=x.dtype
+    )
+    for t, noise in enumerate(noises):
         grad = energy.gradient(x, chains.labels)
         if frozen is not None:
             grad = grad.masked_fill(frozen, 0.0)
-        noise = normal(int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps + t, dim, dtype=x.dtype)
         moved = rule.update(x, grad, noise, a[:, t, None], b[:, t, None])
         if frozen is not None:
             moved = torch.where(frozen, x, moved)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..description import Description
 from ..langevin import Langevin
 from ..mlp import MLP
-from ..noise import Stream, blocks_at_once, normal
+from ..noise import Stream, normals_of_steps
 from ..threads import threads
 from . import Advanced, Chains, Telemetry
 
@@ -258,10 +258,6 @@ class _Tile:
         dim, weight = description.dim, description.mlps[0].weights[0]
         self.x, self.moved, self.grad = (matrix(self.n_rows, dim, weight) for _ in range(3))
         self.bounds = rule.bounds(dim, dtype=weight.dtype, device=weight.device)
-        # With small dims the noise of several steps is drawn at once, so that its many small operations pay.
-        n_blocks = (dim + 3) // 4
-        self.noise_steps = max(1, blocks_at_once(weight.device) // (self.n_rows * n_blocks))
-        self.noise = weight.new_empty(self.noise_steps * n_chains, n_blocks, 4)
 
     def advance(self, chains: Chains, a: Tensor, b: Tensor, thin: int, done: Advanced) -> None:
         """All steps of one tile; everything in ``done`` is written."""
@@ -273,10 +269,10 @@ class _Tile:
         bad_at = done.first_bad.new_full((self.n_rows,), -1)
         stopped = bad_at >= 0
         any_stopped = False
-        for t in range(steps):
-            i = t % self.noise_steps
-            if i == 0:
-                self.draw_noise(chains, torch.arange(t, min(t + self.noise_steps, steps), device=self.x.device))
+        noises = normals_of_steps(
+            int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps, steps, dim, dtype=self.x.dtype
+        )
+        for t, noise in enumerate(noises):
             grad = self.evaluator.gradient(self.x, labels, self.grad)
             if frozen is not None:
                 grad.masked_fill_(frozen, 0.0)
@@ -287,7 +283,6 @@ class _Tile:
                 grad.clamp_(-self.rule.grad_clip, self.rule.grad_clip)
             _add_product(self.x, grad, padded_rows(a[:, t, None], self.n_rows), -1.0, out=self.moved)
             moved = self.moved[:n]  # padding needs no noise
-            noise = self.noise[i * n : (i + 1) * n].flatten(1)[:, :dim]
             _add_product(moved, noise, b[:, t, None], 1.0, out=moved)
             if frozen is not None:
                 torch.where(frozen, self.x, self.moved, out=self.moved)
@@ -320,19 +315,6 @@ class _Tile:
                 done.telemetry.grad_norm.fill_(torch.nan)
             done.telemetry.clipped.div_(max(steps, 1))
             done.telemetry.clamped.div_(max(steps, 1))
-
-    def draw_noise(self, chains: Chains, ahead: Tensor) -> None:
-        """The noise of the steps ``ahead`` of the first, step after step."""
-        n = len(chains.x)
-        normal(
-            int(chains.seed),
-            Stream.LANGEVIN,
-            chains.numbers.expand(len(ahead), n).reshape(-1),
-            (chains.first_steps + ahead[:, None]).reshape(-1),
-            chains.x.shape[1],
-            dtype=self.x.dtype,
-            out=self.noise[: len(ahead) * n],
-        )
 
 
 def _add_product(x: Tensor, v: Tensor, c: Tensor, sign: float, *, out: Tensor) -> None:
