@@ -194,6 +194,33 @@ def steps() -> str:
     return _timings("steps.csv", columns, figures)
 
 
+def speed() -> str:
+    """For the README: the cases of a training batch and more on a CPU, each path of fastebm beside the fastest peer."""
+    rows = [row for row in _timed("steps.csv") if row["device"] == "cpu" and row["status"] == "ok"]
+    paths = [("fastebm-torch", "float32"), ("fastebm-compiled", "float32"), ("fastebm-compiled", "mm-bf16")]
+    body = []
+    for case in ("toy-4096", "table-4096", "digits-4096", "photographs-512"):
+        of_case = {(row["contestant"], row["precision"]): row for row in rows if row["case"] == case}
+        if not of_case:
+            continue
+        ours = [of_case.get(path) for path in paths]
+        peer = next(iter(of_case.values()))["peer"].removesuffix(" float32")
+        eager, best = (float(next(iter(of_case.values()))[k]) for k in ("eager_seconds", "peer_seconds"))
+        times = [f"{float(row['times_eager']):.2f}" if row else "" for row in ours]
+        limit = f"{100 * float(ours[1]['of_limit']):.0f} %" if ours[1] else ""
+        chains, energy = case.split("-")[1], next(iter(of_case.values()))["energy"].replace(" ", "")
+        body.append([energy, chains, *times, f"{eager / best:.2f} ({peer})", limit])
+    if not body:
+        return _NONE
+    headings = ("default", "`compile=True`", '`precision="bf16"` too')
+    return (
+        f"{_table(['energy', 'chains', *headings, 'fastest peer', 'of the limit'], body)}\n\nTimes the eager autograd "
+        "loop, 60 steps, medians of interleaved runs. *Of the limit*: with `compile=True`, of what the machine's "
+        "products and normal numbers leave. "
+        f"{_runs([row for row in rows if row['case'] in ('toy-4096', 'digits-4096')], 'steps.csv')}"
+    )
+
+
 def training() -> str:
     columns = [
         ("ms a training step", "seconds", _milliseconds),
@@ -275,6 +302,7 @@ def precision() -> str:
 
 TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "digits", digits),
+    ("README.md", "speed", speed),
     ("docs/performance.md", "resources", resources),
     ("docs/performance.md", "precision", precision),
     ("docs/performance.md", "steps", steps),
