@@ -9,6 +9,7 @@ The rows of one device: cuda if there are any, unless --device says otherwise.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,8 +88,9 @@ def speedups(rows: Sequence[Row]) -> Any:
 
 
 def throughput(rows: Sequence[Row]) -> Any:
-    """Lines: chain-steps/s against the number of chains, a panel an energy."""
-    energies = list(dict.fromkeys(row["energy"] for row in rows))
+    """Lines: chain-steps/s against the number of chains, a panel an energy that was run with several."""
+    sizes = {row["energy"]: sorted({r["n_chains"] for r in rows if r["energy"] == row["energy"]}) for row in rows}
+    energies = [energy for energy in sizes if len(sizes[energy]) > 1] or list(sizes)
     palette = colours(rows)
     columns = min(3, len(energies))
     figure = _figure(4.2 * columns, 3.4 * -(-len(energies) // columns), rows)
@@ -101,6 +103,8 @@ def throughput(rows: Sequence[Row]) -> Any:
             if own:
                 axes.plot(*zip(*own, strict=True), "o-", color=colour, label=name, markersize=4)
         axes.set(xscale="log", yscale="log", xlabel="chains", ylabel="chain-steps/s")
+        axes.set_xticks(sizes[energy], [f"{n:,.0f}" for n in sizes[energy]])
+        axes.set_xticks([], minor=True)
         axes.title.set_fontsize(9)
         if i == 0:
             axes.legend(fontsize=6)
@@ -119,10 +123,10 @@ def roofline(rows: Sequence[Row]) -> Any:
     at = [row["flops_per_chain_step"] / row["dim"] for row in rows]
     x = np.geomspace(min(at) / 2, max(at) * 2, 200)
     normals, bandwidth = (float(np.median([row[k] for row in rows])) for k in ("normal_rate", "bandwidth"))
-    for precision in dict.fromkeys(row["precision"] for row in rows):
+    for precision, style in zip(dict.fromkeys(row["precision"] for row in rows), itertools.cycle(["-", "-.", ":"])):
         products = float(np.median([row["product_rate"] for row in rows if row["precision"] == precision]))
         line = 1 / (1 / products + 1 / (x * normals))
-        axes.plot(x, line, color="black", linewidth=1.2, label=f"limit: {precision} products and normals")
+        axes.plot(x, line, style, color="black", linewidth=1.2, label=f"limit: {precision} products and normals")
     axes.plot(x, x * bandwidth / 8, "--", color="black", linewidth=0.8, label="memory")
     for name, colour in palette.items():
         own = [row for row in rows if row["name"] == name]
