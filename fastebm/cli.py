@@ -6,6 +6,7 @@ Exit status: 0 done; 1 the computation failed; 2 bad input; 128 + n ended by sig
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import io
 import os
@@ -13,18 +14,21 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from numpy.typing import NDArray
+
 from .backends.choose import BACKENDS, choose
 from .bench import run as suite
 from .checkpoint import write_atomically
-from .data import DIGITS_LEVELS, DIGITS_SHAPE
+from .data import SETS, DataInfo, load, load_array
 from .energies import MLPEnergy
 from .mlp import ACTIVATIONS
-from .report import fresh_samples
+from .recipe import recipe
+from .report import density, fresh_samples
 from .train import CHECKPOINT, SUMMARY, Stopped, TrainConfig, load_model, resolve_device, saved_config, train
 
 __all__ = ["main"]
@@ -77,12 +81,20 @@ def _parser() -> _Parser:
 
     command = commands.add_parser("train", help="train an energy on real data", description=_TRAIN)
     command.set_defaults(run=_train)
-    command.add_argument("dataset", choices=["digits"], help="scikit-learn's bundled 8x8 handwritten digits")
     # SUPPRESS tells what was given from what was not, which --resume has to know.
+    command.add_argument(
+        "dataset", nargs="?", metavar="DATASET", choices=list(SETS), default=None,
+        help="; ".join(f"{name}: {entry.words}" for name, entry in SETS.items()) + "; or --data",
+    )  # fmt: skip
+    command.add_argument(
+        "--data", type=Path, default=argparse.SUPPRESS, metavar="FILE",
+        help="instead of a data set, your own: .npy of an array (n, d) of real numbers, or .csv",
+    )  # fmt: skip
     for flag, kind, default, text in (
-        ("--steps", int, _DEFAULTS.steps, "training iterations"),
+        ("--steps", int, f"{_DEFAULTS.steps} for digits", "training iterations"),
         ("--seed", int, _DEFAULTS.seed, "of everything random"),
-        ("--batch-size", int, _DEFAULTS.batch_size, "real images, and chains, an iteration"),
+        ("--batch-size", int, f"{_DEFAULTS.batch_size} for digits", "real rows, and chains, an iteration"),
+        ("--pool-size", int, f"{_DEFAULTS.pool_size} for digits", "persistent chains"),
     ):
         command.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
     command.add_argument(
@@ -91,12 +103,12 @@ def _parser() -> _Parser:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="N",
-        help=f"hidden widths, from the input up (default: {' '.join(map(str, _DEFAULTS.hidden_sizes))})",
+        help=f"hidden widths, from the input up (default: {' '.join(map(str, _DEFAULTS.hidden_sizes))} for digits)",
     )
     _add_device_and_backend(command, default=argparse.SUPPRESS)
     command.add_argument(
         "--out", type=Path, default=argparse.SUPPRESS, metavar="RUN",
-        help="run folder to write: new or empty (default: runs/digits-<time>)",
+        help="run folder to write: new or empty (default: runs/<data>-<time>)",
     )  # fmt: skip
     command.add_argument(
         "--resume", type=Path, default=argparse.SUPPRESS, metavar="RUN",
@@ -109,7 +121,7 @@ def _parser() -> _Parser:
     command.add_argument("-n", type=_positive, default=64, metavar="N", help="number of samples")
     command.add_argument(
         "--out", type=Path, required=True, default=argparse.SUPPRESS, metavar="FILE",
-        help=".png: a picture; .npy: a float32 array (N, 8, 8) in [0, 1]",
+        help=".npy: an array (N, ...) in the data's units (images in [0, 1]); .png: a picture of images or 2-D points",
     )  # fmt: skip
     command.add_argument(
         "--steps", type=_count, default=argparse.SUPPRESS, help="Langevin steps from noise (default: the run's)"
@@ -179,29 +191,38 @@ def _flat(sizes: list[list[int]]) -> tuple[int, ...]:
 
 def _train(arguments: argparse.Namespace) -> int:
     _need("tqdm", "matplotlib", "sklearn", "safetensors")
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "dataset")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run")}
     if "hidden_sizes" in given:
         given["hidden_sizes"] = _flat(given["hidden_sizes"])
-    resume = given.pop("resume", None)
+    resume, name, file = (given.pop(key, None) for key in ("resume", "dataset", "data"))
     if resume is None:
-        out = given.pop("out", None) or Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S")
-        config = TrainConfig(**given)
+        if (name is None) == (file is None):
+            raise ValueError(f"train needs one of the data sets ({', '.join(SETS)}) or --data FILE, and not both")
+        seed = dataclasses.replace(_DEFAULTS, seed=given.get("seed", _DEFAULTS.seed)).seed  # checked
+        data = load(name, seed) if file is None else load_array(file, seed)
+        out = given.pop("out", None) or Path("runs") / time.strftime(f"{name or file.stem}-%Y%m%d-%H%M%S")
+        config = TrainConfig(**{**recipe(data), **given})
     else:
+        given |= {} if file is None else {"data": file}
         fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("device", "backend")]
         if fixed:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(fixed)}")
-        out = resume
+        out, data = resume, None
         config = TrainConfig.from_dict({**saved_config(out).to_dict(), **given})
+        if name not in (None, config.data.name):
+            raise ValueError(f"the run in {out} is trained on {config.data.name}, not on {name}: leave {name} out")
         if (out / SUMMARY).exists():
             print(f"{out} is complete: there is nothing to resume")
             return 0
 
-    again = f"fastebm train digits --resume {shlex.quote(str(out))}"
+    source = f"{config.data.name} " if config.data.name in SETS else ""
+    again = f"fastebm train {source}--resume {shlex.quote(str(out))}"
     with _Signals() as signals, _Progress(config.steps) as progress:
         try:
             summary = train(
                 config,
                 out,
+                data=data,
                 resume=resume is not None,
                 on_step=progress.step,
                 on_phase=progress.phase,
@@ -216,13 +237,17 @@ def _train(arguments: argparse.Namespace) -> int:
             where = f"; to go on from the last checkpoint: {again}" if (out / CHECKPOINT).exists() else ""
             print(f"fastebm: interrupted{where}", file=sys.stderr)
             return 128 + (signals.number or signal.SIGINT)
-    aurocs = ", ".join(f"{k} {summary[f'auroc_{k}']:.3f}" for k in ("uniform", "shuffled", "rotated", "inverted"))
+    what = "digits" if config.data.kind == "images" else "rows"
     print(
         f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"
     )
-    print(f"  AUROC against held-out digits: {aurocs}")
-    print(f"  a random forest tells samples from digits: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
-    print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of 10")
+    aurocs = {k.removeprefix("auroc_"): v for k, v in summary.items() if k.startswith("auroc_")}
+    print(f"  AUROC against held-out {what}: {', '.join(f'{k} {v:.3f}' for k, v in aurocs.items())}")
+    print(f"  a random forest tells samples from {what}: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
+    if "log_likelihood" in summary:
+        print(f"  mean log p of held-out rows: {summary['log_likelihood']:.3f} nats")
+    if "classes_present" in summary:
+        print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of 10")
     print(f"  look at {out / 'samples.png'}, energies.png and training.png")
     return 0
 
@@ -312,42 +337,47 @@ class _Progress:
 
 def _sample(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
-    writers: dict[str, Callable[[Any], bytes]] = {".png": _as_png, ".npy": _as_npy}
-    if out.suffix.lower() not in writers:
+    as_picture = out.suffix.lower() == ".png"
+    if out.suffix.lower() not in (".png", ".npy"):
         raise ValueError(f"--out must end in .png or .npy, got {out}")
     folder = out.parent
     if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--out can't be written: {out}")
-    _need("safetensors", *(["matplotlib"] if out.suffix.lower() == ".png" else []))
+    _need("safetensors", *(["matplotlib"] if as_picture else []))
 
     device = resolve_device(arguments.device)
     model, config = load_model(arguments.source)
+    if as_picture and config.data.kind == "table":
+        raise ValueError(f"samples of {config.data.dim} dims make no picture: give --out a name that ends in .npy")
     samples, info = fresh_samples(
         model.to(device),
         config,
         arguments.n,
-        dim=DIGITS_SHAPE[0] * DIGITS_SHAPE[1],
+        dim=config.data.dim,
         steps=getattr(arguments, "steps", None),
         seed=arguments.seed,
         backend=arguments.backend,
     )
-    write_atomically(out, writers[out.suffix.lower()](samples.cpu().reshape(-1, *DIGITS_SHAPE).numpy()))
+    x = config.data.to_data(samples)
+    write_atomically(out, _picture(x, model, config.data) if as_picture else _as_npy(x))
     print(f"{out}: {arguments.n} samples ({info.backend}, {info.path}, on {device})")
     return 0
 
 
-def _as_png(samples: Any) -> bytes:
-    from .plot import png, samples_figure
+def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo) -> bytes:
+    from . import plot
 
-    levels = (samples * DIGITS_LEVELS).round() / DIGITS_LEVELS
-    return png(samples_figure({f"{len(samples)} samples": levels}))
+    title = f"{len(x)} samples"
+    if data.kind == "images":
+        return plot.png(plot.samples_figure({title: (x * data.levels).round() / data.levels}))
+    return plot.png(plot.plane_figure({title: x}, density(model, data)[:2], data.columns, over=True))
 
 
-def _as_npy(samples: Any) -> bytes:
+def _as_npy(x: NDArray[Any]) -> bytes:
     import numpy as np
 
     data = io.BytesIO()
-    np.save(data, samples)
+    np.save(data, x)
     return data.getvalue()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["auroc", "class_shares", "two_sample_accuracy"]
+__all__ = ["auroc", "baseline_aurocs", "class_shares", "two_sample_accuracy"]
 
 
 def auroc(inlier_energies: ArrayLike, outlier_energies: ArrayLike) -> float:
@@ -26,6 +26,26 @@ def auroc(inlier_energies: ArrayLike, outlier_energies: ArrayLike) -> float:
         raise ValueError(f"auroc needs energies on both sides, got {len(inliers)} inliers and {len(outliers)} outliers")
     is_outlier = np.repeat([0, 1], [len(inliers), len(outliers)])
     return float(roc_auc_score(is_outlier, np.concatenate([inliers, outliers])))
+
+
+def baseline_aurocs(train: ArrayLike, inliers: ArrayLike, outliers: ArrayLike, *, seed: int = 0) -> dict[str, float]:
+    """AUROCs of detectors that cost nothing to try, fitted to the same training rows: what an energy is held to.
+
+    An isolation forest (Liu, Ting & Zhou 2008) and the Mahalanobis distance, scikit-learn's with their defaults.
+
+    Args:
+        train: (n, dim). inliers, outliers: (n_inliers, dim) and (n_outliers, dim).
+    """
+    from sklearn.covariance import EmpiricalCovariance
+    from sklearn.ensemble import IsolationForest
+
+    train, inliers, outliers = _rows(train), _rows(inliers), _rows(outliers)
+    forest = IsolationForest(random_state=seed % 2**32).fit(train)
+    gaussian = EmpiricalCovariance().fit(train)
+    return {
+        "isolation_forest": auroc(-forest.score_samples(inliers), -forest.score_samples(outliers)),
+        "mahalanobis": auroc(gaussian.mahalanobis(inliers), gaussian.mahalanobis(outliers)),
+    }
 
 
 def two_sample_accuracy(

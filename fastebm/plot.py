@@ -15,11 +15,15 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["energies_figure", "png", "samples_figure", "training_figure"]
+__all__ = ["energies_figure", "marginals_figure", "plane_figure", "png", "samples_figure", "training_figure"]
 
 # One colour a kind in every picture (Okabe & Ito's palette, told apart by colour-blind readers too).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _REAL, _SAMPLES, _OTHER, _QUIET = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+# More histograms can't be read in one picture.
+_MAX_MARGINALS = 12
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -72,6 +76,62 @@ def samples_figure(panels: Mapping[str, ArrayLike], *, title: str = "", columns:
     return figure
 
 
+def plane_figure(
+    panels: Mapping[str, ArrayLike],
+    landscape: tuple[NDArray[Any], NDArray[Any]],
+    columns: Sequence[str] = ("x", "y"),
+    *,
+    over: bool = False,
+    title: str = "",
+) -> Figure:
+    """Points in the plane, panel title -> (n, 2), beside a density, or over it.
+
+    Args:
+        landscape: (m + 1, 2) edges of its cells in x and y, and (m, m) density in them, y first.
+    """
+    edges, p = landscape
+    names = list(panels) if over else [*panels, "Density exp(−E) / Z"]
+    figure = _figure(4.6 * len(names), 4.6 + (0.4 if title else 0.0), title)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        if over or name not in panels:
+            # Its square root: a density of few bright spots would hide the rest.
+            axes.pcolormesh(edges[:, 0], edges[:, 1], np.sqrt(p), cmap="Blues", vmin=0.0, rasterized=True)
+        if name in panels:
+            x = np.asarray(panels[name])
+            axes.plot(x[:, 0], x[:, 1], ".", color=_SAMPLES if over else _REAL, markersize=2.5, markeredgewidth=0)
+        axes.set(title=name, xlabel=columns[0], ylabel=columns[1])
+        axes.title.set_fontsize(10)
+        axes.set_xlim(edges[0, 0], edges[-1, 0])
+        axes.set_ylim(edges[0, 1], edges[-1, 1])
+        axes.set_box_aspect(1)
+    return figure
+
+
+def marginals_figure(sets: Mapping[str, ArrayLike], columns: Sequence[str], *, title: str = "") -> Figure:
+    """Histograms of area 1, a panel a column (of the first twelve): set -> (n, dim) values."""
+    values = {name: np.asarray(x, np.float64) for name, x in sets.items()}
+    shown = list(columns)[:_MAX_MARGINALS]
+    if len(shown) < len(columns):
+        title = f"{title}{chr(10) if title else ''}the first {len(shown)} of {len(columns)} columns"
+    across = min(4, len(shown))
+    down = -(-len(shown) // across)
+    figure = _figure(max(3.2 * across, 6.0), 2.4 * down + 1.0, title)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for i, axes in enumerate(grid):
+        if i >= len(shown):
+            axes.set_axis_off()
+            continue
+        edges = np.histogram_bin_edges(np.concatenate([x[:, i] for x in values.values()]), 30).tolist()
+        for (name, x), colour in zip(values.items(), _COLOURS, strict=False):
+            axes.hist(x[:, i], edges, density=True, color=colour, alpha=0.3)
+            axes.hist(x[:, i], edges, density=True, color=colour, histtype="step", linewidth=1.3, label=name)
+        axes.set_title(shown[i], fontsize=9)
+        axes.set_yticks([])
+        _tidy(axes)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(values), frameon=False)
+    return figure
+
+
 def energies_figure(
     energies: Mapping[str, ArrayLike], close_up: Sequence[str] = (), *, title: str = "Energies: lower is likelier"
 ) -> Figure:
@@ -100,7 +160,7 @@ def training_figure(metrics: Sequence[Mapping[str, float]], *, title: str = "Tra
     figure = _figure(10.0, 6.4, title)
     (energies, gap), (norm, speed) = figure.subplots(2, 2, sharex=True)
 
-    _curve(energies, step, columns["energy_real"], _REAL, "real digits")
+    _curve(energies, step, columns["energy_real"], _REAL, "real data")
     _curve(energies, step, columns["energy_samples"], _SAMPLES, "samples of the pool")
     energies.set(title="Mean energies", ylabel="energy")
     energies.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Every hyper-parameter of a training run."""
+"""Every hyper-parameter of a training run, and what they should be for each data set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,30 @@ from typing import Any
 
 import torch
 
+from .data import DIGITS, Data, DataInfo
 from .langevin import Langevin
 
-__all__ = ["TrainConfig"]
+__all__ = ["TrainConfig", "recipe"]
+
+# What differs from TrainConfig's defaults, by the name of a data set or else its kind.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "images": {},
+    "mnist5k": {},
+    "plane": {"hidden_sizes": (128, 128), "noise_std": 0.1, "drift": 0.005, "cooling": 0.0},
+    "table": {"hidden_sizes": (128, 128), "noise_std": 0.1, "drift": 0.005, "cooling": 0.0},
+}
+
+
+def recipe(data: Data) -> dict[str, Any]:
+    """The arguments of TrainConfig that suit a data set, its description among them."""
+    info = data.info
+    found = _RECIPES.get(info.name, _RECIPES[info.kind])
+    return {"batch_size": min(TrainConfig.batch_size, len(data.train)), **found, "clamp": info.clamp, "data": info}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every hyper-parameter of a run; these defaults are the recipe.
+    """Every hyper-parameter of a run; these defaults are the recipe of the digits, ``recipe`` has the others.
 
     A chain moves by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of langevin_steps, alike
     in training and when sampling afresh. Within a block the noise is noise_std, and over its last part
@@ -25,9 +41,10 @@ class TrainConfig:
     temperature 1: the energy is the negative log-density, and finds its own scale.
 
     Args:
-        steps: training iterations. batch_size: real images, and chains, of each.
+        data: what it is trained on. seed: of everything random.
+        steps: training iterations. batch_size: real rows, and chains, of each.
         hidden_sizes, activation: of the MLPEnergy.
-        dequantisation: width, in grey levels, of the uniform noise added to the data; 1 fills the gaps between
+        dequantisation: width, in grey levels, of the uniform noise added to images; 1 fills the gaps between
             levels, 0 leaves black and white exactly on the clamp's bounds, where clamped chains lie as well.
         pool_size: persistent chains. restart_prob: of a drawn chain. langevin_steps: of each iteration.
         learning_rate, betas: Adam's. warmup_steps: over which the learning rate rises from 0. decay: of the
@@ -39,6 +56,7 @@ class TrainConfig:
         device: "auto" (a GPU if there is one) or any name of PyTorch's.
     """
 
+    data: DataInfo = DIGITS
     seed: int = 0
     steps: int = 2500
     batch_size: int = 256
@@ -90,6 +108,8 @@ class TrainConfig:
             _require("max_grad_norm", self.max_grad_norm, float, lambda v: v > 0, "a number > 0, or None")
         if self.decay not in ("cosine", "linear", "none"):
             raise ValueError(f'decay must be "cosine", "linear" or "none", got {self.decay!r}')
+        if self.dequantisation > 0 and self.data.kind != "images":
+            raise ValueError(f"dequantisation is for images: it must be 0, got {self.dequantisation!r}")
         if self.batch_size > self.pool_size:
             raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
 
@@ -112,7 +132,12 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+        def listed(values: dict[str, Any]) -> dict[str, Any]:
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+        values = dataclasses.asdict(self)
+        return listed({**values, "data": listed(values["data"])})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -126,7 +151,7 @@ class TrainConfig:
             odd = ", ".join(sorted(values.keys() ^ names))
             raise ValueError(f"these entries of the configuration are missing or unknown: {odd}")
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**entries)
+        return cls(**{**entries, "data": DataInfo.from_dict(values["data"])})
 
 
 def _require(name: str, value: Any, kind: type, rule: Callable[[Any], bool], words: str) -> None:

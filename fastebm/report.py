@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checkpoint, evaluate, plot
-from .data import Images
+from .data import Data, DataInfo, Images, Points
 from .energies import energy
 from .recipe import TrainConfig
 from .sampling import SampleInfo, langevin_sample
 
-__all__ = ["fresh_samples", "report"]
+__all__ = ["density", "fresh_samples", "report"]
 
 # Fresh chains are numbered past any pool's (fewer than 2**31), so that they never share its noise.
 _FIRST_FRESH_CHAIN = 2**31
 
 # Steps of fresh chains between two calls of on_steps.
 _FRESH_CHUNK = 50
+
+# Cells a side of the grid on which a density of two dims is drawn and integrated.
+_GRID = 256
 
 # A class is present with at least this share of the samples: one or two stray ones are no mode.
 _MIN_CLASS_SHARE = 0.01
@@ -71,10 +76,29 @@ def fresh_samples(
     return x, info
 
 
+def density(model: nn.Module, info: DataInfo) -> tuple[NDArray[Any], NDArray[Any], float]:
+    """p(x) = exp(-E(x)) / Z of an energy of two dims, in the data's units, with Z by the midpoint rule.
+
+    Returns:
+        (n + 1, 2) edges of the cells of a grid over the clamp, in x and in y; (n, n) density in each cell, y first;
+        and log Z of the states.
+    """
+    lo, hi = info.clamp
+    edges = torch.linspace(lo, hi, _GRID + 1, dtype=torch.float64)
+    middle = 0.5 * (edges[1:] + edges[:-1])
+    y, x = torch.meshgrid(middle, middle, indexing="ij")
+    states = torch.stack([x, y], -1).reshape(-1, 2).float()
+    with torch.no_grad():
+        log_p = -energy(model, states.to(next(model.parameters()).device)).cpu().double()
+    log_z = torch.logsumexp(log_p, 0).item() + 2.0 * math.log((hi - lo) / _GRID)
+    p = (log_p - log_z).exp().reshape(_GRID, _GRID).numpy() / math.prod(info.scale)
+    return info.to_data(torch.stack([edges, edges], 1)), p, log_z
+
+
 def report(
     model: nn.Module,
     config: TrainConfig,
-    data: Images,
+    data: Data,
     metrics: list[dict[str, float]],
     out: Path,
     begin: Callable[[str], None],
@@ -97,52 +121,44 @@ def report(
     samples = samples.cpu()
 
     begin("measuring")
-    generator = torch.Generator().manual_seed(config.seed)
-    digits = data.test.reshape(-1, *data.shape)
-    shuffle = torch.rand(data.test.shape, generator=generator).argsort(dim=1)  # another order for each digit
-    outliers = {
-        "shuffled": data.test.gather(1, shuffle),
-        "rotated": digits.rot90(1, (1, 2)).reshape(data.test.shape),
-        "inverted": data.levels - data.test,
-    }
-    states = {
-        "test": data.dequantise(data.test, config.dequantisation, generator),
-        "samples": samples,
-        "uniform": torch.rand(data.test.shape, generator=generator),
-        **{name: data.dequantise(k, config.dequantisation, generator) for name, k in outliers.items()},
-    }
+    held_out = _held_out(data, config)
     with torch.no_grad():
-        energies = {name: energy(model, x.to(device)).cpu().numpy() for name, x in states.items()}
+        energies = {
+            name: energy(model, x.to(device)).cpu().numpy() for name, x in {**held_out, "samples": samples}.items()
+        }
     measures: dict[str, Any] = {
-        f"auroc_{name}": evaluate.auroc(energies["test"], energies[name])
-        for name in ("uniform", "shuffled", "rotated", "inverted")
+        f"auroc_{name}": evaluate.auroc(energies["test"], energies[name]) for name in held_out if name != "test"
     }
-    quantised = data.quantise(samples).numpy()
-    shares = evaluate.class_shares(data.train.numpy(), data.train_labels.numpy(), quantised)
-    measures |= {
-        "two_sample_accuracy": evaluate.two_sample_accuracy(data.test.numpy(), quantised, seed=config.seed),
-        "classes_present": sum(share >= _MIN_CLASS_SHARE for share in shares),
-        "class_shares": shares,
-    }
+    if isinstance(data, Images):
+        measures |= _image_measures(data, samples, config.seed)
+    else:
+        measures |= _point_measures(data, samples, model, energies["test"], config.seed)
 
     begin("drawing")
-    title = (
-        f"fastebm: MLP energy {data.dim} → {' → '.join(map(str, config.hidden_sizes))} → 1 after {config.steps:,} steps"
-    )
-    grids = {
-        f"Fresh samples: noise, then {config.fresh_steps:,} Langevin steps": quantised[:100],
-        "Real digits, held out": data.test[:100].numpy(),
-    }
-    images = {name: k.reshape(-1, *data.shape) / data.levels for name, k in grids.items()}
-    checkpoint.write_atomically(out / "samples.png", plot.png(plot.samples_figure(images, title=title)))
-    named = {
-        "test digits": energies["test"],
-        "fresh samples": energies["samples"],
-        f"pixel-shuffled digits (AUROC {measures['auroc_shuffled']:.3f})": energies["shuffled"],
-        f"uniform noise (AUROC {measures['auroc_uniform']:.3f})": energies["uniform"],
-    }
+    widths = " → ".join(map(str, (data.dim, *config.hidden_sizes, 1)))
+    title = f"fastebm: MLP energy {widths} after {config.steps:,} steps"
+    fresh = f"Fresh samples: noise, then {config.fresh_steps:,} Langevin steps"
+    if isinstance(data, Images):
+        grids = {fresh: data.quantise(samples)[:100], "Real digits, held out": data.test[:100]}
+        figure = plot.samples_figure(
+            {name: k.reshape(-1, *data.shape).numpy() / data.levels for name, k in grids.items()}, title=title
+        )
+        rows, shown = "digits", ["shuffled", "uniform"]
+    else:
+        points = {"Data, held out": data.info.to_data(data.test), fresh: data.info.to_data(samples)}
+        if data.info.kind == "plane":
+            edges, p, _ = density(model, data.info)
+            figure = plot.plane_figure(points, (edges, p), data.info.columns, title=title)
+        else:
+            figure = plot.marginals_figure(points, data.info.columns, title=title)
+        rows, shown = "rows", [name for name in held_out if name != "test"]
+    checkpoint.write_atomically(out / "samples.png", plot.png(figure))
+    named = {f"test {rows}": energies["test"], "fresh samples": energies["samples"]}
+    words = {"shuffled": f"{'pixel' if rows == 'digits' else 'column'}-shuffled {rows}", "uniform": "uniform noise"}
+    for name in shown:
+        named[f"{words.get(name, name)} (AUROC {measures[f'auroc_{name}']:.3f})"] = energies[name]
     checkpoint.write_atomically(
-        out / "energies.png", plot.png(plot.energies_figure(named, ["test digits", "fresh samples"]))
+        out / "energies.png", plot.png(plot.energies_figure(named, [f"test {rows}", "fresh samples"]))
     )
     if metrics:
         checkpoint.write_atomically(out / "training.png", plot.png(plot.training_figure(metrics, title=title)))
@@ -159,6 +175,54 @@ def report(
         "why_not_fused": info.why_not_fused,
         "versions": _versions(),
     }
+
+
+def _held_out(data: Data, config: TrainConfig) -> dict[str, Tensor]:
+    """States by name: "test", the held-out data; and what an energy should tell from them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    if isinstance(data, Images):
+        images = data.test.reshape(-1, *data.shape)
+        shuffle = torch.rand(data.test.shape, generator=generator).argsort(dim=1)  # another order for each image
+        others = {
+            "shuffled": data.test.gather(1, shuffle),
+            "rotated": images.rot90(1, (1, 2)).reshape(data.test.shape),
+            "inverted": data.levels - data.test,
+        }
+        return {
+            "test": data.dequantise(data.test, config.dequantisation, generator),
+            "uniform": torch.rand(data.test.shape, generator=generator),
+            **{name: data.dequantise(k, config.dequantisation, generator) for name, k in others.items()},
+        }
+    lo, hi = data.info.clamp
+    states = {"test": data.test, "uniform": lo + (hi - lo) * torch.rand(data.test.shape, generator=generator)}
+    if data.info.kind == "table" and data.dim > 1:  # each column in an order of its own: the same marginals
+        order = torch.rand(data.test.shape, generator=generator).argsort(dim=0)
+        states["shuffled"] = data.test.gather(0, order)
+    return {**states, **data.outliers}
+
+
+def _image_measures(data: Images, samples: Tensor, seed: int) -> dict[str, Any]:
+    quantised = data.quantise(samples).numpy()
+    shares = evaluate.class_shares(data.train.numpy(), data.train_labels.numpy(), quantised)
+    return {
+        "two_sample_accuracy": evaluate.two_sample_accuracy(data.test.numpy(), quantised, seed=seed),
+        "classes_present": sum(share >= _MIN_CLASS_SHARE for share in shares),
+        "class_shares": shares,
+    }
+
+
+def _point_measures(
+    data: Points, samples: Tensor, model: nn.Module, test_energies: NDArray[Any], seed: int
+) -> dict[str, Any]:
+    train, test = data.train.numpy(), data.test.numpy()
+    measures: dict[str, Any] = {"two_sample_accuracy": evaluate.two_sample_accuracy(test, samples.numpy(), seed=seed)}
+    if data.info.kind == "plane":  # mean log p of the held-out rows, in nats, in the data's units
+        log_z = density(model, data.info)[2]
+        measures["log_likelihood"] = -float(test_energies.mean()) - log_z - sum(map(math.log, data.info.scale))
+    for name, outliers in data.outliers.items():
+        for baseline, value in evaluate.baseline_aurocs(train, test, outliers.numpy(), seed=seed).items():
+            measures[f"auroc_{name}_{baseline}"] = value
+    return measures
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Persistent contrastive divergence on images, from the data to a run folder.
+"""Persistent contrastive divergence, from the data to a run folder.
 
-    config.json               every hyper-parameter
+    config.json               every hyper-parameter, and what the data are
     checkpoint.safetensors    all that is needed to go on, bit for bit
     model.safetensors         the averaged weights, for sampling
     metrics.jsonl             one line a step
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .data import Images, load_digits
+from .data import Data, reload
 from .energies import MLPEnergy, energy
 from .objectives import contrastive_divergence_loss
 from .pool import ChainPool
@@ -35,10 +35,8 @@ from .report import report
 from .sampling import NonFiniteError, langevin_sample
 
 __all__ = [
-    "Images",
     "Stopped",
     "TrainConfig",
-    "load_digits",
     "load_model",
     "resolve_device",
     "saved_config",
@@ -89,9 +87,9 @@ def build_model(config: TrainConfig, data_dim: int) -> MLPEnergy:
 class _Run:
     """All that changes while training. ``state`` and ``load`` are inverse to each other, bit for bit."""
 
-    def __init__(self, config: TrainConfig, data: Images, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
         if config.batch_size > len(data.train):
-            raise ValueError(f"batch_size must be <= {len(data.train)}, the training images, got {config.batch_size}")
+            raise ValueError(f"batch_size must be <= {len(data.train)}, the training rows, got {config.batch_size}")
         self.config, self.device = config, device
         self.model = build_model(config, data.dim).to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
@@ -157,7 +155,7 @@ class _Run:
         checkpoint.write(out / MODEL, self.average.state_dict(), values)
 
 
-def _open_run(out: Path, config: TrainConfig, data: Images, device: torch.device) -> _Run:
+def _open_run(out: Path, config: TrainConfig, data: Data, device: torch.device) -> _Run:
     """The run that was saved in a folder."""
     path = out / CHECKPOINT
     tensors, values = checkpoint.read(path)
@@ -202,7 +200,7 @@ def load_model(run: str | os.PathLike[str]) -> tuple[MLPEnergy, TrainConfig]:
     tensors, values = checkpoint.read(path)
     config = _config_of(path, values)
     try:
-        model = build_model(config, tensors["0.weight"].shape[1])
+        model = build_model(config, config.data.dim)
         model.load_state_dict(tensors)
     except (KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold the energy that its configuration describes: {error}") from None
@@ -223,7 +221,7 @@ def train(
     config: TrainConfig,
     out: str | os.PathLike[str],
     *,
-    data: Images | None = None,
+    data: Data | None = None,
     resume: bool = False,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -236,7 +234,7 @@ def train(
 
     Args:
         out: a folder that does not exist or is empty; with ``resume``, that of a run.
-        data: None: the digits.
+        data: None: what the configuration names. Else the configuration is of this.
         resume: go on from the folder's checkpoint. ``config`` must be the run's own (``saved_config``), save
             for device and backend.
         on_step: is given the line of metrics.jsonl of every finished step.
@@ -253,7 +251,8 @@ def train(
     """
     out = Path(out)
     device = resolve_device(config.device)
-    data = data or load_digits()
+    data = data or reload(config.data, config.seed)
+    config = dataclasses.replace(config, data=data.info)
     if resume:
         saved = saved_config(out)
         if dataclasses.replace(saved, device=config.device, backend=config.backend) != config:
@@ -286,7 +285,7 @@ def train(
     return _report(run, data, metrics, out, on_phase, should_stop)
 
 
-def _train_step(run: _Run, data: Images) -> dict[str, float]:
+def _train_step(run: _Run, data: Data) -> dict[str, float]:
     """One iteration; returns its line of metrics.jsonl."""
     config, model = run.config, run.model
     started = time.perf_counter()
@@ -359,7 +358,7 @@ def _metrics_up_to(step: int, path: Path) -> list[dict[str, float]]:
 
 def _report(
     run: _Run,
-    data: Images,
+    data: Data,
     metrics: list[dict[str, float]],
     out: Path,
     on_phase: Callable[[str], None],

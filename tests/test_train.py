@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from fastebm import NonFiniteError, checkpoint, evaluate, plot, report
 from fastebm import train as training
-from fastebm.data import Images, load_digits
-from fastebm.recipe import TrainConfig
+from fastebm.data import Images, load, load_array
+from fastebm.recipe import TrainConfig, recipe
 from fastebm.report import fresh_samples
-from fastebm.train import Stopped, load_model, train
+from fastebm.train import Stopped, load_model, saved_config, train
 
 TINY = TrainConfig(
     seed=3,
@@ -155,13 +155,13 @@ def test_training_leaves_the_global_generator_alone(tmp_path, tiny_images, no_re
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_run_folder_is_complete(whole):
+def test_the_run_folder_is_complete(whole, tiny_images):
     names = {path.name for path in whole.iterdir()}
     assert names == {
         "config.json", "checkpoint.safetensors", "model.safetensors", "metrics.jsonl", "summary.json",
         "samples.png", "energies.png", "training.png",
     }  # fmt: skip
-    assert json.loads((whole / "config.json").read_text()) == TINY.to_dict()
+    assert json.loads((whole / "config.json").read_text()) == dataclasses.replace(TINY, data=tiny_images.info).to_dict()
     assert [row["step"] for row in _metrics(whole)] == [1, 2, 3, 4, 5, 6]
     summary = json.loads((whole / "summary.json").read_text())
     for key in ("auroc_uniform", "auroc_shuffled", "auroc_rotated", "auroc_inverted", "two_sample_accuracy"):
@@ -179,6 +179,93 @@ def test_training_lowers_the_energy_of_data(tmp_path, tiny_images):
     )
     summary = train(config, tmp_path / "run", data=tiny_images)
     assert summary["auroc_uniform"] > 0.75
+
+
+# -- planes and tables ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gaussians(tmp_path_factory):
+    """A function of dims: a file of a Gaussian, whose columns hang together, as the user's own data."""
+
+    def points(dim):
+        rng = np.random.default_rng(dim)
+        path = tmp_path_factory.mktemp("data") / f"gaussian-{dim}.npy"
+        np.save(path, 100.0 + rng.normal(size=(400, dim)) @ rng.normal(size=(dim, dim)))
+        return load_array(path)
+
+    return points
+
+
+def _small(data, **changes):
+    tiny = {"seed": 0, "steps": 6, "batch_size": 8, "pool_size": 20, "hidden_sizes": (7, 5), "n_fresh": 30}
+    return TrainConfig(**{**recipe(data), **tiny, "fresh_steps": 3, **changes})
+
+
+@pytest.mark.parametrize("dim", [1, 2, 14])
+def test_a_table_or_plane_is_reported_and_resumed_from_its_folder_alone(tmp_path, gaussians, dim):
+    config = _small(gaussians(dim))
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run", should_stop=lambda: True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["offset"] == list(config.data.offset)
+    summary = train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    aurocs = {"auroc_uniform", "auroc_shuffled"} if dim == 14 else {"auroc_uniform"}
+    assert {key for key in summary if key.startswith("auroc")} == aurocs
+    assert ("log_likelihood" in summary) == (dim == 2)
+    assert 0.0 <= summary["two_sample_accuracy"] <= 1.0
+    for name in ("samples", "energies", "training"):
+        assert (tmp_path / "run" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_run_whose_file_has_changed_does_not_go_on(tmp_path, gaussians):
+    data = gaussians(3)
+    with pytest.raises(Stopped):
+        train(_small(data), tmp_path / "run", should_stop=lambda: True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    np.save(data.info.name, np.random.default_rng(1).normal(size=(400, 3)))
+    with pytest.raises(ValueError, match="has changed since the run began"):
+        train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_known_outliers_are_measured_beside_plain_detectors(tmp_path):
+    data = load("breast_cancer")
+    summary = train(_small(data), tmp_path / "run", data=data)
+    assert {"auroc_malignant", "auroc_malignant_isolation_forest", "auroc_malignant_mahalanobis"} <= summary.keys()
+    assert summary["auroc_malignant_isolation_forest"] > 0.8  # whatever six steps make of the energy
+
+
+def test_the_density_of_a_known_energy():
+    """A Gaussian's, in the data's units: its values, and its log Z."""
+    info = load("moons").info
+
+    class Gaussian(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x):
+            return 0.5 * (x / self.scale).square().sum(1, keepdim=True)
+
+    edges, p, log_z = report.density(Gaussian(), info)
+    assert log_z == pytest.approx(np.log(2 * np.pi * 0.09), abs=1e-5)
+    x, y = 0.5 * (edges[1:] + edges[:-1]).T
+    sigma = 0.3 * np.array(info.scale)
+    expected = np.outer(
+        np.exp(-0.5 * ((y - info.offset[1]) / sigma[1]) ** 2), np.exp(-0.5 * ((x - info.offset[0]) / sigma[0]) ** 2)
+    ) / (2 * np.pi * sigma.prod())
+    np.testing.assert_allclose(p, expected, atol=1e-5 * expected.max())
+
+
+@pytest.mark.slow
+def test_a_toy_is_learned(tmp_path):
+    """The recipe in a fifth of its steps: nearer to the moons' density than the best Gaussian by half a nat."""
+    data = load("moons")
+    summary = train(TrainConfig(**{**recipe(data), "steps": 500}), tmp_path / "run", data=data)
+    x = data.info.to_data(data.train)
+    gaussian = -0.5 * np.linalg.slogdet(np.cov(x.T))[1] - np.log(2 * np.pi) - 1.0
+    assert summary["log_likelihood"] > gaussian + 0.5
+    assert summary["two_sample_accuracy"] < 0.7
 
 
 # -- bad folders and files ----------------------------------------------------------------------------------
@@ -235,13 +322,13 @@ def test_an_edited_config_is_not_silently_ignored(tmp_path, tiny_images):
         train(TINY, tmp_path / "run", data=tiny_images, resume=True)
 
 
-def test_a_model_file_of_another_kind_is_refused(tmp_path, whole):
+def test_a_model_file_of_another_kind_is_refused(tmp_path, tiny_images, whole):
     (tmp_path / "model.safetensors").write_bytes((whole / "checkpoint.safetensors").read_bytes())
     with pytest.raises(ValueError, match="does not hold the energy"):
         load_model(tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="holds no training run"):
-        train(TINY, tmp_path, resume=True)
+        train(TINY, tmp_path, data=tiny_images, resume=True)
 
 
 # -- explosions ---------------------------------------------------------------------------------------------
@@ -296,6 +383,7 @@ def test_config_survives_json():
         ({"clamp": (1.0, 0.0)}, "clamp needs lo < hi"),
         ({"grad_clip": 0.0}, "grad_clip must be"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
+        ({"dequantisation": 0.5, "data": load("moons").info}, "dequantisation is for images: it must be 0, got 0.5"),
     ],
 )
 def test_config_refuses_impossible_values(changes, message):
@@ -325,35 +413,9 @@ def test_learning_rate_warms_up():
     assert [config.learning_rate_at(step) for step in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
 
 
-def test_digits_are_split_without_loss_and_alike_in_class():
-    from sklearn.datasets import load_digits as load
-
-    images = load_digits()
-    assert images.train.shape == (1437, 64)
-    assert images.test.shape == (360, 64)
-    together = torch.cat([images.train, images.test]).numpy()
-    expected = load().data
-    assert np.array_equal(together[np.lexsort(together.T)], expected[np.lexsort(expected.T)])
-    assert all(34 <= count <= 37 for count in images.test_labels.bincount())
-
-
-def test_quantise_undoes_dequantise():
-    images = load_digits()
-    assert torch.equal(images.dequantise(images.test, 0.0, torch.Generator()), images.test / 16)
-    x = images.dequantise(images.test, 1.0, torch.Generator().manual_seed(0))
-    assert x.min() == 0.0
-    assert x.max() == 1.0
-    assert torch.equal(images.quantise(x), images.test)
-    # Uniform within a level: levels that the clamp can't touch spread over one level's width.
-    inside = (images.test > 0) & (images.test < 16)
-    spread = (x * 16 - images.test)[inside]
-    assert spread.var().item() == pytest.approx(1 / 12, rel=0.05)
-    assert spread.mean().item() == pytest.approx(0.0, abs=0.02)
-
-
-def test_fresh_samples_do_not_depend_on_their_number_or_on_the_chunks(whole, monkeypatch):
+def test_fresh_samples_do_not_depend_on_their_number_or_on_the_chunks(whole, tiny_images, monkeypatch):
     model, config = load_model(whole)
-    assert config == TINY
+    assert config == dataclasses.replace(TINY, data=tiny_images.info)
     many, info = fresh_samples(model, config, 20, dim=9, steps=7, seed=1)
     monkeypatch.setattr(report, "_FRESH_CHUNK", 3)
     seen = []

