@@ -27,9 +27,20 @@ from .checkpoint import write_atomically
 from .data import SETS, DataInfo, load, load_array
 from .energies import MLPEnergy
 from .mlp import ACTIVATIONS
-from .recipe import recipe
+from .recipe import TrainConfig, recipe
 from .report import density, fresh_samples
-from .train import CHECKPOINT, SUMMARY, Stopped, TrainConfig, load_model, resolve_device, saved_config, train
+from .team import Team, launched
+from .train import (
+    CHECKPOINT_EVERY,
+    FREE_SETTINGS,
+    SUMMARY,
+    Stopped,
+    load_model,
+    located,
+    resolve_device,
+    saved_config,
+    train,
+)
 
 __all__ = ["main"]
 
@@ -57,8 +68,14 @@ def _fail(error: BaseException | str, status: int) -> int:
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    print(f"fastebm: error: {' '.join(text.split())}", file=sys.stderr)
+    who = "fastebm" if _rank() == 0 else f"fastebm (process {_rank()})"
+    print(f"{who}: error: {' '.join(text.split())}", file=sys.stderr)
     return status
+
+
+def _rank() -> int:
+    """Of torchrun's processes; only the first one talks, but for errors."""
+    return int(os.environ.get("RANK", "0"))
 
 
 # -- the arguments ------------------------------------------------------------------------------------------
@@ -107,12 +124,20 @@ def _parser() -> _Parser:
     )
     _add_device_and_backend(command, default=argparse.SUPPRESS)
     command.add_argument(
+        "--on-nonfinite", choices=["raise", "reinit"], default=argparse.SUPPRESS,
+        help="chains that leave the finite numbers end the run, or start anew (default: raise)",
+    )  # fmt: skip
+    command.add_argument(
+        "--checkpoint-every", type=_positive, default=CHECKPOINT_EVERY, metavar="N", help="steps between checkpoints"
+    )
+    command.add_argument(
         "--out", type=Path, default=argparse.SUPPRESS, metavar="RUN",
         help="run folder to write: new or empty (default: runs/<data>-<time>)",
     )  # fmt: skip
     command.add_argument(
         "--resume", type=Path, default=argparse.SUPPRESS, metavar="RUN",
-        help="run folder to go on with, as if it had never stopped; only --device and --backend may change",
+        help="run folder to go on with, as if it had never stopped, or one of its checkpoints/step-N; the number of "
+        "processes, --device, --backend, --on-nonfinite and --checkpoint-every may change",
     )  # fmt: skip
 
     command = commands.add_parser("sample", help="draw samples from a run", description=_SAMPLE)
@@ -149,7 +174,8 @@ def _parser() -> _Parser:
 
 
 _TRAIN = """Train an MLP energy by persistent contrastive divergence, then sample from it, measure it on held-out data
-and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume goes on with the same bits."""
+and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume goes on with the same bits. On several processes:
+torchrun --nproc-per-node 2 -m fastebm train ..."""
 _SAMPLE = "Samples of a trained energy, from chains that start in uniform noise."
 _INFO = "Versions, devices, and which backend would sample an MLP energy of a given shape, and why."
 _BENCH = """Time fastebm, the loops that people write and the peers that are installed (pip install "fastebm[bench]") on
@@ -191,7 +217,7 @@ def _flat(sizes: list[list[int]]) -> tuple[int, ...]:
 
 def _train(arguments: argparse.Namespace) -> int:
     _need("tqdm", "matplotlib", "sklearn", "safetensors")
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "checkpoint_every")}
     if "hidden_sizes" in given:
         given["hidden_sizes"] = _flat(given["hidden_sizes"])
     resume, name, file = (given.pop(key, None) for key in ("resume", "dataset", "data"))
@@ -200,43 +226,53 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ValueError(f"train needs one of the data sets ({', '.join(SETS)}) or --data FILE, and not both")
         seed = dataclasses.replace(_DEFAULTS, seed=given.get("seed", _DEFAULTS.seed)).seed  # checked
         data = load(name, seed) if file is None else load_array(file, seed)
-        out = given.pop("out", None) or Path("runs") / time.strftime(f"{name or file.stem}-%Y%m%d-%H%M%S")
+        out = given.pop("out", None)
         config = TrainConfig(**{**recipe(data), **given})
     else:
         given |= {} if file is None else {"data": file}
-        fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("device", "backend")]
+        fixed = [f"--{name.replace('_', '-')}" for name in given if name not in FREE_SETTINGS]
         if fixed:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(fixed)}")
-        out, data = resume, None
-        config = TrainConfig.from_dict({**saved_config(out).to_dict(), **given})
+        out, data = located(resume)[0], None
+        config = TrainConfig.from_dict({**saved_config(resume).to_dict(), **given})
         if name not in (None, config.data.name):
             raise ValueError(f"the run in {out} is trained on {config.data.name}, not on {name}: leave {name} out")
-        if (out / SUMMARY).exists():
-            print(f"{out} is complete: there is nothing to resume")
+        if resume == out and (out / SUMMARY).exists():
+            if _rank() == 0:
+                print(f"{out} is complete: there is nothing to resume")
             return 0
 
-    source = f"{config.data.name} " if config.data.name in SETS else ""
-    again = f"fastebm train {source}--resume {shlex.quote(str(out))}"
-    with _Signals() as signals, _Progress(config.steps) as progress:
+    with launched(config.device) as group, _Signals() as signals, _Progress(config.steps, _rank() == 0) as progress:
+        if out is None:  # by the clock of the first process
+            new = Path("runs") / time.strftime(f"{name or file.stem}-%Y%m%d-%H%M%S")
+            out = Path(Team(group).gather(str(new))[0])
+        source = f"{config.data.name} " if config.data.name in SETS else ""
+        again = f"fastebm train {source}--resume {shlex.quote(str(out))}"
         try:
             summary = train(
                 config,
-                out,
+                out if resume is None else resume,
                 data=data,
                 resume=resume is not None,
+                checkpoint_every=arguments.checkpoint_every,
+                process_group=group,
                 on_step=progress.step,
                 on_phase=progress.phase,
                 should_stop=signals.arrived,
             )
         except Stopped as stopped:
             progress.close()
-            print(f"fastebm: {stopped} and saved; to go on: {again}", file=sys.stderr)
-            return 128 + signals.number
+            if _rank() == 0:
+                print(f"fastebm: {stopped} and saved; to go on: {again}", file=sys.stderr)
+            return 128 + (signals.number or signal.SIGTERM)  # 0: another process had the signal
         except KeyboardInterrupt:
             progress.close()
-            where = f"; to go on from the last checkpoint: {again}" if (out / CHECKPOINT).exists() else ""
-            print(f"fastebm: interrupted{where}", file=sys.stderr)
+            if _rank() == 0:
+                where = f"; to go on from the last checkpoint: {again}" if _has_checkpoint(out) else ""
+                print(f"fastebm: interrupted{where}", file=sys.stderr)
             return 128 + (signals.number or signal.SIGINT)
+    if _rank() > 0:
+        return 0
     what = "digits" if config.data.kind == "images" else "rows"
     print(
         f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"
@@ -252,11 +288,23 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _has_checkpoint(out: Path) -> bool:
+    try:
+        located(out)
+    except ValueError:
+        return False
+    return True
+
+
 class _Signals:
-    """While in it, the first SIGINT or SIGTERM is only noted; a second one raises KeyboardInterrupt."""
+    """While in it, the first SIGINT and the first SIGTERM are only noted; a second one raises KeyboardInterrupt.
+
+    torchrun hands a Ctrl-C that its processes had from the terminal to them once more, as SIGTERM.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self._seen: set[int] = set()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -273,18 +321,20 @@ class _Signals:
         return self.number != 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number != 0:
+        if number in self._seen:
             raise KeyboardInterrupt
-        self.number = number
+        self._seen.add(number)
+        self.number = self.number or number
 
 
 class _Progress:
-    """A bar on a terminal, a line now and then elsewhere; both on stderr."""
+    """A bar on a terminal, a line now and then elsewhere; both on stderr, of the first process."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, is_shown: bool = True) -> None:
+        self.steps, self.is_shown = steps, is_shown
         self.bar: Any = None
-        self.is_terminal = sys.stderr.isatty()
+        self.nonfinite = 0
+        self.is_terminal = is_shown and sys.stderr.isatty()
         self.first_step = 0
         self.started = self.last_line = time.monotonic()
 
@@ -302,14 +352,19 @@ class _Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def step(self, row: dict[str, float]) -> None:
+        if not self.is_shown:
+            return
         step = int(row["step"])
-        rate = f"{row['chain_steps_per_second'] / 1e3:.0f}k"
+        self.nonfinite += int(row["nonfinite"])
+        told = f"gap {row['energy_gap']:+.3f}, {row['chain_steps_per_second'] / 1e3:.0f}k chain-steps/s"
+        if self.nonfinite > 0:
+            told += f", {self.nonfinite} chains restarted as not finite"
         if self.is_terminal:
             if self.bar is None:
                 from tqdm import tqdm
 
                 self.bar = tqdm(total=self.steps, initial=step - 1, unit="step", dynamic_ncols=True)
-            self.bar.set_postfix_str(f"gap {row['energy_gap']:+.3f}, {rate} chain-steps/s", refresh=False)
+            self.bar.set_postfix_str(told, refresh=False)
             self.bar.update()
             return
         now = time.monotonic()
@@ -317,13 +372,15 @@ class _Progress:
             self.first_step, self.started = step, now
         if now - self.last_line >= _LINE_EVERY or step in (self.first_step, self.steps):
             self.last_line = now
-            text = f"step {step}/{self.steps}: gap {row['energy_gap']:+.3f}, {rate} chain-steps/s"
+            text = f"step {step}/{self.steps}: {told}"
             if step > self.first_step:
                 left = (now - self.started) / (step - self.first_step) * (self.steps - step)
                 text += f", {left:.0f} s left"
             print(text, file=sys.stderr, flush=True)
 
     def phase(self, text: str) -> None:
+        if not self.is_shown:
+            return
         self.close()
         if self.is_terminal:
             print(text, end="", file=sys.stderr, flush=True)

@@ -53,6 +53,8 @@ class TrainConfig:
         max_grad_norm: the weights' gradient is scaled down to it; None: never.
         ema_decay: of the averaged weights, which grows to it as (1 + step) / (10 + step).
         n_fresh: chains, from uniform noise, that the measures use. fresh_steps: of each.
+        on_nonfinite: "raise" ends training when a chain leaves the finite numbers; "reinit" starts that chain anew and
+            goes on, unless more than a tenth of a batch does so in one step. Samples of such chains are their starts.
         device: "auto" (a GPU if there is one) or any name of PyTorch's.
     """
 
@@ -84,6 +86,7 @@ class TrainConfig:
     n_fresh: int = 1000
     fresh_steps: int = 1000
 
+    on_nonfinite: str = "raise"
     device: str = "auto"
     backend: str = "auto"
 
@@ -110,6 +113,8 @@ class TrainConfig:
             raise ValueError(f'decay must be "cosine", "linear" or "none", got {self.decay!r}')
         if self.dequantisation > 0 and self.data.kind != "images":
             raise ValueError(f"dequantisation is for images: it must be 0, got {self.dequantisation!r}")
+        if self.on_nonfinite not in ("raise", "reinit"):
+            raise ValueError(f'on_nonfinite must be "raise" or "reinit", got {self.on_nonfinite!r}')
         if self.batch_size > self.pool_size:
             raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
 

@@ -1,8 +1,9 @@
-"""Persistent contrastive divergence, from the data to a run folder.
+"""Persistent contrastive divergence, from the data to a run folder, by one process or several.
 
     config.json               every hyper-parameter, and what the data are
-    checkpoint.safetensors    all that is needed to go on, bit for bit
-    model.safetensors         the averaged weights, for sampling
+    checkpoints/              the two newest: all that is needed to go on, bit for bit (checkpoint.py)
+      step-00001200/
+        model.safetensors     the averaged weights, for sampling
     metrics.jsonl             one line a step
     summary.json              held-out measures, and what ran
     samples.png  energies.png  training.png
@@ -12,17 +13,20 @@ The last three kinds are written when training is done. Every random number come
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -33,6 +37,7 @@ from .pool import ChainPool
 from .recipe import TrainConfig
 from .report import report
 from .sampling import NonFiniteError, langevin_sample
+from .team import Team
 
 __all__ = [
     "Stopped",
@@ -43,10 +48,16 @@ __all__ = [
     "train",
 ]
 
-CHECKPOINT, MODEL, SUMMARY = "checkpoint.safetensors", "model.safetensors", "summary.json"
+CHECKPOINTS, LOCK, SUMMARY = "checkpoints", ".lock", "summary.json"
+
+# What a run may be resumed with another value of: nothing that says what it computes.
+FREE_SETTINGS = ("device", "backend", "on_nonfinite")
 
 # Steps between checkpoints: a few seconds of work to lose, and far more time training than writing.
 CHECKPOINT_EVERY = 250
+
+# A run goes on without this share of its chains at most, in one step: more are no accident.
+_MAX_NONFINITE_SHARE = 0.1
 
 
 class Stopped(Exception):
@@ -85,14 +96,18 @@ def build_model(config: TrainConfig, data_dim: int) -> MLPEnergy:
 
 
 class _Run:
-    """All that changes while training. ``state`` and ``load`` are inverse to each other, bit for bit."""
+    """All that changes while training. ``save`` and ``load`` are inverse to each other, bit for bit."""
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device, team: Team) -> None:
         if config.batch_size > len(data.train):
             raise ValueError(f"batch_size must be <= {len(data.train)}, the training rows, got {config.batch_size}")
-        self.config, self.device = config, device
+        self.config, self.device, self.team = config, device, team
         self.model = build_model(config, data.dim).to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
+        # What the loss goes through: gradients are then those of all processes.
+        self.trained: nn.Module = self.model
+        if team.size > 1:
+            self.trained = nn.parallel.DistributedDataParallel(self.model, process_group=team.group)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, betas=config.betas)
         self.pool = ChainPool(
             config.pool_size,
@@ -101,6 +116,7 @@ class _Run:
             seed=config.seed,
             device=device,
             reinit_prob=config.restart_prob,
+            process_group=team.group,
         )
         self.generator = torch.Generator().manual_seed(config.seed)  # of the data: their order, dequantisation
         self.step = 0
@@ -115,90 +131,103 @@ class _Run:
             for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(p, 1.0 - decay)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors by name, and values that JSON can hold."""
-        pool = self.pool.state_dict()
-        tensors = {f"pool.{k}": v for k, v in pool.items() if isinstance(v, Tensor)}
-        tensors["generator"] = self.generator.get_state()
-        tensors |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+    def save(self, writer: checkpoint.Writer) -> None:
+        """Begin a checkpoint. All but the pool's rows is the same on every process."""
+        state = {"generator": self.generator.get_state()}
+        state |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for name, p in self.model.named_parameters():
-            tensors |= {f"adam.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+            state |= {f"adam.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        pool = self.pool.state_dict(copy=False)
         values = {
-            "kind": "training",
             "config": self.config.to_dict(),
-            "step": self.step,
             "seconds": self.seconds,
             "pool": {k: v for k, v in pool.items() if not isinstance(v, Tensor)},
         }
-        return tensors, values
+        rows = {k: v for k, v in pool.items() if isinstance(v, Tensor)}
+        writer.begin(self.step, {"model": self.average.state_dict(), "state": state}, rows, values)
 
-    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def load(self, saved: checkpoint.Saved) -> None:
         """Become the saved run. After an error this run is good for nothing."""
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        def read() -> dict[str, Tensor]:
+            average, state = saved.tensors("model"), saved.tensors("state")
+            rows = saved.rows(self.pool.first_chain, self.pool.n_local)
 
-        self.model.load_state_dict(part("model."))
-        self.average.load_state_dict(part("average."))
-        for name, p in self.model.named_parameters():
-            for k, v in part(f"adam.{name}.").items():
-                # Adam counts its steps in a tensor that stays on the CPU.
-                self.optimizer.state[p][k] = v if k == "step" else v.to(self.device)
-        self.pool.load_state_dict({**values["pool"], **part("pool.")})
-        self.generator.set_state(tensors["generator"])
-        self.step, self.seconds = values["step"], values["seconds"]
+            def part(prefix: str) -> dict[str, Tensor]:
+                return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-    def save(self, out: Path) -> None:
-        checkpoint.write(out / CHECKPOINT, *self.state())
-        values = {"kind": "model", "config": self.config.to_dict(), "step": self.step}
-        checkpoint.write(out / MODEL, self.average.state_dict(), values)
+            with _described(saved):
+                self.model.load_state_dict(part("model."))
+                self.average.load_state_dict(average)
+                for name, p in self.model.named_parameters():
+                    for k, v in part(f"adam.{name}.").items():
+                        # Adam counts its steps in a tensor that stays on the CPU.
+                        self.optimizer.state[p][k] = v if k == "step" else v.to(self.device)
+                self.generator.set_state(state["generator"])
+                self.step, self.seconds = saved.step, saved.values["seconds"]
+                return {**saved.values["pool"], **rows}
+
+        pool = self.team.together(read)
+        with _described(saved):
+            self.pool.load_state_dict(pool)
 
 
-def _open_run(out: Path, config: TrainConfig, data: Data, device: torch.device) -> _Run:
-    """The run that was saved in a folder."""
-    path = out / CHECKPOINT
-    tensors, values = checkpoint.read(path)
-    if values.get("kind") != "training":
-        raise ValueError(f"{path} holds no training run")
-    run = _Run(config, data, device)
+@contextlib.contextmanager
+def _described(saved: checkpoint.Saved) -> Iterator[None]:
+    """What can't be taken over from a checkpoint is named."""
     try:
-        run.load(tensors, values)
+        yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold the run that its configuration describes: {error}") from None
-    return run
+        if Team.lost(error):
+            raise
+        raise ValueError(f"{saved.path} does not hold the run that its configuration describes: {error}") from None
+
+
+def located(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """A run folder and its newest checkpoint; or, if the path is of a checkpoint, that one and its run folder.
+
+    Raises:
+        ValueError: it is no run, or its newest checkpoint is not known.
+    """
+    path = Path(path)
+    whole = path.absolute()
+    if re.fullmatch(r"step-\d+", path.name) and whole.parent.name == CHECKPOINTS:
+        return (path.parent.parent if len(path.parts) > 2 else whole.parent.parent), path
+    if not (path / CHECKPOINTS).is_dir():
+        raise ValueError(f"{path} is no run of fastebm: there is no {path / CHECKPOINTS}")
+    return path, checkpoint.newest(path / CHECKPOINTS)
 
 
 def saved_config(run: str | os.PathLike[str]) -> TrainConfig:
-    """The configuration of a run folder, from its checkpoint.
+    """The configuration of a run folder, from its newest checkpoint, or of the checkpoint that is named.
 
     Raises:
         ValueError: no run, a damaged one, or one whose config.json was edited since.
     """
-    path = Path(run) / CHECKPOINT
-    if not path.is_file():
-        raise ValueError(f"{run} is no run to resume: there is no {path}")
-    values = checkpoint.read(path)[1]
-    config = _config_of(path, values)
-    copy_path = Path(run) / "config.json"
-    if copy_path.exists() and _read_json(copy_path) != config.to_dict():
+    out, path = located(run)
+    config = _config_of(path, checkpoint.Saved(path).values)
+    copy_path = out / "config.json"
+    if copy_path.exists() and _fixed(_read_json(copy_path)) != _fixed(config.to_dict()):
         raise ValueError(
             f"{copy_path} is not the configuration that {path} was trained with: undo the change, or delete {copy_path}"
         )
     return config
 
 
+def _fixed(config: Any) -> Any:
+    """What a run can't be resumed with another value of."""
+    return {k: v for k, v in config.items() if k not in FREE_SETTINGS} if isinstance(config, dict) else config
+
+
 def load_model(run: str | os.PathLike[str]) -> tuple[MLPEnergy, TrainConfig]:
-    """The energy of a run folder, with its averaged weights, and the configuration.
+    """The energy of a run folder, with its averaged weights, and the configuration; or those of a checkpoint in it.
 
     Raises:
         ValueError: no run, or a damaged one.
     """
-    path = Path(run) / MODEL
-    if not path.is_file():
-        raise ValueError(f"{run} is no run of fastebm: there is no {path}")
-    tensors, values = checkpoint.read(path)
-    config = _config_of(path, values)
+    path = located(run)[1]
+    saved = checkpoint.Saved(path)
+    config, tensors = _config_of(path, saved.values), saved.tensors("model")
     try:
         model = build_model(config, config.data.dim)
         model.load_state_dict(tensors)
@@ -223,6 +252,8 @@ def train(
     *,
     data: Data | None = None,
     resume: bool = False,
+    checkpoint_every: int = CHECKPOINT_EVERY,
+    process_group: dist.ProcessGroup | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,
     on_phase: Callable[[str], None] = lambda phase: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -230,80 +261,141 @@ def train(
     """Train, sample, measure, draw: the whole run folder.
 
     A run that was stopped, killed or raised out of, and then resumed, ends with the same bits as one that was
-    not (on the same device, backend and number of threads).
+    not (on the same device, backend, number of threads and processes).
 
     Args:
-        out: a folder that does not exist or is empty; with ``resume``, that of a run.
+        out: a folder that does not exist or is empty; with ``resume``, that of a run, or a checkpoint in it: those
+            after it are then deleted with the next one that is written.
         data: None: what the configuration names. Else the configuration is of this.
-        resume: go on from the folder's checkpoint. ``config`` must be the run's own (``saved_config``), save
-            for device and backend.
+        resume: go on from a checkpoint. ``config`` must be the run's own (``saved_config``), save for device, backend
+            and on_nonfinite. The number of processes may be another.
+        checkpoint_every: steps between checkpoints. One is also written at the start, at the end and when stopped.
+        process_group: of processes that train this run together, each of which makes the same call. Each moves its
+            part of the chains and takes its part of the data; ``out`` is one folder for all. Losses and gradients are
+            those of one process, but for the order of sums. The first one writes, samples and measures.
         on_step: is given the line of metrics.jsonl of every finished step.
         on_phase: is given, in words, what goes on after training.
-        should_stop: asked after every step, and now and then afterwards; true saves the run and raises ``Stopped``.
+        should_stop: asked after every step, and now and then afterwards; true saves the run and raises ``Stopped``, on
+            all processes if on one.
 
     Returns:
-        What summary.json holds.
+        What summary.json holds; nothing on processes but the first.
 
     Raises:
         ValueError, OSError: for bad input or a bad folder. Nothing is changed then.
+        OSError: a checkpoint could not be written (a full disk): the run ends, and the checkpoint before stays.
         NonFiniteError: the loss or the chains exploded. The last checkpoint stays as it was.
+        RuntimeError: another process ended, or was silent for two minutes. The last checkpoint stays.
         Stopped: see should_stop.
     """
-    out = Path(out)
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be an int >= 1, got {checkpoint_every!r}")
+    team = Team(process_group)
     device = resolve_device(config.device)
     data = data or reload(config.data, config.seed)
     config = dataclasses.replace(config, data=data.info)
-    if resume:
-        saved = saved_config(out)
-        if dataclasses.replace(saved, device=config.device, backend=config.backend) != config:
-            raise ValueError(f"the run in {out} has another configuration: resume it with its own")
-        run = _open_run(out, config, data, device)
-    else:
-        run = _Run(config, data, device)
-        _start_folder(out, config)
-        run.save(out)
-    metrics = _metrics_up_to(run.step, out / "metrics.jsonl")
+    calls = team.gather((config.to_dict(), os.fspath(out), resume, checkpoint_every))
+    if any(call != calls[0] for call in calls):
+        raise ValueError("the processes of a run must make the same call: config, out, resume and checkpoint_every")
 
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(team.told_apart())
+        if resume:
+            out, _ = located(source := out)
+            stack.enter_context(_locked(out, team))
+            saved = saved_config(source)
+            if _fixed(saved.to_dict()) != _fixed(config.to_dict()):
+                raise ValueError(f"the run in {out} has another configuration: resume it with its own")
+            path = located(source)[1]
+            run = _Run(config, data, device, team)
+            run.load(checkpoint.Saved(path))
+        else:
+            out, path = Path(out), None
+            run = _Run(config, data, device, team)
+            team.together(lambda: _checked_empty(out))
+            stack.enter_context(_locked(out, team))
+        metrics: list[dict[str, float]] = []
+
+        def begin() -> None:
+            nonlocal metrics
+            if team.rank > 0:
+                return
+            if path is None:
+                _checked_empty(out)
+            else:
+                checkpoint.name_newest(path)
+                if run.step < config.steps:
+                    (out / SUMMARY).unlink(missing_ok=True)
+            # Anew in a resumed run too, whose device, say, may be another.
+            _write_json(out / "config.json", config.to_dict())
+            metrics = _metrics_up_to(run.step, out / "metrics.jsonl")
+
+        team.together(begin)
+        writer = stack.enter_context(checkpoint.Writer(out / CHECKPOINTS, team))
+        log = stack.enter_context(_log(out / "metrics.jsonl" if team.rank == 0 else None))
+        if path is None:
+            run.save(writer)
+            writer.finish()
         while run.step < config.steps:
             try:
-                row = _train_step(run, data)
+                row, stop, n_ready = _train_step(run, data, lambda: (should_stop(), writer.ready))
             except NonFiniteError as error:
-                log.flush()
+                writer.finish()  # all processes have this error
                 raise NonFiniteError(
                     f"training failed in step {run.step + 1}: {error} (the last checkpoint stays)"
                 ) from None
             metrics.append(row)
             log.write(json.dumps(row) + "\n")
-            stop = should_stop()
-            if stop or run.step == config.steps or run.step % CHECKPOINT_EVERY == 0:
+            if n_ready == team.size:
+                writer.finish()
+            is_last = run.step == config.steps
+            if stop or is_last or run.step % checkpoint_every == 0:
                 log.flush()  # first, so that no line of a saved step is missing
-                run.save(out)
+                if team.rank == 0:
+                    os.fsync(log.fileno())
+                run.save(writer)
+            if stop or is_last:
+                writer.finish()
             on_step(row)
-            if stop and run.step < config.steps:
+            if stop and not is_last:
                 raise Stopped(out, run.step, config.steps)
-    return _report(run, data, metrics, out, on_phase, should_stop)
+        n_nonfinite = run.pool.stats().nonfinite
+        team.together(lambda: None)  # from here on the first one works alone
+        if team.rank > 0:
+            return {}
+        return _report(run, data, metrics, out, n_nonfinite, on_phase, should_stop)
 
 
-def _train_step(run: _Run, data: Data) -> dict[str, float]:
-    """One iteration; returns its line of metrics.jsonl."""
-    config, model = run.config, run.model
+def _train_step(run: _Run, data: Data, flags: Callable[[], tuple[bool, bool]]) -> tuple[dict[str, float], bool, int]:
+    """One iteration; returns its line of metrics.jsonl, and what ``flags`` says: on any process; on how many."""
+    config, model, team = run.config, run.model, run.team
     started = time.perf_counter()
 
-    real = data.batch(config.batch_size, config.dequantisation, run.generator).to(run.device)
+    n = config.batch_size
+    real = data.batch(n, config.dequantisation, run.generator)  # the same on all processes, which each take a part
+    real = real[n * team.rank // team.size : n * (team.rank + 1) // team.size].to(run.device)
     samples, _ = run.pool.sample(
-        model, config.batch_size, config.sampler(config.langevin_steps), config.langevin_steps, backend=config.backend
-    )
-    real_energy, sample_energy = energy(model, torch.cat([real, samples])).chunk(2)
-    loss = contrastive_divergence_loss(real_energy, sample_energy, config.alpha)
+        model, n, config.sampler(config.langevin_steps), config.langevin_steps, backend=config.backend,
+        on_nonfinite=config.on_nonfinite,
+    )  # fmt: skip
+    n_nonfinite = run.pool.last.nonfinite if run.pool.last is not None else 0
+    if n_nonfinite > max(1, _MAX_NONFINITE_SHARE * n):
+        raise NonFiniteError(
+            f"{n_nonfinite} of {n} chains are not finite, and on_nonfinite='reinit' goes on with up to "
+            f"{_MAX_NONFINITE_SHARE:.0%} of them; try a smaller drift or learning_rate, or grad_clip"
+        )
+    energies = energy(run.trained, torch.cat([real, samples]))
+    real_energy, sample_energy = energies[: len(real)], energies[len(real) :]
+    loss = contrastive_divergence_loss(real_energy, sample_energy, config.alpha, batch_size=n)
 
     learning_rate = config.learning_rate_at(run.step)
     run.optimizer.param_groups[0]["lr"] = learning_rate
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss * team.size).backward()  # type: ignore[no-untyped-call]  # DistributedDataParallel divides by it
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    values = torch.stack([loss.detach(), real_energy.mean().detach(), sample_energy.mean().detach(), norm])
-    loss_value, energy_real, energy_samples, grad_norm = values.tolist()  # the step's second device sync
+    values = torch.stack([norm, loss.detach(), real_energy.detach().sum() / n, sample_energy.detach().sum() / n])
+    grad_norm, *parts = values.tolist()  # the step's second device sync
+    loss_value, energy_real, energy_samples, n_stop, n_ready = team.total([*parts, *flags()])
     if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
         raise NonFiniteError(
             f"the loss is {loss_value:g} and the norm of its gradient {grad_norm:g}; "
@@ -315,7 +407,7 @@ def _train_step(run: _Run, data: Data) -> dict[str, float]:
 
     seconds = time.perf_counter() - started
     run.seconds += seconds
-    return {
+    row = {
         "step": run.step,
         "loss": loss_value,
         "energy_real": energy_real,
@@ -323,17 +415,54 @@ def _train_step(run: _Run, data: Data) -> dict[str, float]:
         "energy_gap": energy_samples - energy_real,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
-        "chain_steps_per_second": config.batch_size * config.langevin_steps / seconds,
+        "nonfinite": n_nonfinite,
+        "chain_steps_per_second": n * config.langevin_steps / seconds,
         "seconds": run.seconds,
     }
+    return row, n_stop > 0, int(n_ready)
 
 
-def _start_folder(out: Path, config: TrainConfig) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        what = "already holds a run: resume it" if (out / CHECKPOINT).exists() else "is not empty"
+def _checked_empty(out: Path) -> None:
+    """An error if a new run would disturb what is there; the folder is made if there is none."""
+    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+        what = "already holds a run: resume it" if (out / CHECKPOINTS).exists() else "is not empty"
         raise ValueError(f"{out} {what}, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", config.to_dict())
+
+
+@contextlib.contextmanager
+def _locked(out: Path, team: Team) -> Iterator[None]:
+    """No other run can use the folder. The lock is the system's, and ends with the process however that ends."""
+    from filelock import FileLock, Timeout  # an optional package, which torch itself needs
+
+    lock = FileLock(out / LOCK)
+
+    def acquire() -> None:
+        if team.rank == 0:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(
+                    f"{out} is in use: another process trains in it; wait for it, stop it, or choose another folder"
+                ) from None
+
+    team.together(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _log(path: Path | None) -> Iterator[Any]:
+    """metrics.jsonl, to append to; None: nothing is kept."""
+    try:
+        with open(path or os.devnull, "a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        if error.filename is None:  # a write has no name of its own
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _metrics_up_to(step: int, path: Path) -> list[dict[str, float]]:
@@ -341,12 +470,16 @@ def _metrics_up_to(step: int, path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: move it away to go on without it") from None
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:  # half a line: the run was killed while writing it
             break
-        if not isinstance(row, dict) or row.get("step", math.inf) > step:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] > step:
             break
         rows.append(row)
     checkpoint.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -361,6 +494,7 @@ def _report(
     data: Data,
     metrics: list[dict[str, float]],
     out: Path,
+    n_nonfinite: int,
     on_phase: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
@@ -376,6 +510,8 @@ def _report(
     summary = {
         **report(run.average, config, data, metrics, out, begin),
         "chain_steps": run.step * config.batch_size * config.langevin_steps,
+        "nonfinite": n_nonfinite,
+        "processes": run.team.size,
         "seconds": run.seconds,
         "seconds_after_training": time.perf_counter() - started,
         "steps": run.step,

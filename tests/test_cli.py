@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastebm import checkpoint, cli, evaluate, train
+from fastebm import checkpoint, cli, evaluate, team, train
 from fastebm.cli import main
 from fastebm.recipe import recipe
 
@@ -33,6 +34,10 @@ def run(tmp_path_factory):
 
 def _few_fresh_steps(**given):
     return train.TrainConfig(**given, fresh_steps=5, n_fresh=100)
+
+
+def _newest(run):
+    return checkpoint.Saved(checkpoint.newest(run / "checkpoints"))
 
 
 def _error(capsys, *arguments, status=2):
@@ -210,7 +215,7 @@ def test_help_names_the_defaults(capsys):
         (["train", "digits", "--device", "abacus"], "device 'abacus' is not available"),
         (["train", "digits", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["train", "digits", "--device", "meta"], "device 'meta' is not available"),
-        (["train", "digits", "--resume", "nothing"], "nothing is no run to resume"),
+        (["train", "digits", "--resume", "nothing"], "nothing is no run of fastebm: there is no nothing/checkpoints"),
         (["train", "digits", "--out", "file/run"], "file/run: Not a directory"),
         (["train", "digits", "--out", "."], ". is not empty"),
         (["sample", "nothing", "--out", "x.png"], "nothing is no run of fastebm"),
@@ -232,15 +237,72 @@ def test_damaged_and_taken_runs(run, tmp_path, capsys):
     assert "already holds a run" in _error(capsys, "train", "digits", "--out", run)
     message = _error(capsys, "train", "digits", "--resume", run, "--steps", "9", "--out", tmp_path / "x")
     assert "leave out --steps, --out" in message
-    for name in ("model.safetensors", "checkpoint.safetensors"):
-        data = bytearray((run / name).read_bytes())
+    shutil.copytree(run, damaged := tmp_path / "damaged")
+    checkpoint_3 = damaged / "checkpoints" / "step-00000003"
+    for name, arguments in {
+        "state.safetensors": ("train", "digits", "--resume", checkpoint_3),
+        "model.safetensors": ("sample", damaged, "--out", tmp_path / "x.png"),
+    }.items():
+        data = bytearray((checkpoint_3 / name).read_bytes())
         data[len(data) // 2] ^= 1
-        (tmp_path / name).write_bytes(data)
-    assert "model.safetensors is damaged" in _error(capsys, "sample", tmp_path, "--out", tmp_path / "x.png")
-    assert "checkpoint.safetensors is damaged" in _error(capsys, "train", "digits", "--resume", tmp_path)
+        (checkpoint_3 / name).write_bytes(data)
+        message = _error(capsys, *arguments)
+        assert f"{name} is damaged" in message
+        assert f"{damaged}/checkpoints/step-00000000 is there too" in message
     assert not (tmp_path / "x.png").exists()
     assert main(["train", "digits", "--resume", str(run)]) == 0
     assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_resumed_and_sampled_by_its_name(run, tmp_path, capsys):
+    shutil.copytree(run, again := tmp_path / "run")
+    end = (again / "checkpoints" / "step-00000003" / "rows-0.safetensors").read_bytes()
+    first = str(again / "checkpoints" / "step-00000000")
+    assert main(["sample", first, "-n", "2", "--steps", "1", "--out", str(tmp_path / "x.npy")]) == 0
+    assert main(["train", "--resume", first, "--checkpoint-every", "2", "--on-nonfinite", "reinit"]) == 0
+    assert f"{again}: 3 steps" in capsys.readouterr().out
+    assert sorted(os.listdir(again / "checkpoints")) == ["LATEST", "step-00000002", "step-00000003"]
+    assert (again / "checkpoints" / "step-00000003" / "rows-0.safetensors").read_bytes() == end
+    assert train.saved_config(again).on_nonfinite == "reinit"
+
+
+def test_chains_that_restarted_are_shown(capsys):
+    row = {"energy_gap": 0.5, "chain_steps_per_second": 2e3}
+    with cli._Progress(3) as progress:
+        for step, n in enumerate((0, 2, 1), 1):
+            progress.step({**row, "step": step, "nonfinite": n})
+    first, last = capsys.readouterr().err.splitlines()
+    assert "not finite" not in first
+    assert "2k chain-steps/s, 3 chains restarted as not finite" in last
+    with cli._Progress(3, is_shown=False) as progress:  # of another process than the first
+        progress.step({**row, "step": 3, "nonfinite": 0})
+        progress.phase("measuring")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_signal_of_a_kind_interrupts():
+    """One of each is what torchrun makes of a single Ctrl-C."""
+    with cli._Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:0", "processes each have a GPU of their own: --device cuda, not cuda:0"),
+        ("cuda", "2 processes need as many GPUs, and there are 1: start fewer"),
+    ],
+)
+def test_processes_and_gpus_that_do_not_fit_are_refused(monkeypatch, device, message):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=message), team.launched(device):
+        pass
 
 
 def test_missing_packages_say_what_to_install(run, tmp_path, monkeypatch, capsys):
@@ -266,7 +328,7 @@ def test_an_explosion_is_one_line(run, tmp_path, monkeypatch, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli._Progress, "step", lambda *_: None)
         assert message in _error(capsys, "train", "digits", *SMALL, "--out", tmp_path / "run", status=1)
-    assert checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 0
+    assert _newest(tmp_path / "run").step == 0
 
 
 # -- processes ----------------------------------------------------------------------------------------------
@@ -307,7 +369,7 @@ def test_a_signal_leaves_a_run_that_resumes(tmp_path, number):
     assert match is not None, stderr
     assert match[2] == str(out)
     step = int(match[1])
-    assert checkpoint.read(out / "checkpoint.safetensors")[1]["step"] == step > 1
+    assert _newest(out).step == step > 1
     assert len((out / "metrics.jsonl").read_text().splitlines()) == step
 
     # What it left is the state of a run that was never stopped: go on for three steps in each.

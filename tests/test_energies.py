@@ -206,6 +206,14 @@ def test_contrastive_divergence_loss_by_hand():
     assert column.shape == ()
 
 
+def test_contrastive_divergence_losses_of_parts_add_up_to_that_of_the_whole():
+    real, neg = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 1.0, 2.0])
+    parts = ((real[:1], neg[:0]), (real[1:], neg[:3]), (real[:0], neg[:0]))
+    losses = [contrastive_divergence_loss(*part, 0.1, batch_size=3) for part in parts]
+    assert sum(losses).item() == pytest.approx(contrastive_divergence_loss(real, neg, 0.1).item())
+    assert losses[2] == 0
+
+
 def test_contrastive_divergence_loss_has_the_gradient_of_the_likelihood():
     real, neg = torch.randn(4, requires_grad=True), torch.randn(2, requires_grad=True)
     contrastive_divergence_loss(real, neg, reg_alpha=0.5).backward()

@@ -1,8 +1,15 @@
 """Training: a run that was interrupted ends with the bits of one that was not, and nothing bad is papered over."""
 
 import dataclasses
+import errno
 import functools
+import itertools
 import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +19,11 @@ from safetensors.torch import load_file
 from fastebm import NonFiniteError, checkpoint, evaluate, plot, report
 from fastebm import train as training
 from fastebm.data import Images, load, load_array
+from fastebm.noise import Stream, words
+from fastebm.pool import draw_distinct
 from fastebm.recipe import TrainConfig, recipe
 from fastebm.report import fresh_samples
+from fastebm.team import Team
 from fastebm.train import Stopped, load_model, saved_config, train
 
 TINY = TrainConfig(
@@ -61,14 +71,27 @@ def whole(tmp_path_factory, tiny_images):
     return out
 
 
+def _newest(run):
+    return checkpoint.Saved(checkpoint.newest(run / "checkpoints"))
+
+
 def _same_end(a, b):
-    """The model file byte for byte, and every tensor of the checkpoint; then the metrics, without the clock."""
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    (tensors_a, values_a), (tensors_b, values_b) = (checkpoint.read(run / "checkpoint.safetensors") for run in (a, b))
-    assert tensors_a.keys() == tensors_b.keys()
-    assert all(torch.equal(t, tensors_b[name]) for name, t in tensors_a.items())
-    assert {**values_a, "seconds": 0} == {**values_b, "seconds": 0}
+    """Every file of the checkpoint byte for byte, and its values; then the metrics, without the clock."""
+    a_end, b_end = _newest(a), _newest(b)
+    for name in ("model", "state", "rows-0"):
+        assert (a_end.path / f"{name}.safetensors").read_bytes() == (b_end.path / f"{name}.safetensors").read_bytes()
+    assert {**a_end.values, "seconds": 0} == {**b_end.values, "seconds": 0}
+    assert a_end.step == b_end.step
     assert _metrics(a) == _metrics(b)
+
+
+def _tree(folder):
+    """Names of all files in it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def _content(folder):
+    return {name: (folder / name).read_bytes() for name in _tree(folder)}
 
 
 def _metrics(run):
@@ -93,20 +116,16 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, tiny_images, whole, no_repo
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
-def test_a_run_that_was_cut_off_resumes_from_its_last_checkpoint(
-    tmp_path, tiny_images, whole, no_report, monkeypatch, at
-):
+def test_a_run_that_was_cut_off_resumes_from_its_last_checkpoint(tmp_path, tiny_images, whole, no_report, at):
     """KeyboardInterrupt out of the loop, with nothing saved since step 0, 2 or 4."""
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
 
     def cut(row):
         if row["step"] == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, tmp_path / "run", data=tiny_images, on_step=cut)
-    step = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")[1]["step"]
-    assert step == at // 2 * 2
+        train(TINY, tmp_path / "run", data=tiny_images, on_step=cut, checkpoint_every=2)
+    assert _newest(tmp_path / "run").step == at // 2 * 2
     with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
         log.write('{"step": 7, "lo')  # as a killed process leaves it
     train(TINY, tmp_path / "run", data=tiny_images, resume=True)
@@ -145,7 +164,7 @@ def test_stopped_while_sampling_and_measuring(tmp_path, tiny_images, whole):
 
 def test_another_seed_is_another_run(tmp_path, tiny_images, whole, no_report):
     train(dataclasses.replace(TINY, seed=4), tmp_path / "run", data=tiny_images)
-    a, b = (load_file(run / "model.safetensors") for run in (tmp_path / "run", whole))
+    a, b = (load_file(_newest(run).path / "model.safetensors") for run in (tmp_path / "run", whole))
     assert not torch.equal(a["0.weight"], b["0.weight"])
 
 
@@ -158,9 +177,14 @@ def test_training_leaves_the_global_generator_alone(tmp_path, tiny_images, no_re
 def test_the_run_folder_is_complete(whole, tiny_images):
     names = {path.name for path in whole.iterdir()}
     assert names == {
-        "config.json", "checkpoint.safetensors", "model.safetensors", "metrics.jsonl", "summary.json",
-        "samples.png", "energies.png", "training.png",
+        ".lock", "config.json", "checkpoints", "metrics.jsonl", "summary.json", "samples.png", "energies.png",
+        "training.png",
     }  # fmt: skip
+    assert _tree(whole / "checkpoints") == {"LATEST"} | {
+        f"step-0000000{step}/{name}"
+        for step in (0, 6)
+        for name in ("manifest.json", "model.safetensors", "state.safetensors", "rows-0.safetensors")
+    }
     assert json.loads((whole / "config.json").read_text()) == dataclasses.replace(TINY, data=tiny_images.info).to_dict()
     assert [row["step"] for row in _metrics(whole)] == [1, 2, 3, 4, 5, 6]
     summary = json.loads((whole / "summary.json").read_text())
@@ -221,11 +245,11 @@ def test_a_run_whose_file_has_changed_does_not_go_on(tmp_path, gaussians):
     data = gaussians(3)
     with pytest.raises(Stopped):
         train(_small(data), tmp_path / "run", should_stop=lambda: True)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = _content(tmp_path / "run")
     np.save(data.info.name, np.random.default_rng(1).normal(size=(400, 3)))
     with pytest.raises(ValueError, match="has changed since the run began"):
         train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert _content(tmp_path / "run") == before
 
 
 def test_known_outliers_are_measured_beside_plain_detectors(tmp_path):
@@ -272,10 +296,10 @@ def test_a_toy_is_learned(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole, tiny_images):
-    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    before = _content(whole)
     with pytest.raises(ValueError, match="already holds a run"):
         train(TINY, whole, data=tiny_images)
-    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+    assert _content(whole) == before
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path, tiny_images):
@@ -293,23 +317,30 @@ def test_nothing_is_written_for_a_backend_that_cannot_run(tmp_path, tiny_images,
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_a_damaged_run_changes_nothing(tmp_path, tiny_images):
+@pytest.mark.parametrize("file", ["manifest.json", "state.safetensors", "rows-0.safetensors"])
+def test_a_damaged_checkpoint_is_named_and_changes_nothing_and_the_one_before_serves(
+    tmp_path, tiny_images, whole, no_report, file
+):
     with pytest.raises(Stopped):
         train(TINY, tmp_path / "run", data=tiny_images, should_stop=lambda: True)
-    path = tmp_path / "run" / "checkpoint.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1000] ^= 4
-    path.write_bytes(data)
-    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged"):
-        train(TINY, path.parent, data=tiny_images, resume=True)
-    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+    run = tmp_path / "run"
+    path = run / "checkpoints" / "step-00000001" / file
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 4]) + path.read_bytes()[1:])
+    before = _content(run)
+    message = rf"{file} is damaged.* {run}/checkpoints/step-00000000 is there too: name it in place of the run folder"
+    with pytest.raises(ValueError, match=message):
+        train(TINY, run, data=tiny_images, resume=True)
+    assert _content(run) == before
+    # As it says.
+    train(TINY, run / "checkpoints" / "step-00000000", data=tiny_images, resume=True)
+    _same_end(run, whole)
+    assert _newest(run).step == 6
 
 
 def test_resuming_with_another_configuration_is_refused(tmp_path, tiny_images, whole):
     with pytest.raises(ValueError, match="another configuration"):
         train(dataclasses.replace(TINY, steps=7), whole, data=tiny_images, resume=True)
-    with pytest.raises(ValueError, match="no run to resume"):
+    with pytest.raises(ValueError, match="is no run of fastebm"):
         train(TINY, tmp_path, data=tiny_images, resume=True)
 
 
@@ -322,15 +353,6 @@ def test_an_edited_config_is_not_silently_ignored(tmp_path, tiny_images):
         train(TINY, tmp_path / "run", data=tiny_images, resume=True)
 
 
-def test_a_model_file_of_another_kind_is_refused(tmp_path, tiny_images, whole):
-    (tmp_path / "model.safetensors").write_bytes((whole / "checkpoint.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="does not hold the energy"):
-        load_model(tmp_path)
-    (tmp_path / "checkpoint.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="holds no training run"):
-        train(TINY, tmp_path, data=tiny_images, resume=True)
-
-
 # -- explosions ---------------------------------------------------------------------------------------------
 
 
@@ -338,24 +360,190 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     loss = training.contrastive_divergence_loss
     calls = []
 
-    def broken(*args):
+    def broken(*args, **options):
         calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 4 else 1.0)
+        return loss(*args, **options) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
     monkeypatch.setattr(training, "contrastive_divergence_loss", broken)
     with pytest.raises(NonFiniteError, match=r"step 4: the loss is nan .* learning_rate"):
-        train(TINY, tmp_path / "run", data=tiny_images)
-    tensors, values = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")
-    assert values["step"] == 2
-    assert all(t.isfinite().all() for k, t in tensors.items() if t.is_floating_point() and k != "pool.energy")
+        train(TINY, tmp_path / "run", data=tiny_images, checkpoint_every=2)
+    saved = _newest(tmp_path / "run")
+    assert saved.step == 2
+    tensors = {**saved.tensors("state"), "x": saved.rows(0, 20)["x"]}
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 
 def test_chains_that_explode_stop_the_run(tmp_path, tiny_images):
     config = dataclasses.replace(TINY, drift=1e38, clamp=None, langevin_steps=200)
     with pytest.raises(NonFiniteError, match=r"training failed in step 1: .* chains are not finite"):
         train(config, tmp_path / "run", data=tiny_images)
-    assert checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 0
+    assert _newest(tmp_path / "run").step == 0
+
+
+# -- faults -------------------------------------------------------------------------------------------------
+
+
+def _poisoned(monkeypatch, calls, n_bad):
+    """In these calls of the pool, so many of the chains that it is about to draw are where no energy is finite."""
+    sample = training.ChainPool.sample
+    count = itertools.count(1)
+
+    def poisoned(pool, model, batch_size, *args, **options):
+        if next(count) in calls:
+            drawn = draw_distinct(pool.seed, pool.draws, len(pool), batch_size)
+            coins = words(pool.seed, Stream.POOL, drawn, pool.draws, 1, 0xFFFFFE)[0][:, 0]
+            drawn = drawn[coins >= pool.reinit_prob * 2**32]  # a chain that starts anew forgets it
+            pool.states[drawn[:n_bad]] = torch.inf
+        return sample(pool, model, batch_size, *args, **options)
+
+    monkeypatch.setattr(training.ChainPool, "sample", poisoned)
+
+
+def test_chains_that_are_not_finite_end_the_run_unless_they_may_restart(tmp_path, tiny_images, no_report, monkeypatch):
+    shown = []
+    with monkeypatch.context() as patch:
+        _poisoned(patch, {3}, 1)
+        with pytest.raises(NonFiniteError, match=r"step 3: 1 of 8 chains are not finite"):
+            train(TINY, tmp_path / "ends", data=tiny_images)
+    with monkeypatch.context() as patch:
+        _poisoned(patch, {3, 5}, 1)
+        config = dataclasses.replace(TINY, on_nonfinite="reinit")
+        train(config, tmp_path / "goes on", data=tiny_images, on_step=shown.append)
+    assert [row["nonfinite"] for row in shown] == [0, 0, 1, 0, 1, 0]
+    assert [row["nonfinite"] for row in _metrics(tmp_path / "goes on")] == [0, 0, 1, 0, 1, 0]
+    pool = _newest(tmp_path / "goes on").rows(0, 20)
+    assert int(pool["nonfinite"].sum()) == 2
+    assert pool["x"].isfinite().all()
+    # The way out of the run that ended.
+    train(config, tmp_path / "ends", data=tiny_images, resume=True)
+    with monkeypatch.context() as patch:
+        _poisoned(patch, {2}, 2)
+        with pytest.raises(NonFiniteError, match=r"step 2: 2 of 8 chains are not finite.* up to 10% of them"):
+            train(config, tmp_path / "gives up", data=tiny_images)
+
+
+def test_a_full_disk_ends_the_run_and_the_last_checkpoint_resumes(tmp_path, tiny_images, whole, no_report, monkeypatch):
+    write = checkpoint._write
+
+    def full_disk(path, tensors):
+        if path.name == "rows-0.safetensors" and "step-00000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, tensors)
+
+    rows = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", full_disk)
+        with pytest.raises(OSError, match="No space left on device: the checkpoint of step 4 is not written") as caught:
+            train(TINY, tmp_path / "run", data=tiny_images, checkpoint_every=2, on_step=rows.append)
+    assert caught.value.filename.endswith("rows-0.safetensors")
+    assert rows[-1]["step"] in (4, 5)  # written in the background
+    assert _newest(tmp_path / "run").step == 2
+    train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+    _same_end(tmp_path / "run", whole)
+
+
+def test_a_full_disk_under_the_metrics_is_named(tmp_path, tiny_images, no_report, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    begin = training._metrics_up_to
+
+    def on_full_disk(step, path):
+        path.symlink_to("/dev/full")
+        return begin(step, tmp_path / "none")
+
+    monkeypatch.setattr(training, "_metrics_up_to", on_full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        train(TINY, tmp_path / "run", data=tiny_images)
+    assert caught.value.filename.endswith("metrics.jsonl")
+
+
+def test_a_second_process_is_refused(tmp_path, tiny_images, no_report):
+    """Of which the lock knows nothing but that the folder was opened another time."""
+    run = tmp_path / "run"
+
+    def second(row):
+        for resume, message in ((True, "is in use: another process trains in it"), (False, "already holds a run")):
+            with pytest.raises(ValueError, match=message):
+                train(TINY, run, data=tiny_images, resume=resume)
+
+    train(TINY, run, data=tiny_images, on_step=second)
+    train(TINY, run, data=tiny_images, resume=True)  # the lock ended with the run
+
+
+def test_a_lock_ends_with_its_process(tmp_path, tiny_images, no_report):
+    with pytest.raises(Stopped):
+        train(TINY, tmp_path, data=tiny_images, should_stop=lambda: True)
+    code = "import sys, filelock as f; lock = f.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match="is in use"):
+            train(TINY, tmp_path, data=tiny_images, resume=True)
+    finally:
+        process.kill()
+        process.communicate()
+    train(TINY, tmp_path, data=tiny_images, resume=True)
+
+
+def test_a_pool_of_another_shape_is_refused(tmp_path, tiny_images, no_report):
+    with pytest.raises(Stopped):
+        train(TINY, tmp_path, data=tiny_images, should_stop=lambda: True)
+    saved = _newest(tmp_path)
+    files, whole_rows = {name: saved.tensors(name) for name in ("model", "state")}, saved.rows(0, 20)
+    for change, message in (
+        (lambda rows: rows.update(x=rows["x"][:, :8]), "the saved pool has 20 chains"),
+        (lambda rows: rows.update(steps=rows["steps"].float()), "steps must be .* of torch.int64"),
+        (lambda rows: rows.pop("energy"), "it lacks energy"),
+        (lambda rows: rows["x"].fill_(torch.nan), "states that are not finite"),
+    ):
+        rows = {name: t.clone() for name, t in whole_rows.items()}
+        change(rows)
+        with checkpoint.Writer(tmp_path / "checkpoints", Team()) as writer:
+            writer.begin(1, files, rows, saved.values)
+        with pytest.raises(ValueError, match=rf"step-00000001 does not hold the run .*{message}"):
+            train(TINY, tmp_path, data=tiny_images, resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints/LATEST"])
+def test_a_pickle_in_a_run_folder_is_never_run(tmp_path, tiny_images, name):
+    """Those in a checkpoint are test_checkpoint's."""
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    with pytest.raises(Stopped):
+        train(TINY, tmp_path / "run", data=tiny_images, should_stop=lambda: True)
+    (tmp_path / "run" / name).write_bytes(pickle.dumps(Trap()))
+    before = _content(tmp_path / "run")
+    with pytest.raises(ValueError, match=name):
+        train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+    assert not (tmp_path / "sprung").exists()
+    assert _content(tmp_path / "run") == before
+
+
+def test_resuming_may_change_what_does_not_change_the_result(tmp_path, tiny_images, no_report):
+    with pytest.raises(Stopped):
+        train(TINY, tmp_path, data=tiny_images, should_stop=lambda: True)
+    other = dataclasses.replace(TINY, device="cpu", backend="reference", on_nonfinite="reinit")
+    for _ in range(2):  # the second time before a checkpoint knows of the change
+        with pytest.raises(KeyboardInterrupt):
+            train(other, tmp_path, data=tiny_images, resume=True, on_step=_interrupt)
+    train(other, tmp_path, data=tiny_images, resume=True)
+    assert saved_config(tmp_path) == dataclasses.replace(other, data=tiny_images.info)
+
+
+def _interrupt(row):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("every", [0, 2.0, True])
+def test_checkpoint_every_is_checked(tmp_path, tiny_images, every):
+    with pytest.raises(ValueError, match=f"checkpoint_every must be an int >= 1, got {every}"):
+        train(TINY, tmp_path / "run", data=tiny_images, checkpoint_every=every)
+    assert not (tmp_path / "run").exists()
 
 
 # -- configuration, data, samples ---------------------------------------------------------------------------
@@ -384,6 +572,7 @@ def test_config_survives_json():
         ({"grad_clip": 0.0}, "grad_clip must be"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
         ({"dequantisation": 0.5, "data": load("moons").info}, "dequantisation is for images: it must be 0, got 0.5"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be"),
     ],
 )
 def test_config_refuses_impossible_values(changes, message):

@@ -7,7 +7,9 @@ from torch import Tensor
 __all__ = ["contrastive_divergence_loss"]
 
 
-def contrastive_divergence_loss(real_energy: Tensor, neg_energy: Tensor, reg_alpha: float = 0.01) -> Tensor:
+def contrastive_divergence_loss(
+    real_energy: Tensor, neg_energy: Tensor, reg_alpha: float = 0.01, *, batch_size: int | None = None
+) -> Tensor:
     """mean E+ - mean E- + reg_alpha (mean E+^2 + mean E-^2), a scalar.
 
     The first two terms have the gradient of the negative log-likelihood when the negatives follow the model;
@@ -17,10 +19,16 @@ def contrastive_divergence_loss(real_energy: Tensor, neg_energy: Tensor, reg_alp
         real_energy: energies of data, (batch,) or (batch, 1).
         neg_energy: energies of samples, (batch,) or (batch, 1); the samples themselves carry no gradient.
         reg_alpha: weight of the regulariser, >= 0.
+        batch_size: what each side's sums are divided by for its means. None: its own number. Processes that each have
+            a part of a batch, or none, give the whole's: their losses then add up to that of the whole.
     """
     if not reg_alpha >= 0:
         raise ValueError(f"reg_alpha must be >= 0, got {reg_alpha}")
-    if real_energy.numel() == 0 or neg_energy.numel() == 0:
+    if batch_size is None and (real_energy.numel() == 0 or neg_energy.numel() == 0):
         raise ValueError("contrastive_divergence_loss needs at least one energy on each side, got an empty tensor")
-    regulariser = real_energy.square().mean() + neg_energy.square().mean()
-    return real_energy.mean() - neg_energy.mean() + reg_alpha * regulariser
+
+    def mean(values: Tensor) -> Tensor:
+        return values.mean() if batch_size is None else values.sum() / batch_size
+
+    regulariser = mean(real_energy.square()) + mean(neg_energy.square())
+    return mean(real_energy) - mean(neg_energy) + reg_alpha * regulariser
