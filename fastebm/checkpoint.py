@@ -56,7 +56,7 @@ _DTYPES = {
 class Writer:
     """Writes the checkpoints of one folder, one at a time, in the background if the rows are few enough to copy.
 
-    Memory: a copy of the other tensors, and of this process' rows if they have at most 1 GiB; 48 MiB beside it.
+    Memory: a copy of the other tensors, and of this process' rows if they have at most 1 GiB; 32 MiB beside it.
 
     Every process makes the same calls; ``ready`` may differ, all else is the same for all.
     """
@@ -159,8 +159,10 @@ class Writer:
         self._together(written)
         files = {name: file for part in self.team.gather(self._files) for name, file in part.items()}
         step = self._step
-        self._together(lambda: self._publish(step, files) if self.team.rank == 0 else None)
-        self._step = None
+        try:
+            self._together(lambda: self._publish(step, files) if self.team.rank == 0 else None)
+        finally:
+            self._step = None
 
     @property
     def _temporary(self) -> Path:
