@@ -349,7 +349,7 @@ def test_import_brings_no_optional_package():
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_leaves_a_run_that_resumes(tmp_path, number):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fastebm", "train", "digits", "--steps", "100000", *SMALL[2:], "--out", str(out)]
