@@ -288,7 +288,7 @@ def test_law_of_an_mlp(law, sampler):
 def test_law_of_a_module(law, sampler):
     function, n_chains = MODULE_SAMPLERS[sampler]
     if law is stationary_law:
-        n_chains //= 4  # 40 steps
+        n_chains //= 8  # 40 steps
     assert not rejected(law(function, n_chains))
 
 

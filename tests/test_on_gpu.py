@@ -38,6 +38,7 @@ def dry(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_files(dry):
     files = {path.name: path.stat().st_size for path in dry.iterdir()}
     assert set(files) == {"tests.log", "timings.csv", "sweep.csv", "environment.json", "errors.log"}
@@ -49,6 +50,7 @@ def test_files(dry):
     assert "test_langevin.py" in log
 
 
+@pytest.mark.slow
 def test_timings(dry):
     rows = read(dry / "timings.csv")
     assert set(rows[0]) >= RESULT | PROVENANCE | {"energy", "n_chains", "contestant", "precision", "times_eager"}
@@ -68,6 +70,7 @@ def test_timings(dry):
         assert row["note"] or row["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_sweep(dry):
     rows = read(dry / "sweep.csv")
     assert set(rows[0]) >= RESULT | PROVENANCE | {"block_chains", "num_warps", "num_stages", "block_dim", "shipped"}
@@ -129,6 +132,7 @@ def test_noise_is_gated_too():
     assert [row["status"] for row in rows] == ["FAILED"]
 
 
+@pytest.mark.slow
 def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path):
     test = tmp_path / "test_three.py"
     test.write_text(

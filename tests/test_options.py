@@ -301,7 +301,7 @@ def cases(draw):
     }  # fmt: skip
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases(), regime=st.sampled_from(REGIMES))
 def test_any_energy_with_any_option(device, case, regime):
     check_agreement(device, ("torch", "products", regime), **case)

@@ -77,7 +77,7 @@ def test_draws_are_distinct_and_repeatable(n, k, seed):
 
 
 # few of many (candidates without the repeated ones; 3 of 6 often needs a second try), and many (a random order)
-@pytest.mark.parametrize(("n", "k", "draws"), [(5, 2, 4000), (6, 3, 6000), (4, 3, 4000), (3, 3, 2000)])
+@pytest.mark.parametrize(("n", "k", "draws"), [(5, 2, 1000), (6, 3, 1500), (4, 3, 1000), (3, 3, 500)])
 def test_every_ordered_choice_is_equally_likely(n, k, draws):
     counts = dict.fromkeys(itertools.permutations(range(n), k), 0)
     for draw in range(draws):
@@ -853,6 +853,7 @@ for n, dtype in ((20_000, torch.uint8), (10_000, torch.float32)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process' peak memory")
 def test_memory_beside_the_pool_is_a_few_chunks():
     """Of a chunk's float32 states, 1 MiB here; the pools take 10 and 20."""
