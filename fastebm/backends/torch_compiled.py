@@ -2,34 +2,39 @@
 the library's products. Plain PyTorch source; a C++ compiler is needed, and 10 to 40 seconds for the first call of an
 architecture (the code is kept on disk).
 
-All blocks have one number of rows, so bits do not depend on the batch. Threads work inside a block: compiled code holds
-Python's lock.
+Blocks have one of two numbers of rows, and the smaller one only where products are found to round alike; widths are
+padded so that no row starts within a vector: bits do not depend on the batch. Threads work inside a block, as compiled
+code holds Python's lock.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..description import Description
 from ..langevin import Langevin
-from ..mlp import Activation
+from ..mlp import MLP, Activation
 from ..noise import Stream, traceable_normal
 from . import Advanced, Chains, Telemetry
-from .torch_tiles import Evaluator, padded_rows, rows_of_products, tile_rows
+from .torch_tiles import Evaluator, padded_rows, rounds_alike, rows_of_products, stride, tile_rows
 
 __all__ = ["CannotCompile", "advance", "multiplies_bf16", "pays"]
 
 # Seconds of uncompiled work on one core that compiling must stand against: it takes 10 to 40 seconds at first, and
 # halves the rest.
 _WORTH = 120.0
+
+# Rows of a block for calls with few chains, such as the batches of PCD: padded to a whole tile they would take as long.
+_FEW_ROWS = 256
 
 
 class CannotCompile(Exception):
@@ -56,6 +61,7 @@ def multiplies_bf16() -> bool:
 class _Plan(NamedTuple):
     """What is compiled into a step: all but the tensors, and which of those there are."""
 
+    dim: int
     layers: tuple[tuple[tuple[Activation, ...], str], ...]  # of each network, the activations and the head
     there: tuple[bool, ...]
     grad_clip: float | None
@@ -84,9 +90,11 @@ def advance(
         x.new_empty(n_chains, steps // thin, dim) if thin else None,
         Telemetry(*x.new_zeros(3, n_chains)) if telemetry else None,
     )
-    constants = _constants(description, chains.seed, rule, torch.bfloat16 if precision == "bf16" else torch.float32)
-    layers = tuple((mlp.activations, mlp.head) for mlp in description.mlps)
-    n_rows = tile_rows(dim, x.device)
+    mlps = [_aligned(mlp) for mlp in description.scaled_heads()]
+    operand = torch.bfloat16 if precision == "bf16" else torch.float32
+    constants = _constants(description, mlps, chains.seed, rule, operand)
+    layers = tuple((mlp.activations, mlp.head) for mlp in mlps)
+    n_rows = _block_rows(n_chains, dim, mlps, operand)
     evaluator = Evaluator(description, n_rows, rows_of_products(x.device))
     for first in range(0, n_chains, n_rows):
         rows = slice(first, min(first + n_rows, n_chains))
@@ -95,10 +103,10 @@ def advance(
         a_rows, b_rows = (padded_rows(c[rows] if len(c) > 1 else c, n_rows) for c in (a, b))
         tensors = [*constants, block.numbers, block.first_steps, block.labels, block.frozen]
         plan = _Plan(
-            layers, tuple(v is not None for v in tensors), rule.grad_clip, rule.grad_norm_clip, telemetry
+            dim, layers, tuple(v is not None for v in tensors), rule.grad_clip, rule.grad_norm_clip, telemetry
         )  # fmt: skip
         given = [v for v in tensors if v is not None]
-        state, bad_at = block.x, torch.full((n_rows,), -1, dtype=torch.int32)
+        state, bad_at = _columns(block.x, stride(dim)), torch.full((n_rows,), -1, dtype=torch.int32)
         at, a_steps, b_steps = torch.tensor(0), a_rows.t()[..., None], b_rows.t()[..., None]  # (steps, rows or 1, 1)
         step: Callable[..., list[Tensor]] | None = None
         norm, clipped, clamped = state.new_full((n_rows,), torch.nan), state.new_zeros(n_rows), state.new_zeros(n_rows)
@@ -111,9 +119,9 @@ def advance(
                 clipped += told[1]
                 clamped += told[2]
             if done.trajectory is not None and (t + 1) % thin == 0:
-                done.trajectory[rows, t // thin] = state[:n]
-        done.x[rows] = state[:n]
-        done.energy[rows] = evaluator.energy(state, block.labels)[:n]
+                done.trajectory[rows, t // thin] = state[:n, :dim]
+        done.x[rows] = state[:n, :dim]
+        done.energy[rows] = evaluator.energy(state[:, :dim], block.labels)[:n]
         done.first_bad[rows] = bad_at[:n]
         if done.telemetry is not None:
             shares = (norm, clipped / max(steps, 1), clamped / max(steps, 1))
@@ -122,12 +130,51 @@ def advance(
     return done
 
 
+def _block_rows(n_chains: int, dim: int, mlps: list[MLP], operand: torch.dtype) -> int:
+    most = tile_rows(dim, torch.device("cpu"))
+    if n_chains > _FEW_ROWS:
+        return most
+
+    def alike(n_in: int, n_out: int, transposed: bool) -> bool:
+        few = rows_of_products(torch.device("cpu"))
+        return all(rounds_alike(n_in, n_out, transposed, few, rows, operand) for rows in (_FEW_ROWS, most))
+
+    for mlp in mlps:
+        products = mlp.weights if mlp.head == "logsumexp" else mlp.weights[:-1]
+        for i, (n_out, n_in) in enumerate(w.shape for w in products):
+            # as ``_constants`` lays out the first weight
+            if not (alike(n_in, n_out, i > 0) and alike(n_out, n_in, i == 0)):
+                return most
+    return _FEW_ROWS
+
+
+def _aligned(mlp: MLP) -> MLP:
+    """The same function with widths padded by zeros to strides at which the library rounds all rows alike (see
+    ``torch_tiles.matrix``); classes that are not there have no probability."""
+    n_classes = len(mlp.weights[-1])
+    sizes = [stride(n) for n in (mlp.dim, *mlp.widths)] + [stride(n_classes) if mlp.head == "logsumexp" else n_classes]
+    weights, biases = [], []
+    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
+        more = sizes[i + 1] - len(weight)
+        weights.append(nn.functional.pad(weight, (0, sizes[i] - weight.shape[1], 0, more)))
+        if more > 0:
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            bias = nn.functional.pad(bias, (0, more), value=-torch.inf if i == len(mlp.activations) else 0.0)
+        biases.append(bias)
+    return replace(mlp, weights=tuple(weights), biases=tuple(biases))
+
+
+def _columns(x: Tensor, n: int) -> Tensor:
+    """x with zeros up to n columns."""
+    return x if x.shape[1] == n else nn.functional.pad(x, (0, n - x.shape[1]))
+
+
 def _constants(
-    description: Description, seed: int | Tensor, rule: Langevin, operand: torch.dtype
+    description: Description, mlps: list[MLP], seed: int | Tensor, rule: Langevin, operand: torch.dtype
 ) -> list[Tensor | None]:
     """The tensors that all blocks share, in the order in which ``_step`` takes them."""
     tensors: list[Tensor | None] = []
-    for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True):
+    for mlp, scale in zip(mlps, description.scales, strict=True):
         first, *others = (w.to(operand) for w in mlp.weights)
         # The way down to few dims is a slow product in the library (fivefold at 2) unless the weight is laid out so.
         tensors += [first.t().contiguous().t(), *others, *mlp.biases, scale]
@@ -158,7 +205,7 @@ def _compiled(plan: _Plan, arguments: list[Tensor]) -> Callable[..., list[Tensor
 
 def _step(plan: _Plan, *arguments: Tensor) -> list[Tensor]:
     """``reference.advance``'s step, without buffers: new state, first bad step(, and what a Telemetry adds up)."""
-    *given, x, bad_at, at, a, b = arguments
+    *given, padded, bad_at, at, a, b = arguments
     left = iter(given)
     tensors: Iterator[Any] = iter([next(left) if there else None for there in plan.there])
     networks = [
@@ -167,7 +214,7 @@ def _step(plan: _Plan, *arguments: Tensor) -> list[Tensor]:
     ]
     curvature, mean, linear, lo, hi, key, numbers, first_steps, labels, frozen = tensors
 
-    grad = _gradient(networks, x, labels)
+    x, grad = padded[:, : plan.dim], _gradient(networks, padded, labels)[:, : plan.dim]
     if curvature is not None:
         grad = grad + curvature * (x - mean)
     if linear is not None:
@@ -180,7 +227,7 @@ def _step(plan: _Plan, *arguments: Tensor) -> list[Tensor]:
     if plan.grad_norm_clip is not None:
         norm = clipped.square().sum(dim=1, keepdim=True).sqrt()
         clipped = clipped * (plan.grad_norm_clip / norm).clamp(max=1.0)
-    noise = traceable_normal(key, Stream.LANGEVIN, numbers, first_steps + at, x.shape[1])
+    noise = traceable_normal(key, Stream.LANGEVIN, numbers, first_steps + at, plan.dim)
     moved = x - a * clipped + b * noise
     if frozen is not None:
         moved = torch.where(frozen, x, moved)
@@ -190,7 +237,7 @@ def _step(plan: _Plan, *arguments: Tensor) -> list[Tensor]:
     new = moved if lo is None else moved.clamp(lo, hi)
     if frozen is not None:
         new = torch.where(frozen, x, new)
-    state = torch.where(alive[:, None], new, x)
+    state = _columns(torch.where(alive[:, None], new, x), padded.shape[1])
     if not plan.telemetry:
         return [state, bad_at]
     any_clipped, any_clamped = torch.ne(clipped, grad).any(dim=1), torch.ne(new, moved).any(dim=1)

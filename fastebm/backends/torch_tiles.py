@@ -22,7 +22,7 @@ from ..noise import Stream, normals_of_steps
 from ..threads import threads
 from . import Advanced, Chains, Telemetry
 
-__all__ = ["Evaluator", "advance", "matrix", "padded_rows", "rows_of_products"]
+__all__ = ["Evaluator", "advance", "matrix", "padded_rows", "rounds_alike", "rows_of_products", "stride"]
 
 # Rows of one matrix product on a CPU: a call with few chains is padded to no more than this.
 _PRODUCT_ROWS = 64
@@ -104,7 +104,7 @@ def _even_threads(n_rows: int, widths: Iterable[int], at_most: int) -> int:
     def even(width: int, n_threads: int) -> bool:
         size = n_rows * width
         part = -(-size // min(n_threads, -(-size // _GRAIN)))
-        return part % (_VECTOR if _stride(width) == width else width) == 0
+        return part % (_VECTOR if stride(width) == width else width) == 0
 
     return max(n for n in range(1, at_most + 1) if all(even(width, n) for width in widths))
 
@@ -115,10 +115,10 @@ def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
     MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place in the
     tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
     """
-    return like.new_empty(n_rows, _stride(width))[:, :width]
+    return like.new_empty(n_rows, stride(width))[:, :width]
 
 
-def _stride(width: int) -> int:
+def stride(width: int) -> int:
     return width if width <= 4 else -(-width // 4) * 4
 
 
