@@ -37,9 +37,9 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
-# Counters that a thread of a CPU works on at once: the fastest of 4,096 to 65,536 on a Zen 4 core, where fewer pay for
-# PyTorch's cost per operation and more for leaving the cache.
-_CHUNK = 32768
+# Counters that a thread of a CPU works on at once: the fastest of 4,096 to 131,072 on Zen 4 cores, where fewer pay for
+# PyTorch's cost per operation, or are too few for it to take a second thread, and more leave the cache.
+_CHUNK = 65536
 
 
 class Stream(IntEnum):
@@ -254,7 +254,10 @@ def _chunks(
     Chunks of a CPU stay in cache; another device takes all rows at once.
     """
     n_rows, n_blocks, _ = out.shape
-    size = min(n_rows, max(1, blocks_at_once(out.device) // max(1, n_blocks))) if out.device.type == "cpu" else n_rows
+    size = n_rows
+    if out.device.type == "cpu":
+        most = max(1, blocks_at_once(out.device) // max(1, n_blocks))
+        size = -(-n_rows // max(1, -(-n_rows // most)))  # chunks of equal size: a small rest would have one thread
     ints = torch.empty(6, size, n_blocks, dtype=torch.int64, device=out.device)
     floats = torch.empty(3, size, n_blocks, dtype=out.dtype, device=out.device)
     for i in range(0, n_rows, max(1, size)):
