@@ -36,6 +36,10 @@ _WORTH = 120.0
 # Rows of a block for calls with few chains, such as the batches of PCD: padded to a whole tile they would take as long.
 _FEW_ROWS = 256
 
+# Columns or rows of a weight up to which its product is written out in sums, which become part of the loops before and
+# after: at 2-[128,128] a step takes 0.92 of its time with the library's products.
+_FEW_DIMS = 4
+
 
 class CannotCompile(Exception):
     """Why the code could not be compiled; nothing has moved."""
@@ -137,7 +141,8 @@ def _block_rows(n_chains: int, dim: int, mlps: list[MLP], operand: torch.dtype) 
 
     def alike(n_in: int, n_out: int, transposed: bool) -> bool:
         few = rows_of_products(torch.device("cpu"))
-        return all(rounds_alike(n_in, n_out, transposed, few, rows, operand) for rows in (_FEW_ROWS, most))
+        sizes = (_FEW_ROWS, most) if min(n_in, n_out) > _FEW_DIMS else ()
+        return all(rounds_alike(n_in, n_out, transposed, few, rows, operand) for rows in sizes)
 
     for mlp in mlps:
         products = mlp.weights if mlp.head == "logsumexp" else mlp.weights[:-1]
@@ -280,7 +285,15 @@ def _gradient(networks: list[_Network], x: Tensor, labels: Tensor | None) -> Ten
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight + bias, in float32 but for the operands."""
-    out = torch.mm(x.to(weight.dtype), weight).to(x.dtype)
+    n_in, n_out = weight.shape
+    if min(n_in, n_out) <= _FEW_DIMS:
+        wide = weight.to(x.dtype)
+        if n_in <= n_out:
+            out = sum((x[:, i, None] * wide[i] for i in range(1, n_in)), x[:, 0, None] * wide[0])
+        else:
+            out = torch.stack([(x * wide[:, i]).sum(dim=1) for i in range(n_out)], dim=1)
+    else:
+        out = torch.mm(x.to(weight.dtype), weight).to(x.dtype)
     # A difference, for the compiler makes addmm of a sum, which copies the bias to every row in a pass of its own;
     # this is fused with what follows.
     return out if bias is None else out - -bias
