@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastebm.bench.rows import RESULTS, read
+from fastebm.bench.rows import RESULTS, most_threads, read
 
 from fastebm.plot import png
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = arguments.results / "steps.csv"
     if not path.exists():
         parser.error(f"there is no {path}: python bench/run.py --out {arguments.results} makes it")
-    rows = numbers(read(path))
+    rows = numbers(most_threads(read(path)))
     device = arguments.device or ("cuda" if any(row["device"] == "cuda" for row in rows) else "cpu")
     rows = [row for row in rows if row["device"] == device]
     if not rows:

@@ -65,6 +65,16 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def most_threads(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Of each case and device, the rows of the most threads."""
+    rows = list(rows)
+    most: dict[tuple[str, str], int] = {}
+    for row in rows:
+        key = row["case"], row["device"]
+        most[key] = max(most.get(key, 0), int(row["threads"]))
+    return [row for row in rows if int(row["threads"]) == most[row["case"], row["device"]]]
+
+
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace, quick: bool) -> int:
             file, new = runner.rows_of(key)
             new = [{"case": key, "threads": threads, **row, **common} for row in new]
             found.setdefault(file, []).extend(new)
-            rows.replace(arguments.out / f"{file}.csv", map(rows.rounded, found[file]), ("case", "device"))
+            rows.replace(arguments.out / f"{file}.csv", map(rows.rounded, found[file]), ("case", "device", "threads"))
     print_tables(found)
     files = ", ".join(str(arguments.out / f"{file}.csv") for file in found)
     say(f"done in {time.monotonic() - started:.0f} s; rows are in {files}")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fastebm.bench.rows import RESULTS, read
+from fastebm.bench.rows import RESULTS, most_threads, read
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,7 +149,7 @@ def _not_timed(rows: list[dict[str, str]]) -> str:
 
 def _timings(name: str, columns: list[tuple[str, str, Callable[[str], str]]], figures: str = "") -> str:
     """A table of the timed rows of a file, those that were not, and the figures that are there."""
-    rows = _timed(name)
+    rows = most_threads(_timed(name))
     if not rows:
         return _NONE
     body = [
@@ -196,7 +196,7 @@ def steps() -> str:
 
 def speed() -> str:
     """For the README: the cases of a training batch and more on a CPU, each path of fastebm beside the fastest peer."""
-    rows = [row for row in _timed("steps.csv") if row["device"] == "cpu" and row["status"] == "ok"]
+    rows = [row for row in most_threads(_timed("steps.csv")) if row["device"] == "cpu" and row["status"] == "ok"]
     paths = [("fastebm-torch", "float32"), ("fastebm-compiled", "float32"), ("fastebm-compiled", "mm-bf16")]
     body = []
     for case in ("toy-4096", "table-4096", "digits-4096", "photographs-512"):
@@ -218,6 +218,42 @@ def speed() -> str:
         "loop, 60 steps, medians of interleaved runs. *Of the limit*: with `compile=True`, of what the machine's "
         "products and normal numbers leave. "
         f"{_runs([row for row in rows if row['case'] in ('toy-4096', 'digits-4096')], 'steps.csv')}"
+    )
+
+
+def cores() -> str:
+    """The cases that were run on one thread too."""
+    rows = [row for row in _timed("steps.csv") if row["device"] == "cpu" and row["status"] == "ok"]
+    most = {(row["case"], row["contestant"], row["precision"]): row for row in most_threads(rows)}
+    body = []
+    for row in rows:
+        many = most.get((row["case"], row["contestant"], row["precision"]))
+        if many is None or row["threads"] != "1" or many["threads"] == "1":
+            continue
+        rates = [float(r["chain_steps_per_s"]) for r in (row, many)]
+        way = f"{row['contestant']} {row['precision']}"
+        body.append([row["case"], way, *(f"{r:.3g}" for r in rates), f"{rates[1] / rates[0]:.2f}"])
+    if not body:
+        return _NONE
+    n = max(int(row["threads"]) for row in most.values())
+    return _table(["case", "contestant", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
+
+
+def breakdown() -> str:
+    rows = _timed("breakdown.csv")
+    if not rows:
+        return "No rows are committed yet: `python bench/breakdown.py` makes them."
+    headings = ["case", "contestant", "ns a chain-step", "products", "noise", "elementwise", "rest", "limit, ns"]
+    body = [
+        [row["case"], f"{row['contestant']} {row['precision']}", f"{float(row['ns_a_chain_step']):.0f}"]
+        + [_percent(row[kind]) for kind in ("products", "noise", "elementwise", "rest")]
+        + [f"{float(row['limit_products_ns']):.0f} + {float(row['limit_normals_ns']):.0f}"]
+        for row in rows
+    ]
+    first = rows[0]
+    return (
+        f"{_table(headings, body)}\n\nBy `python bench/breakdown.py` on {first['threads']} threads of {first['cpu']}, "
+        f"torch {first['torch']}, {first['date']}, commit {first['commit']} (`bench/results/breakdown.csv`)."
     )
 
 
@@ -306,6 +342,8 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "resources", resources),
     ("docs/performance.md", "precision", precision),
     ("docs/performance.md", "steps", steps),
+    ("docs/performance.md", "cores", cores),
+    ("docs/performance.md", "breakdown", breakdown),
     ("docs/performance.md", "training", training),
     ("docs/performance.md", "pool", pool),
     ("docs/performance.md", "efficiency", efficiency),

@@ -12,7 +12,7 @@ import types
 
 import pytest
 import torch
-from fastebm.bench import compilation, efficiency, limits, plot, race, rows, run, tables, training
+from fastebm.bench import breakdown, compilation, efficiency, limits, plot, race, rows, run, tables, training
 from fastebm.bench import pool as pools
 from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SUITE, TABLE, Case, TrainingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, quartiles
@@ -404,6 +404,23 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+def test_time_is_told_apart_by_kind():
+    p = Problem(Case(64, (128, 128), 512, steps=3), torch.device("cpu"))
+    x, w = torch.rand(512, 512), torch.rand(512, 512)
+    for work, kind in (
+        (lambda: torch.mm(x, w), "products"),
+        (lambda: torch.randn_like(x), "noise"),
+        (lambda: breakdown.seen_as_one(torch.mm)(x, w), "noise"),  # whatever is within
+        (lambda: x.exp(), "elementwise"),
+    ):
+        work()
+        found = breakdown.shares(lambda work=work: [work() for _ in range(20)])
+        assert max(found, key=found.get) == kind
+    found = breakdown.shares(eager(p, 3, 0.1))
+    assert min(found["products"], found["noise"], found["elementwise"]) > 0.0
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
 def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_path, capsys, monkeypatch):
     threads = torch.get_num_threads()
     options = ["--contestants", "eager", "fastebm-torch", "graph", "--out", str(tmp_path), "--threads", "1"]
@@ -435,6 +452,17 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
     assert len(again) == len(found)
     assert [row for row in again if row["case"] == "tiny-90"] == [row for row in found if row["case"] == "tiny-90"]
 
+    # those of one thread beside those of two: the tables and figures of a case take the most threads
+    more = [{**row, "threads": "2", "chain_steps_per_s": "1e9"} for row in again if row["case"] == "tiny-90"]
+    rows.replace(tmp_path / "steps.csv", more, ("case", "device", "threads"))
+    both = read(tmp_path / "steps.csv")
+    assert len(both) == len(again) + len(more)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    ours = next(row for row in again if (row["case"], row["contestant"]) == ("tiny-90", "fastebm-torch"))
+    rate = float(ours["chain_steps_per_s"])
+    assert f"| tiny-90 | fastebm-torch float32 | {rate:.3g} | 1e+09 | {1e9 / rate:.2f} |" in tables.cores()
+    assert {row["threads"] for row in rows.most_threads(both) if row["case"] == "tiny-90"} == {"2"}
+
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
     for name in ("speedup", "throughput", "roofline"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -442,7 +470,7 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.steps()
     assert "| tiny-70 | fastebm-torch float32 |" in text
-    assert "- graph, missing in tiny-90, tiny-70: CUDA graphs need a CUDA device" in text
+    assert "- graph, missing in tiny-70, tiny-90: CUDA graphs need a CUDA device" in text
     assert tables.training() == tables._NONE
 
 
