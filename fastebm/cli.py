@@ -28,7 +28,7 @@ from .data import SETS, DataInfo, load, load_array
 from .energies import MLPEnergy
 from .mlp import ACTIVATIONS
 from .recipe import TrainConfig, recipe
-from .report import density, fresh_samples
+from .report import fresh_samples, landscape
 from .team import Team, launched
 from .train import (
     CHECKPOINT_EVERY,
@@ -280,8 +280,6 @@ def _train(arguments: argparse.Namespace) -> int:
     aurocs = {k.removeprefix("auroc_"): v for k, v in summary.items() if k.startswith("auroc_")}
     print(f"  AUROC against held-out {what}: {', '.join(f'{k} {v:.3f}' for k, v in aurocs.items())}")
     print(f"  a random forest tells samples from {what}: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
-    if "log_likelihood" in summary:
-        print(f"  mean log p of held-out rows: {summary['log_likelihood']:.3f} nats")
     if "classes_present" in summary:
         print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of 10")
     print(f"  look at {out / 'samples.png'}, energies.png and training.png")
@@ -427,7 +425,7 @@ def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo) -> bytes:
     title = f"{len(x)} samples"
     if data.kind == "images":
         return plot.png(plot.samples_figure({title: (x * data.levels).round() / data.levels}))
-    return plot.png(plot.plane_figure({title: x}, density(model, data)[:2], data.columns, over=True))
+    return plot.png(plot.plane_figure({title: x}, landscape(model, data), data.columns, over=True))
 
 
 def _as_npy(x: NDArray[Any]) -> bytes:

@@ -22,6 +22,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _REAL, _SAMPLES, _OTHER, _QUIET = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 
+# Energies so far above the lowest are drawn white: at temperature 1 a state is e^10 times less likely there.
+_DEPTH = 10.0
+
 # More histograms can't be read in one picture.
 _MAX_MARGINALS = 12
 
@@ -84,18 +87,18 @@ def plane_figure(
     over: bool = False,
     title: str = "",
 ) -> Figure:
-    """Points in the plane, panel title -> (n, 2), beside a density, or over it.
+    """Points in the plane, panel title -> (n, 2), beside the landscape of an energy, or over it.
 
     Args:
-        landscape: (m + 1, 2) edges of its cells in x and y, and (m, m) density in them, y first.
+        landscape: (m + 1, 2) edges of its cells in x and y, and (m, m) energies in them, y first.
     """
-    edges, p = landscape
-    names = list(panels) if over else [*panels, "Density exp(−E) / Z"]
+    edges, energies = landscape
+    names = list(panels) if over else [*panels, "Energy: darker is lower"]
     figure = _figure(4.6 * len(names), 4.6 + (0.4 if title else 0.0), title)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         if over or name not in panels:
-            # Its square root: a density of few bright spots would hide the rest.
-            axes.pcolormesh(edges[:, 0], edges[:, 1], np.sqrt(p), cmap="Blues", vmin=0.0, rasterized=True)
+            bottom = energies.min()
+            axes.pcolormesh(edges[:, 0], edges[:, 1], energies, cmap="Blues_r", vmin=bottom, vmax=bottom + _DEPTH)
         if name in panels:
             x = np.asarray(panels[name])
             axes.plot(x[:, 0], x[:, 1], ".", color=_SAMPLES if over else _REAL, markersize=2.5, markeredgewidth=0)

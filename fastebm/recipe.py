@@ -19,8 +19,9 @@ __all__ = ["TrainConfig", "recipe"]
 _RECIPES: dict[str, dict[str, Any]] = {
     "images": {},
     "mnist5k": {},
-    "plane": {"steps": 1500, "hidden_sizes": (128, 128, 128), "noise_std": 0.3, "drift": 0.045, "cooling": 0.0},
-    "table": {"hidden_sizes": (128, 128), "noise_std": 0.1, "drift": 0.005, "cooling": 0.0},
+    "plane": {"steps": 2000, "hidden_sizes": (128, 128, 128), "learning_rate": 5e-3},
+    "table": {"steps": 1500, "hidden_sizes": (128, 128), "noise_std": 0.2, "drift": 0.02, "cooling": 0.0},
+    "breast_cancer": {"steps": 500, "hidden_sizes": (128, 128), "noise_std": 0.2, "drift": 0.02, "cooling": 0.0},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from .energies import energy
 from .recipe import TrainConfig
 from .sampling import SampleInfo, langevin_sample
 
-__all__ = ["density", "fresh_samples", "report"]
+__all__ = ["fresh_samples", "landscape", "report"]
 
 # Fresh chains are numbered past any pool's (fewer than 2**31), so that they never share its noise.
 _FIRST_FRESH_CHAIN = 2**31
@@ -26,7 +25,7 @@ _FIRST_FRESH_CHAIN = 2**31
 # Steps of fresh chains between two calls of on_steps.
 _FRESH_CHUNK = 50
 
-# Cells a side of the grid on which a density of two dims is drawn and integrated.
+# Cells a side of the grid on which an energy of two dims is drawn.
 _GRID = 256
 
 # A class is present with at least this share of the samples: one or two stray ones are no mode.
@@ -76,23 +75,19 @@ def fresh_samples(
     return x, info
 
 
-def density(model: nn.Module, info: DataInfo) -> tuple[NDArray[Any], NDArray[Any], float]:
-    """p(x) = exp(-E(x)) / Z of an energy of two dims, in the data's units, with Z by the midpoint rule.
+def landscape(model: nn.Module, info: DataInfo) -> tuple[NDArray[Any], NDArray[Any]]:
+    """An energy of two dims over its box, in the data's units.
 
     Returns:
-        (n + 1, 2) edges of the cells of a grid over the clamp, in x and in y; (n, n) density in each cell, y first;
-        and log Z of the states.
+        (n + 1, 2) edges of the cells of a grid, in x and in y, and (n, n) the energy in their middles, y first.
     """
-    lo, hi = info.clamp
-    edges = torch.linspace(lo, hi, _GRID + 1, dtype=torch.float64)
+    edges = torch.linspace(*info.clamp, _GRID + 1, dtype=torch.float64)
     middle = 0.5 * (edges[1:] + edges[:-1])
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     states = torch.stack([x, y], -1).reshape(-1, 2).float()
     with torch.no_grad():
-        log_p = -energy(model, states.to(next(model.parameters()).device)).cpu().double()
-    log_z = torch.logsumexp(log_p, 0).item() + 2.0 * math.log((hi - lo) / _GRID)
-    p = (log_p - log_z).exp().reshape(_GRID, _GRID).numpy() / math.prod(info.scale)
-    return info.to_data(torch.stack([edges, edges], 1)), p, log_z
+        e = energy(model, states.to(next(model.parameters()).device)).cpu()
+    return info.to_data(torch.stack([edges, edges], 1)), e.reshape(_GRID, _GRID).numpy()
 
 
 def report(
@@ -132,7 +127,7 @@ def report(
     if isinstance(data, Images):
         measures |= _image_measures(data, samples, config.seed)
     else:
-        measures |= _point_measures(data, samples, model, energies["test"], config.seed)
+        measures |= _point_measures(data, samples, config.seed)
 
     begin("drawing")
     widths = " → ".join(map(str, (data.dim, *config.hidden_sizes, 1)))
@@ -147,8 +142,7 @@ def report(
     else:
         points = {"Data, held out": data.info.to_data(data.test), fresh: data.info.to_data(samples)}
         if data.info.kind == "plane":
-            edges, p, _ = density(model, data.info)
-            figure = plot.plane_figure(points, (edges, p), data.info.columns, title=title)
+            figure = plot.plane_figure(points, landscape(model, data.info), data.info.columns, title=title)
         else:
             figure = plot.marginals_figure(points, data.info.columns, title=title)
         rows, shown = "rows", [name for name in held_out if name != "test"]
@@ -211,14 +205,9 @@ def _image_measures(data: Images, samples: Tensor, seed: int) -> dict[str, Any]:
     }
 
 
-def _point_measures(
-    data: Points, samples: Tensor, model: nn.Module, test_energies: NDArray[Any], seed: int
-) -> dict[str, Any]:
+def _point_measures(data: Points, samples: Tensor, seed: int) -> dict[str, Any]:
     train, test = data.train.numpy(), data.test.numpy()
-    measures: dict[str, Any] = {"two_sample_accuracy": evaluate.two_sample_accuracy(test, samples.numpy(), seed=seed)}
-    if data.info.kind == "plane":  # mean log p of the held-out rows, in nats, in the data's units
-        log_z = density(model, data.info)[2]
-        measures["log_likelihood"] = -float(test_energies.mean()) - log_z - sum(map(math.log, data.info.scale))
+    measures = {"two_sample_accuracy": evaluate.two_sample_accuracy(test, samples.numpy(), seed=seed)}
     for name, outliers in data.outliers.items():
         for baseline, value in evaluate.baseline_aurocs(train, test, outliers.numpy(), seed=seed).items():
             measures[f"auroc_{name}_{baseline}"] = value

@@ -118,9 +118,7 @@ def few_fresh_steps(monkeypatch):
 def test_a_toy_from_training_to_pictures(tmp_path, few_fresh_steps, capsys):
     out = tmp_path / "run"
     assert main(["train", "pinwheel", *SMALL, "--pool-size", "40", "--out", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "AUROC against held-out rows: uniform 0." in printed
-    assert re.search(r"mean log p of held-out rows: -\d\.\d+ nats", printed)
+    assert "AUROC against held-out rows: uniform 0." in capsys.readouterr().out
     config = json.loads((out / "config.json").read_text())
     assert (config["data"]["name"], config["pool_size"], config["clamp"]) == ("pinwheel", 40, config["data"]["clamp"])
     for name in ("x.png", "x.npy"):
