@@ -45,6 +45,12 @@ def test_why_not_fused_on_a_cpu():
 
 
 @pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is asked about one")
+def test_why_not_fused_on_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert why_not_fused(MLPEnergy(3, (8,)), "cuda") == "PyTorch finds no CUDA device here"
+
+
 def test_why_not_fused_without_parameters():
     assert why_not_fused(nn.Identity()).startswith("not an MLP that can be read: it has no hidden layer")
 

@@ -124,6 +124,9 @@ def default_precision() -> str:
 
 
 def _capability(device: torch.device) -> int:
+    """90 for sm_90 and so on; 0 where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
@@ -143,6 +146,8 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, *, asked: bool) ->
         return None if asked else 'the interpreter is for tests: it runs only where backend="triton" asks for it'
     if device.type != "cuda":
         return f"kernels run on CUDA devices, and the state is on {device}"
+    if _capability(device) == 0:
+        return "PyTorch finds no CUDA device here"
     if _capability(device) < 80:
         return f"kernels need compute capability 8.0 or later, and {device} has {_capability(device) / 10}"
     return None

@@ -1,0 +1,46 @@
+"""Complete the lower half of held-out digits with a trained energy: frozen coordinates, a trajectory, a picture.
+
+fastebm train digits --out runs/digits
+python examples/inpainting.py runs/digits      # writes inpainting.png into that folder
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+import fastebm
+from fastebm.data import load_digits
+from fastebm.train import load_model
+
+
+def main(run: str) -> Path:
+    energy, config = load_model(run)
+    digits = load_digits()
+    real = digits.test[:8] / digits.info.levels  # (8, 64) in [0, 1]
+    given = torch.zeros(8, 8, dtype=torch.bool)
+    given[:4] = True  # the upper half stays as it is
+
+    start = torch.where(given.flatten(), real, torch.rand_like(real))
+    steps = 200
+    rule = config.sampler(steps)  # the rule that it was trained with
+    trajectory = fastebm.langevin_sample(
+        energy, init=start, frozen=given.flatten(), steps=steps, step_size=rule.step_size, noise_scale=rule.noise_scale,
+        clamp=rule.clamp, seed=0, return_trajectory=True, thin=steps // 4,
+    )  # fmt: skip
+
+    rows = [real, start, *trajectory.unbind(dim=1)]  # trajectory: (8, 4, 64)
+    figure, axes = plt.subplots(len(rows), 8, figsize=(6, 0.8 * len(rows)), squeeze=False)
+    for row, images in zip(axes, rows, strict=True):
+        for ax, image in zip(row, images, strict=True):
+            ax.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+            ax.axis("off")
+    figure.suptitle("held out, start, and after each quarter of the steps")
+    path = Path(run) / "inpainting.png"
+    figure.savefig(path)
+    return path
+
+
+if __name__ == "__main__":
+    print(main(sys.argv[1]))
