@@ -51,7 +51,7 @@ __all__ = [
 CHECKPOINTS, LOCK, SUMMARY = "checkpoints", ".lock", "summary.json"
 
 # What a run may be resumed with another value of: nothing that says what it computes.
-FREE_SETTINGS = ("device", "backend", "on_nonfinite")
+FREE_SETTINGS = ("device", "backend", "compile", "on_nonfinite")
 
 # Steps between checkpoints: a few seconds of work to lose, and far more time training than writing.
 CHECKPOINT_EVERY = 250
@@ -122,7 +122,10 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         # A batch of no chains: it fails here, before anything is written, if the backend can't run.
-        langevin_sample(self.model, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend)
+        langevin_sample(
+            self.model, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend,
+            compile=config.compiles(device),
+        )  # fmt: skip
 
     def average_weights(self) -> None:
         """Exponential moving average, whose early values are not held down by the random start."""
@@ -261,14 +264,14 @@ def train(
     """Train, sample, measure, draw: the whole run folder.
 
     A run that was stopped, killed or raised out of, and then resumed, ends with the same bits as one that was
-    not (on the same device, backend, number of threads and processes).
+    not (on the same device, backend, code (compiled or not), number of threads and processes).
 
     Args:
         out: a folder that does not exist or is empty; with ``resume``, that of a run, or a checkpoint in it: those
             after it are then deleted with the next one that is written.
         data: None: what the configuration names. Else the configuration is of this.
-        resume: go on from a checkpoint. ``config`` must be the run's own (``saved_config``), save for device, backend
-            and on_nonfinite. The number of processes may be another.
+        resume: go on from a checkpoint. ``config`` must be the run's own (``saved_config``), save for device, backend,
+            compile and on_nonfinite. The number of processes may be another.
         checkpoint_every: steps between checkpoints. One is also written at the start, at the end and when stopped.
         process_group: of processes that train this run together, each of which makes the same call. Each moves its
             part of the chains and takes its part of the data; ``out`` is one folder for all. Losses and gradients are
@@ -376,7 +379,7 @@ def _train_step(run: _Run, data: Data, flags: Callable[[], tuple[bool, bool]]) -
     real = real[n * team.rank // team.size : n * (team.rank + 1) // team.size].to(run.device)
     samples, _ = run.pool.sample(
         model, n, config.sampler(config.langevin_steps), config.langevin_steps, backend=config.backend,
-        on_nonfinite=config.on_nonfinite,
+        compile=config.compiles(run.device), on_nonfinite=config.on_nonfinite,
     )  # fmt: skip
     n_nonfinite = run.pool.last.nonfinite if run.pool.last is not None else 0
     if n_nonfinite > max(1, _MAX_NONFINITE_SHARE * n):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fastebm import NonFiniteError, checkpoint, evaluate, plot, report
 from fastebm import train as training
+from fastebm.backends import torch_compiled
 from fastebm.data import Images, load, load_array
 from fastebm.noise import Stream, words
 from fastebm.pool import draw_distinct
@@ -530,6 +531,21 @@ def test_resuming_may_change_what_does_not_change_the_result(tmp_path, tiny_imag
             train(other, tmp_path, data=tiny_images, resume=True, on_step=_interrupt)
     train(other, tmp_path, data=tiny_images, resume=True)
     assert saved_config(tmp_path) == dataclasses.replace(other, data=tiny_images.info)
+
+
+@pytest.mark.slow
+def test_a_run_on_compiled_code_resumes_bit_for_bit(tmp_path, tiny_images, no_report):
+    config = dataclasses.replace(TINY, device="cpu", compile=True)
+    train(config, tmp_path / "whole", data=tiny_images)
+    assert torch_compiled._code
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run", data=tiny_images, should_stop=lambda: True)
+    train(config, tmp_path / "run", data=tiny_images, resume=True)
+    whole, run = (load_model(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(v, run[k]) for k, v in whole.items())
+    x, info = fresh_samples(load_model(tmp_path / "run")[0], config, 9, dim=tiny_images.dim)
+    assert info.path == "compiled"
+    assert x.isfinite().all()
 
 
 def _interrupt(row):
