@@ -31,9 +31,20 @@ def _span(rows: list[dict[str, str]], name: str, digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def digits() -> str:
-    rows = _read("digits.csv")
+def _made(rows: list[dict[str, str]], command: str, name: str) -> str:
     first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    machine = f"{first['cores']} cores of {first['cpu']}"
+    return (
+        f"Measured by `{command}` on {machine}, torch {first['torch']}, {first['date']}, commit {commits} "
+        f"(`bench/results/{name}`)."
+    )
+
+
+def digits() -> str:
+    rows = [row for row in _timed("recipes.csv") if row["data"] == "digits"]
+    if not rows:
+        return "No rows are committed yet: `python bench/recipes.py` makes them."
     body = [
         [
             "classifier two-sample accuracy, test digits against fresh samples (0.5 is perfect)",
@@ -51,10 +62,27 @@ def digits() -> str:
         ["measure (held-out digits)", f"{len(rows)} seeds"],
         [[str(text), _span(rows, str(name), int(places))] for text, name, places in body],
     )
-    return (
-        f"{table}\n\nMeasured by `python bench/digits.py` on {first['cores']} cores of {first['cpu']}, "
-        f"torch {first['torch']}, {first['date']}, commit {first['commit']} (`bench/results/digits.csv`)."
-    )
+    return f"{table}\n\n{_made(rows, 'python bench/recipes.py digits', 'recipes.csv')}"
+
+
+def recipes() -> str:
+    """Every data set, seed 0."""
+    rows = [row for row in _timed("recipes.csv") if row["seed"] == "0"]
+    if not rows:
+        return "No rows are committed yet: `python bench/recipes.py` makes them."
+    body = []
+    for row in rows:
+        known = {k.removeprefix("auroc_"): v for k, v in row.items() if k.startswith("auroc_") and v}
+        aurocs = ", ".join(f"{name.replace('_', ' ')} {float(value):.3f}" for name, value in known.items())
+        numbers = [
+            f"{float(row['two_sample_accuracy']):.2f}",
+            aurocs,
+            f"{float(row['wall_seconds']):.0f}",
+            row["threads"],
+        ]
+        body.append([row["data"], *numbers])
+    headings = ["data", "two-sample accuracy", "AUROC of the energy, held-out rows against", "seconds", "threads"]
+    return f"{_table(headings, body)}\n\n{_made(rows, 'python bench/recipes.py', 'recipes.csv')}"
 
 
 def resources() -> str:
@@ -339,6 +367,7 @@ def precision() -> str:
 TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "digits", digits),
     ("README.md", "speed", speed),
+    ("docs/training.md", "recipes", recipes),
     ("docs/performance.md", "resources", resources),
     ("docs/performance.md", "precision", precision),
     ("docs/performance.md", "steps", steps),

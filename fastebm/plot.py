@@ -93,12 +93,16 @@ def plane_figure(
         landscape: (m + 1, 2) edges of its cells in x and y, and (m, m) energies in them, y first.
     """
     edges, energies = landscape
-    names = list(panels) if over else [*panels, "Energy: darker is lower"]
+    names = list(panels) if over else [*panels, "Energy"]
     figure = _figure(4.6 * len(names), 4.6 + (0.4 if title else 0.0), title)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         if over or name not in panels:
             bottom = energies.min()
-            axes.pcolormesh(edges[:, 0], edges[:, 1], energies, cmap="Blues_r", vmin=bottom, vmax=bottom + _DEPTH)
+            mesh = axes.pcolormesh(
+                edges[:, 0], edges[:, 1], energies - bottom, cmap="Blues_r", vmin=0.0, vmax=_DEPTH, rasterized=True
+            )
+            if not over:
+                figure.colorbar(mesh, ax=axes, shrink=0.8, extend="max", label="E − min E (nats)")
         if name in panels:
             x = np.asarray(panels[name])
             axes.plot(x[:, 0], x[:, 1], ".", color=_SAMPLES if over else _REAL, markersize=2.5, markeredgewidth=0)
