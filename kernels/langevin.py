@@ -51,8 +51,8 @@ def load_key(seed_ptr, shift=0):
 def load_counters(chain_ptr, step_ptr, chains, inside, t, zero):
     """Global chain number and lifetime step of every chain at step t, read anew each time: + zero * t keeps the
     compiler from carrying them, and what Philox makes of them, in some 50 registers across the loop."""
-    chain = tl.load(chain_ptr + chains + zero * t, mask=inside, other=0)
-    step = tl.load(step_ptr + chains + zero * t, mask=inside, other=0) + t
+    chain = tl.load(chain_ptr + (chains + zero * t), mask=inside, other=0)
+    step = tl.load(step_ptr + (chains + zero * t), mask=inside, other=0) + t
     return chain, step.to(tl.uint32)
 
 
@@ -370,6 +370,7 @@ def langevin_streaming(
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
+    BOUNDED: tl.constexpr,  # lo and hi are finite numbers
     FAST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
@@ -380,12 +381,15 @@ def langevin_streaming(
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
     zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
-    size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # sum |x| of each chain
+    size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger
     for c in range(n_chunks):
         x0 = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
         w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
         zs = forward_chunk(zs, x0, w0, PRECISION, INTERPRETED)
         size += tl.sum(tl.abs(x0), axis=1)
+    if BOUNDED:
+        # holds at every step: what moves is clamped, and what does not is as it was
+        size += tl.maximum(tl.abs(lo), tl.abs(hi))
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
     square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
     n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
@@ -443,7 +447,8 @@ def langevin_streaming(
             first_bad = tl.where((first_bad < 0) & ~finite, t, first_bad)
 
         zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
-        size = tl.zeros((BLOCK_CHAINS,), tl.float32)
+        if not BOUNDED:
+            size = tl.zeros((BLOCK_CHAINS,), tl.float32)
         raw_square = tl.zeros((BLOCK_CHAINS,), tl.float32)
         any_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
         any_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
@@ -471,7 +476,8 @@ def langevin_streaming(
             tl.store(x_ptr + chains[:, None] * DIM + in_memory[None, :], from_lanes(x), mask=x_inside)
             store_trajectory(trajectory_ptr, x, t, thin, steps, chains, inside, dims, DIM)
             zs = forward_chunk(zs, x, w, PRECISION, INTERPRETED)
-            size += tl.sum(tl.abs(x), axis=1)
+            if not BOUNDED:
+                size += tl.sum(tl.abs(x), axis=1)
         if telemetry_ptr is not None:
             alive = (first_bad < 0).to(tl.int32)
             square_norm = raw_square

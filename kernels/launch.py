@@ -66,7 +66,9 @@ def shared_bytes(launch: Launch, networks: Networks, precision: str, capability:
     operand_bytes = 2 if precision in ("bf16", "bf16x3") else 4
     operand = 0 if launch.both_orders else launch.block_chains * sum(map(max, chains_of_sizes)) * operand_bytes
     noise = launch.block_chains * launch.block_dim * 4
-    return weights + operand + noise + 1024
+    # eight warps of mma.sync: weights on their way between layouts
+    turning = 8192 if launch.num_warps == 8 and launch.block_chains < 64 else 0
+    return weights + operand + noise + turning + 1024
 
 
 def choose_launch(dim: int, networks: Networks, precision: str, capability: int | None) -> Launch | str:
@@ -75,7 +77,7 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
     networks: the widths of each MLP's layers, from the first hidden one up.
     capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
     """
-    candidates = _candidates(dim, precision, capability)
+    candidates = _candidates(dim, networks, precision, capability)
     if capability is None:
         return candidates[0]
     limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
@@ -86,7 +88,9 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
     for launch in candidates:
         if need(launch, precision) <= limit:
             return launch
-    fitting = [p for p in PRECISIONS if any(need(launch, p) <= limit for launch in _candidates(dim, p, capability))]
+    fitting = [
+        p for p in PRECISIONS if any(need(launch, p) <= limit for launch in _candidates(dim, networks, p, capability))
+    ]
     widths = " + ".join(str(list(widths)) for widths in networks)
     return (
         f"hidden widths {widths} at precision {precision!r} need "
@@ -95,21 +99,30 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
     )
 
 
-def _candidates(dim: int, precision: str, capability: int | None) -> list[Launch]:
+def _candidates(dim: int, networks: Networks, precision: str, capability: int | None) -> list[Launch]:
     """Configurations in order of preference: fewest spills, then fewest instructions (bench/resources.py)."""
     family = None if capability is None else capability // 10
     tiles = [Launch("resident", 64, block(dim), 4, 1)] if dim <= _MAX_RESIDENT_DIM else []
+    chunks = [(64, 64, 4), (64, 32, 4)]
+    # Eight warps of mma.sync take all chains of a small tile and an eighth of the columns each, so that weights and
+    # accumulators fit in their registers; of a layer with fewer than 64 columns they would repeat each other's work.
+    eight = all(width > 32 for widths in networks for width in widths)
     if family in (8, 12):
-        # mma.sync: a warp has 16 chains and all columns, or, of 32 chains, half the columns and so half the registers.
-        # That wants wide enough a state; a narrow one leaves shared memory for weights in both orders.
-        if dim > 32:
+        if eight and precision != "bf16":
+            # two halves of every weight leave room for half the chains
+            chains = 16 if precision == "bf16x3" else 32
+            tiles = [Launch("resident", chains, max(64, block(dim)), 8, 1) for _ in tiles] + tiles
+        elif dim > 32:
+            # of four warps each has a quarter of the columns, which wants wide enough a state
             tiles = [replace(tile, block_chains=32) for tile in tiles]
         elif precision != "bf16x3":
+            # a warp has all columns of 16 chains; so narrow a state leaves shared memory for weights in both orders
             tiles = [replace(tile, both_orders=True) for tile in tiles] + tiles
-        chains = 32 if dim > 32 else 64
-        chunks = [(chains, 64, 4), (chains, 32, 4)]
+        if dim > 32:
+            chunks = [(32, 64, 8 if eight else 4), (32, 32, 4)]
     elif family == 9:
+        if eight and precision == "tf32" and dim > 32:
+            # wgmma takes both orders of 4-byte weights and twice the operand: more than fits without spills
+            tiles = [Launch("resident", 32, block(dim), 8, 1) for _ in tiles]
         chunks = [(128, 32, 8), (64, 32, 4)]
-    else:
-        chunks = [(64, 64, 4), (64, 32, 4)]
     return tiles + [Launch("streaming", chains, min(dims, block(dim)), warps, 1) for chains, dims, warps in chunks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -59,6 +60,7 @@ def advance_mlp(
         operand = torch.bfloat16 if precision == "bf16" else torch.float32
         slopes = (torch.empty(rows, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
         kernel, extra = kernels.langevin_streaming, [_reach(description), tuple(slopes)]
+        flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
         flags["BOTH_ORDERS"] = launch.both_orders
     if n_chains > 0:
