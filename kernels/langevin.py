@@ -147,8 +147,8 @@ def network_gradient(
     """dE_k/dx of the network whose first layer is FIRST: (BLOCK_CHAINS, BLOCK_DIM)."""
     z = product(x, weights[FIRST], PRECISION, INTERPRETED) + load_bias(bias_ptrs, shift, FIRST, BLOCKS)
     slope = slope_at(
-        z, weights, bias_ptrs, scale_ptr, labels, shift, FIRST, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST,
-        INTERPRETED,
+        z, weights, bias_ptrs, scale_ptr, labels, shift, None, FIRST, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION,
+        FAST, INTERPRETED,
     )  # fmt: skip
     return product(slope, transpose(weights[FIRST], PRECISION), PRECISION, INTERPRETED)
 
@@ -247,7 +247,7 @@ def langevin_resident(
         z = product(x, weights[tl.constexpr(FIRSTS[k])], PRECISION, INTERPRETED)
         z += load_bias(bias_ptrs, 0, tl.constexpr(FIRSTS[k]), BLOCKS)
         energy += energy_at(
-            z, weights, bias_ptrs, scale_ptr + k, labels, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
+            z, weights, bias_ptrs, scale_ptr + k, labels, 0, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
             PARAMETERS, PRECISION, FAST, INTERPRETED,
         )  # fmt: skip
     tl.store(energy_ptr + chains, energy, mask=inside)
@@ -304,9 +304,12 @@ def load_chunk_of_state(x_ptr, chains, inside, c, DIM: tl.constexpr, BLOCK_DIM: 
 def gradient_chunk(
     x_ptr, chains, inside, c, slopes, weights, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr, stride_frozen,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, ZERO_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Chunk c of the state and of its gradient, 0 where frozen."""
+    """Chunk c of the state and of its gradient, 0 where frozen.
+
+    So are padded columns, but those of a chain with an infinite slope, where 0 * inf may stand, if not ZERO_PADDING.
+    """
     x = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
     dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
     grad = product(slopes[0], transpose(weights[0], PRECISION), PRECISION, INTERPRETED)
@@ -314,8 +317,8 @@ def gradient_chunk(
         grad += product(slopes[k + 1], transpose(weights[k + 1], PRECISION), PRECISION, INTERPRETED)
     grad = add_terms(grad, x, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
     grad = hold(grad, 0.0, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
-    if DIM % BLOCK_DIM != 0:
-        grad = tl.where((dims < DIM)[None, :], grad, 0.0)  # there 0 * inf may stand
+    if ZERO_PADDING and DIM % BLOCK_DIM != 0:
+        grad = tl.where((dims < DIM)[None, :], grad, 0.0)
     return x, grad
 
 
@@ -323,8 +326,12 @@ def gradient_chunk(
 def move_chunk(
     x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr, stride_frozen,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, FAST: tl.constexpr,
+    ZERO_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """The clipped gradient, and where chunk c would move to before the clamp. shrink: (BLOCK_CHAINS, 1) or None."""
+    """The clipped gradient, and where chunk c would move to before the clamp. shrink: (BLOCK_CHAINS, 1) or None.
+
+    If not ZERO_PADDING, padded columns hold noise of no dim. The weights that it meets are 0, so it must become finite.
+    """
     dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
     clipped = clipped_by_value(grad, grad_clip)
     if shrink is not None:
@@ -334,13 +341,13 @@ def move_chunk(
     )  # fmt: skip
     moved = x - a * clipped + noise
     moved = hold(moved, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
-    if DIM % BLOCK_DIM != 0:
+    if ZERO_PADDING and DIM % BLOCK_DIM != 0:
         moved = tl.where((dims < DIM)[None, :], moved, 0.0)  # as in the resident kernel
     return clipped, moved
 
 
 @triton.jit
-def through_memory(slope, ptr, chains, PRECISION: tl.constexpr):
+def through_memory(slope, ptr, shift, PRECISION: tl.constexpr):
     """A slope written to memory and read back, which makes it an operand in shared memory.
 
     As the product's result that it is, it would lie in 64 registers a thread during all chunks, beside the 128 of the
@@ -349,10 +356,15 @@ def through_memory(slope, ptr, chains, PRECISION: tl.constexpr):
     if PRECISION == "bf16x3":
         return slope
     else:
-        ptrs = ptr + chains[:, None] * slope.shape[1] + tl.arange(0, slope.shape[1])[None, :]
-        tl.store(ptrs, slope.to(ptr.dtype.element_ty))
+        ROWS: tl.constexpr = slope.shape[0]
+        COLUMNS: tl.constexpr = slope.shape[1]
+        flat = tl.reshape(slope.to(ptr.dtype.element_ty), (ROWS * COLUMNS,))
+        tl.debug_barrier()  # others may still fetch from there
+        tl.store(ptr + tl.arange(0, ROWS * COLUMNS), flat)
         tl.debug_barrier()
-        return tl.load(ptrs)
+        # shift is 0, but unknown to the compiler, or it carries 16 pointers across the loop
+        rows = shift + tl.arange(0, ROWS)
+        return tl.load(ptr + (rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]))
 
 
 @triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
@@ -365,7 +377,7 @@ def langevin_streaming(
     curvature_ptr, mean_ptr, linear_ptr, constant_ptr,
     n_chains, steps, zero,
     reach_ptr,  # float32: largest |c|, largest |b - c m|, then of each network the largest |W_1|
-    slope_ptrs,  # a network each, (programs * BLOCK_CHAINS, its first width): see through_memory; empty at bf16x3
+    slope_ptrs,  # a network each, (programs * BLOCK_CHAINS, its first width), scratch; empty at bf16x3
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
@@ -373,15 +385,15 @@ def langevin_streaming(
     BOUNDED: tl.constexpr,  # lo and hi are finite numbers
     FAST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS
+    chains = first + tl.arange(0, BLOCK_CHAINS)
     inside = chains < n_chains
-    noise_key = load_key(seed_ptr)
     weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED, False)
 
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
     zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
-    size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger
+    size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger; one for all chains where BOUNDED
     for c in range(n_chunks):
         x0 = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
         w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
@@ -389,17 +401,21 @@ def langevin_streaming(
         size += tl.sum(tl.abs(x0), axis=1)
     if BOUNDED:
         # holds at every step: what moves is clamped, and what does not is as it was
-        size += tl.maximum(tl.abs(lo), tl.abs(hi))
+        size = tl.max(size, axis=0) + tl.maximum(tl.abs(lo), tl.abs(hi))
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
     square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
     n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
     n_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
 
-    for t in range(steps):
+    # At bf16 the loop just fits in registers, if nothing is made before it that could be made in it: pointers, and the
+    # descriptors by which wgmma finds its operands. The others do not fit either way, and then fare better.
+    for t in tl.range(0, steps, disable_licm=PRECISION == "bf16"):
+        chains = first + zero * t + tl.arange(0, BLOCK_CHAINS)
+        inside = chains < n_chains
+        noise_key = load_key(seed_ptr, zero * t)
         labels = load_labels(label_ptr, chains, inside, zero * t)
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
-        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
 
         # Chunks are stored as they are made, so a chain must be known to stay finite before its first chunk
         # moves. |x'| <= |x| + a (sum_k |slope_k|_1 max|W_1k| + max|c| |x| + max|b - c m|) + 7 b settles it for all
@@ -410,15 +426,19 @@ def langevin_streaming(
             pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
         for k in tl.static_range(len(FIRSTS) - 1):
             z = zs[k] + load_bias(bias_ptrs, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS)
+            memory = None
+            if PRECISION != "bf16x3":
+                memory = slope_ptrs[k] + first * z.shape[1]
             slope = slope_at(
-                z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS,
-                ACTIVATIONS, PARAMETERS, PRECISION, FAST, INTERPRETED,
+                z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, memory if PRECISION == "bf16" else None,
+                tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST, INTERPRETED,
             )  # fmt: skip
-            slopes = slopes + (through_memory(slope, slope_ptrs[k], chains, PRECISION),)
+            slopes = slopes + (through_memory(slope, memory, zero * t, PRECISION),)
             pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
         reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
         in_doubt = (first_bad < 0) & ~(reach < 1e38)
 
+        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
         shrink = None
         if norm_clip is not None:
             square = tl.zeros((BLOCK_CHAINS,), tl.float32)
@@ -426,7 +446,7 @@ def langevin_streaming(
                 w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
                 x, grad = gradient_chunk(
                     x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED, True,
                 )  # fmt: skip
                 clipped = clipped_by_value(grad, grad_clip)
                 square += tl.sum(clipped * clipped, axis=1)
@@ -437,11 +457,11 @@ def langevin_streaming(
                 w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
                 x, grad = gradient_chunk(
                     x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED, True,
                 )  # fmt: skip
                 clipped, moved = move_chunk(
                     x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST, True,
                 )  # fmt: skip
                 finite = finite & is_finite(moved)
             first_bad = tl.where((first_bad < 0) & ~finite, t, first_bad)
@@ -456,11 +476,11 @@ def langevin_streaming(
             w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
             x, grad = gradient_chunk(
                 x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED, telemetry_ptr is not None,
             )  # fmt: skip
             clipped, moved = move_chunk(
                 x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
-                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST, not BOUNDED,
             )  # fmt: skip
             dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
             new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)
@@ -486,6 +506,9 @@ def langevin_streaming(
         # the next step's loads may be issued by other threads than this step's stores
         tl.debug_barrier()
 
+    # made anew, as in the resident kernel
+    chains = first + zero + tl.arange(0, BLOCK_CHAINS)
+    inside = chains < n_chains
     energy = tl.zeros((BLOCK_CHAINS,), tl.float32) + tl.load(constant_ptr)
     if HAS_TERMS:
         for c in range(n_chunks):
@@ -493,10 +516,10 @@ def langevin_streaming(
             energy += energy_of_terms(x1, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
     labels = load_labels(label_ptr, chains, inside, 0)
     for k in tl.static_range(len(FIRSTS) - 1):
-        z = zs[k] + load_bias(bias_ptrs, 0, tl.constexpr(FIRSTS[k]), BLOCKS)
+        z = zs[k] + load_bias(bias_ptrs, zero, tl.constexpr(FIRSTS[k]), BLOCKS)
         energy += energy_at(
-            z, weights, bias_ptrs, scale_ptr + k, labels, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS,
-            PRECISION, FAST, INTERPRETED,
+            z, weights, bias_ptrs, scale_ptr + k, labels, zero, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
+            PARAMETERS, PRECISION, FAST, INTERPRETED,
         )  # fmt: skip
     tl.store(energy_ptr + chains, energy, mask=inside)
     tl.store(first_bad_ptr + chains, first_bad, mask=inside)

@@ -100,29 +100,40 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
 
 
 def _candidates(dim: int, networks: Networks, precision: str, capability: int | None) -> list[Launch]:
-    """Configurations in order of preference: fewest spills, then fewest instructions (bench/resources.py)."""
+    """Configurations in order of preference: without spills, then with fewest instructions (bench/resources.py)."""
     family = None if capability is None else capability // 10
-    tiles = [Launch("resident", 64, block(dim), 4, 1)] if dim <= _MAX_RESIDENT_DIM else []
-    chunks = [(64, 64, 4), (64, 32, 4)]
+    mma_sync, wgmma = family in (8, 12), family == 9
+    tile = Launch("resident", 64, block(dim), 4, 1)
     # Eight warps of mma.sync take all chains of a small tile and an eighth of the columns each, so that weights and
-    # accumulators fit in their registers; of a layer with fewer than 64 columns they would repeat each other's work.
+    # sums fit in their registers; of a layer with fewer than 64 columns they would repeat each other's work.
     eight = all(width > 32 for widths in networks for width in widths)
-    if family in (8, 12):
-        if eight and precision != "bf16":
-            # two halves of every weight leave room for half the chains
-            chains = 16 if precision == "bf16x3" else 32
-            tiles = [Launch("resident", chains, max(64, block(dim)), 8, 1) for _ in tiles] + tiles
-        elif dim > 32:
-            # of four warps each has a quarter of the columns, which wants wide enough a state
-            tiles = [replace(tile, block_chains=32) for tile in tiles]
-        elif precision != "bf16x3":
-            # a warp has all columns of 16 chains; so narrow a state leaves shared memory for weights in both orders
-            tiles = [replace(tile, both_orders=True) for tile in tiles] + tiles
-        if dim > 32:
-            chunks = [(32, 64, 8 if eight else 4), (32, 32, 4)]
-    elif family == 9:
-        if eight and precision == "tf32" and dim > 32:
-            # wgmma takes both orders of 4-byte weights and twice the operand: more than fits without spills
-            tiles = [Launch("resident", 32, block(dim), 8, 1) for _ in tiles]
+
+    # Numbers are of networks [128, 128]: warp-instructions a chain-step (spill loads + stores a warp and step).
+    if dim > _MAX_RESIDENT_DIM:
+        tiles = []
+    elif mma_sync and eight and precision != "bf16":
+        # sm_80, eight warps here and four below. 2 dims: bf16x3 399 (0), 276 (1133 + 269); tf32 280 (0), 203 (5 + 0).
+        # 64 dims: bf16x3 377 (0), 366 (228 + 145); tf32 265 (0), 273 (117 + 64).
+        # Two halves of every weight leave room for half the chains.
+        tiles = [Launch("resident", 16 if precision == "bf16x3" else 32, max(64, block(dim)), 8, 1), tile]
+    elif mma_sync and dim > 32:
+        # of four warps each has a quarter of the columns, which wants wide enough a state
+        tiles = [replace(tile, block_chains=32)]
+    elif mma_sync and precision != "bf16x3":
+        # a warp has all columns of 16 chains; so narrow a state leaves shared memory for weights in both orders
+        tiles = [replace(tile, both_orders=True), tile]
+    elif wgmma and eight and precision == "tf32" and dim > 32:
+        # wgmma takes 4-byte weights in both orders and an operand of twice the size: 208 (89 + 47) streaming, which is
+        # what fits. A tile of 32 is too small for it, so this is mma.sync: 264 (0).
+        tiles = [Launch("resident", 32, block(dim), 8, 1)]
+    else:
+        tiles = [tile]
+
+    if wgmma:
         chunks = [(128, 32, 8), (64, 32, 4)]
+    elif mma_sync and dim > 32:
+        # 784-[256, 128] at bf16 on sm_80: 1,578 (0) with eight warps, some 130 fewer with four, which spill
+        chunks = [(32, 64, 8 if eight else 4), (32, 32, 4)]
+    else:
+        chunks = [(64, 64, 4), (64, 32, 4)]
     return tiles + [Launch("streaming", chains, min(dims, block(dim)), warps, 1) for chains, dims, warps in chunks]

@@ -224,14 +224,40 @@ def load_head(ptr, labels, shift, BLOCK: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
+def park(ptr, slope):
+    """Write a tensor-core accumulator to memory as bf16, in the order in which its threads hold it, 8 at a time."""
+    ROWS: tl.constexpr = slope.shape[0]
+    COLUMNS: tl.constexpr = slope.shape[1]
+    parts = tl.reshape(slope, (ROWS // 16, 2, 8, COLUMNS // 16, 2, 4, 2))
+    flat = tl.reshape(tl.permute(parts, (3, 0, 2, 5, 4, 1, 6)), (ROWS * COLUMNS,))
+    tl.store(ptr + tl.arange(0, ROWS * COLUMNS), flat.to(tl.bfloat16))
+
+
+@triton.jit
+def fetch(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """What `park` wrote, as float32. Each thread reads what it wrote itself."""
+    halves = tl.load(ptr + tl.arange(0, ROWS * COLUMNS))
+    if INTERPRETED:
+        flat = halves.to(tl.float32)
+    else:
+        # one instruction each, where the compiler takes three for two
+        flat = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [halves], tl.float32, True, 2
+        )
+    parts = tl.reshape(flat, (COLUMNS // 16, ROWS // 16, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(parts, (1, 5, 2, 0, 4, 3, 6)), (ROWS, COLUMNS))
+
+
+@triton.jit
 def slope_at(
-    z, weights, bias_ptrs, scale_ptr, labels, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
+    z, weights, bias_ptrs, scale_ptr, labels, shift, parking_ptr, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """dE/dz at hidden layer LAYER: (BLOCK_CHAINS, BLOCKS[LAYER]), given its z.
 
-    weights[l] and bias_ptrs[l] lead to layer l. scale_ptr: of a "logsumexp" head.
+    weights[l] and bias_ptrs[l] lead to layer l. scale_ptr: of a "logsumexp" head. parking_ptr: bf16, one for each of
+    dE/dz, where act'(z) waits while the layers above are worked out; None: in registers, in float32.
     """
     ABOVE: tl.constexpr = tl.constexpr(ACTIVATIONS[LAYER + 1])
     if ABOVE == "scalar" or ABOVE == "class":
@@ -243,6 +269,8 @@ def slope_at(
         a, slope = activation_and_slope(
             z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
         )  # fmt: skip
+        if parking_ptr is not None:
+            park(parking_ptr, slope)
         above = product(a, weights[LAYER + 1], PRECISION, INTERPRETED)
         above += load_bias(bias_ptrs, shift, LAYER + 1, BLOCKS)
         if ABOVE == "logsumexp":
@@ -250,15 +278,18 @@ def slope_at(
             grad = share * (tl.load(scale_ptr) / tl.sum(share, axis=1))[:, None]
         else:
             grad = slope_at(
-                above, weights, bias_ptrs, scale_ptr, labels, shift, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
-                PRECISION, FAST, INTERPRETED,
+                above, weights, bias_ptrs, scale_ptr, labels, shift, None, LAYER + 1, BLOCKS, ACTIVATIONS,
+                PARAMETERS, PRECISION, FAST, INTERPRETED,
             )  # fmt: skip
-        return slope * product(grad, transpose(weights[LAYER + 1], PRECISION), PRECISION, INTERPRETED)
+        back = product(grad, transpose(weights[LAYER + 1], PRECISION), PRECISION, INTERPRETED)
+        if parking_ptr is not None:
+            slope = fetch(parking_ptr, z.shape[0], z.shape[1], INTERPRETED)
+        return slope * back
 
 
 @triton.jit
 def energy_at(
-    z, weights, bias_ptrs, scale_ptr, labels, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
+    z, weights, bias_ptrs, scale_ptr, labels, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -268,21 +299,21 @@ def energy_at(
     )  # fmt: skip
     ABOVE: tl.constexpr = tl.constexpr(ACTIVATIONS[LAYER + 1])
     if ABOVE == "scalar" or ABOVE == "class":
-        value = tl.sum(a * load_head(weights[LAYER + 1][0], labels, 0, BLOCKS[LAYER], ABOVE), axis=1)
+        value = tl.sum(a * load_head(weights[LAYER + 1][0], labels, shift, BLOCKS[LAYER], ABOVE), axis=1)
         if ABOVE == "class":
             return value + tl.load(bias_ptrs[LAYER + 1] + labels)
         else:
             return value + tl.load(bias_ptrs[LAYER + 1])
     else:
         above = product(a, weights[LAYER + 1], PRECISION, INTERPRETED)
-        above += load_bias(bias_ptrs, 0, LAYER + 1, BLOCKS)
+        above += load_bias(bias_ptrs, shift, LAYER + 1, BLOCKS)
         if ABOVE == "logsumexp":
             top = tl.max(above, axis=1)
             return tl.load(scale_ptr) * (top + tl.log(tl.sum(tl.exp(above - top[:, None]), axis=1)))
         else:
             return energy_at(
-                above, weights, bias_ptrs, scale_ptr, labels, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION,
-                FAST, INTERPRETED,
+                above, weights, bias_ptrs, scale_ptr, labels, shift, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
+                PRECISION, FAST, INTERPRETED,
             )  # fmt: skip
 
 
