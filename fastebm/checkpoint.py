@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .team import Team
+from .processes import Processes
 
 __all__ = ["DamagedError", "Saved", "Writer", "name_newest", "newest", "write_atomically"]
 
@@ -61,8 +61,8 @@ class Writer:
     Every process makes the same calls; ``ready`` may differ, all else is the same for all.
     """
 
-    def __init__(self, folder: Path, team: Team) -> None:
-        self.folder, self.team = folder, team
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        self.folder, self.processes = folder, processes
         self._step: int | None = None  # of the checkpoint that is being written
         self._thread = threading.Thread()
         self._files: dict[str, Any] = {}
@@ -86,7 +86,7 @@ class Writer:
         """Nothing is written any more afterwards. After an error a process alone still finishes what was begun."""
         if self._thread.is_alive():
             self._thread.join()
-        if self.team.size == 1:
+        if self.processes.size == 1:
             self.finish()
 
     def begin(
@@ -107,7 +107,7 @@ class Writer:
             OSError, RuntimeError: it can't be written, or the one before couldn't.
         """
         self.finish()
-        is_first = self.team.rank == 0
+        is_first = self.processes.rank == 0
         n_rows = {len(t) for t in rows.values()}
         if len(n_rows) > 1:
             raise ValueError(f"tensors of rows must have equally many, got {sorted(n_rows)}")
@@ -116,19 +116,17 @@ class Writer:
         shared = {file: _copy(named) for file, named in tensors.items()} if is_first else {}
         self._step, self._values, self._error, self._files = step, values, None, {}
 
-        def prepare() -> None:
+        with self._together():
             if is_first:
                 self.folder.mkdir(exist_ok=True)
                 shutil.rmtree(self._temporary, ignore_errors=True)
                 self._temporary.mkdir()
 
-        self._together(prepare)
-
         def write() -> None:
             try:
                 for file, named in shared.items():
                     self._files[f"{file}.safetensors"] = _write(self._temporary / f"{file}.safetensors", named)
-                file = _rows_file(self.team.rank)
+                file = _rows_file(self.processes.rank)
                 self._files[file] = {**_write(self._temporary / file, rows), "rows": max(n_rows, default=0)}
             except BaseException as error:  # a KeyboardInterrupt too: only what is written whole is published
                 self._error = error
@@ -151,16 +149,15 @@ class Writer:
             return
         if self._thread.is_alive():
             self._thread.join()
-
-        def written() -> None:
+        with self._together():
             if self._error is not None:
                 raise self._error
-
-        self._together(written)
-        files = {name: file for part in self.team.gather(self._files) for name, file in part.items()}
+        files = {name: file for part in self.processes.gather(self._files) for name, file in part.items()}
         step = self._step
         try:
-            self._together(lambda: self._publish(step, files) if self.team.rank == 0 else None)
+            with self._together():
+                if self.processes.rank == 0:
+                    self._publish(step, files)
         finally:
             self._step = None
 
@@ -168,14 +165,16 @@ class Writer:
     def _temporary(self) -> Path:
         return self.folder / f"{_name(self._step or 0)}.tmp"
 
-    def _together(self, work: Callable[[], None]) -> None:
-        """As ``Team.together``; after an error nothing is pending, and the disk has no part of it."""
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """As ``Processes.together``; after an error nothing is pending, and the disk has no part of it."""
         try:
-            self.team.together(work)
+            with self.processes.together():
+                yield
         except Exception as error:
             step, temporary = self._step, self._temporary
             self._step = None
-            if self.team.rank == 0:
+            if self.processes.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError):
                 text = f"{error.strerror or error}: the checkpoint of step {step} is not written, the one before stays"

@@ -27,9 +27,9 @@ from .checkpoint import write_atomically
 from .data import SETS, DataInfo, load, load_array
 from .energies import MLPEnergy
 from .mlp import ACTIVATIONS
+from .processes import Processes, launched
 from .recipe import TrainConfig, recipe
 from .report import fresh_samples, landscape
-from .team import Team, launched
 from .train import (
     CHECKPOINT_EVERY,
     FREE_SETTINGS,
@@ -249,7 +249,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with launched(config.device) as group, _Signals() as signals, _Progress(config.steps, _rank() == 0) as progress:
         if out is None:  # by the clock of the first process
             new = Path("runs") / time.strftime(f"{name or file.stem}-%Y%m%d-%H%M%S")
-            out = Path(Team(group).gather(str(new))[0])
+            out = Path(Processes(group).gather(str(new))[0])
         source = f"{config.data.name} " if config.data.name in SETS else ""
         again = f"fastebm train {source}--resume {shlex.quote(str(out))}"
         try:

@@ -7,7 +7,6 @@ chains, restart a few, advance them, and put them back where they came from.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import sys
@@ -170,16 +169,11 @@ class ChainPool:
         self.n_local = last - self.first_chain
         self._labels = None if labels is None else self._checked_labels(labels)
         arguments = (n_chains, self.shape, self.clamp, self.seed, self._kind(), self.reinit_prob, storage_dtype)
-
-        def place() -> tuple[Storage, tuple[int, ...]]:
-            storage = Storage(
+        with self._processes.together(arguments, differ="built theirs with other arguments or another seed"):
+            self._storage = Storage(
                 self.n_local, self._dim, dtype=storage_dtype, rule=rule, device=self.device, home=storage_device,
                 file=self._processes.own(storage_file), seed=self.seed, first_chain=self.first_chain,
             )  # fmt: skip
-            return storage, ()
-
-        what = "built theirs with other arguments or another seed"
-        self._storage, _ = self._processes.together(place, (_hash(arguments),), what=what)
         self._steps, self._started = (torch.zeros(self.n_local, dtype=torch.int64, device=self.device) for _ in "12")
         self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
         self._energy = torch.full((self.n_local,), math.nan, device=self.device)
@@ -193,7 +187,7 @@ class ChainPool:
         return self.n_chains
 
     def __repr__(self) -> str:
-        here = "" if self._processes.world == 1 else f" ({self.n_local} of them here)"
+        here = "" if self._processes.size == 1 else f" ({self.n_local} of them here)"
         return f"ChainPool({len(self)} chains of shape {self.shape} on {self.device}{here}, {self.draws} draws)"
 
     # -- what is known of every chain of this process -----------------------------------------------------------
@@ -292,7 +286,8 @@ class ChainPool:
     ) -> Advanced:  # fmt: skip
         options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
 
-        def work() -> tuple[tuple[_Draw, Tensor, Advanced, Tensor], tuple[int, ...]]:
+        call = "sample", self.draws, self.added, batch_size, steps
+        with self._processes.together(call, differ=_OTHER_CALLS) as counts:
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
                 raise ValueError(f"batch_size must be an int in [1, {len(self)}], the pool's size, got {batch_size!r}")
             rule = self._rule(langevin)
@@ -301,17 +296,13 @@ class ChainPool:
                 rule = _rule_of(rule, draw.places, batch_size)
             x, before = self._taken(draw)
             done, bad = self._moved(energy, x, draw.rows, before, rule, steps, on_nonfinite, options)
-            return (draw, before, done, bad), (len(draw.restart), len(bad))
-
-        (draw, before, done, bad), (n_restarted, n_bad) = self._processes.together(
-            work, (0, self.draws, self.added, batch_size, steps), what=_OTHER_CALLS
-        )
+            counts += [len(draw.restart), len(bad)]
         # From here on nothing can fail, so a pool never holds half a draw.
         self._put_back(draw, before, before + steps, done)
         if len(bad) > 0 and on_nonfinite == "reinit":
             self._restarted(draw.rows[bad], before[bad] + steps, nonfinite=True)
         labels = None if self._labels is None else self._labels[draw.rows]
-        self.last = PoolCall(self._storage.chains(draw.rows), labels, n_restarted, n_bad)
+        self.last = PoolCall(self._storage.chains(draw.rows), labels, *counts)
         return done
 
     def _taken(self, draw: _Draw) -> tuple[Tensor, Tensor]:
@@ -342,7 +333,7 @@ class ChainPool:
     def _draws_ahead(self, batch_size: int, count: int) -> dict[int, _Draw]:
         drawn = _draws(self.seed, self.draws, count, len(self), batch_size, self.device)
         rows, sizes, places = drawn.flatten(), [batch_size] * count, None
-        if self._processes.world > 1:
+        if self._processes.size > 1:
             mine = (drawn >= self.first_chain) & (drawn < self.first_chain + self.n_local)
             sizes, places = mine.sum(dim=1).tolist(), torch.split(mine.nonzero()[:, 1], mine.sum(dim=1).tolist())
             rows = rows[mine.flatten()] - self.first_chain
@@ -423,9 +414,8 @@ class ChainPool:
             nonlocal agreed, n_bad
             if not agreed:
                 agreed = True
-                (n_bad,) = self._processes.agree(
-                    error, (1, self.draws, self.added, 0, steps), (n_bad,), what=_OTHER_CALLS
-                )
+                call = "advance", self.draws, self.added, steps
+                (n_bad,) = self._processes.agree(error, call, (n_bad,), differ=_OTHER_CALLS)
 
         def move(rows: slice, x: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal n_bad, moved
@@ -638,9 +628,8 @@ class ChainPool:
         Raises:
             ValueError: missing entries, another version, size, shape or storage_dtype, or values that can't be.
         """
-        (seed, rule, reinit_prob), _ = self._processes.together(
-            lambda: (self._checked_state(state), ()), (2,), what=_OTHER_CALLS
-        )
+        with self._processes.together(("load_state_dict",), differ=_OTHER_CALLS):
+            seed, rule, reinit_prob = self._checked_state(state)
         # From here on nothing can fail, so a pool never becomes half of another.
         self._labels = None if state["labels"] is None else torch.empty_like(self._steps)
         for name, target in (("x", self._storage.data), *self._story().items()):
@@ -866,10 +855,6 @@ def _last_of_each(rows: Tensor, n: int) -> Tensor:
     is_last = torch.ones_like(values, dtype=torch.bool)
     is_last[:-1] = values[1:] != values[:-1]
     return order[is_last & (values >= 0) & (values < n)]
-
-
-def _hash(arguments: tuple[Any, ...]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(arguments).encode()).digest()[:7], "little")
 
 
 def _below(n: int, w0: Tensor, w1: Tensor) -> Tensor:

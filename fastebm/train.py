@@ -34,10 +34,10 @@ from .data import Data, reload
 from .energies import MLPEnergy, energy
 from .objectives import contrastive_divergence_loss
 from .pool import ChainPool
+from .processes import Processes
 from .recipe import TrainConfig
 from .report import report
 from .sampling import NonFiniteError, langevin_sample
-from .team import Team
 
 __all__ = [
     "Stopped",
@@ -98,16 +98,16 @@ def build_model(config: TrainConfig, data_dim: int) -> MLPEnergy:
 class _Run:
     """All that changes while training. ``save`` and ``load`` are inverse to each other, bit for bit."""
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device, team: Team) -> None:
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device, processes: Processes) -> None:
         if config.batch_size > len(data.train):
             raise ValueError(f"batch_size must be <= {len(data.train)}, the training rows, got {config.batch_size}")
-        self.config, self.device, self.team = config, device, team
+        self.config, self.device, self.processes = config, device, processes
         self.model = build_model(config, data.dim).to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         # What the loss goes through: gradients are then those of all processes.
         self.trained: nn.Module = self.model
-        if team.size > 1:
-            self.trained = nn.parallel.DistributedDataParallel(self.model, process_group=team.group)
+        if processes.size > 1:
+            self.trained = nn.parallel.DistributedDataParallel(self.model, process_group=processes.group)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, betas=config.betas)
         self.pool = ChainPool(
             config.pool_size,
@@ -116,7 +116,7 @@ class _Run:
             seed=config.seed,
             device=device,
             reinit_prob=config.restart_prob,
-            process_group=team.group,
+            process_group=processes.group,
         )
         self.generator = torch.Generator().manual_seed(config.seed)  # of the data: their order, dequantisation
         self.step = 0
@@ -152,13 +152,12 @@ class _Run:
     def load(self, saved: checkpoint.Saved) -> None:
         """Become the saved run. After an error this run is good for nothing."""
 
-        def read() -> dict[str, Tensor]:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        with self.processes.together():
             average, state = saved.tensors("model"), saved.tensors("state")
             rows = saved.rows(self.pool.first_chain, self.pool.n_local)
-
-            def part(prefix: str) -> dict[str, Tensor]:
-                return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
             with _described(saved):
                 self.model.load_state_dict(part("model."))
                 self.average.load_state_dict(average)
@@ -168,9 +167,7 @@ class _Run:
                         self.optimizer.state[p][k] = v if k == "step" else v.to(self.device)
                 self.generator.set_state(state["generator"])
                 self.step, self.seconds = saved.step, saved.values["seconds"]
-                return {**saved.values["pool"], **rows}
-
-        pool = self.team.together(read)
+                pool = {**saved.values["pool"], **rows}
         with _described(saved):
             self.pool.load_state_dict(pool)
 
@@ -181,7 +178,7 @@ def _described(saved: checkpoint.Saved) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if Team.lost(error):
+        if Processes.lost(error):
             raise
         raise ValueError(f"{saved.path} does not hold the run that its configuration describes: {error}") from None
 
@@ -293,50 +290,45 @@ def train(
     """
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an int >= 1, got {checkpoint_every!r}")
-    team = Team(process_group)
-    device = resolve_device(config.device)
-    data = data or reload(config.data, config.seed)
-    config = dataclasses.replace(config, data=data.info)
-    calls = team.gather((config.to_dict(), os.fspath(out), resume, checkpoint_every))
-    if any(call != calls[0] for call in calls):
-        raise ValueError("the processes of a run must make the same call: config, out, resume and checkpoint_every")
-
+    processes = Processes(process_group)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(team.told_apart())
+        stack.enter_context(processes.told_apart())
+        with processes.together():
+            device = resolve_device(config.device)
+            data = data or reload(config.data, config.seed)
+            config = dataclasses.replace(config, data=data.info)
+            source, saved = os.fspath(out), None
+            out = located(source)[0] if resume else Path(out)
+        call = config.to_dict(), source, resume, checkpoint_every
+        processes.agree(None, call, differ="have another config, out, resume or checkpoint_every")
         if resume:
-            out, _ = located(source := out)
-            stack.enter_context(_locked(out, team))
-            saved = saved_config(source)
-            if _fixed(saved.to_dict()) != _fixed(config.to_dict()):
-                raise ValueError(f"the run in {out} has another configuration: resume it with its own")
-            path = located(source)[1]
-            run = _Run(config, data, device, team)
-            run.load(checkpoint.Saved(path))
+            stack.enter_context(_locked(out, processes))
+            with processes.together():
+                if _fixed(saved_config(source).to_dict()) != _fixed(config.to_dict()):
+                    raise ValueError(f"the run in {out} has another configuration: resume it with its own")
+                saved = checkpoint.Saved(located(source)[1])
+        run = _Run(config, data, device, processes)
+        if saved is not None:
+            run.load(saved)
         else:
-            out, path = Path(out), None
-            run = _Run(config, data, device, team)
-            team.together(lambda: _checked_empty(out))
-            stack.enter_context(_locked(out, team))
-        metrics: list[dict[str, float]] = []
-
-        def begin() -> None:
-            nonlocal metrics
-            if team.rank > 0:
-                return
-            if path is None:
+            with processes.together():
                 _checked_empty(out)
-            else:
-                checkpoint.name_newest(path)
-                if run.step < config.steps:
-                    (out / SUMMARY).unlink(missing_ok=True)
-            # Anew in a resumed run too, whose device, say, may be another.
-            _write_json(out / "config.json", config.to_dict())
-            metrics = _metrics_up_to(run.step, out / "metrics.jsonl")
-
-        team.together(begin)
-        writer = stack.enter_context(checkpoint.Writer(out / CHECKPOINTS, team))
-        log = stack.enter_context(_log(out / "metrics.jsonl" if team.rank == 0 else None))
-        if path is None:
+            stack.enter_context(_locked(out, processes))
+        metrics: list[dict[str, float]] = []
+        with processes.together():
+            if processes.rank == 0:
+                if saved is None:
+                    _checked_empty(out)
+                else:
+                    checkpoint.name_newest(saved.path)
+                    if run.step < config.steps:
+                        (out / SUMMARY).unlink(missing_ok=True)
+                # Anew in a resumed run too, whose device, say, may be another.
+                _write_json(out / "config.json", config.to_dict())
+                metrics = _metrics_up_to(run.step, out / "metrics.jsonl")
+        writer = stack.enter_context(checkpoint.Writer(out / CHECKPOINTS, processes))
+        log = stack.enter_context(_log(out / "metrics.jsonl" if processes.rank == 0 else None))
+        if saved is None:
             run.save(writer)
             writer.finish()
         while run.step < config.steps:
@@ -349,12 +341,12 @@ def train(
                 ) from None
             metrics.append(row)
             log.write(json.dumps(row) + "\n")
-            if n_ready == team.size:
+            if n_ready == processes.size:
                 writer.finish()
             is_last = run.step == config.steps
             if stop or is_last or run.step % checkpoint_every == 0:
                 log.flush()  # first, so that no line of a saved step is missing
-                if team.rank == 0:
+                if processes.rank == 0:
                     os.fsync(log.fileno())
                 run.save(writer)
             if stop or is_last:
@@ -363,20 +355,21 @@ def train(
             if stop and not is_last:
                 raise Stopped(out, run.step, config.steps)
         n_nonfinite = run.pool.stats().nonfinite
-        team.together(lambda: None)  # from here on the first one works alone
-        if team.rank > 0:
+        with processes.together():
+            pass  # from here on the first one works alone
+        if processes.rank > 0:
             return {}
         return _report(run, data, metrics, out, n_nonfinite, on_phase, should_stop)
 
 
 def _train_step(run: _Run, data: Data, flags: Callable[[], tuple[bool, bool]]) -> tuple[dict[str, float], bool, int]:
     """One iteration; returns its line of metrics.jsonl, and what ``flags`` says: on any process; on how many."""
-    config, model, team = run.config, run.model, run.team
+    config, model, processes = run.config, run.model, run.processes
     started = time.perf_counter()
 
     n = config.batch_size
     real = data.batch(n, config.dequantisation, run.generator)  # the same on all processes, which each take a part
-    real = real[n * team.rank // team.size : n * (team.rank + 1) // team.size].to(run.device)
+    real = real[slice(*processes.share(n))].to(run.device)
     samples, _ = run.pool.sample(
         model, n, config.sampler(config.langevin_steps), config.langevin_steps, backend=config.backend,
         compile=config.compiles(run.device), on_nonfinite=config.on_nonfinite,
@@ -394,11 +387,12 @@ def _train_step(run: _Run, data: Data, flags: Callable[[], tuple[bool, bool]]) -
     learning_rate = config.learning_rate_at(run.step)
     run.optimizer.param_groups[0]["lr"] = learning_rate
     run.optimizer.zero_grad(set_to_none=True)
-    (loss * team.size).backward()  # type: ignore[no-untyped-call]  # DistributedDataParallel divides by it
+    (loss * processes.size).backward()  # type: ignore[no-untyped-call]  # DistributedDataParallel divides by it
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     values = torch.stack([norm, loss.detach(), real_energy.detach().sum() / n, sample_energy.detach().sum() / n])
     grad_norm, *parts = values.tolist()  # the step's second device sync
-    loss_value, energy_real, energy_samples, n_stop, n_ready = team.total([*parts, *flags()])
+    sums = processes.total(torch.tensor([*parts, *flags()], dtype=torch.float64))
+    loss_value, energy_real, energy_samples, n_stop, n_ready = sums.tolist()
     if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
         raise NonFiniteError(
             f"the loss is {loss_value:g} and the norm of its gradient {grad_norm:g}; "
@@ -434,22 +428,20 @@ def _checked_empty(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path, team: Team) -> Iterator[None]:
+def _locked(out: Path, processes: Processes) -> Iterator[None]:
     """No other run can use the folder. The lock is the system's, and ends with the process however that ends."""
     from filelock import FileLock, Timeout  # an optional package, which torch itself needs
 
     lock = FileLock(out / LOCK)
 
-    def acquire() -> None:
-        if team.rank == 0:
+    with processes.together():
+        if processes.rank == 0:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise ValueError(
                     f"{out} is in use: another process trains in it; wait for it, stop it, or choose another folder"
                 ) from None
-
-    team.together(acquire)
     try:
         yield
     finally:
@@ -514,7 +506,7 @@ def _report(
         **report(run.average, config, data, metrics, out, begin),
         "chain_steps": run.step * config.batch_size * config.langevin_steps,
         "nonfinite": n_nonfinite,
-        "processes": run.team.size,
+        "processes": run.processes.size,
         "seconds": run.seconds,
         "seconds_after_training": time.perf_counter() - started,
         "steps": run.step,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fastebm import checkpoint
 from fastebm.checkpoint import DamagedError, Saved, Writer, newest, write_atomically
-from fastebm.team import Team
+from fastebm.processes import Processes
 
 STATE = {
     "weight": torch.linspace(-1, 1, 12).reshape(3, 4),
@@ -40,13 +40,13 @@ def rows(n=7, seed=0):
 
 def write(folder, step, *, seed=0):
     folder.mkdir(exist_ok=True)
-    with Writer(folder, Team()) as writer:
+    with Writer(folder, Processes()) as writer:
         writer.begin(step, {"state": STATE, "model": {"w": torch.ones(2)}}, rows(seed=seed), {**VALUES, "of": step})
         writer.finish()
     return folder / f"step-{step:08d}"
 
 
-class Thread(Team):
+class Thread(Processes):
     """One of several processes that are threads."""
 
     def __init__(self, rank, size, barrier, board):
@@ -59,6 +59,8 @@ class Thread(Team):
         values = list(self.board)
         self.barrier.wait(30)
         return values
+
+    _numbers = gather
 
 
 def write_by(folder, step, sizes, rows=rows):
@@ -137,7 +139,7 @@ def test_steps_that_are_done_again_replace_what_was_there(tmp_path):
 
 def test_views_and_strides_are_written_as_what_they_show(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
-    with Writer(tmp_path, Team()) as writer:
+    with Writer(tmp_path, Processes()) as writer:
         writer.begin(0, {"state": {"t": base.t(), "row": base[1], "same": base}}, {"x": base.t()}, {})
     saved = Saved(newest(tmp_path))
     same(saved.tensors("state"), {"t": base.t(), "row": base[1], "same": base})
@@ -163,7 +165,7 @@ def test_what_chains_do_meanwhile_is_not_in_it(tmp_path, monkeypatch):
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (go_on.wait(30), sync(fd))[1])
     x = rows()
-    with Writer(tmp_path, Team()) as writer:
+    with Writer(tmp_path, Processes()) as writer:
         writer.begin(1, {"state": {"w": (w := torch.ones(3))}}, x, {})
         assert writer.pending
         assert not writer.ready
@@ -180,7 +182,7 @@ def test_many_rows_are_written_without_a_copy(tmp_path, monkeypatch):
     copies = []
     copy = checkpoint._copy
     monkeypatch.setattr(checkpoint, "_copy", lambda named: copies.extend(named) or copy(named))
-    with Writer(tmp_path, Team()) as writer:
+    with Writer(tmp_path, Processes()) as writer:
         writer.begin(1, {"state": STATE}, rows(50), VALUES)
         assert writer.ready
         writer.finish()
@@ -391,7 +393,7 @@ def test_a_full_disk_is_a_clear_error_at_every_stage_and_the_one_before_stays(tm
             x = rows()
             told = None
             try:
-                with Writer(folder, Team()) as writer:
+                with Writer(folder, Processes()) as writer:
                     writer.begin(3, {"state": STATE}, x, VALUES)
             except OSError as error:
                 told = error
@@ -448,7 +450,7 @@ def kill_at_every_stage(folder):
 
 def test_an_error_in_the_background_comes_with_the_next_call(tmp_path, monkeypatch):
     write(tmp_path, 1)
-    with Writer(tmp_path, Team()) as writer:
+    with Writer(tmp_path, Processes()) as writer:
         with monkeypatch.context() as patch:
 
             def full_disk(fd):
@@ -490,7 +492,7 @@ def test_an_error_of_one_process_is_one_of_all(tmp_path, monkeypatch):
 
 
 def test_what_can_not_be_written_is_refused(tmp_path):
-    with Writer(tmp_path, Team()) as writer:
+    with Writer(tmp_path, Processes()) as writer:
         with pytest.raises(ValueError, match="equally many"):
             writer.begin(1, {}, {"x": torch.zeros(3), "y": torch.zeros(2)}, {})
         writer.begin(1, {"state": {"w": torch.zeros(2, dtype=torch.complex64)}}, rows(), {})

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastebm import checkpoint, cli, evaluate, team, train
+from fastebm import checkpoint, cli, evaluate, processes, train
 from fastebm.cli import main
 from fastebm.recipe import recipe
 
@@ -299,7 +299,7 @@ def test_processes_and_gpus_that_do_not_fit_are_refused(monkeypatch, device, mes
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=message), team.launched(device):
+    with pytest.raises(ValueError, match=message), processes.launched(device):
         pass
 
 

@@ -210,7 +210,8 @@ def test_distributed_errors_are_on_every_process(worlds, world, name, guilty, ki
             assert own in message
         else:
             assert got == others
-            assert f"stopped by an error of process {guilty}, which tells it" in message
+            assert f"process {guilty} of {world} can't go on: {kind}: " in message
+            assert own in message
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -22,9 +22,9 @@ from fastebm.backends import torch_compiled
 from fastebm.data import Images, load, load_array
 from fastebm.noise import Stream, words
 from fastebm.pool import draw_distinct
+from fastebm.processes import Processes
 from fastebm.recipe import TrainConfig, recipe
 from fastebm.report import fresh_samples
-from fastebm.team import Team
 from fastebm.train import Stopped, load_model, saved_config, train
 
 TINY = TrainConfig(
@@ -498,7 +498,7 @@ def test_a_pool_of_another_shape_is_refused(tmp_path, tiny_images, no_report):
     ):
         rows = {name: t.clone() for name, t in whole_rows.items()}
         change(rows)
-        with checkpoint.Writer(tmp_path / "checkpoints", Team()) as writer:
+        with checkpoint.Writer(tmp_path / "checkpoints", Processes()) as writer:
             writer.begin(1, files, rows, saved.values)
         with pytest.raises(ValueError, match=rf"step-00000001 does not hold the run .*{message}"):
             train(TINY, tmp_path, data=tiny_images, resume=True)
