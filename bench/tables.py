@@ -227,7 +227,10 @@ def speed() -> str:
     rows = [row for row in most_threads(_timed("steps.csv")) if row["device"] == "cpu" and row["status"] == "ok"]
     paths = [("fastebm-torch", "float32"), ("fastebm-compiled", "float32"), ("fastebm-compiled", "mm-bf16")]
     body = []
-    for case in ("toy-4096", "table-4096", "digits-4096", "photographs-512"):
+    for case in (
+        *("toy-4096", "table-4096", "digits-4096", "photographs-512"),
+        *("toy-256", "table-256", "digits-256"),  # the batch of a training step
+    ):
         of_case = {(row["contestant"], row["precision"]): row for row in rows if row["case"] == case}
         if not of_case:
             continue
