@@ -7,8 +7,10 @@ The flow is: module -> description -> backend -> chains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from .energies import ClassifierEnergy, GaussianEnergy, SumEnergy
 from .mlp import MLP, NotAnMLP, read_mlp, reading
 from .tracing import operator
 
-__all__ = ["Description", "describe"]
+__all__ = ["Description", "check_shape", "describe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +120,20 @@ def describe(module: nn.Module, *, labels: bool = False) -> Description:
         else:
             curvature, mean, linear, constant = _fold(*arguments)
         return Description(tuple(mlps), torch.stack(scales), curvature, mean, linear, constant)
+
+
+def check_shape(module: nn.Module, description: Description, shape: Sequence[int]) -> None:
+    """An error if states (n, *shape) are not what the module takes, of which only the number of dims was read."""
+    if description.dim != math.prod(shape):
+        raise ValueError(f"the energy takes {description.dim} dims, and the chains have {math.prod(shape)}")
+    states = (1, *shape)
+    for term in module.modules():
+        for name, value in term.named_buffers(recurse=False) if isinstance(term, GaussianEnergy) else ():
+            if any(size not in (1, n) for size, n in zip_longest(reversed(value.shape), reversed(states), fillvalue=1)):
+                raise ValueError(
+                    f"a GaussianEnergy has a {name} of shape {tuple(value.shape)}, and the chains' states have "
+                    f"{tuple(shape)}: give it a number, or one state's shape"
+                )
 
 
 def _terms(module: nn.Module, scale: Tensor) -> Iterator[tuple[Tensor, nn.Module]]:

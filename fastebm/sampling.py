@@ -14,7 +14,7 @@ from .backends import Advanced, Chains, reference, run, torch_compiled
 from .backends.choose import Choice, choose
 from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
-from .description import describe
+from .description import check_shape, describe
 from .energies import Energy, n_classes, takes_labels
 from .langevin import Bounds, Langevin
 from .mlp import NotAnMLP, evaluating
@@ -25,6 +25,8 @@ from .tracing import capturing, readable
 __all__ = ["NonFiniteError", "SampleInfo", "advance_chains", "langevin_sample", "state_shape", "uniform_states"]
 
 ON_NONFINITE = ("raise", "reinit", "ignore")
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,8 +295,8 @@ def _advance(
             bf16 = precision == "bf16" and torch_compiled.multiplies_bf16()
             choice = replace(choice, path="compiled", precision="bf16" if bf16 else "ieee")
         description = choice.description
-        if description is not None and description.dim != x.shape[1]:
-            raise ValueError(f"the energy takes {description.dim} dims, and the chains have {x.shape[1]}")
+        if description is not None:
+            check_shape(energy, description, shape)
         module = Energy(energy, shape, x.dtype)
         if len(x) > 0 and readable(device):
             if description is None or len(shape) > 1:
@@ -302,7 +304,6 @@ def _advance(
             n = None if chains.labels is None else n_classes(energy, x[:1].reshape(1, *shape))
             if n is not None and chains.labels is not None:
                 run.check_classes(chains.labels, n)
-        start = x.clone() if on_nonfinite == "reinit" and chains.frozen is not None else x
         why_not_recorded = _why_not_recorded(choice, device) if cuda_graph else None
         recorder = CudaRecorder(device) if cuda_graph and why_not_recorded is None else None
         energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
@@ -329,7 +330,7 @@ def _advance(
         if why_not_recorded is not None:
             done = done._replace(cuda_graph=why_not_recorded)
         if on_nonfinite != "ignore":
-            run.settle(done, chains, start, rule, steps, dict(energy.named_parameters()), energy_of, on_nonfinite)
+            run.settle(done, chains, rule, steps, dict(energy.named_parameters()), energy_of, on_nonfinite)
     return choice, done
 
 
@@ -384,13 +385,17 @@ def _check_takes(energy: Energy, x: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"the energy does not take states of shape (n_chains, {shape}){beside}: {error}") from error
 
 
+def check_integers(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+
+
 def _checked_labels(energy: nn.Module, labels: Tensor | None, chains: Tensor) -> Tensor | None:
     """chains: (n_chains,), where the states are."""
     if labels is None:
         return None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be a tensor of integers, got {got}")
+    check_integers("labels", labels)
     if labels.shape != chains.shape or not _same_device(labels.device, chains.device):
         raise ValueError(
             f"labels must be ({len(chains)},), one a chain, on {chains.device}, got {tuple(labels.shape)} on "

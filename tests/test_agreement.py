@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastebm.bench.problem import halves
 from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, shared_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -307,29 +308,9 @@ def test_chains_explode_at_different_steps(device, regime, clamp):
 # -- precisions --------------------------------------------------------------------------------------------
 
 
-def halves(values, precision, *, in_kernel):
-    """An operand as a precision multiplies it: a sum of terms, each exact in float32.
-
-    Weights are rounded on the host. In the kernel, bf16x3 cuts the high half off and rounds the rest, and tensor
-    cores drop the low bits of tf32; the interpreter cuts wherever a GPU rounds to bf16, and keeps all of tf32.
-    """
-    if precision == "tf32":
-        return (values if interpreted() else truncated(values, 13),)
-    cut = in_kernel and (interpreted() or precision == "bf16x3")
-    rounded = truncated(values, 16) if cut else values.bfloat16().float()
-    if precision == "bf16":
-        return (rounded,)
-    rest = values - rounded
-    return rounded, truncated(rest, 16) if in_kernel and interpreted() else rest.bfloat16().float()
-
-
-def truncated(values, bits):
-    return (values.contiguous().view(torch.int32) & -(1 << bits)).view(torch.float32)
-
-
 def plain_product(a, w, precision):
     """a @ w in float32 of rounded operands, without the product of the two low halves."""
-    a, w = halves(a, precision, in_kernel=True), halves(w, precision, in_kernel=False)
+    a, w = (halves(v, precision, in_kernel=v is a, on_gpu=not interpreted()) for v in (a, w))
     return sum(a[i] @ w[j] for i in range(len(a)) for j in range(len(w)) if i + j < 2)
 
 

@@ -861,6 +861,7 @@ BAD = {
         r"labels must be in \[0, 2\).* from 0 to 2",
     ),
     "labels float": (classifier, {"labels": LABELS.float()}, TypeError, "must be a tensor of integers.*float32"),
+    "labels complex": (classifier, {"labels": LABELS + 0j}, TypeError, "must be a tensor of integers.*complex64"),
     "labels bool": (classifier, {"labels": LABELS > 0}, TypeError, "must be a tensor of integers, got torch.bool"),
     "labels list": (classifier, {"labels": [0, 1, 2, 0]}, TypeError, "labels must be a tensor of integers, got list"),
     "labels too few": (classifier, {"labels": LABELS[:3]}, ValueError, r"labels must be \(4,\), one a chain, .*\(3,\)"),
@@ -946,6 +947,10 @@ BAD = {
     ),
     "dims of a Gaussian": (
         lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(5))]), {}, ValueError, "does not take states of shape",
+    ),
+    "a column of means": (  # (4, 3) - (3, 1) would be no error of 3 chains
+        lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(3, 1))]), {}, ValueError,
+        r"a mean of shape \(3, 1\), and the chains' states have \(3,\)|an energy maps .* got shape \(3,\)",
     ),
     "dims of a sum": (
         lambda: SumEnergy([MLPEnergy(5, (4,)), GaussianEnergy()]), {}, ValueError, "takes 5 dims|not take states",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Advanced", "Chains", "Telemetry"]
@@ -74,3 +75,15 @@ class Advanced(NamedTuple):
     trajectory: Tensor | None = None
     telemetry: Telemetry | None = None
     cuda_graph: str | None = None
+
+    @classmethod
+    def blank(cls, x: Tensor, steps: int, thin: int, telemetry: bool) -> Advanced:
+        """To be filled in: of chains x, that are moved in place, no energy is known and none was bad."""
+        n_chains, dim = x.shape
+        return cls(
+            x,
+            x.new_empty(n_chains),
+            torch.full((n_chains,), -1, dtype=torch.int32, device=x.device),
+            x.new_empty(n_chains, steps // thin, dim) if thin else None,
+            Telemetry(*x.new_zeros(3, n_chains)) if telemetry else None,
+        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..description import describe
+from ..description import check_shape, describe
 from ..langevin import Langevin
 from ..mlp import NotAnMLP
 from . import Advanced, Chains, op
@@ -62,6 +61,5 @@ def advance(
     choice = choosing.choose(energy, chains.x.device, dtype, backend, precision, labels=chains.labels is not None)
     description = choice.description
     assert description is not None  # can_compile
-    if description.dim != math.prod(shape):
-        raise ValueError(f"the energy takes {description.dim} dims, and the chains have {math.prod(shape)}")
+    check_shape(energy, description, shape)
     return choice, op.advance(description, chains, rule, steps, path=choice.path, precision=choice.precision, **options)

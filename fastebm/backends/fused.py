@@ -106,15 +106,9 @@ def advance_mlp(
 
 
 def advance_module(
-    energy: Energy,
-    chains: Chains,
-    rule: Langevin,
-    steps: int,
-    *,
-    thin: int = 0,
-    telemetry: bool = False,
+    energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
     recorder: Recorder | None = None,
-) -> Advanced:
+) -> Advanced:  # fmt: skip
     """Any energy: its gradient by autograd, then noise, update and clamp in one launch. chains.x is moved in place.
 
     recorder: to record one step and replay it.
@@ -128,15 +122,9 @@ def advance_module(
 
 
 def advance_products(
-    description: Description,
-    chains: Chains,
-    rule: Langevin,
-    steps: int,
-    *,
-    thin: int = 0,
-    telemetry: bool = False,
+    description: Description, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
     recorder: Recorder | None = None,
-) -> Advanced:
+) -> Advanced:  # fmt: skip
     """An MLP energy too wide for the fused kernel: closed-form gradient by library products, and the fused update.
 
     chains.x is moved in place. recorder: to record one step and replay it.
@@ -169,14 +157,9 @@ def advance_products(
 
 
 def _advance_by_gradient(
-    gradient: Callable[[Tensor], Tensor],
-    chains: Chains,
-    rule: Langevin,
-    steps: int,
-    thin: int,
-    telemetry: bool,
+    gradient: Callable[[Tensor], Tensor], chains: Chains, rule: Langevin, steps: int, thin: int, telemetry: bool,
     recorder: Recorder | None,
-) -> Advanced:
+) -> Advanced:  # fmt: skip
     """Without the energies."""
     x = chains.x
     n_chains, dim = x.shape

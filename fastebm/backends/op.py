@@ -107,7 +107,6 @@ def langevin(  # type: ignore[no-untyped-def]
             x = x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(len(chains), dim)
         frozen = None if frozen is None else frozen.reshape(-1, dim)
         moving = Chains(x, seed, chains, first_steps, labels, frozen)
-        start = x.clone() if on_nonfinite == "reinit" and frozen is not None else x
         launch = launch_for(description, precision, device) if path in ("resident", "streaming") else None
         done = run.advance(
             description, moving, rule, steps, path=path, precision=precision, launch=launch, thin=thin,
@@ -116,7 +115,7 @@ def langevin(  # type: ignore[no-untyped-def]
         if on_nonfinite != "ignore":
             named = {f"{kind} {i}": v for kind, vs in (("weight", weights), ("bias", biases)) for i, v in enumerate(vs)}
             given = {name: v for name, v in named.items() if v is not None}
-            run.settle(done, moving, start, rule, steps, given, run.energy_of(description), on_nonfinite)
+            run.settle(done, moving, rule, steps, given, run.energy_of(description), on_nonfinite)
     nothing = x.new_empty(0)
     return (
         done.x,
@@ -128,17 +127,9 @@ def langevin(  # type: ignore[no-untyped-def]
 
 
 def advance(
-    description: Description,
-    chains: Chains,
-    rule: Langevin,
-    steps: int,
-    *,
-    path: str,
-    precision: str,
-    on_nonfinite: str,
-    thin: int,
-    telemetry: bool,
-) -> Advanced:
+    description: Description, chains: Chains, rule: Langevin, steps: int, *, path: str, precision: str,
+    on_nonfinite: str, thin: int, telemetry: bool,
+) -> Advanced:  # fmt: skip
     """The operator on a call. chains.x: as the operator takes it. chains.seed: a tensor."""
     x, energy, first_bad, trajectory, told = langevin(
         *chains,

@@ -110,7 +110,6 @@ def energy_of(description: Description) -> Callable[[Tensor, Tensor | None], Ten
 def settle(
     done: Advanced,
     chains: Chains,
-    start: Tensor,
     rule: Langevin,
     steps: int,
     weights: Mapping[str, Tensor],
@@ -119,7 +118,7 @@ def settle(
 ) -> None:
     """Raise for chains that are not finite, or start them anew in place. The call's one device sync.
 
-    start: the states before, read where ``chains.frozen``. weights: by name, for the error. energy: of new states.
+    weights: by name, for the error. energy: of new states.
     """
     bad = (done.first_bad >= 0) | ~done.energy.isfinite()
     if not bool(bad.any()):
@@ -127,12 +126,12 @@ def settle(
     if on_nonfinite == "raise":
         raise NonFiniteError(_diagnosis(weights, done, bad, rule, steps))
     chains = chains.rows(bad)
-    ages = chains.first_steps + steps
+    ages, last = chains.first_steps + steps, done.x[bad]
     fresh = uniform_states(
-        chains.seed, Stream.POOL, chains.numbers, ages, start.shape[1], clamp=rule.clamp, dtype=start.dtype
+        chains.seed, Stream.POOL, chains.numbers, ages, last.shape[1], clamp=rule.clamp, dtype=last.dtype
     )
     if chains.frozen is not None:
-        fresh = torch.where(chains.frozen, start[bad], fresh)
+        fresh = torch.where(chains.frozen, last, fresh)
     done.x[bad] = fresh
     done.energy[bad] = energy(fresh, chains.labels)
 

@@ -24,7 +24,7 @@ from ..description import Description
 from ..langevin import Langevin
 from ..mlp import MLP, Activation
 from ..noise import Stream, traceable_normal
-from . import Advanced, Chains, Telemetry
+from . import Advanced, Chains
 from .torch_tiles import Evaluator, padded_rows, rounds_alike, rows_of_products, stride, tile_rows
 
 __all__ = ["CannotCompile", "advance", "multiplies_bf16", "pays"]
@@ -87,13 +87,7 @@ def advance(
     x = chains.x
     n_chains, dim = x.shape
     a, b = (c.expand(-1, steps) for c in rule.coefficients(n_chains, steps, device=x.device))
-    done = Advanced(
-        x,
-        x.new_empty(n_chains),
-        torch.full((n_chains,), -1, dtype=torch.int32),
-        x.new_empty(n_chains, steps // thin, dim) if thin else None,
-        Telemetry(*x.new_zeros(3, n_chains)) if telemetry else None,
-    )
+    done = Advanced.blank(x, steps, thin, telemetry)
     mlps = [_aligned(mlp) for mlp in description.scaled_heads()]
     operand = torch.bfloat16 if precision == "bf16" else torch.float32
     constants = _constants(description, mlps, chains.seed, rule, operand)

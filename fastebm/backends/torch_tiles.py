@@ -46,13 +46,7 @@ def advance(
     x = chains.x
     n_chains, dim = x.shape
     a, b = (c.expand(-1, steps) for c in rule.coefficients(n_chains, steps, dtype=x.dtype, device=x.device))
-    done = Advanced(
-        x,
-        torch.empty(n_chains, dtype=x.dtype, device=x.device),
-        torch.full((n_chains,), -1, dtype=torch.int32, device=x.device),
-        x.new_empty(n_chains, steps // thin, dim) if thin else None,
-        Telemetry(*x.new_zeros(3, n_chains)) if telemetry else None,
-    )
+    done = Advanced.blank(x, steps, thin, telemetry)
     product_rows = rows_of_products(x.device)
     widths = {dim, *(width for mlp in description.mlps for width in mlp.widths)}
     at_most = torch.get_num_threads()
