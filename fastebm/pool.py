@@ -10,49 +10,39 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backends import Advanced, Chains
+from .draws import Draw, Draws
 from .langevin import Bounds, Langevin
-from .noise import Stream, draw_seed, normal, words
+from .noise import Stream, draw_seed, words
 from .processes import Processes
-from .sampling import ON_NONFINITE, advance_chains, state_shape, uniform_states
+from .sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
+from .starts import LAWS, Start, Starts, checked_states
+from .stats import PoolStats, statistics
 from .storage import Storage
 
-__all__ = ["ChainPool", "PoolCall", "PoolStats", "draw_distinct"]
+__all__ = ["ChainPool", "PoolCall", "PoolStats"]
 
-# Blocks of the POOL stream past any state's dims: states that follow others that were not finite use blocks 0, 1, ...
-# (storage.py has its own). Restarts by the coin are in the INITIAL stream, where the step is 0 at first and then the
-# number of the draw, from 1.
+# Block of the pool's stream past any state's dims: draws.py and storage.py have others.
 _RESERVOIR_BLOCK = 0xFFFFFD
-_COIN_BLOCK = 0xFFFFFE
-_DRAW_BLOCK = 0xFFFFFF
 
 _VERSION = 2
 
 # float32 states worked on at once where all chains are: enough for every core or SM, and little beside the pool.
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
-# Counters of draws worked out ahead: as many as noise.py has in a cache at once; and draws.
-_AHEAD, _MAX_AHEAD = 32768, 64
-
 # Seconds of a call before its bar shows on a terminal.
 _BAR_AFTER = 2.0
 
 _OTHER_CALLS = "called with another batch_size or steps, or after other calls"
-
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-
-_LAWS = ("uniform", "gaussian")
-
-# seed, stream, chains (n,), steps (n,) -> (n, *shape), as noise.uniform and noise.normal take them
-Start = Callable[[int, Stream, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,36 +58,6 @@ class PoolCall:
     labels: Tensor | None
     restarted: int
     nonfinite: int
-
-
-@dataclass(frozen=True)
-class PoolStats:
-    """Plain numbers about all chains of a pool, on all processes.
-
-    n_energies: chains whose energy is known and finite. energy: {q: the smallest such energy that at least a share q
-    of them do not exceed}; NaN if there are none. ages: counts of chains by their steps since they started: ages[0]
-    of 0 steps, ages[i] of 2^(i-1) to 2^i - 1. restarts, nonfinite: sums over the chains' lives.
-    """
-
-    n_chains: int
-    draws: int
-    n_energies: int
-    energy: dict[float, float]
-    ages: tuple[int, ...]
-    restarts: int
-    nonfinite: int
-
-
-class _Draw(NamedTuple):
-    """A draw, as this process has it: rows (n,) of its chains; restart (m,), places among them of those that start
-    anew, and their states fresh (m, dim), or None before a callable is asked; places (n,) in the batch of all
-    processes, or None if this is the only one."""
-
-    number: int
-    rows: Tensor
-    restart: Tensor
-    fresh: Tensor | None
-    places: Tensor | None
 
 
 class ChainPool:
@@ -151,37 +111,45 @@ class ChainPool:
         storage_file: str | os.PathLike[str] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if isinstance(n_chains, bool) or not isinstance(n_chains, int) or not 1 <= n_chains < 2**31:
-            raise ValueError(f"n_chains must be an int in [1, 2**31), got {n_chains!r}")
-        self.n_chains, self.shape = n_chains, state_shape(input_size)
-        self._dim = math.prod(self.shape)
-        self.reinit_prob = _checked_probability(reinit_prob)
-        rule = Langevin(clamp=clamp)
-        self.clamp, self.seed = rule.clamp, draw_seed(seed)
         self.device = torch.device("cpu" if device is None else device)
-        self._init = self._checked_init(init)
+        self._processes = Processes(process_group, self.device)
         self.draws = self.added = 0
         self.last: PoolCall | None = None
-        self._ahead: dict[int, _Draw] = {}
-        self._ahead_for: tuple[Any, ...] = ()
-        self._processes = Processes(process_group, self.device)
-        self.first_chain, last = self._processes.share(n_chains)
-        self.n_local = last - self.first_chain
-        self._labels = None if labels is None else self._checked_labels(labels)
-        arguments = (n_chains, self.shape, self.clamp, self.seed, self._kind(), self.reinit_prob, storage_dtype)
-        with self._processes.together(arguments, differ="built theirs with other arguments or another seed"):
-            self._storage = Storage(
-                self.n_local, self._dim, dtype=storage_dtype, rule=rule, device=self.device, home=storage_device,
-                file=self._processes.own(storage_file), seed=self.seed, first_chain=self.first_chain,
-            )  # fmt: skip
-        self._steps, self._started = (torch.zeros(self.n_local, dtype=torch.int64, device=self.device) for _ in "12")
-        self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
-        self._energy = torch.full((self.n_local,), math.nan, device=self.device)
-        with self._bar("start", None) as bar:
-            for rows in self._parts(None):
-                steps = self._steps[rows]
-                self._storage.write(rows, self._starts(Stream.INITIAL, self._storage.chains(rows), steps), steps)
-                bar.update(rows.stop - rows.start)
+        with self._processes.together():
+            if isinstance(n_chains, bool) or not isinstance(n_chains, int) or not 1 <= n_chains < 2**31:
+                raise ValueError(f"n_chains must be an int in [1, 2**31), got {n_chains!r}")
+            self.n_chains, self.shape = n_chains, state_shape(input_size)
+            self._dim = math.prod(self.shape)
+            self.reinit_prob = reinit_prob
+            rule = Langevin(clamp=clamp)
+            self.clamp, self.seed = rule.clamp, draw_seed(seed)
+            self.first_chain, last = self._processes.share(n_chains)
+            self.n_local = last - self.first_chain
+            starts = Starts(init, self.seed, self.shape, self.clamp, self.device)
+            self._draws = Draws(starts, n_chains, self.first_chain, self.n_local)
+            self._labels = None if labels is None else self._checked_labels(labels)
+        arguments = (n_chains, self.shape, self.clamp, self.seed, starts.kind, self.reinit_prob, storage_dtype)
+        self._processes.agree(None, arguments, differ="built theirs with other arguments or another seed")
+        with ExitStack() as undo:
+            with self._processes.together():
+                file = self._processes.own(storage_file)
+                self._storage = Storage(
+                    self.n_local, self._dim, dtype=storage_dtype, rule=rule, device=self.device, home=storage_device,
+                    file=file, seed=self.seed, first_chain=self.first_chain,
+                )  # fmt: skip
+                if file is not None:
+                    undo.callback(os.unlink, file)
+                self._steps = torch.zeros(self.n_local, dtype=torch.int64, device=self.device)
+                self._started = torch.zeros_like(self._steps)
+                self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
+                self._energy = torch.full((self.n_local,), math.nan, device=self.device)
+                with self._bar("start", None) as bar:
+                    for rows in self._parts(None):
+                        steps = self._steps[rows]
+                        x = starts.states(Stream.INITIAL, self._storage.chains(rows), steps)
+                        self._storage.write(rows, x, steps)
+                        bar.update(rows.stop - rows.start)
+            undo.pop_all()
 
     def __len__(self) -> int:
         return self.n_chains
@@ -226,6 +194,17 @@ class ChainPool:
     def nonfinite(self) -> Tensor:
         """(n_local,) int32: how often it started anew because it was not finite. Not a copy."""
         return self._nonfinite
+
+    @property
+    def reinit_prob(self) -> float:
+        """Probability in [0, 1] that a drawn chain starts anew; may be set between calls."""
+        return self._reinit_prob
+
+    @reinit_prob.setter
+    def reinit_prob(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"reinit_prob must be in [0, 1], got {value!r}")
+        self._reinit_prob = float(value)
 
     @property
     def labels(self) -> Tensor | None:
@@ -286,7 +265,7 @@ class ChainPool:
     ) -> Advanced:  # fmt: skip
         options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
 
-        call = "sample", self.draws, self.added, batch_size, steps
+        call = "sample", self.draws, self.added, self.reinit_prob, batch_size, steps
         with self._processes.together(call, differ=_OTHER_CALLS) as counts:
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
                 raise ValueError(f"batch_size must be an int in [1, {len(self)}], the pool's size, got {batch_size!r}")
@@ -305,14 +284,14 @@ class ChainPool:
         self.last = PoolCall(self._storage.chains(draw.rows), labels, *counts)
         return done
 
-    def _taken(self, draw: _Draw) -> tuple[Tensor, Tensor]:
+    def _taken(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """Where the drawn chains begin, and their lifetime steps."""
         x, steps = self._storage.read(draw.rows), self._steps.index_select(0, draw.rows)
         if len(draw.restart) > 0:
-            x.index_copy_(0, draw.restart, self._fresh(draw))
+            x.index_copy_(0, draw.restart, draw.fresh)
         return x, steps
 
-    def _put_back(self, draw: _Draw, before: Tensor, after: Tensor, done: Advanced) -> None:
+    def _put_back(self, draw: Draw, before: Tensor, after: Tensor, done: Advanced) -> None:
         self._storage.write(draw.rows, done.x, after)
         self._steps.index_copy_(0, draw.rows, after)
         self._energy.index_copy_(0, draw.rows, done.energy)
@@ -320,46 +299,8 @@ class ChainPool:
             self._restarted(draw.rows[draw.restart], before[draw.restart])
         self.draws += 1
 
-    def _next_draw(self, batch_size: int) -> _Draw:
-        """Draws depend on their number alone, so some are worked out at once: one by one, the hundreds of small
-        operations of Philox would take longer than all else of a call but its steps."""
-        key = (self.seed, self.reinit_prob, batch_size)
-        if key != self._ahead_for or self.draws not in self._ahead:
-            per_draw = max(2 * batch_size, round(self.reinit_prob * batch_size * self._dim / 32))
-            count = min(_MAX_AHEAD, max(1, _AHEAD // per_draw))
-            self._ahead_for, self._ahead = key, self._draws_ahead(batch_size, count)
-        return self._ahead[self.draws]
-
-    def _draws_ahead(self, batch_size: int, count: int) -> dict[int, _Draw]:
-        drawn = _draws(self.seed, self.draws, count, len(self), batch_size, self.device)
-        rows, sizes, places = drawn.flatten(), [batch_size] * count, None
-        if self._processes.size > 1:
-            mine = (drawn >= self.first_chain) & (drawn < self.first_chain + self.n_local)
-            sizes, places = mine.sum(dim=1).tolist(), torch.split(mine.nonzero()[:, 1], mine.sum(dim=1).tolist())
-            rows = rows[mine.flatten()] - self.first_chain
-        numbers = torch.arange(self.draws, self.draws + count, device=self.device)
-        numbers = numbers.repeat_interleave(torch.tensor(sizes, device=self.device))
-        chains = self._storage.chains(rows)
-        coins = words(self.seed, Stream.POOL, chains, numbers, 1, _COIN_BLOCK)[0][:, 0]
-        restart = (coins < self.reinit_prob * 2**32).nonzero().flatten()
-        chains, numbers = chains[restart], numbers[restart]
-        n_restarts = torch.bincount(numbers - self.draws, minlength=count).tolist()
-        # A callable is asked when its states are needed: it may go by what is then.
-        early = isinstance(self._init, str | Tensor)
-        fresh = torch.split(self._starts(Stream.INITIAL, chains, numbers + 1), n_restarts) if early else [None] * count
-        draws, first = {}, 0
-        for i, (own, at) in enumerate(zip(torch.split(rows, sizes), torch.split(restart, n_restarts), strict=True)):
-            draws[self.draws + i] = _Draw(
-                self.draws + i, own, at - first, fresh[i], None if places is None else places[i]
-            )
-            first += sizes[i]
-        return draws
-
-    def _fresh(self, draw: _Draw) -> Tensor:
-        if draw.fresh is not None:
-            return draw.fresh
-        chains = self._storage.chains(draw.rows[draw.restart])
-        return self._starts(Stream.INITIAL, chains, torch.full_like(chains, draw.number + 1))
+    def _next_draw(self, batch_size: int) -> Draw:
+        return self._draws.draw(self.draws, batch_size, self.reinit_prob)
 
     def advance(
         self,
@@ -417,10 +358,11 @@ class ChainPool:
                 call = "advance", self.draws, self.added, steps
                 (n_bad,) = self._processes.agree(error, call, (n_bad,), differ=_OTHER_CALLS)
 
-        def move(rows: slice, x: Tensor) -> tuple[Tensor, Tensor]:
+        def move(rows: slice, x: Tensor) -> Tensor:
             nonlocal n_bad, moved
             part = _rule_of(rule, self._storage.chains(rows), len(self))
             done, bad = self._moved(energy, x, rows, self._steps[rows], part, steps, on_nonfinite, options)
+            stored = self._storage.encoded(done.x, rows, self._steps[rows] + steps)
             n_bad += len(bad)
             if rows.stop == self.n_local:  # before anything of the last chunk is written
                 agree()
@@ -433,7 +375,7 @@ class ChainPool:
                 bad = bad + rows.start
                 self._restarted(bad, self._steps[bad], nonfinite=True)
             bar.update(rows.stop - rows.start)
-            return done.x, self._steps[rows]
+            return stored
 
         try:
             rule, parts = self._rule(langevin), self._parts(chunk_size)
@@ -452,7 +394,8 @@ class ChainPool:
             if isinstance(error, Exception):
                 agree(error)
             raise
-        self.last = PoolCall(self._storage.chains(slice(0, self.n_local)), self._labels, 0, n_bad)
+        labels = None if self._labels is None else self._labels.clone()
+        self.last = PoolCall(self._storage.chains(slice(0, self.n_local)), labels, 0, n_bad)
 
     def _moved(
         self, energy: nn.Module, x: Tensor, rows: slice | Tensor, steps_before: Tensor, rule: Langevin, steps: int,
@@ -475,7 +418,7 @@ class ChainPool:
         bad = ((done.first_bad >= 0) | ~done.energy.isfinite()).nonzero().flatten()
         if on_nonfinite == "reinit" and len(bad) > 0:
             fresh = chains.rows(bad)
-            fresh = fresh._replace(x=self._starts(Stream.POOL, fresh.numbers, fresh.first_steps + steps))
+            fresh = fresh._replace(x=self._draws.starts.states(Stream.POOL, fresh.numbers, fresh.first_steps + steps))
             again, _ = advance_chains(
                 energy, fresh, Langevin(), 0, shape=self.shape, on_nonfinite="ignore", backend=options["backend"],
                 precision=options["precision"],
@@ -509,16 +452,19 @@ class ChainPool:
         Raises:
             TypeError, ValueError: the pool is unchanged then.
         """
-        if policy not in ("fifo", "reservoir"):
-            raise ValueError(f'policy must be "fifo" or "reservoir", got {policy!r}')
-        x = self._checked_states("samples", samples)
-        if (labels is None) != (self._labels is None):
-            raise ValueError(
-                "this pool has no labels: build it with labels=, or leave them out"
-                if self._labels is None
-                else "this pool has labels: pass those of the samples"
-            )
-        new_labels = None if labels is None else _labels_of("labels", labels, len(x), "one a sample")
+        with self._processes.together():
+            if policy not in ("fifo", "reservoir"):
+                raise ValueError(f'policy must be "fifo" or "reservoir", got {policy!r}')
+            x = checked_states("samples", samples, self.shape, self.clamp)
+            if (labels is None) != (self._labels is None):
+                raise ValueError(
+                    "this pool has no labels: build it with labels=, or leave them out"
+                    if self._labels is None
+                    else "this pool has labels: pass those of the samples"
+                )
+            new_labels = None if labels is None else _labels_of("labels", labels, len(x), "one a sample")
+        call = "add", self.draws, self.added, len(x), policy
+        self._processes.agree(None, call, differ=_OTHER_CALLS)
         numbers = torch.arange(self.added, self.added + len(x), device=self.device)
         rows = numbers % len(self)
         if policy == "reservoir":
@@ -544,41 +490,8 @@ class ChainPool:
 
         Memory: some 40 bytes a chain. Processes each get the numbers of all, from a few small sums; every one calls it.
         """
-        total = self._processes.total
-        # Floats in the order of their bits, as int64; what is not finite stands last.
-        bits = self._energy.view(torch.int32).long()
-        known = self._energy.isfinite()
-        keys = torch.where(bits < 0, 0x7FFFFFFF & ~bits, bits + 2**31)
-        keys = torch.where(known, keys, 2**32).sort().values
-        n_energies = total(known.sum().reshape(1))
-        shares = torch.tensor(QUANTILES, dtype=torch.float64, device=self.device)
-        ranks = (shares * n_energies).ceil().long().clamp_(min=1)
-        # The smallest key that at least rank keys do not exceed, by bisection: exact, and the same in any split.
-        low = torch.zeros_like(ranks)
-        high = low + (2**32 - 1)
-        for _ in range(32):
-            middle = (low + high) >> 1
-            enough = total(torch.searchsorted(keys, middle, right=True)) >= ranks
-            low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-        found = torch.where(low < 2**31, low ^ 0x7FFFFFFF, low).sub(2**31).to(torch.int32).view(torch.float32)
-        edges = 2 ** torch.arange(33, device=self.device)
-        bins = torch.bucketize(self.ages, edges, right=True)
-        ages = torch.zeros(34, dtype=torch.int64, device=self.device).index_add_(0, bins, torch.ones_like(bins))
-        sums = torch.stack([self._restarts.sum(), self._nonfinite.sum()])
-        counts = total(torch.cat([ages, sums]))
-        *values, n_known = torch.cat([found.double(), counts.double(), n_energies.double()]).tolist()
-        energies, values = values[: len(QUANTILES)], [int(v) for v in values[len(QUANTILES) :]]
-        histogram = values[:34]
-        while len(histogram) > 1 and histogram[-1] == 0:
-            histogram.pop()
-        return PoolStats(
-            n_chains=len(self),
-            draws=self.draws,
-            n_energies=int(n_known),
-            energy=dict(zip(QUANTILES, energies if n_known else [math.nan] * len(QUANTILES), strict=True)),
-            ages=tuple(histogram),
-            restarts=values[34],
-            nonfinite=values[35],
+        return statistics(
+            len(self), self.draws, self._energy, self.ages, self._restarts, self._nonfinite, self._processes.total
         )
 
     # -- save and resume ----------------------------------------------------------------------------------------
@@ -604,7 +517,7 @@ class ChainPool:
             "shape": list(self.shape),
             "clamp": None if self.clamp is None else [v.tolist() if isinstance(v, Tensor) else v for v in self.clamp],
             "reinit_prob": self.reinit_prob,
-            "init": self._kind(),
+            "init": self._draws.starts.kind,
             "storage_dtype": str(self._storage.dtype).removeprefix("torch."),
             "version": _VERSION,
         }
@@ -629,20 +542,19 @@ class ChainPool:
             ValueError: missing entries, another version, size, shape or storage_dtype, or values that can't be.
         """
         with self._processes.together(("load_state_dict",), differ=_OTHER_CALLS):
-            seed, rule, reinit_prob = self._checked_state(state)
+            rule, starts = self._checked_state(state)
+            labels = None if state["labels"] is None else torch.empty_like(self._steps)
         # From here on nothing can fail, so a pool never becomes half of another.
-        self._labels = None if state["labels"] is None else torch.empty_like(self._steps)
+        self._labels = labels
         for name, target in (("x", self._storage.data), *self._story().items()):
             target.copy_(state[name])
-        self.seed, self.clamp, self.reinit_prob = seed, rule.clamp, reinit_prob
+        self.seed, self.clamp, self.reinit_prob = starts.seed, rule.clamp, state["reinit_prob"]
         self.draws, self.added = state["draws"], state["added"]
-        self._ahead = {}
-        if state["init"] in _LAWS:
-            self._init = state["init"]
-        self._storage.seed, self._storage.bounds = seed, self._storage.bounds_of(rule)
+        self._draws = Draws(starts, len(self), self.first_chain, self.n_local)
+        self._storage.seed, self._storage.bounds = self.seed, self._storage.bounds_of(rule)
         self.last = None
 
-    def _checked_state(self, state: Mapping[str, Any]) -> tuple[int, Langevin, float]:
+    def _checked_state(self, state: Mapping[str, Any]) -> tuple[Langevin, Starts]:
         if "version" in state and state["version"] != _VERSION:
             raise ValueError(
                 f"the pool was saved by version {state['version']}, and this one reads {_VERSION} only: go on with the "
@@ -669,7 +581,7 @@ class ChainPool:
                 f"the saved pool has storage_dtype {state['storage_dtype']}, and this one {mine['storage_dtype']}: "
                 "build it with the same"
             )
-        if state["init"] not in (mine["init"], *_LAWS):
+        if state["init"] not in (mine["init"], *LAWS):
             raise ValueError(
                 f"the chains of the saved pool start from {state['init']}, and of this one from {mine['init']}: build "
                 "it with the same init="
@@ -702,35 +614,10 @@ class ChainPool:
             clamp = tuple(torch.tensor(v) if isinstance(v, list) else v for v in clamp)
         rule = Langevin(clamp=clamp)
         self._storage.bounds_of(rule)
-        return draw_seed(state["seed"]), rule, reinit_prob
+        init = state["init"] if state["init"] in LAWS else self._draws.starts.init
+        return rule, Starts(init, draw_seed(state["seed"]), self.shape, rule.clamp, self.device)
 
     # -- parts --------------------------------------------------------------------------------------------------
-
-    def _starts(self, stream: Stream, chains: Tensor, steps: Tensor) -> Tensor:
-        """States of chains that start, (n, dim): pure functions of seed, stream, chain and lifetime step."""
-        init, bounds = self._init, self._storage.bounds
-        if isinstance(init, Tensor):
-            w0, w1, _, _ = (w[:, 0] for w in words(self.seed, stream, chains, steps, 1))
-            return init[_below(len(init), w0, w1).to(init.device)].to(self.device, torch.float32)
-        if init == "uniform":
-            return uniform_states(self.seed, stream, chains, steps, self._dim, clamp=self.clamp)
-        if isinstance(init, str):
-            x = normal(self.seed, stream, chains, steps, self._dim)
-        else:
-            x = init(self.seed, stream, chains, steps)
-            if not isinstance(x, Tensor) or x.shape != (len(chains), *self.shape):
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"init must give a tensor {(len(chains), *self.shape)}, got {got}")
-            x = x.detach().reshape(len(chains), self._dim).to(self.device, torch.float32)
-            if not bool(x.isfinite().all()):
-                raise ValueError("init must give finite states, got NaN or inf")
-        return x if bounds is None else x.clamp(*bounds)
-
-    def _kind(self) -> str:
-        """What ``init`` is, for a saved pool."""
-        if isinstance(self._init, Tensor):
-            return f"{len(self._init)} rows of data"
-        return self._init if isinstance(self._init, str) else "a callable"
 
     def _rule(self, langevin: Langevin) -> Langevin:
         """With the pool's clamp."""
@@ -762,44 +649,6 @@ class ChainPool:
         delay = _BAR_AFTER if progress is None else 0.0
         return tqdm(desc=what, total=self.n_local, unit=" chains", unit_scale=True, delay=delay, dynamic_ncols=True)
 
-    def _checked_init(self, init: Any) -> str | Tensor | Start:
-        if isinstance(init, str):
-            if init not in _LAWS:
-                raise ValueError(f"init must be {', '.join(_LAWS)}, a tensor of states or a callable, got {init!r}")
-            if init == "uniform":  # for its error
-                uniform_states(0, Stream.INITIAL, torch.zeros(0, dtype=torch.int64), 0, self._dim, clamp=self.clamp)
-            return init
-        if isinstance(init, Tensor):
-            x = self._checked_states("init", init)
-            if not 1 <= len(x) < 2**31:
-                raise ValueError(f"init must have 1 to 2**31 - 1 rows, got {len(x)}")
-            return x
-        if not callable(init):
-            raise TypeError(f"init must be a name, a tensor of states or a callable, got {type(init).__name__}")
-        start: Start = init
-        return start
-
-    def _checked_states(self, name: str, x: Tensor) -> Tensor:
-        """States from outside, (n, dim): finite and within the clamp."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating-point tensor of states, got {got}")
-        if x.ndim < 2 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"{name} must be (n, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        x = x.detach().reshape(len(x), self._dim)
-        lo, hi = Langevin(clamp=self.clamp).bounds(self._dim, device=x.device) or (-math.inf, math.inf)
-        size = max(1, _CHUNK_BYTES["cpu"] // (4 * self._dim))
-        for part in (x[i : i + size] for i in range(0, len(x), size)):
-            good = part.isfinite() & (part >= lo) & (part <= hi)
-            if not bool(good.all()):
-                if not bool(part.isfinite().all()):
-                    raise ValueError(f"{name} must be finite, got NaN or inf")
-                raise ValueError(
-                    f"{name} must lie within the pool's clamp {self.clamp}, got values from {float(part.min()):g} to "
-                    f"{float(part.max()):g}: scale them"
-                )
-        return x
-
     def _checked_labels(self, labels: Tensor) -> Tensor:
         """Of this process' chains."""
         labels = _labels_of("labels", labels, len(self), "one a chain")
@@ -817,16 +666,8 @@ class _NoBar:
         pass
 
 
-def _checked_probability(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"reinit_prob must be in [0, 1], got {value!r}")
-    return float(value)
-
-
 def _labels_of(name: str, labels: Tensor, n: int, rule: str) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    check_integers(name, labels)
     if labels.shape != (n,):
         raise ValueError(f"{name} must be ({n},), {rule}, got {tuple(labels.shape)}")
     return labels
@@ -855,42 +696,3 @@ def _last_of_each(rows: Tensor, n: int) -> Tensor:
     is_last = torch.ones_like(values, dtype=torch.bool)
     is_last[:-1] = values[1:] != values[:-1]
     return order[is_last & (values >= 0) & (values < n)]
-
-
-def _below(n: int, w0: Tensor, w1: Tensor) -> Tensor:
-    """floor(n * w / 2**64) for the 64-bit w = w0, w1; n < 2**31 keeps it in int64."""
-    return (w0 * n + ((w1 * n) >> 32)) >> 32
-
-
-def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:
-    """k distinct numbers of 0 .. n-1 in random order, (k,) int64: every ordered choice is equally likely.
-
-    A pure function of (seed, draw, n, k). As in NumPy's Generator.choice, few of many come from independent
-    candidates without the repeated ones, in O(k log k) whatever n is; many from sorting a random key each.
-    """
-    return _draws(seed, draw, 1, n, k, torch.device("cpu" if device is None else device))[0]
-
-
-def _draws(seed: int, first: int, count: int, n: int, k: int, device: torch.device) -> Tensor:
-    """``draw_distinct`` of count draws in a row: (count, k)."""
-
-    def keys(size: int) -> tuple[Tensor, Tensor]:
-        numbers = torch.arange(size, device=device).repeat(count)
-        draws = torch.arange(first, first + count, device=device).repeat_interleave(size)
-        w0, w1, _, _ = words(seed, Stream.POOL, numbers, draws, 1, _DRAW_BLOCK)
-        return w0.view(count, size), w1.view(count, size)
-
-    if 2 * k > n:
-        w0, w1 = keys(n)
-        return torch.argsort((w0 << 31) | (w1 >> 1), dim=1)[:, :k]
-    n_candidates = 2 * k  # of which at least 1.26 k are expected to differ
-    while True:
-        candidates = _below(n, *keys(n_candidates))
-        values, order = torch.sort(candidates, dim=1, stable=True)
-        is_first = torch.ones_like(values, dtype=torch.bool)
-        is_first[:, 1:] = values[:, 1:] != values[:, :-1]
-        is_first = torch.empty_like(is_first).scatter_(1, order, is_first)
-        place = is_first.cumsum(dim=1)
-        if k == 0 or bool((place[:, -1] >= k).all()):
-            return candidates[is_first & (place <= k)].view(count, k)
-        n_candidates *= 2  # the same first ones, and more

@@ -11,8 +11,10 @@ with 8 bits more in store.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,6 +92,9 @@ class Storage:
 
     def _mapped(self, file: Path, n: int) -> Tensor:
         size = n * self.dim
+        n_bytes, free = size * self.dtype.itemsize, shutil.disk_usage(file.parent).free
+        if n_bytes > free:  # a page that finds no room when it is written to ends the process
+            raise OSError(errno.ENOSPC, f"states take {n_bytes:,} bytes, and the disk has {free:,} left", str(file))
         data = torch.from_file(str(file), shared=True, size=max(size, 1), dtype=self.dtype)
         return data[:size].view(n, self.dim)
 
@@ -166,19 +171,19 @@ class Storage:
         else:
             self.data.index_copy_(0, rows.to(self.data.device), stored.to(self.data.device))
 
-    def rewrite(self, parts: Sequence[slice], move: Callable[[slice, Tensor], tuple[Tensor, Tensor]]) -> None:
+    def rewrite(self, parts: Sequence[slice], move: Callable[[slice, Tensor], Tensor]) -> None:
         """Each part read, moved and written back, one after another.
 
         States of a GPU that lie on the host come and go while others move, in two streams beside the current one, so
         three parts at most are on the way.
 
         Args:
-            move: rows and their states -> new states, and their lifetime steps. When it raises, all parts that it
-                returned before are written.
+            move: rows and their states -> the new ones, ``encoded``. When it raises, all parts that it returned before
+                are written.
         """
         if self.device.type != "cuda" or self.data.device.type != "cpu":
             for rows in parts:
-                self.write(rows, *move(rows, self.read(rows)))
+                self.data[rows].copy_(move(rows, self.read(rows)))
             return
         here = torch.cuda.current_stream(self.device)
         coming, going = (torch.cuda.Stream(self.device) for _ in "12")  # type: ignore[no-untyped-call]
@@ -202,8 +207,7 @@ class Storage:
                 stored: Tensor = ahead  # type: ignore[assignment]
                 stored.record_stream(here)
                 ahead = fetch(parts[i + 1]) if i + 1 < len(parts) else None
-                x, steps = move(rows, self.decoded(stored))
-                done = self.encoded(x, rows, steps)
+                done = move(rows, self.decoded(stored))
                 land()
                 landed = None
                 going.wait_stream(here)

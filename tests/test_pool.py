@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ from torch import nn
 
 import fastebm
 from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy, NonFiniteError, langevin_sample
+from fastebm import draws as draws_module
+from fastebm.backends import Chains
+from fastebm.draws import Draw, draw_distinct
 from fastebm.noise import Stream, normal, uniform, words
-from fastebm.pool import draw_distinct
+from fastebm.sampling import advance_chains
 from fastebm.storage import Storage
 
 DIM = 3
@@ -80,8 +84,8 @@ def test_draws_are_distinct_and_repeatable(n, k, seed):
 @pytest.mark.parametrize(("n", "k", "draws"), [(5, 2, 1000), (6, 3, 1500), (4, 3, 1000), (3, 3, 500)])
 def test_every_ordered_choice_is_equally_likely(n, k, draws):
     counts = dict.fromkeys(itertools.permutations(range(n), k), 0)
-    for draw in range(draws):
-        counts[tuple(draw_distinct(3, draw, n, k).tolist())] += 1
+    for choice in draws_module._distinct(3, 0, draws, n, k, torch.device("cpu")).tolist():
+        counts[tuple(choice)] += 1
     assert stats.chisquare(list(counts.values())).pvalue > 1e-6
 
 
@@ -232,6 +236,9 @@ def test_draws_and_restarts_are_functions_of_the_number_of_the_draw(energy, init
             assert pool.sample(energy, 20, still, 1) is not None
             assert pool.last.restarted == 0
             pool.reinit_prob, pool.draws = 0.5, 41
+    with pytest.raises(ValueError, match=r"reinit_prob must be in \[0, 1\], got 5"):
+        pool.reinit_prob = 5
+    assert pool.reinit_prob == 0.5
 
 
 # -- save and resume --------------------------------------------------------------------------------------------
@@ -535,6 +542,10 @@ def test_a_saved_pool_names_its_starts():
     assert same(pool, pool_of(init="gaussian"))
     with pytest.raises(ValueError, match="start from 4 rows of data, and of this one from gaussian"):
         pool.load_state_dict(saved)
+    pool = pool_of(init=data + 5, clamp=(4.0, 6.0))
+    with pytest.raises(ValueError, match=r"init must lie within .* clamp \(-1.0, 1.0\), got values from 5 to 5"):
+        pool.load_state_dict(saved)
+    assert same(pool, pool_of(init=data + 5, clamp=(4.0, 6.0)))
 
 
 # -- all chains -------------------------------------------------------------------------------------------------
@@ -608,6 +619,28 @@ def test_an_interrupted_advance_puts_every_chain_back(tmp_path, error):
     whole = pool_of(clamp=None)
     whole.advance(Trap(), RULE, 3)
     assert torch.equal(pool.states, torch.where(moved[:, None], whole.states, pool_of(clamp=None).states))
+
+
+def test_a_chunk_that_can_not_be_stored_has_not_moved(energy, monkeypatch):
+    pool, pools = pool_of(storage_dtype=torch.uint8), [pool_of(storage_dtype=torch.uint8) for _ in range(2)]
+    encoded = Storage.encoded
+    pools[0].advance(energy, RULE, 3)
+
+    def failing(self, x, rows, steps):
+        if rows.start == 20:
+            raise MemoryError
+        return encoded(self, x, rows, steps)
+
+    monkeypatch.setattr(Storage, "encoded", failing)
+    with pytest.raises(MemoryError):
+        pool.advance(energy, RULE, 3, chunk_size=20, on_nonfinite="ignore")
+    for name, value in pool.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            expected = [p.state_dict()[name][rows] for p, rows in zip(pools, (slice(20), slice(20, 50)), strict=True)]
+            assert torch.equal(bits(value), bits(torch.cat(expected))), name
+    with pytest.raises(MemoryError):
+        pools[1].advance(energy, RULE, 3, chunk_size=20)
+    assert same(pools[1], pool_of(storage_dtype=torch.uint8))
 
 
 def test_a_bar_is_shown_when_asked_for(energy, capsys):
@@ -697,6 +730,7 @@ def test_added_states_do_not_depend_on_how_they_come():
         ({"labels": None}, ValueError, "this pool has labels: pass those of the samples"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels must be \(3,\), one a sample"),
         ({"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
+        ({"labels": torch.zeros(3) + 0j}, TypeError, "labels must be a tensor of integers, got torch.complex64"),
     ],
 )
 def test_added_states_that_are_refused_change_nothing(options, error, match):
@@ -809,22 +843,64 @@ def test_a_pool_in_a_file_is_the_same_pool(energy, tmp_path):
     assert torch.equal(other.states, pool.states)
 
 
-def test_rows_past_two_billion_elements(tmp_path):
-    """The file is sparse: no more is written than these rows."""
-    n, dim = 2**22 + 10, 600
-    rule, cpu = Langevin(clamp=(0.0, 255.0)), torch.device("cpu")
-    store = Storage(n, dim, dtype=torch.uint8, rule=rule, device=cpu, file=tmp_path / "x", seed=0)
-    assert store.data.numel() > 2**31
-    rows = torch.tensor([0, 2**31 // dim + 1, n - 1])
-    x = torch.tensor([[1.0], [2.0], [3.0]]).expand(3, dim)
-    store.write(rows, x, torch.zeros(3, dtype=torch.int64))
-    assert torch.equal(store.read(rows), x)
-    assert torch.equal(store.read(slice(n - 1, n)), x[2:])
-    assert int(store.data[1].max()) == 0
-    with open(tmp_path / "x", "rb") as file:
-        for row, value in zip(rows.tolist(), (1, 2, 3), strict=True):
-            file.seek(row * dim)
-            assert file.read(dim) == bytes([value]) * dim
+def test_a_pool_that_could_not_be_built_leaves_no_file(energy, tmp_path, monkeypatch):
+    file = tmp_path / "pool"
+
+    def start(seed, stream, chains, steps):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pool_of(init=start, storage_file=file)
+    free = shutil.disk_usage(tmp_path)._replace(free=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: free)
+        with pytest.raises(OSError, match=r"states take 600 bytes, and the disk has 100 left.*/pool"):
+            pool_of(storage_file=file)
+    assert not file.exists()
+    pool = pool_of(storage_file=file)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(OSError, match="states take 600 bytes"):  # states as they were, which are kept meanwhile
+        pool.advance(energy, RULE, 1, chunk_size=20)
+    assert same(pool, pool_of())
+
+
+def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
+    """Drawn, advanced, written, read and advanced again as chains by themselves are; no other row is written."""
+    n, dim, file, rule = 2**20 + 10, 2100, tmp_path / "pool", Langevin(0.1, 0.5, clamp=(0.0, 1.0))
+    energy = MLPEnergy(dim, (3,))
+    with monkeypatch.context() as patch:  # the file stays sparse: all chains start at 0
+        patch.setattr(ChainPool, "_parts", lambda *_: [])
+        pool = pool_of(n, dim, clamp=rule.clamp, reinit_prob=0.0, storage_dtype=torch.uint8, storage_file=file)
+    high = torch.tensor([2**31 // dim + 1, n - 1])
+    rows = torch.cat([drawn(pool, 6), high])
+    monkeypatch.setattr(pool, "_next_draw", lambda _: Draw(rows, rows[:0], torch.empty(0, dim), None))
+    assert pool.state_dict(copy=False)["x"].numel() > 2**31
+
+    def alone(x, steps):
+        """Chains by their numbers, without a pool, and what is stored of them: the same rows of a small file."""
+        chains = Chains(x, 7, rows, torch.full_like(rows, steps - 2))
+        done, _ = advance_chains(energy, chains, rule, 2, shape=(dim,), on_nonfinite="raise")
+        cpu = torch.device("cpu")
+        stored = []
+        for row, state in zip(rows.tolist(), done.x, strict=True):
+            one = Storage(1, dim, dtype=torch.uint8, rule=rule, device=cpu, seed=7, first_chain=row)
+            one.write(slice(0, 1), state[None], torch.tensor([steps]))
+            stored.append(one.data)
+        return done.x, torch.cat(stored)
+
+    states = torch.zeros(8, dim)
+    for steps in (2, 4):
+        expected, stored = alone(states, steps)
+        samples, _ = pool.sample(energy, 8, rule, 2)
+        assert torch.equal(samples, expected)
+        with open(file, "rb") as opened:  # where they must be in the file
+            for row, bytes_there in zip(rows.tolist(), stored, strict=True):
+                opened.seek(row * dim)
+                assert opened.read(dim) == bytes_there.numpy().tobytes()
+        states = stored.float() * (1 / 255)
+        assert torch.equal(pool.steps[rows], torch.full((8,), steps))
+    assert int(pool.steps.sum()) == 8 * 4
+    assert file.stat().st_blocks * 512 < 2**20
 
 
 MEMORY = """

@@ -93,6 +93,8 @@ def faults(group, rank, folder):
 
     attempt("seeds", lambda: pool_of(group, seed=rank))
     attempt("sizes", lambda: pool_of(group, n_chains=N + rank))
+    attempt("no size", lambda: pool_of(group, n_chains=N if rank else 0))
+    attempt("starts", lambda: pool_of(group, init=lambda *counter: torch.full((len(counter[2]), DIM), 1 / rank)))
     file = f"{folder}/{dist.get_world_size(group)}"
     if rank == 0:
         Path(f"{file}.0").touch()
@@ -100,6 +102,8 @@ def faults(group, rank, folder):
     pool = pool_of(group)
     attempt("batches", lambda: pool.sample(mlp, 5 + rank, RULE, 2), pool)
     attempt("bad batch", lambda: pool.sample(mlp, 0 if rank == 1 else 5, RULE, 2), pool)
+    attempt("bad add", lambda: pool.add(torch.zeros(2, DIM + (rank == 1))), pool)
+    attempt("adds", lambda: pool.add(torch.zeros(2 + rank, DIM)), pool)
     attempt("steps", lambda: pool.advance(mlp, RULE, 2 + rank), pool)
     attempt("calls", lambda: pool.advance(mlp, RULE, 2) if rank else pool.sample(mlp, 5, RULE, 2), pool)
     state = pool.state_dict()
@@ -191,6 +195,10 @@ def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
     [
         ("seeds", None, "ValueError", "built theirs with other arguments or another seed", None),
         ("sizes", None, "ValueError", "built theirs with other arguments or another seed", None),
+        ("no size", 0, "ValueError", r"n_chains must be an int in [1, 2**31), got 0", "RuntimeError"),
+        ("starts", 0, "ZeroDivisionError", "division by zero", "RuntimeError"),
+        ("bad add", 1, "ValueError", "samples must be (n, 3), got (2, 4)", "RuntimeError"),
+        ("adds", None, "ValueError", "or after other calls", None),
         ("file", 0, "ValueError", "storage_file must not exist", "RuntimeError"),
         ("batches", None, "ValueError", "called with another batch_size or steps", None),
         ("bad batch", 1, "ValueError", "batch_size must be an int", "RuntimeError"),

@@ -20,8 +20,8 @@ from fastebm import NonFiniteError, checkpoint, evaluate, plot, report
 from fastebm import train as training
 from fastebm.backends import torch_compiled
 from fastebm.data import Images, load, load_array
+from fastebm.draws import draw_distinct
 from fastebm.noise import Stream, words
-from fastebm.pool import draw_distinct
 from fastebm.processes import Processes
 from fastebm.recipe import TrainConfig, recipe
 from fastebm.report import fresh_samples

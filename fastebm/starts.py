@@ -1,0 +1,102 @@
+"""Where the chains of a pool start, at first and anew; and states that come from outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .langevin import Bounds, Langevin
+from .noise import Stream, normal, words
+from .sampling import uniform_states
+
+__all__ = ["LAWS", "Start", "Starts", "checked_states", "scaled"]
+
+LAWS = ("uniform", "gaussian")
+
+# seed, stream, chains (n,), steps (n,) -> (n, *shape), as noise.uniform and noise.normal take them
+Start = Callable[[int, Stream, Tensor, Tensor], Tensor]
+
+# Bytes of states from outside that are looked at together.
+_CHECKED_BYTES = 2**25
+
+
+class Starts:
+    """The ``init`` of a ``ChainPool``, with all that it depends on.
+
+    kind: what it is, in words, for a saved pool. early: states can be asked for long before they are needed; not of a
+    callable, which may go by what is then.
+    """
+
+    def __init__(
+        self, init: str | Tensor | Start, seed: int, shape: Sequence[int], clamp: Bounds | None, device: torch.device
+    ) -> None:
+        self.seed, self.shape, self.clamp, self.device = seed, tuple(shape), clamp, device
+        self.dim = math.prod(shape)
+        self.early = isinstance(init, str | Tensor)
+        if isinstance(init, str):
+            if init not in LAWS:
+                raise ValueError(f"init must be {', '.join(LAWS)}, a tensor of states or a callable, got {init!r}")
+            self.kind = init
+        elif isinstance(init, Tensor):
+            init = checked_states("init", init, self.shape, clamp)
+            if not 1 <= len(init) < 2**31:
+                raise ValueError(f"init must have 1 to 2**31 - 1 rows, got {len(init)}")
+            self.kind = f"{len(init)} rows of data"
+        elif callable(init):
+            self.kind = "a callable"
+        else:
+            raise TypeError(f"init must be a name, a tensor of states or a callable, got {type(init).__name__}")
+        self.init: str | Tensor | Start = init
+        if self.kind == "uniform":  # for its error
+            uniform_states(seed, Stream.INITIAL, torch.zeros(0, dtype=torch.int64), 0, self.dim, clamp=clamp)
+
+    def states(self, stream: Stream, chains: Tensor, steps: Tensor) -> Tensor:
+        """Of chains that start, (n, dim): pure functions of seed, stream, chain and lifetime step."""
+        init = self.init
+        if isinstance(init, Tensor):
+            w0, w1, _, _ = (w[:, 0] for w in words(self.seed, stream, chains, steps, 1))
+            return init[scaled(len(init), w0, w1).to(init.device)].to(self.device, torch.float32)
+        if init == "uniform":
+            return uniform_states(self.seed, stream, chains, steps, self.dim, clamp=self.clamp)
+        if isinstance(init, str):
+            x = normal(self.seed, stream, chains, steps, self.dim)
+        else:
+            x = init(self.seed, stream, chains, steps)
+            if not isinstance(x, Tensor) or x.shape != (len(chains), *self.shape):
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"init must give a tensor {(len(chains), *self.shape)}, got {got}")
+            x = x.detach().reshape(len(chains), self.dim).to(self.device, torch.float32)
+            if not bool(x.isfinite().all()):
+                raise ValueError("init must give finite states, got NaN or inf")
+        bounds = Langevin(clamp=self.clamp).bounds(self.dim, device=self.device)
+        return x if bounds is None else x.clamp(*bounds)
+
+
+def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds | None) -> Tensor:
+    """States from outside, (n, dim): finite and within the clamp."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor of states, got {got}")
+    if x.ndim < 2 or tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name} must be (n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    dim = math.prod(shape)
+    x = x.detach().reshape(len(x), dim)
+    lo, hi = Langevin(clamp=clamp).bounds(dim, device=x.device) or (-math.inf, math.inf)
+    for part in torch.split(x, max(1, _CHECKED_BYTES // (4 * dim))):
+        good = part.isfinite() & (part >= lo) & (part <= hi)
+        if not bool(good.all()):
+            if not bool(part.isfinite().all()):
+                raise ValueError(f"{name} must be finite, got NaN or inf")
+            raise ValueError(
+                f"{name} must lie within the pool's clamp {clamp}, got values from {float(part.min()):g} to "
+                f"{float(part.max()):g}: scale them"
+            )
+    return x
+
+
+def scaled(n: int, w0: Tensor, w1: Tensor) -> Tensor:
+    """floor(n * w / 2**64) for the 64-bit w = w0, w1; n < 2**31 keeps it in int64."""
+    return (w0 * n + ((w1 * n) >> 32)) >> 32
