@@ -91,8 +91,9 @@ class ChainPool:
         process_group: of torch.distributed. Each process has one slice of the chains, ``first_chain`` and ``n_local``,
             and all make the same calls. None: this process has all chains.
 
-    Memory: n_local states, and 28 bytes a chain. Building, ``advance`` and ``load_state_dict`` take some ten times a
-    chunk of float32 states beside it at most: 320 MiB on a CPU and 2.5 GiB on a GPU; ``sample`` the same of its batch.
+    Memory: n_local states, and 28 bytes a chain; 8 more with labels, and 8 for ``last`` after ``advance``. Building,
+    ``advance`` and ``load_state_dict`` take some ten times a chunk of float32 states beside it at most: 320 MiB on a
+    CPU and 2.5 GiB on a GPU; ``sample`` the same of its batch.
     """
 
     def __init__(
@@ -264,7 +265,6 @@ class ChainPool:
         precision: str | None, compile: bool, cuda_graph: bool, on_nonfinite: str,
     ) -> Advanced:  # fmt: skip
         options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
-
         call = "sample", self.draws, self.added, self.reinit_prob, batch_size, steps
         with self._processes.together(call, differ=_OTHER_CALLS) as counts:
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
@@ -682,12 +682,17 @@ def _same_bounds(a: Bounds, b: Bounds, dim: int) -> bool:
 
 
 def _rule_of(rule: Langevin, which: Tensor, n: int) -> Langevin:
-    """The rule for some of n chains; what does not fit n is left, for its error."""
+    """The rule for some of n chains."""
 
-    def part(v: float | Tensor) -> float | Tensor:
-        return v[which.to(v.device)] if isinstance(v, Tensor) and v.ndim == 2 and len(v) == n else v
+    def part(name: str) -> float | Tensor:
+        value: float | Tensor = getattr(rule, name)
+        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) == 1:
+            return value
+        if len(value) != n:  # it might fit the part by chance
+            raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {n} chains; use ({n}, 1)")
+        return value[which.to(value.device)]
 
-    return dataclasses.replace(rule, step_size=part(rule.step_size), noise_scale=part(rule.noise_scale))
+    return dataclasses.replace(rule, step_size=part("step_size"), noise_scale=part("noise_scale"))
 
 
 def _last_of_each(rows: Tensor, n: int) -> Tensor:

@@ -1,5 +1,6 @@
 """ChainPool: which chains are drawn, what comes back into them, and that a resumed pool goes on bit for bit."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -619,6 +620,15 @@ def test_an_interrupted_advance_puts_every_chain_back(tmp_path, error):
     whole = pool_of(clamp=None)
     whole.advance(Trap(), RULE, 3)
     assert torch.equal(pool.states, torch.where(moved[:, None], whole.states, pool_of(clamp=None).states))
+
+
+def test_a_rule_that_fits_the_chunks_and_not_the_pool_is_refused(energy):
+    pool = pool_of(50)
+    for name in ("step_size", "noise_scale"):
+        rule = dataclasses.replace(RULE, **{name: torch.full((25, 1), 0.1)})
+        with pytest.raises(ValueError, match=rf"{name} of shape \(25, 1\) does not fit 50 chains; use \(50, 1\)"):
+            pool.advance(energy, rule, 2, chunk_size=25)
+    assert same(pool, pool_of(50))
 
 
 def test_a_chunk_that_can_not_be_stored_has_not_moved(energy, monkeypatch):
