@@ -108,15 +108,14 @@ class Writer:
         """
         self.finish()
         is_first = self.processes.rank == 0
-        n_rows = {len(t) for t in rows.values()}
-        if len(n_rows) > 1:
-            raise ValueError(f"tensors of rows must have equally many, got {sorted(n_rows)}")
         in_background = sum(t.nbytes for t in rows.values()) <= _BACKGROUND_BYTES
-        rows = _copy(rows) if in_background else rows
-        shared = {file: _copy(named) for file, named in tensors.items()} if is_first else {}
         self._step, self._values, self._error, self._files = step, values, None, {}
-
         with self._together():
+            n_rows = {len(t) for t in rows.values()}
+            if len(n_rows) > 1:
+                raise ValueError(f"tensors of rows must have equally many, got {sorted(n_rows)}")
+            rows = _copy(rows) if in_background else rows
+            shared = {file: _copy(named) for file, named in tensors.items()} if is_first else {}
             if is_first:
                 self.folder.mkdir(exist_ok=True)
                 shutil.rmtree(self._temporary, ignore_errors=True)
@@ -188,16 +187,15 @@ class Writer:
         _sync_folder(temporary)
         steps = _steps(self.folder)
         if step in steps:  # done again, after going on from an earlier one
-            target.rename(_trash(target))
+            _set_aside(target)
         temporary.rename(target)
         _sync_folder(self.folder)
         name_newest(target)
         kept = [s for s in sorted({*steps, step}) if s <= step][-_KEEP:]
         with contextlib.suppress(OSError):  # what can't be deleted now is with the next checkpoint
             for s in steps:
-                if s not in kept:  # renamed first: what has a checkpoint's name is whole
-                    old = self.folder / _name(s)
-                    old.rename(_trash(old))
+                if s not in kept:
+                    _set_aside(self.folder / _name(s))
             for left in self.folder.glob("*.tmp"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
@@ -214,9 +212,11 @@ def _rows_file(rank: int) -> str:
     return f"rows-{rank}.safetensors"
 
 
-def _trash(folder: Path) -> Path:
-    """A name to move a checkpoint to before it is deleted."""
-    return folder.with_name(f"{folder.name}.old.tmp")
+def _set_aside(folder: Path) -> None:
+    """A checkpoint that will be deleted: renamed first, as what has a checkpoint's name is whole."""
+    trash = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(trash, ignore_errors=True)  # of a process that was killed while it deleted it
+    folder.rename(trash)
 
 
 def _steps(folder: Path) -> list[int]:

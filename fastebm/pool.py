@@ -652,7 +652,7 @@ class ChainPool:
     def _checked_labels(self, labels: Tensor) -> Tensor:
         """Of this process' chains."""
         labels = _labels_of("labels", labels, len(self), "one a chain")
-        return labels[self.first_chain : self.first_chain + self.n_local].to(self.device, torch.int64, copy=True)
+        return labels[self.first_chain : self.first_chain + self.n_local].to(self.device, copy=True)
 
 
 class _NoBar:
@@ -670,7 +670,7 @@ def _labels_of(name: str, labels: Tensor, n: int, rule: str) -> Tensor:
     check_integers(name, labels)
     if labels.shape != (n,):
         raise ValueError(f"{name} must be ({n},), {rule}, got {tuple(labels.shape)}")
-    return labels
+    return labels.to(torch.int64)
 
 
 def _same_bounds(a: Bounds, b: Bounds, dim: int) -> bool:

@@ -76,7 +76,7 @@ class Starts:
 
 
 def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds | None) -> Tensor:
-    """States from outside, (n, dim): finite and within the clamp."""
+    """States from outside, (n, dim): finite and within the clamp, also in float32."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating-point tensor of states, got {got}")
@@ -86,10 +86,11 @@ def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds |
     x = x.detach().reshape(len(x), dim)
     lo, hi = Langevin(clamp=clamp).bounds(dim, device=x.device) or (-math.inf, math.inf)
     for part in torch.split(x, max(1, _CHECKED_BYTES // (4 * dim))):
+        part = part.float()
         good = part.isfinite() & (part >= lo) & (part <= hi)
         if not bool(good.all()):
             if not bool(part.isfinite().all()):
-                raise ValueError(f"{name} must be finite, got NaN or inf")
+                raise ValueError(f"{name} must be finite in float32, got NaN or inf")
             raise ValueError(
                 f"{name} must lie within the pool's clamp {clamp}, got values from {float(part.min()):g} to "
                 f"{float(part.max()):g}: scale them"

@@ -422,8 +422,9 @@ def _train_step(run: _Run, data: Data, flags: Callable[[], tuple[bool, bool]]) -
 def _checked_empty(out: Path) -> None:
     """An error if a new run would disturb what is there; the folder is made if there is none."""
     if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
-        what = "already holds a run: resume it" if (out / CHECKPOINTS).exists() else "is not empty"
-        raise ValueError(f"{out} {what}, or choose another folder")
+        whole = any((out / CHECKPOINTS).glob("step-*[0-9]"))  # not if it was killed before its first checkpoint
+        what = "already holds a run: resume it, or" if whole else "is not empty, and holds no run to resume:"
+        raise ValueError(f"{out} {what} choose another folder")
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -120,9 +120,9 @@ def test_other_programs_read_the_files_and_check_their_sums(tmp_path):
 
 
 def test_the_last_two_are_kept_and_nothing_else(tmp_path):
-    (tmp_path / "step-00000009.tmp").mkdir()
-    (tmp_path / "step-00000009.tmp" / "rows-0.safetensors").write_text("of a process that was killed")
-    for step in (0, 250, 500):
+    for step, left in ((0, "step-00000009.tmp"), (250, "step-00000250.tmp"), (500, "step-00000000.old.tmp")):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "rows-0.safetensors").write_text("of a process that was killed")
         write(tmp_path, step)
     assert sorted(os.listdir(tmp_path)) == ["LATEST", "step-00000250", "step-00000500"]
 

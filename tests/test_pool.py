@@ -673,6 +673,9 @@ def test_labels_stay_with_their_chains():
     torch.testing.assert_close(energies, fastebm.energy(energy, samples, labels=pool.last.labels).detach())
     pool.advance(energy, RULE, 2, chunk_size=8)
     torch.testing.assert_close(pool.energies, fastebm.energy(energy, pool.states, labels=labels).detach())
+    pool.add(torch.zeros(3, DIM), torch.tensor([3, 3, 2], dtype=torch.uint8))
+    assert pool.labels.tolist() == [3, 3, 2, *labels[3:].tolist()]
+    assert pool.last.labels.tolist() == labels.tolist()  # of the chains that moved then
 
     other = pool_of()
     other.load_state_dict(pool.state_dict())
@@ -735,6 +738,7 @@ def test_added_states_do_not_depend_on_how_they_come():
         ({"policy": "lifo"}, ValueError, 'policy must be "fifo" or "reservoir", got \'lifo\''),
         ({"samples": torch.zeros(3, 4)}, ValueError, r"samples must be \(n, 3\), got \(3, 4\)"),
         ({"samples": torch.full((3, 3), math.nan)}, ValueError, "samples must be finite"),
+        ({"samples": torch.full((3, 3), 1e39, dtype=torch.float64)}, ValueError, "samples must be finite in float32"),
         ({"samples": torch.full((3, 3), 255.0)}, ValueError, "samples must lie within the pool's clamp .* 255: scale"),
         ({"samples": [[0.0] * 3]}, TypeError, "samples must be a floating-point tensor of states, got list"),
         ({"labels": None}, ValueError, "this pool has labels: pass those of the samples"),

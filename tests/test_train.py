@@ -302,9 +302,12 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole, tiny_images)
 
 def test_a_folder_with_other_things_is_refused(tmp_path, tiny_images):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="is not empty, and holds no run to resume: choose another folder"):
         train(TINY, tmp_path, data=tiny_images)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "killed" / "checkpoints" / "step-00000000.tmp").mkdir(parents=True)  # before its first checkpoint
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train(TINY, tmp_path / "killed", data=tiny_images)
 
 
 def test_nothing_is_written_for_a_backend_that_cannot_run(tmp_path, tiny_images, monkeypatch):
