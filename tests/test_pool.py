@@ -585,7 +585,7 @@ def test_advance_moves_every_chain_whatever_the_chunks(energy, options):
         ({"steps": -1}, ValueError, "steps must be >= 0"),
         ({"energy": MLPEnergy(4, (3,))}, ValueError, "the energy takes 4 dims"),
         ({"compile": "auto"}, ValueError, "compile must be True or False"),
-        ({"langevin": Langevin(torch.ones(49, 1))}, ValueError, "does not fit 7 chains"),
+        ({"langevin": Langevin(torch.ones(49, 1))}, ValueError, "does not fit 50 chains"),
     ],
 )
 def test_an_advance_that_fails_leaves_the_pool_as_it_was(energy, options, error, match):
