@@ -81,11 +81,14 @@ def _rank() -> int:
 # -- the arguments ------------------------------------------------------------------------------------------
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            **{"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False, **options}
-        )
+        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"fastebm: error: {message} (see {self.prog} --help)\n")
@@ -101,7 +104,7 @@ def _parser() -> _Parser:
     # SUPPRESS tells what was given from what was not, which --resume has to know.
     command.add_argument(
         "dataset", nargs="?", metavar="DATASET", choices=list(SETS), default=None,
-        help="; ".join(f"{name}: {entry.words}" for name, entry in SETS.items()) + "; or --data",
+        help="; ".join(f"{name}: {entry.words}" for name, entry in SETS.items()) + "; or --data FILE",
     )  # fmt: skip
     command.add_argument(
         "--data", type=Path, default=argparse.SUPPRESS, metavar="FILE",
@@ -194,9 +197,12 @@ def _add_device_and_backend(command: _Parser, default: str) -> None:
 
 def _count(text: str) -> int:
     """An int >= 0."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be an int in [0, 2**32), got {text}")
+        raise argparse.ArgumentTypeError(f"must be an int in [0, 2**32), got {text!r}")
     return value
 
 
@@ -209,6 +215,8 @@ def _positive(text: str) -> int:
 
 def _sizes(text: str) -> list[int]:
     """Widths: "256" or "256,128"."""
+    if text in SETS:  # the option takes all words that follow
+        raise argparse.ArgumentTypeError(f"takes numbers: name the data set before it, as in fastebm train {text} ...")
     return [_positive(part) for part in text.split(",")]
 
 
@@ -400,8 +408,11 @@ def _sample(arguments: argparse.Namespace) -> int:
     if out.suffix.lower() not in (".png", ".npy"):
         raise ValueError(f"--out must end in .png or .npy, got {out}")
     folder = out.parent
-    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out can't be written: {out}")
+    if not folder.is_dir():
+        raise ValueError(f"--out can't be written: {out}, because there is no folder {folder}: make it first")
+    if out.is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a folder" if out.is_dir() else f"you may not write to the folder {folder}"
+        raise ValueError(f"--out can't be written: {out}, because {why}")
     _need("safetensors", *(["matplotlib"] if as_picture else []))
 
     device = resolve_device(arguments.device)

@@ -87,14 +87,16 @@ def plane_figure(
     over: bool = False,
     title: str = "",
 ) -> Figure:
-    """Points in the plane, panel title -> (n, 2), beside the landscape of an energy, or over it.
+    """Points in the plane, panel title -> (n, 2), first data and then samples, beside the landscape of an energy; or
+    samples over it.
 
     Args:
         landscape: (m + 1, 2) edges of its cells in x and y, and (m, m) energies in them, y first.
     """
     edges, energies = landscape
     names = list(panels) if over else [*panels, "Energy"]
-    figure = _figure(4.6 * len(names), 4.6 + (0.4 if title else 0.0), title)
+    colours = dict(zip(panels, [_SAMPLES] if over else [_REAL, _SAMPLES], strict=False))
+    figure = _figure(4.6 * len(names), (4.6 if over else 4.2) + (0.4 if title else 0.0), title)  # a scale takes width
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         if over or name not in panels:
             bottom = energies.min()
@@ -105,7 +107,7 @@ def plane_figure(
                 figure.colorbar(mesh, ax=axes, shrink=0.8, extend="max", label="E − min E (nats)")
         if name in panels:
             x = np.asarray(panels[name])
-            axes.plot(x[:, 0], x[:, 1], ".", color=_SAMPLES if over else _REAL, markersize=2.5, markeredgewidth=0)
+            axes.plot(x[:, 0], x[:, 1], ".", color=colours[name], markersize=2.5, markeredgewidth=0)
         axes.set(title=name, xlabel=columns[0], ylabel=columns[1])
         axes.title.set_fontsize(10)
         axes.set_xlim(edges[0, 0], edges[-1, 0])

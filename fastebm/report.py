@@ -143,6 +143,8 @@ def report(
     else:
         points = {"Data, held out": data.info.to_data(data.test), fresh: data.info.to_data(samples)}
         if data.info.kind == "plane":
+            n = min(map(len, points.values()))  # as many of each, or one looks denser
+            points = {name: x[:n] for name, x in points.items()}
             figure = plot.plane_figure(points, landscape(model, data.info), data.info.columns, title=title)
         else:
             figure = plot.marginals_figure(points, data.info.columns, title=title)
