@@ -33,12 +33,9 @@ def _span(rows: list[dict[str, str]], name: str, digits: int) -> str:
 
 def _made(rows: list[dict[str, str]], command: str, name: str) -> str:
     first = rows[0]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    runs = "; ".join(dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows))
     machine = f"{first['cores']} cores of {first['cpu']}"
-    return (
-        f"Measured by `{command}` on {machine}, torch {first['torch']}, {first['date']}, commit {commits} "
-        f"(`bench/results/{name}`)."
-    )
+    return f"Measured by `{command}` on {machine}, torch {first['torch']}, {runs} (`bench/results/{name}`)."
 
 
 def digits() -> str:
