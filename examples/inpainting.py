@@ -34,7 +34,7 @@ def main(run: str) -> Path:
     figure, axes = plt.subplots(len(rows), 8, figsize=(6, 0.8 * len(rows)), squeeze=False)
     for row, images in zip(axes, rows, strict=True):
         for ax, image in zip(row, images, strict=True):
-            ax.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+            ax.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
             ax.axis("off")
     figure.suptitle("held out, start, and after each quarter of the steps")
     path = Path(run) / "inpainting.png"
