@@ -43,4 +43,6 @@ def main(run: str) -> Path:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/inpainting.py RUN, a run folder of fastebm train digits")
     print(main(sys.argv[1]))

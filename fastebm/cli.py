@@ -165,8 +165,8 @@ def _parser() -> _Parser:
     command.set_defaults(run=_info)
     command.add_argument("--input-size", type=_positive, default=64, metavar="N", help="dims of one state")
     command.add_argument(
-        "--hidden-sizes", type=_sizes, nargs="+", metavar="N", help="hidden widths, from the input up",
-        default=[list(_DEFAULTS.hidden_sizes)],
+        "--hidden-sizes", type=_sizes, nargs="+", metavar="N", default=None,
+        help=f"hidden widths, from the input up (default: {' '.join(map(str, _DEFAULTS.hidden_sizes))})",
     )  # fmt: skip
     command.add_argument("--activation", choices=list(ACTIVATIONS), default=_DEFAULTS.activation, help="of them")
     command.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
@@ -460,7 +460,7 @@ def _info(arguments: argparse.Namespace) -> int:
     import torch
 
     device = resolve_device(arguments.device)
-    sizes = _flat(arguments.hidden_sizes)
+    sizes = _DEFAULTS.hidden_sizes if arguments.hidden_sizes is None else _flat(arguments.hidden_sizes)
     print(f"fastebm {_version('fastebm')}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     for package in ("triton", "numpy", "scikit-learn", "matplotlib", "safetensors", "tqdm"):
