@@ -287,7 +287,7 @@ def test_a_toy_is_learned(tmp_path):
     summary = train(config, tmp_path / "run", data=data)
     gaussian = np.random.default_rng(0).multivariate_normal([0, 0], np.cov(data.train.T.numpy()), 1000)
     others = evaluate.two_sample_accuracy(data.test.numpy(), gaussian)
-    assert summary["two_sample_accuracy"] < 0.65 < 0.8 < others
+    assert summary["two_sample_accuracy"] < 0.62 < 0.72 < others
 
 
 # -- bad folders and files ----------------------------------------------------------------------------------
