@@ -73,7 +73,7 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
     limit = math.inf if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def may_fit(launch: Launch) -> bool:  # shared_bytes estimates from above
-        return shared_bytes(launch, (case.widths,), precision, capability or 90) <= 1.25 * limit
+        return shared_bytes(launch, case.dim, (case.widths,), precision, capability or 90) <= 1.25 * limit
 
     return list(dict.fromkeys(launch for launch in tried if may_fit(launch)))
 

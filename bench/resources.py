@@ -69,16 +69,14 @@ _DESCRIPTORS = (
     "wgmma finds an operand in shared memory by a descriptor, 50 and more of them at bf16x3; they do not depend on the "
     "step, so ptxas makes them all before the loop, and what its registers do not hold it reloads at each use"
 )
-_NEARLY = "2 stores and 5 loads in a step of 14,000 instructions: what lives through all of it leaves no register free"
 _CROWDED = (
     "128 registers of z_1 become as many of slopes and of an operand's two halves, beside 64 of the next layer's "
-    "sums: more than the 255 registers a thread, and eight warps of mma.sync, which have enough, take half as many "
-    "instructions again and spill too"
+    "sums: more than the 255 registers a thread; and during the chunks descriptors of wgmma beside the next z_1. Eight "
+    "warps of mma.sync, which have enough registers, take twice as many instructions and spill too"
 )
 KNOWN_SPILLS: dict[tuple[str, str, str], str] = {
     ("sm_90", "2-[128,128]", "bf16x3"): _DESCRIPTORS,
     ("sm_90", "64-[128,128]", "bf16x3"): _DESCRIPTORS,
-    ("sm_90", "784-[256,128]", "bf16"): _NEARLY,
     ("sm_90", "784-[256,128]", "bf16x3"): _CROWDED,
 }
 NO_SPILLS = ("sm_80", "sm_90")
@@ -310,9 +308,8 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
     }
     if launch["regime"] == "streaming":
         weight_bytes = {"bf16": 2}.get(precision, 4)
-        traffic = sizes[0] * sizes[1] * weight_bytes / chains + 8 * compiled["dim"]  # W_1 for a tile, x in and out
-        if precision != "bf16x3":
-            traffic += 8 * sizes[1]  # slopes in and out: bf16 twice, or tf32 once
+        # W_1 for a tile; x in and out; slopes in and out: bf16 twice, or once two halves or tf32
+        traffic = sizes[0] * sizes[1] * weight_bytes / chains + 8 * compiled["dim"] + 8 * sizes[1]
         rates["l2"] = ticks * L2_BYTES / traffic
     binds = min(rates, key=lambda name: rates[name])
     return {

@@ -22,6 +22,8 @@ from .mlp import (
     load_bias,
     load_weight,
     load_weights,
+    multiply,
+    operand,
     product,
     slope_at,
     transpose,
@@ -280,7 +282,7 @@ def forward_chunk(zs, x, weights, PRECISION: tl.constexpr, INTERPRETED: tl.const
     """Every network's z_1 with one more chunk of x in it."""
     sums = ()
     for k in tl.static_range(len(weights)):
-        sums = sums + (zs[k] + product(x, weights[k], PRECISION, INTERPRETED),)
+        sums = sums + (product(x, weights[k], PRECISION, INTERPRETED, zs[k]),)
     return sums
 
 
@@ -293,30 +295,86 @@ def empty_sums(FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_CHAINS: tl.cons
 
 
 @triton.jit
-def load_chunk_of_state(x_ptr, chains, inside, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Dims c BLOCK_DIM and on, in lane_order: read as they lie in memory, turned in registers."""
-    dims = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    x_inside = inside[:, None] & (dims < DIM)[None, :]
-    return to_lanes(tl.load(x_ptr + chains[:, None] * DIM + dims[None, :], mask=x_inside, other=0.0))
+def places(
+    stride, first, n_chains, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
+    OWN_CHAINS: tl.constexpr,
+):  # fmt: skip
+    """Offsets of chunk c of rows that are stride apart, and which of them exist.
+
+    OWN_CHAINS: each warp has 16 chains of the tile to itself. Then they are in the order in which threads hold an
+    accumulator: of 16 chains and 16 dims a thread has four neighbouring dims (lane_order) of two chains, so it reads
+    and writes 16 bytes at a time, and neither way leads through shared memory.
+    """
+    if OWN_CHAINS:
+        i = tl.arange(0, BLOCK_CHAINS * BLOCK_DIM)
+        chains = first + (i // 128 % (BLOCK_CHAINS // 16) * 16 + i // (8 * BLOCK_CHAINS) % 2 * 8 + i // 16 % 8)
+        dims = c * BLOCK_DIM + i // (16 * BLOCK_CHAINS) * 16 + i % 16
+        return tl.max_contiguous(chains * stride + dims, 4), (chains < n_chains) & (dims < DIM)
+    else:
+        chains = (first + tl.arange(0, BLOCK_CHAINS))[:, None]
+        dims = (c * BLOCK_DIM + tl.arange(0, BLOCK_DIM))[None, :]
+        return chains * stride + dims, (chains < n_chains) & (dims < DIM)
+
+
+@triton.jit
+def load_tile(
+    ptr, stride, first, n_chains, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
+    OWN_CHAINS: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_CHAINS, BLOCK_DIM), dims in lane_order, 0 where there is none."""
+    offsets, exist = places(stride, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+    x = tl.load(ptr + offsets, mask=exist, other=0)
+    if OWN_CHAINS:
+        parts = tl.reshape(x, (BLOCK_DIM // 16, 2, BLOCK_CHAINS // 16, 8, 4, 2, 2))
+        return tl.reshape(tl.permute(parts, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_CHAINS, BLOCK_DIM))
+    else:
+        return to_lanes(x)
+
+
+@triton.jit
+def store_tile(
+    ptr, stride, x, first, n_chains, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
+    OWN_CHAINS: tl.constexpr,
+):  # fmt: skip
+    offsets, exist = places(stride, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+    if OWN_CHAINS:
+        parts = tl.reshape(x, (BLOCK_CHAINS // 16, 2, 8, BLOCK_DIM // 16, 2, 4, 2))
+        x = tl.reshape(tl.permute(parts, (3, 1, 0, 2, 5, 4, 6)), (BLOCK_CHAINS * BLOCK_DIM,))
+    else:
+        x = from_lanes(x)
+    tl.store(ptr + offsets, x, mask=exist)
+
+
+@triton.jit
+def hold_tile(
+    moved, x, frozen_ptr, stride_frozen, first, n_chains, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
+):  # fmt: skip
+    """`hold`, for a tile as `load_tile` gives it."""
+    if frozen_ptr is not None:
+        frozen = load_tile(frozen_ptr, stride_frozen, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+        return tl.where(frozen != 0, x, moved)
+    else:
+        return moved
 
 
 @triton.jit
 def gradient_chunk(
-    x_ptr, chains, inside, c, slopes, weights, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr, stride_frozen,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr, ZERO_PADDING: tl.constexpr,
+    x_ptr, first, n_chains, c, slopes, weights, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr, stride_frozen,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ZERO_PADDING: tl.constexpr,
 ):  # fmt: skip
     """Chunk c of the state and of its gradient, 0 where frozen.
 
     So are padded columns, but those of a chain with an infinite slope, where 0 * inf may stand, if not ZERO_PADDING.
     """
-    x = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
     dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
-    grad = product(slopes[0], transpose(weights[0], PRECISION), PRECISION, INTERPRETED)
+    x = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+    grad = multiply(slopes[0], transpose(weights[0], PRECISION), PRECISION)
     for k in tl.static_range(len(weights) - 1):
-        grad += product(slopes[k + 1], transpose(weights[k + 1], PRECISION), PRECISION, INTERPRETED)
+        grad += multiply(slopes[k + 1], transpose(weights[k + 1], PRECISION), PRECISION)
     grad = add_terms(grad, x, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
-    grad = hold(grad, 0.0, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
+    grad = hold_tile(grad, 0.0, frozen_ptr, stride_frozen, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
     if ZERO_PADDING and DIM % BLOCK_DIM != 0:
         grad = tl.where((dims < DIM)[None, :], grad, 0.0)
     return x, grad
@@ -324,9 +382,9 @@ def gradient_chunk(
 
 @triton.jit
 def move_chunk(
-    x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr, stride_frozen,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, FAST: tl.constexpr,
-    ZERO_PADDING: tl.constexpr,
+    x, grad, shrink, first, n_chains, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr, stride_frozen,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
+    FAST: tl.constexpr, ZERO_PADDING: tl.constexpr,
 ):  # fmt: skip
     """The clipped gradient, and where chunk c would move to before the clamp. shrink: (BLOCK_CHAINS, 1) or None.
 
@@ -340,31 +398,45 @@ def move_chunk(
         noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b
     )  # fmt: skip
     moved = x - a * clipped + noise
-    moved = hold(moved, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
+    moved = hold_tile(moved, x, frozen_ptr, stride_frozen, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
     if ZERO_PADDING and DIM % BLOCK_DIM != 0:
         moved = tl.where((dims < DIM)[None, :], moved, 0.0)  # as in the resident kernel
     return clipped, moved
 
 
 @triton.jit
-def through_memory(slope, ptr, shift, PRECISION: tl.constexpr):
-    """A slope written to memory and read back, which makes it an operand in shared memory.
+def through_memory(
+    slope, ptr, shift, OWN_CHAINS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """A slope as an operand, written to memory and read back, which brings it into shared memory.
 
-    As the product's result that it is, it would lie in 64 registers a thread during all chunks, beside the 128 of the
-    next z. Shared memory has no room for both halves of bf16x3.
+    As the product's result that it is, it would lie in 64 registers a thread and half during all chunks, beside the
+    128 of the next z.
     """
-    if PRECISION == "bf16x3":
-        return slope
-    else:
-        ROWS: tl.constexpr = slope.shape[0]
-        COLUMNS: tl.constexpr = slope.shape[1]
-        flat = tl.reshape(slope.to(ptr.dtype.element_ty), (ROWS * COLUMNS,))
-        tl.debug_barrier()  # others may still fetch from there
-        tl.store(ptr + tl.arange(0, ROWS * COLUMNS), flat)
-        tl.debug_barrier()
-        # shift is 0, but unknown to the compiler, or it carries 16 pointers across the loop
-        rows = shift + tl.arange(0, ROWS)
-        return tl.load(ptr + (rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]))
+    ROWS: tl.constexpr = slope.shape[0]
+    COLUMNS: tl.constexpr = slope.shape[1]
+    SIZE: tl.constexpr = ROWS * COLUMNS
+    i = tl.arange(0, SIZE)
+    if OWN_CHAINS:  # as threads hold an accumulator: neighbours in twos
+        row = i // 64 % (ROWS // 16) * 16 + i // (4 * ROWS) % 2 * 8 + i // 8 % 8
+        i = tl.max_contiguous(row * COLUMNS + i // (8 * ROWS) * 8 + i % 8, 2)
+    # shift is 0, but unknown to the compiler, or it carries 16 pointers across the loop
+    rows = shift + tl.arange(0, ROWS)
+    square = rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+    halves = operand(slope, PRECISION, INTERPRETED)
+    tl.debug_barrier()  # others may still fetch from there
+    for half in tl.static_range(len(halves)):
+        values = halves[half].to(ptr.dtype.element_ty)
+        if OWN_CHAINS:
+            values = tl.permute(tl.reshape(values, (ROWS // 16, 2, 8, COLUMNS // 8, 4, 2)), (3, 1, 0, 2, 4, 5))
+        tl.store(ptr + half * SIZE + i, tl.reshape(values, (SIZE,)))
+    tl.debug_barrier()
+    read = ()
+    for half in tl.static_range(len(halves)):
+        values = tl.load(ptr + half * SIZE + square)
+        read = read + (values.to(halves[half].dtype),)
+    return read
 
 
 @triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
@@ -377,10 +449,10 @@ def langevin_streaming(
     curvature_ptr, mean_ptr, linear_ptr, constant_ptr,
     n_chains, steps, zero,
     reach_ptr,  # float32: largest |c|, largest |b - c m|, then of each network the largest |W_1|
-    slope_ptrs,  # a network each, (programs * BLOCK_CHAINS, its first width), scratch; empty at bf16x3
+    slope_ptrs,  # a network each, (programs * BLOCK_CHAINS, its first width), scratch; at bf16x3 of two halves
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     BOUNDED: tl.constexpr,  # lo and hi are finite numbers
     FAST: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -391,26 +463,30 @@ def langevin_streaming(
     weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED, False)
 
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
+    HALVES: tl.constexpr = 2 if PRECISION == "bf16x3" else 1
     HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
     zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
-    size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger; one for all chains where BOUNDED
+    size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger
     for c in range(n_chunks):
-        x0 = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
+        x0 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
         w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
         zs = forward_chunk(zs, x0, w0, PRECISION, INTERPRETED)
         size += tl.sum(tl.abs(x0), axis=1)
     if BOUNDED:
         # holds at every step: what moves is clamped, and what does not is as it was
-        size = tl.max(size, axis=0) + tl.maximum(tl.abs(lo), tl.abs(hi))
-    first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
+        size += tl.maximum(tl.abs(lo), tl.abs(hi))
+    # these wait in memory while a step makes its slopes; there is no energy yet to lie in that place
+    tl.store(energy_ptr + chains, size, mask=inside)
+    tl.store(first_bad_ptr + chains, tl.full((BLOCK_CHAINS,), -1, tl.int32), mask=inside)
     square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
     n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
     n_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
 
     # At bf16 the loop just fits in registers, if nothing is made before it that could be made in it: pointers, and the
-    # descriptors by which wgmma finds its operands. The others do not fit either way, and then fare better.
-    for t in tl.range(0, steps, disable_licm=PRECISION == "bf16"):
-        chains = first + zero * t + tl.arange(0, BLOCK_CHAINS)
+    # descriptors by which wgmma finds its operands.
+    for t in tl.range(0, steps, disable_licm=OWN_CHAINS):
+        first_now = first + zero * t
+        chains = first_now + tl.arange(0, BLOCK_CHAINS)
         inside = chains < n_chains
         noise_key = load_key(seed_ptr, zero * t)
         labels = load_labels(label_ptr, chains, inside, zero * t)
@@ -422,20 +498,20 @@ def langevin_streaming(
         # but exploding chains; only for a tile that holds one, a rehearsal without stores finds out exactly.
         slopes = ()
         pull = tl.zeros((BLOCK_CHAINS,), tl.float32)
-        if HAS_TERMS:
-            pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
         for k in tl.static_range(len(FIRSTS) - 1):
             z = zs[k] + load_bias(bias_ptrs, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS)
-            memory = None
-            if PRECISION != "bf16x3":
-                memory = slope_ptrs[k] + first * z.shape[1]
+            memory = slope_ptrs[k] + first * (HALVES * z.shape[1])
             slope = slope_at(
                 z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, memory if PRECISION == "bf16" else None,
                 tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST, INTERPRETED,
             )  # fmt: skip
-            slopes = slopes + (through_memory(slope, memory, zero * t, PRECISION),)
             pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
+            slopes = slopes + (through_memory(slope, memory, zero * t, OWN_CHAINS, PRECISION, INTERPRETED),)
+        size = tl.load(energy_ptr + chains, mask=inside, other=0.0)
+        if HAS_TERMS:
+            pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
         reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
+        first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
         in_doubt = (first_bad < 0) & ~(reach < 1e38)
 
         chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
@@ -445,8 +521,8 @@ def langevin_streaming(
             for c in range(n_chunks):
                 w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
                 x, grad = gradient_chunk(
-                    x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED, True,
+                    x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, INTERPRETED, True,
                 )  # fmt: skip
                 clipped = clipped_by_value(grad, grad_clip)
                 square += tl.sum(clipped * clipped, axis=1)
@@ -456,48 +532,55 @@ def langevin_streaming(
             for c in range(n_chunks):
                 w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
                 x, grad = gradient_chunk(
-                    x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED, True,
+                    x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, INTERPRETED, True,
                 )  # fmt: skip
                 clipped, moved = move_chunk(
-                    x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST, True,
+                    x, grad, shrink, first_now, n_chains, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, True,
                 )  # fmt: skip
                 finite = finite & is_finite(moved)
             first_bad = tl.where((first_bad < 0) & ~finite, t, first_bad)
+            tl.store(first_bad_ptr + chains, first_bad, mask=inside)
 
         zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
-        if not BOUNDED:
-            size = tl.zeros((BLOCK_CHAINS,), tl.float32)
+        size = tl.zeros((BLOCK_CHAINS,), tl.float32)
         raw_square = tl.zeros((BLOCK_CHAINS,), tl.float32)
         any_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
         any_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
         for c in range(n_chunks):
             w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
             x, grad = gradient_chunk(
-                x_ptr, chains, inside, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, PRECISION, INTERPRETED, telemetry_ptr is not None,
+                x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, INTERPRETED,
+                telemetry_ptr is not None,
             )  # fmt: skip
             clipped, moved = move_chunk(
-                x, grad, shrink, chains, inside, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
-                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, FAST, not BOUNDED,
+                x, grad, shrink, first_now, n_chains, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, not BOUNDED,
             )  # fmt: skip
             dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
             new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)
             if CLAMP != "":
-                new = hold(new, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
+                new = hold_tile(
+                    new, x, frozen_ptr, stride_frozen, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS
+                )  # fmt: skip
             if telemetry_ptr is not None:
                 raw_square += tl.sum(grad * grad, axis=1)
                 any_clipped = tl.maximum(any_clipped, differs(clipped, grad, dims, DIM))
                 any_clamped = tl.maximum(any_clamped, differs(new, moved, dims, DIM))
             x = tl.where((first_bad < 0)[:, None], new, x)
-            in_memory = c * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-            x_inside = inside[:, None] & (in_memory < DIM)[None, :]
-            tl.store(x_ptr + chains[:, None] * DIM + in_memory[None, :], from_lanes(x), mask=x_inside)
-            store_trajectory(trajectory_ptr, x, t, thin, steps, chains, inside, dims, DIM)
+            store_tile(x_ptr, DIM, x, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+            if trajectory_ptr is not None:
+                if (t + 1) % thin == 0:
+                    row_ptr = trajectory_ptr + (t // thin).to(tl.int64) * DIM
+                    stride = (steps // thin).to(tl.int64) * DIM
+                    store_tile(row_ptr, stride, x, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
             zs = forward_chunk(zs, x, w, PRECISION, INTERPRETED)
             if not BOUNDED:
                 size += tl.sum(tl.abs(x), axis=1)
+        if not BOUNDED:
+            tl.store(energy_ptr + chains, size, mask=inside)
         if telemetry_ptr is not None:
             alive = (first_bad < 0).to(tl.int32)
             square_norm = raw_square
@@ -512,7 +595,7 @@ def langevin_streaming(
     energy = tl.zeros((BLOCK_CHAINS,), tl.float32) + tl.load(constant_ptr)
     if HAS_TERMS:
         for c in range(n_chunks):
-            x1 = load_chunk_of_state(x_ptr, chains, inside, c, DIM, BLOCK_DIM)
+            x1 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
             energy += energy_of_terms(x1, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
     labels = load_labels(label_ptr, chains, inside, 0)
     for k in tl.static_range(len(FIRSTS) - 1):
@@ -522,6 +605,5 @@ def langevin_streaming(
             PARAMETERS, PRECISION, FAST, INTERPRETED,
         )  # fmt: skip
     tl.store(energy_ptr + chains, energy, mask=inside)
-    tl.store(first_bad_ptr + chains, first_bad, mask=inside)
     if telemetry_ptr is not None:
         store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)

@@ -44,6 +44,11 @@ class Launch:
     num_stages: int
     both_orders: bool = False
 
+    @property
+    def own_chains(self) -> bool:
+        """Whether each warp has 16 chains of the tile to itself, and all columns."""
+        return self.block_chains == 16 * self.num_warps
+
 
 def block(n: int) -> int:
     """The power of two, at least 16, that holds n: what a tensor-core tile takes."""
@@ -53,7 +58,7 @@ def block(n: int) -> int:
 Networks = tuple[tuple[int, ...], ...]
 
 
-def shared_bytes(launch: Launch, networks: Networks, precision: str, capability: int = 90) -> int:
+def shared_bytes(launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90) -> int:
     """An upper estimate of the shared memory that a configuration takes (tests hold it to compiled kernels)."""
     # bf16x3 keeps two bf16 halves. wgmma (9.x) transposes 16-bit operands only, so 4-byte ones lie in both orders.
     weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 == 9 else 4)
@@ -61,11 +66,15 @@ def shared_bytes(launch: Launch, networks: Networks, precision: str, capability:
         weight_bytes *= 2
     chains_of_sizes = [[launch.block_dim, *(block(w) for w in widths)] for widths in networks]
     weights = sum(n_in * n_out for sizes in chains_of_sizes for n_in, n_out in pairwise(sizes)) * weight_bytes
-    # One operand of the tile on its way between layouts, or, streaming, the one of each network that all chunks use. A
-    # warp of mma.sync that has all columns (both_orders) keeps its operands in registers.
-    operand_bytes = 2 if precision in ("bf16", "bf16x3") else 4
+    # One operand of the tile on its way between layouts, or, streaming, the one of each network that all chunks use, at
+    # bf16x3 in two halves. A warp of mma.sync that has all columns (both_orders) keeps its operands in registers.
+    streaming = launch.regime == "streaming"
+    operand_bytes = {"bf16": 2, "bf16x3": 4 if streaming else 2}.get(precision, 4)
     operand = 0 if launch.both_orders else launch.block_chains * sum(map(max, chains_of_sizes)) * operand_bytes
-    noise = launch.block_chains * launch.block_dim * 4
+    # The state or its noise on its way between layouts; it stays as threads hold it where each warp has its own chains,
+    # they are read 16 bytes at a time, and no layer is so narrow that threads share its columns.
+    as_held = streaming and launch.own_chains and dim % 4 == 0 and all(w > 32 for widths in networks for w in widths)
+    noise = 0 if as_held else launch.block_chains * launch.block_dim * 4
     # eight warps of mma.sync: weights on their way between layouts
     turning = 8192 if launch.num_warps == 8 and launch.block_chains < 64 else 0
     return weights + operand + noise + turning + 1024
@@ -83,7 +92,7 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
     limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def need(launch: Launch, precision: str) -> int:
-        return shared_bytes(launch, networks, precision, capability)
+        return shared_bytes(launch, dim, networks, precision, capability)
 
     for launch in candidates:
         if need(launch, precision) <= limit:
@@ -130,7 +139,7 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
         tiles = [tile]
 
     if wgmma:
-        chunks = [(128, 32, 8), (64, 32, 4)]
+        chunks = [(128, 32, 8), (64, 32, 4), (64, 16, 4)]
     elif mma_sync and dim > 32:
         # 784-[256, 128] at bf16 on sm_80: 1,578 (0) with eight warps, some 130 fewer with four, which spill
         chunks = [(32, 64, 8 if eight else 4), (32, 32, 4)]

@@ -95,14 +95,14 @@ def slope_times(z, grad, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISION:
 
 
 @triton.jit
-def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """a @ w in float32, for a in float32 and w = (hi, lo) as `load_weight` gives it."""
+def operand(a, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A float32 factor as the tensor cores take it: (hi,) or, for bf16x3, (hi, lo)."""
     if PRECISION == "bf16":
         hi = a.to(tl.bfloat16)
         if INTERPRETED:
             # The interpreter's bf16 product returns garbage (triton #11584): multiply the rounded values in float32.
             hi = hi.to(tl.float32)
-        return tl.dot(hi, w[0], input_precision="ieee", out_dtype=tl.float32)
+        return (hi,)
     elif PRECISION == "bf16x3":
         # The high half is a's upper 16 bits, cut and not rounded: one logical operation where rounding and
         # widening again take three, and the low half makes up for it.
@@ -112,12 +112,29 @@ def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
         if INTERPRETED:
             hi = hi.to(tl.float32)
             lo = lo.to(tl.float32)
-        # the product of the two low halves is below float32's own rounding; small terms first
-        small = tl.dot(lo, w[0], input_precision="ieee", out_dtype=tl.float32)
-        small = tl.dot(hi, w[1], acc=small, input_precision="ieee", out_dtype=tl.float32)
-        return tl.dot(hi, w[0], acc=small, input_precision="ieee", out_dtype=tl.float32)
+        return (hi, lo)
     else:
-        return tl.dot(a, w[0], input_precision=PRECISION, out_dtype=tl.float32)
+        return (a,)
+
+
+@triton.jit
+def multiply(a, w, PRECISION: tl.constexpr, acc=None):
+    """a @ w in float32, for a as `operand` gives it and w = (hi, lo) as `load_weight` does."""
+    if PRECISION == "bf16x3":
+        # the product of the two low halves is below float32's own rounding; small terms first
+        small = tl.dot(a[1], w[0], acc=acc, input_precision="ieee", out_dtype=tl.float32)
+        small = tl.dot(a[0], w[1], acc=small, input_precision="ieee", out_dtype=tl.float32)
+        return tl.dot(a[0], w[0], acc=small, input_precision="ieee", out_dtype=tl.float32)
+    elif PRECISION == "bf16":
+        return tl.dot(a[0], w[0], acc=acc, input_precision="ieee", out_dtype=tl.float32)
+    else:
+        return tl.dot(a[0], w[0], acc=acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, acc=None):
+    """a @ w in float32, for a in float32 and w = (hi, lo) as `load_weight` gives it."""
+    return multiply(operand(a, PRECISION, INTERPRETED), w, PRECISION, acc)
 
 
 @triton.jit

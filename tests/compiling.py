@@ -109,7 +109,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         launch = choose_launch(dim, description.networks, precision, capability)
         if isinstance(launch, str):
             return {**case, "refused": launch}
-        estimate = shared_bytes(launch, description.networks, precision, capability)
+        estimate = shared_bytes(launch, dim, description.networks, precision, capability)
         kernel = compiled_by(
             fused.advance_mlp, description, *arguments, precision=precision, launch=launch, **recording
         )

@@ -112,14 +112,15 @@ def advance_torch(energy, x, rule, steps, counters, **asked):
     return torch_tiles.advance(description, Chains(x.clone(), **counters), rule, steps, **asked)
 
 
-def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", chunk=32, **asked):
+def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", chunk=32, warps=4, **asked):
     """The fused kernel on a state between two guards; None where the GPU at hand has no room for it."""
     description = describe(energy, labels="labels" in counters)
     block_dim = block(description.dim) if regime == "resident" else min(chunk, block(description.dim))
-    launch = Launch(regime, 64, block_dim, 4, 1)
+    launch = Launch(regime, 64, block_dim, warps, 1)  # with four warps each has chains of its own
     if x.is_cuda:
         major, minor = torch.cuda.get_device_capability()
-        if shared_bytes(launch, description.networks, precision) > SHARED_MEMORY.get(10 * major + minor, 101376):
+        limit = SHARED_MEMORY.get(10 * major + minor, 101376)
+        if shared_bytes(launch, description.dim, description.networks, precision) > limit:
             return None
     guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
     inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)

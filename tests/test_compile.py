@@ -83,6 +83,10 @@ SLOW = [
         if (case := mlp(capability, dim, precision, [20, 16], head=head, **more)) not in QUICK
     ],
     *[mlp(capability, 784, "bf16", head="logsumexp", recorded=True) for capability in (80, 90)],
+    # streamed with two halves of each slope: all that a call may ask for, and rows of no whole 16 bytes
+    mlp(90, 784, "bf16x3", rule=all_options(784), recorded=True),
+    mlp(90, 783, "bf16x3", [256, 128], rule=all_options(783), recorded=True),
+    *[mlp(capability, 200, "bf16x3", [64, 64], rule=all_options(200), recorded=True) for capability in (80, 90)],
 ]
 
 

@@ -59,7 +59,7 @@ DIM, CLASSES = 5, 3
 
 
 def advance(path, energy, x, rule, steps, counters, **asked):
-    """Any path, from what ``start`` gives; "streaming" in chunks of 16 dims."""
+    """Any path, from what ``start`` gives; "streaming" in chunks of 16 dims, "eight warps" likewise."""
     if path == "reference":
         return advance_reference(energy, x.clone(), rule, steps, counters, **asked)
     if path == "torch":
@@ -70,6 +70,8 @@ def advance(path, energy, x, rule, steps, counters, **asked):
     if path == "products":
         description = describe(energy, labels="labels" in counters)
         return fused.advance_products(description, chains, rule, steps, **asked)
+    if path == "eight warps":
+        return advance_fused(energy, x, rule, steps, counters, "streaming", chunk=16, warps=8, **asked)
     return advance_fused(energy, x, rule, steps, counters, path, chunk=16, **asked)
 
 
@@ -325,7 +327,7 @@ def test_many_energies_with_many_options(device, case):
 )
 def test_all_options_at_once(device, head, terms):
     check_agreement(
-        device, FAST_PATHS, energy=make_energy(37, head=head, terms=terms), dim=37,
+        device, (*FAST_PATHS, "eight warps"), energy=make_energy(37, head=head, terms=terms), dim=37,
         classes=CLASSES if head == "class" else None, n_chains=70, steps=4, thin=2, step_form="schedule",
         noise_form="per_chain", clamp="dims", frozen="chains", rule={"grad_clip": 0.3, "grad_norm_clip": 0.9},
     )  # fmt: skip

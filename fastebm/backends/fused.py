@@ -56,10 +56,12 @@ def advance_mlp(
     extra: list[Any]
     kernel, extra = kernels.langevin_resident, []
     if launch.regime == "streaming":
-        rows = 0 if precision == "bf16x3" else -(-n_chains // launch.block_chains) * launch.block_chains
-        operand = torch.bfloat16 if precision == "bf16" else torch.float32
-        slopes = (torch.empty(rows, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
+        rows = -(-n_chains // launch.block_chains) * launch.block_chains
+        halves = 2 if precision == "bf16x3" else 1
+        operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
+        slopes = (torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
         kernel, extra = kernels.langevin_streaming, [_reach(description), tuple(slopes)]
+        flags["OWN_CHAINS"] = launch.own_chains
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
         flags["BOTH_ORDERS"] = launch.both_orders
