@@ -506,7 +506,11 @@ def langevin_streaming(
                 tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST, INTERPRETED,
             )  # fmt: skip
             pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
-            slopes = slopes + (through_memory(slope, memory, zero * t, OWN_CHAINS, PRECISION, INTERPRETED),)
+            if PRECISION == "bf16x3" and not OWN_CHAINS:
+                halves = operand(slope, PRECISION, INTERPRETED)  # two halves are too much for mma.sync's shared memory
+            else:
+                halves = through_memory(slope, memory, zero * t, OWN_CHAINS, PRECISION, INTERPRETED)
+            slopes = slopes + (halves,)
         size = tl.load(energy_ptr + chains, mask=inside, other=0.0)
         if HAS_TERMS:
             pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)

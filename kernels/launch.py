@@ -60,24 +60,25 @@ Networks = tuple[tuple[int, ...], ...]
 
 def shared_bytes(launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90) -> int:
     """An upper estimate of the shared memory that a configuration takes (tests hold it to compiled kernels)."""
-    # bf16x3 keeps two bf16 halves. wgmma (9.x) transposes 16-bit operands only, so 4-byte ones lie in both orders.
-    weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 == 9 else 4)
+    # bf16x3 keeps two bf16 halves. wgmma (9.x) and tcgen05 (10.x) transpose 16-bit operands only, so 4-byte ones lie in
+    # both orders.
+    weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 in (9, 10) else 4)
     if launch.both_orders:
         weight_bytes *= 2
     chains_of_sizes = [[launch.block_dim, *(block(w) for w in widths)] for widths in networks]
     weights = sum(n_in * n_out for sizes in chains_of_sizes for n_in, n_out in pairwise(sizes)) * weight_bytes
     # One operand of the tile on its way between layouts, or, streaming, the one of each network that all chunks use, at
     # bf16x3 in two halves. A warp of mma.sync that has all columns (both_orders) keeps its operands in registers.
-    streaming = launch.regime == "streaming"
-    operand_bytes = {"bf16": 2, "bf16x3": 4 if streaming else 2}.get(precision, 4)
+    as_held = launch.regime == "streaming" and launch.own_chains and precision in ("bf16", "bf16x3")
+    operand_bytes = {"bf16": 2, "bf16x3": 4 if as_held else 2}.get(precision, 4)
     operand = 0 if launch.both_orders else launch.block_chains * sum(map(max, chains_of_sizes)) * operand_bytes
-    # The state or its noise on its way between layouts; it stays as threads hold it where each warp has its own chains,
-    # they are read 16 bytes at a time, and no layer is so narrow that threads share its columns.
-    as_held = streaming and launch.own_chains and dim % 4 == 0 and all(w > 32 for widths in networks for w in widths)
+    # The state or its noise on its way between layouts; not where it is as threads hold it, unless rows are no multiple
+    # of 16 bytes or a layer is so narrow that threads share its columns.
+    as_held = as_held and dim % 4 == 0 and all(w > 32 for widths in networks for w in widths)
     noise = 0 if as_held else launch.block_chains * launch.block_dim * 4
     # eight warps of mma.sync: weights on their way between layouts
     turning = 8192 if launch.num_warps == 8 and launch.block_chains < 64 else 0
-    return weights + operand + noise + turning + 1024
+    return weights + operand + noise + turning + 2048
 
 
 def choose_launch(dim: int, networks: Networks, precision: str, capability: int | None) -> Launch | str:

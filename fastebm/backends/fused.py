@@ -57,7 +57,7 @@ def advance_mlp(
     kernel, extra = kernels.langevin_resident, []
     if launch.regime == "streaming":
         rows = -(-n_chains // launch.block_chains) * launch.block_chains
-        halves = 2 if precision == "bf16x3" else 1
+        halves = (2 if launch.own_chains else 0) if precision == "bf16x3" else 1
         operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
         slopes = (torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
         kernel, extra = kernels.langevin_streaming, [_reach(description), tuple(slopes)]
