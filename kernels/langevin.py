@@ -478,6 +478,7 @@ def langevin_streaming(
     # these wait in memory while a step makes its slopes; there is no energy yet to lie in that place
     tl.store(energy_ptr + chains, size, mask=inside)
     tl.store(first_bad_ptr + chains, tl.full((BLOCK_CHAINS,), -1, tl.int32), mask=inside)
+    tl.debug_barrier()  # other threads may load them
     square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
     n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
     n_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
