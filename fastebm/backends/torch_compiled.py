@@ -33,7 +33,8 @@ __all__ = ["CannotCompile", "advance", "multiplies_bf16", "pays"]
 # halves the rest.
 _WORTH = 120.0
 
-# Rows of a block for calls with few chains, such as the batches of PCD: padded to a whole tile they would take as long.
+# Rows of a block for calls with half a tile of chains and less, such as the batches of PCD: padded to a whole tile they
+# would take as long.
 _FEW_ROWS = 256
 
 # Columns or rows of a weight up to which its product is written out in sums, which become part of the loops before and
@@ -130,7 +131,7 @@ def advance(
 
 def _block_rows(n_chains: int, dim: int, mlps: list[MLP], operand: torch.dtype) -> int:
     most = tile_rows(dim, torch.device("cpu"))
-    if n_chains > _FEW_ROWS:
+    if n_chains > max(_FEW_ROWS, most // 2):
         return most
 
     def alike(n_in: int, n_out: int, transposed: bool) -> bool:
