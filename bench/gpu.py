@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
     default = choose_launch(case.dim, (case.widths,), precision, capability)
     if isinstance(default, str):
         return []
-    tried = [default]
+    tried = [default, replace(default, in_memory=False)]
     if case.dim <= 128:
         tried += [Launch("resident", tile, block(case.dim), warps, 1) for tile, warps in TILES]
     if case.dim > 64:
@@ -70,6 +70,8 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
             for chunk in chunks
             for tile, warps in TILES
         ]
+    if default.in_memory:
+        tried[2:] = [replace(launch, in_memory=launch.own_chains) for launch in tried[2:]]
     limit = math.inf if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def may_fit(launch: Launch) -> bool:  # shared_bytes estimates from above

@@ -63,22 +63,7 @@ L2_BYTES = 5120 / 108
 PRECISIONS = ("bf16", "bf16x3", "tf32")  # ieee is for tests
 RULE = {"clamp": [-1.0, 1.0]}  # numbers for step size and noise, as most recipes have it
 
-# Configurations of sm_80 and sm_90 that do spill in the step loop, each with its reason. A configuration that is
-# not named here must not; one that is must (tests/test_resources.py), so that the list only shrinks by deed.
-_DESCRIPTORS = (
-    "wgmma finds an operand in shared memory by a descriptor, 50 and more of them at bf16x3; they do not depend on the "
-    "step, so ptxas makes them all before the loop, and what its registers do not hold it reloads at each use"
-)
-_CROWDED = (
-    "128 registers of z_1 become as many of slopes and of an operand's two halves, beside 64 of the next layer's "
-    "sums: more than the 255 registers a thread; and during the chunks descriptors of wgmma beside the next z_1. Eight "
-    "warps of mma.sync, which have enough registers, take twice as many instructions and spill too"
-)
-KNOWN_SPILLS: dict[tuple[str, str, str], str] = {
-    ("sm_90", "2-[128,128]", "bf16x3"): _DESCRIPTORS,
-    ("sm_90", "64-[128,128]", "bf16x3"): _DESCRIPTORS,
-    ("sm_90", "784-[256,128]", "bf16x3"): _CROWDED,
-}
+# Architectures of which no configuration may spill in the step loop.
 NO_SPILLS = ("sm_80", "sm_90")
 
 MORE_INSTRUCTIONS = 1.03  # over the committed row: what a compiler's scheduling may shift without a cause
@@ -308,9 +293,12 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
     }
     if launch["regime"] == "streaming":
         weight_bytes = {"bf16": 2}.get(precision, 4)
-        # W_1 for a tile; x in and out; slopes in and out: bf16 twice, or once two halves or tf32
-        traffic = sizes[0] * sizes[1] * weight_bytes / chains + 8 * compiled["dim"] + 8 * sizes[1]
+        # W_1 for a tile; x in and out; slopes in and out: bf16 twice, or once two halves or tf32, or float32 and halves
+        slope_bytes = 16 if launch["in_memory"] else 8
+        traffic = sizes[0] * sizes[1] * weight_bytes / chains + 8 * compiled["dim"] + slope_bytes * sizes[1]
         rates["l2"] = ticks * L2_BYTES / traffic
+    elif launch["in_memory"]:
+        rates["l2"] = ticks * L2_BYTES / (12 * launch["block_dim"])  # the state, out once and in twice
     binds = min(rates, key=lambda name: rates[name])
     return {
         **empty_row(compiled),
@@ -437,11 +425,9 @@ def problems(rows: Iterable[Row]) -> list[str]:
     same = importlib.metadata.version("triton") == committed_triton()
     found = []
     for row in rows:
-        spilt, known = spills(row), key(row) in KNOWN_SPILLS
         said = [
             over_limit(row),
-            spilt if same and not known else None,
-            "spills no more: take it off KNOWN_SPILLS" if same and known and not spilt else None,
+            spills(row) if same else None,
             worse(row, committed.get(key(row))) if same else None,
         ]
         found += [" ".join(key(row)) + ": " + text for text in said if text]

@@ -17,8 +17,10 @@ import triton.language as tl
 
 from .mlp import (
     add_terms,
+    as_held,
     energy_at,
     energy_of_terms,
+    from_held,
     load_bias,
     load_weight,
     load_weights,
@@ -43,6 +45,14 @@ def load_coefficient(ptr, stride_chain, stride_step, chains, inside, t, PER_CHAI
 
 
 @triton.jit
+def tile_at(number, n_chains, BLOCK_CHAINS: tl.constexpr):
+    """A tile's first chain, all of its chains (in int64: n_chains * DIM can pass 2**31), and which of them exist."""
+    first = number.to(tl.int64) * BLOCK_CHAINS
+    chains = first + tl.arange(0, BLOCK_CHAINS)
+    return first, chains, chains < n_chains
+
+
+@triton.jit
 def load_key(seed_ptr, shift=0):
     """shift is 0, but where the compiler does not know, it can't carry the ten rounds' keys in 18 registers."""
     seed = tl.load(seed_ptr + shift)
@@ -50,11 +60,10 @@ def load_key(seed_ptr, shift=0):
 
 
 @triton.jit
-def load_counters(chain_ptr, step_ptr, chains, inside, t, zero):
-    """Global chain number and lifetime step of every chain at step t, read anew each time: + zero * t keeps the
-    compiler from carrying them, and what Philox makes of them, in some 50 registers across the loop."""
-    chain = tl.load(chain_ptr + (chains + zero * t), mask=inside, other=0)
-    step = tl.load(step_ptr + (chains + zero * t), mask=inside, other=0) + t
+def load_counters(chain_ptr, step_ptr, chains, inside, t):
+    """Global chain number and lifetime step of every chain at step t."""
+    chain = tl.load(chain_ptr + chains, mask=inside, other=0)
+    step = tl.load(step_ptr + chains, mask=inside, other=0) + t
     return chain, step.to(tl.uint32)
 
 
@@ -137,163 +146,6 @@ def store_trajectory(ptr, x, t, thin, steps, chains, inside, dims, DIM: tl.const
             tl.store(ptr + row + dims[None, :], x, mask=inside[:, None] & (dims < DIM)[None, :])
 
 
-# -- resident --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def network_gradient(
-    x, weights, bias_ptrs, scale_ptr, labels, shift, FIRST: tl.constexpr, BLOCKS: tl.constexpr,
-    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """dE_k/dx of the network whose first layer is FIRST: (BLOCK_CHAINS, BLOCK_DIM)."""
-    z = product(x, weights[FIRST], PRECISION, INTERPRETED) + load_bias(bias_ptrs, shift, FIRST, BLOCKS)
-    slope = slope_at(
-        z, weights, bias_ptrs, scale_ptr, labels, shift, None, FIRST, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION,
-        FAST, INTERPRETED,
-    )  # fmt: skip
-    return product(slope, transpose(weights[FIRST], PRECISION), PRECISION, INTERPRETED)
-
-
-@triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
-def langevin_resident(
-    x_ptr,  # (n_chains, DIM) float32, in and out
-    energy_ptr,  # (n_chains,) float32, out: E at the last state
-    first_bad_ptr,  # (n_chains,) int32, out: first step with a non-finite state, or -1
-    trajectory_ptr, thin,  # (n_chains, steps // thin, DIM) float32, out: every thin-th state; or None
-    telemetry_ptr,  # (3, n_chains) float32, out: see store_telemetry; or None
-    chain_ptr,  # (n_chains,) int64 global chain numbers
-    step_ptr,  # (n_chains,) int64 lifetime step numbers of the first step
-    seed_ptr,  # (1,) int64
-    label_ptr,  # (n_chains,) int64, or None
-    frozen_ptr, stride_frozen,  # (1 or n_chains, DIM) uint8, 1 where a coordinate stays; or None
-    a_ptr, stride_a_chain, stride_a_step,  # drift coefficients
-    b_ptr, stride_b_chain, stride_b_step,  # noise standard deviations
-    grad_clip, norm_clip,  # numbers, or None
-    lo, hi,  # by CLAMP
-    weight_ptrs, bias_ptrs,  # a tuple of one pointer for each half, and one pointer, a layer
-    scale_ptr,  # (networks,) float32, of "logsumexp" heads
-    curvature_ptr, mean_ptr, linear_ptr, constant_ptr,  # the energy's other terms; all but the last may be None
-    n_chains, steps,
-    zero,  # 0, at run time: bias + zero * t is loaded in each step, where hoisting would cost 32 registers a layer
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
-    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, BOTH_ORDERS: tl.constexpr,
-    A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
-    FAST: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    # int64: n_chains * DIM can pass 2**31
-    chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
-    inside = chains < n_chains
-    dims = lane_order(tl.arange(0, BLOCK_DIM))
-    x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
-    x_inside = inside[:, None] & (dims < DIM)[None, :]
-
-    weights = load_weights(weight_ptrs, FIRSTS, BLOCK_DIM, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED, BOTH_ORDERS)
-    x = tl.load(x_ptrs, mask=x_inside, other=0.0)
-    first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
-    square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
-    n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
-    n_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
-
-    for t in range(steps):
-        labels = load_labels(label_ptr, chains, inside, zero * t)
-        grad = network_gradient(
-            x, weights, bias_ptrs, scale_ptr, labels, zero * t, tl.constexpr(FIRSTS[0]), BLOCKS, ACTIVATIONS,
-            PARAMETERS, PRECISION, FAST, INTERPRETED,
-        )  # fmt: skip
-        for k in tl.static_range(1, len(FIRSTS) - 1):
-            grad += network_gradient(
-                x, weights, bias_ptrs, scale_ptr + k, labels, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
-                PARAMETERS, PRECISION, FAST, INTERPRETED,
-            )  # fmt: skip
-        grad = add_terms(grad, x, curvature_ptr, mean_ptr, linear_ptr, zero * t, BLOCK_DIM)
-        grad = hold(grad, 0.0, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM)
-        if DIM != BLOCK_DIM and (norm_clip is not None or telemetry_ptr is not None):
-            grad = tl.where((dims < DIM)[None, :], grad, 0.0)
-        clipped = clipped_by_value(grad, grad_clip)
-        if norm_clip is not None:
-            clipped *= shrinkage(tl.sum(clipped * clipped, axis=1), norm_clip)
-
-        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
-        a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-        b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
-        key0, key1 = load_key(seed_ptr, zero * t)
-        noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b)
-        moved = hold(
-            x - a * clipped + noise, x, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM
-        )  # fmt: skip
-        if DIM != BLOCK_DIM:
-            # Padded columns hold noise of no dim and, where dE/dz is infinite, 0 * inf: neither may freeze a chain.
-            moved = tl.where((dims < DIM)[None, :], moved, 0.0)
-        first_bad = tl.where((first_bad < 0) & ~is_finite(moved), t, first_bad)
-        new = clamped(moved, lo, hi, dims, zero * t, DIM, CLAMP)
-        if CLAMP != "":
-            new = hold(new, x, frozen_ptr, stride_frozen, chains, inside, dims, zero * t, DIM)
-        if telemetry_ptr is not None:
-            alive = (first_bad < 0).to(tl.int32)
-            square_norm = tl.sum(grad * grad, axis=1)
-            n_clipped += alive * differs(clipped, grad, dims, DIM)
-            n_clamped += alive * differs(new, moved, dims, DIM)
-        x = tl.where((first_bad < 0)[:, None], new, x)
-        store_trajectory(trajectory_ptr, x, t, thin, steps, chains, inside, dims, DIM)
-
-    # Pointers made anew, for the same reason as the counters.
-    chains += zero
-    inside = chains < n_chains
-    x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
-    tl.store(x_ptrs, x, mask=inside[:, None] & (dims < DIM)[None, :])
-    energy = energy_of_terms(x, curvature_ptr, mean_ptr, linear_ptr, 0, BLOCK_DIM) + tl.load(constant_ptr)
-    labels = load_labels(label_ptr, chains, inside, 0)
-    for k in tl.static_range(len(FIRSTS) - 1):
-        z = product(x, weights[tl.constexpr(FIRSTS[k])], PRECISION, INTERPRETED)
-        z += load_bias(bias_ptrs, 0, tl.constexpr(FIRSTS[k]), BLOCKS)
-        energy += energy_at(
-            z, weights, bias_ptrs, scale_ptr + k, labels, 0, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
-            PARAMETERS, PRECISION, FAST, INTERPRETED,
-        )  # fmt: skip
-    tl.store(energy_ptr + chains, energy, mask=inside)
-    tl.store(first_bad_ptr + chains, first_bad, mask=inside)
-    if telemetry_ptr is not None:
-        store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)
-
-
-# -- streaming -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def load_chunk(
-    weight_ptrs, c, n_chunks, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Rows c BLOCK_DIM and on of every network's W_1."""
-    weights = ()
-    for k in tl.static_range(len(FIRSTS) - 1):
-        w = load_weight(
-            weight_ptrs[tl.constexpr(FIRSTS[k])], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM,
-            tl.constexpr(BLOCKS[tl.constexpr(FIRSTS[k])]), PRECISION, INTERPRETED,
-        )  # fmt: skip
-        weights = weights + (w,)
-    return weights
-
-
-@triton.jit
-def forward_chunk(zs, x, weights, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Every network's z_1 with one more chunk of x in it."""
-    sums = ()
-    for k in tl.static_range(len(weights)):
-        sums = sums + (product(x, weights[k], PRECISION, INTERPRETED, zs[k]),)
-    return sums
-
-
-@triton.jit
-def empty_sums(FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_CHAINS: tl.constexpr):
-    zs = ()
-    for k in tl.static_range(len(FIRSTS) - 1):
-        zs = zs + (tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[tl.constexpr(FIRSTS[k])])), tl.float32),)
-    return zs
-
-
 @triton.jit
 def places(
     stride, first, n_chains, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
@@ -325,8 +177,7 @@ def load_tile(
     offsets, exist = places(stride, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
     x = tl.load(ptr + offsets, mask=exist, other=0)
     if OWN_CHAINS:
-        parts = tl.reshape(x, (BLOCK_DIM // 16, 2, BLOCK_CHAINS // 16, 8, 4, 2, 2))
-        return tl.reshape(tl.permute(parts, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_CHAINS, BLOCK_DIM))
+        return from_held(x, BLOCK_CHAINS, BLOCK_DIM)
     else:
         return to_lanes(x)
 
@@ -338,11 +189,214 @@ def store_tile(
 ):  # fmt: skip
     offsets, exist = places(stride, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
     if OWN_CHAINS:
-        parts = tl.reshape(x, (BLOCK_CHAINS // 16, 2, 8, BLOCK_DIM // 16, 2, 4, 2))
-        x = tl.reshape(tl.permute(parts, (3, 1, 0, 2, 5, 4, 6)), (BLOCK_CHAINS * BLOCK_DIM,))
+        x = as_held(x)
     else:
         x = from_lanes(x)
     tl.store(ptr + offsets, x, mask=exist)
+
+
+# -- resident --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_state(
+    x_ptr, state_ptr, first, n_chains, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr
+):  # fmt: skip
+    """A tile's state from where it waits: in place, if no column is padding, else in scratch."""
+    if DIM == BLOCK_DIM:
+        return load_tile(x_ptr, DIM, first, n_chains, 0, DIM, BLOCK_DIM, BLOCK_CHAINS, True)
+    else:
+        return load_tile(state_ptr, BLOCK_DIM, first, n_chains, 0, BLOCK_DIM, BLOCK_DIM, BLOCK_CHAINS, True)
+
+
+@triton.jit
+def store_state(
+    x_ptr, state_ptr, x, first, n_chains, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr
+):  # fmt: skip
+    if DIM == BLOCK_DIM:
+        store_tile(x_ptr, DIM, x, first, n_chains, 0, DIM, BLOCK_DIM, BLOCK_CHAINS, True)
+    else:
+        store_tile(state_ptr, BLOCK_DIM, x, first, n_chains, 0, BLOCK_DIM, BLOCK_DIM, BLOCK_CHAINS, True)
+    tl.debug_barrier()  # other threads may load it
+
+
+@triton.jit
+def network_gradient(
+    x, weights, bias_ptrs, scale_ptr, labels, shift, FIRST: tl.constexpr, BLOCKS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    """dE_k/dx of the network whose first layer is FIRST: (BLOCK_CHAINS, BLOCK_DIM)."""
+    z = product(x, weights[FIRST], PRECISION, TARGET) + load_bias(bias_ptrs, shift, FIRST, BLOCKS)
+    slope = slope_at(
+        z, weights, bias_ptrs, scale_ptr, labels, shift, None, FIRST, BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION,
+        FAST, TARGET,
+    )  # fmt: skip
+    return product(slope, transpose(weights[FIRST], PRECISION), PRECISION, TARGET)
+
+
+@triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
+def langevin_resident(
+    x_ptr,  # (n_chains, DIM) float32, in and out
+    energy_ptr,  # (n_chains,) float32, out: E at the last state
+    first_bad_ptr,  # (n_chains,) int32, out: first step with a non-finite state, or -1
+    trajectory_ptr, thin,  # (n_chains, steps // thin, DIM) float32, out: every thin-th state; or None
+    telemetry_ptr,  # (3, n_chains) float32, out: see store_telemetry; or None
+    chain_ptr,  # (n_chains,) int64 global chain numbers
+    step_ptr,  # (n_chains,) int64 lifetime step numbers of the first step
+    seed_ptr,  # (1,) int64
+    label_ptr,  # (n_chains,) int64, or None
+    frozen_ptr, stride_frozen,  # (1 or n_chains, DIM) uint8, 1 where a coordinate stays; or None
+    a_ptr, stride_a_chain, stride_a_step,  # drift coefficients
+    b_ptr, stride_b_chain, stride_b_step,  # noise standard deviations
+    grad_clip, norm_clip,  # numbers, or None
+    lo, hi,  # by CLAMP
+    weight_ptrs, bias_ptrs,  # a tuple of one pointer for each half, and one pointer, a layer
+    scale_ptr,  # (networks,) float32, of "logsumexp" heads
+    curvature_ptr, mean_ptr, linear_ptr, constant_ptr,  # the energy's other terms; all but the last may be None
+    n_chains, steps,
+    zero,  # 0, but the compiler does not know
+    state_ptr,  # (programs * BLOCK_CHAINS, BLOCK_DIM) float32, scratch, if IN_MEMORY and DIM != BLOCK_DIM; or None
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, BOTH_ORDERS: tl.constexpr,
+    IN_MEMORY: tl.constexpr,  # while a step makes the gradient, the state waits in memory; else in registers
+    A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
+    FAST: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first, chains, inside = tile_at(tile, n_chains, BLOCK_CHAINS)
+    dims = lane_order(tl.arange(0, BLOCK_DIM))
+    x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
+    x_inside = inside[:, None] & (dims < DIM)[None, :]
+
+    weights = load_weights(weight_ptrs, FIRSTS, BLOCK_DIM, BLOCKS, ACTIVATIONS, PRECISION, TARGET, BOTH_ORDERS)
+    x = tl.load(x_ptrs, mask=x_inside, other=0.0)
+    first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
+    square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
+    n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
+    n_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
+    if IN_MEMORY and DIM != BLOCK_DIM:
+        store_state(x_ptr, state_ptr, x, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
+
+    for t in tl.range(0, steps, disable_licm=IN_MEMORY):
+        # 0, anew in each step. What is loaded from here is not kept in registers from step to step, nor what follows
+        # from it: biases alone would take 32 a layer. (With a product for the "and", places become sums in registers.)
+        shift = zero & t
+        first, chains, inside = tile_at(tile + shift, n_chains, BLOCK_CHAINS)
+        if IN_MEMORY:
+            x = load_state(x_ptr, state_ptr, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
+        labels = load_labels(label_ptr, chains, inside, shift)
+        grad = network_gradient(
+            x, weights, bias_ptrs, scale_ptr, labels, shift, tl.constexpr(FIRSTS[0]), BLOCKS, ACTIVATIONS,
+            PARAMETERS, PRECISION, FAST, TARGET,
+        )  # fmt: skip
+        for k in tl.static_range(1, len(FIRSTS) - 1):
+            grad += network_gradient(
+                x, weights, bias_ptrs, scale_ptr + k, labels, shift, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
+                PARAMETERS, PRECISION, FAST, TARGET,
+            )  # fmt: skip
+        if IN_MEMORY:
+            # once more, from a place that only differs for the compiler, or it keeps what it has read
+            first, _, _ = tile_at(tile + (zero & ~t), n_chains, BLOCK_CHAINS)
+            x = load_state(x_ptr, state_ptr, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
+        grad = add_terms(grad, x, curvature_ptr, mean_ptr, linear_ptr, shift, BLOCK_DIM)
+        grad = hold(grad, 0.0, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM)
+        if DIM != BLOCK_DIM and (norm_clip is not None or telemetry_ptr is not None):
+            grad = tl.where((dims < DIM)[None, :], grad, 0.0)
+        clipped = clipped_by_value(grad, grad_clip)
+        if norm_clip is not None:
+            clipped *= shrinkage(tl.sum(clipped * clipped, axis=1), norm_clip)
+
+        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
+        a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+        b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+        key0, key1 = load_key(seed_ptr, shift)
+        noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b)
+        moved = hold(
+            x - a * clipped + noise, x, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM
+        )  # fmt: skip
+        if DIM != BLOCK_DIM:
+            # Padded columns hold noise of no dim and, where dE/dz is infinite, 0 * inf: neither may freeze a chain.
+            moved = tl.where((dims < DIM)[None, :], moved, 0.0)
+        first_bad = tl.where((first_bad < 0) & ~is_finite(moved), t, first_bad)
+        new = clamped(moved, lo, hi, dims, shift, DIM, CLAMP)
+        if CLAMP != "":
+            new = hold(new, x, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM)
+        if telemetry_ptr is not None:
+            alive = (first_bad < 0).to(tl.int32)
+            square_norm = tl.sum(grad * grad, axis=1)
+            n_clipped += alive * differs(clipped, grad, dims, DIM)
+            n_clamped += alive * differs(new, moved, dims, DIM)
+        x = tl.where((first_bad < 0)[:, None], new, x)
+        store_trajectory(trajectory_ptr, x, t, thin, steps, chains, inside, dims, DIM)
+        if IN_MEMORY:
+            store_state(x_ptr, state_ptr, x, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
+
+    if IN_MEMORY:
+        # but the compiler does not know, or each step would keep what it makes of the weights' places for what follows
+        always = zero == 0
+    else:
+        always: tl.constexpr = True
+    if always:
+        chains += zero
+        inside = chains < n_chains
+        if IN_MEMORY:
+            first, _, _ = tile_at(tile + zero, n_chains, BLOCK_CHAINS)
+            x = load_state(x_ptr, state_ptr, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
+        if not IN_MEMORY or DIM != BLOCK_DIM:
+            tl.store(x_ptr + chains[:, None] * DIM + dims[None, :], x, mask=inside[:, None] & (dims < DIM)[None, :])
+        energy = energy_of_terms(x, curvature_ptr, mean_ptr, linear_ptr, 0, BLOCK_DIM) + tl.load(constant_ptr)
+        labels = load_labels(label_ptr, chains, inside, 0)
+        for k in tl.static_range(len(FIRSTS) - 1):
+            z = product(x, weights[tl.constexpr(FIRSTS[k])], PRECISION, TARGET)
+            z += load_bias(bias_ptrs, 0, tl.constexpr(FIRSTS[k]), BLOCKS)
+            energy += energy_at(
+                z, weights, bias_ptrs, scale_ptr + k, labels, 0, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
+                PARAMETERS, PRECISION, FAST, TARGET,
+            )  # fmt: skip
+        tl.store(energy_ptr + chains, energy, mask=inside)
+        tl.store(first_bad_ptr + chains, first_bad, mask=inside)
+        if telemetry_ptr is not None:
+            store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)
+
+
+# -- streaming -------------------------------------------------------------------------------------------------
+
+IN_DOUBT: tl.constexpr = tl.constexpr(-2)  # in the place of a chain's first bad step: whether this is one
+
+
+@triton.jit
+def load_chunk(
+    weight_ptrs, c, n_chunks, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Rows c BLOCK_DIM and on of every network's W_1."""
+    weights = ()
+    for k in tl.static_range(len(FIRSTS) - 1):
+        w = load_weight(
+            weight_ptrs[tl.constexpr(FIRSTS[k])], c * BLOCK_DIM, n_chunks * BLOCK_DIM, BLOCK_DIM,
+            tl.constexpr(BLOCKS[tl.constexpr(FIRSTS[k])]), PRECISION, TARGET,
+        )  # fmt: skip
+        weights = weights + (w,)
+    return weights
+
+
+@triton.jit
+def forward_chunk(zs, x, weights, PRECISION: tl.constexpr, TARGET: tl.constexpr):
+    """Every network's z_1 with one more chunk of x in it."""
+    sums = ()
+    for k in tl.static_range(len(weights)):
+        sums = sums + (product(x, weights[k], PRECISION, TARGET, zs[k]),)
+    return sums
+
+
+@triton.jit
+def empty_sums(FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_CHAINS: tl.constexpr):
+    zs = ()
+    for k in tl.static_range(len(FIRSTS) - 1):
+        zs = zs + (tl.zeros((BLOCK_CHAINS, tl.constexpr(BLOCKS[tl.constexpr(FIRSTS[k])])), tl.float32),)
+    return zs
 
 
 @triton.jit
@@ -362,7 +416,7 @@ def hold_tile(
 def gradient_chunk(
     x_ptr, first, n_chains, c, slopes, weights, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr, stride_frozen,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, ZERO_PADDING: tl.constexpr,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr, ZERO_PADDING: tl.constexpr,
 ):  # fmt: skip
     """Chunk c of the state and of its gradient, 0 where frozen.
 
@@ -406,7 +460,7 @@ def move_chunk(
 
 @triton.jit
 def through_memory(
-    slope, ptr, shift, OWN_CHAINS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
+    slope, ptr, shift, OWN_CHAINS: tl.constexpr, PRECISION: tl.constexpr, TARGET: tl.constexpr
 ):  # fmt: skip
     """A slope as an operand, written to memory and read back, which brings it into shared memory.
 
@@ -424,7 +478,7 @@ def through_memory(
     rows = shift + tl.arange(0, ROWS)
     square = rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
-    halves = operand(slope, PRECISION, INTERPRETED)
+    halves = operand(slope, PRECISION, TARGET)
     tl.debug_barrier()  # others may still fetch from there
     for half in tl.static_range(len(halves)):
         values = halves[half].to(ptr.dtype.element_ty)
@@ -455,22 +509,23 @@ def langevin_streaming(
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     BOUNDED: tl.constexpr,  # lo and hi are finite numbers
-    FAST: tl.constexpr, INTERPRETED: tl.constexpr,
+    IN_MEMORY: tl.constexpr,  # act'(z_1) waits in memory in float32 (at bf16 it always does, in bf16)
+    FAST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS
     chains = first + tl.arange(0, BLOCK_CHAINS)
     inside = chains < n_chains
-    weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, INTERPRETED, False)
+    weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, TARGET, False)
 
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     HALVES: tl.constexpr = 2 if PRECISION == "bf16x3" else 1
     HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
     zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger
-    for c in range(n_chunks):
+    for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
         x0 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
-        w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
-        zs = forward_chunk(zs, x0, w0, PRECISION, INTERPRETED)
+        w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
+        zs = forward_chunk(zs, x0, w0, PRECISION, TARGET)
         size += tl.sum(tl.abs(x0), axis=1)
     if BOUNDED:
         # holds at every step: what moves is clamped, and what does not is as it was
@@ -489,10 +544,7 @@ def langevin_streaming(
         first_now = first + zero * t
         chains = first_now + tl.arange(0, BLOCK_CHAINS)
         inside = chains < n_chains
-        noise_key = load_key(seed_ptr, zero * t)
         labels = load_labels(label_ptr, chains, inside, zero * t)
-        a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-        b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
 
         # Chunks are stored as they are made, so a chain must be known to stay finite before its first chunk
         # moves. |x'| <= |x| + a (sum_k |slope_k|_1 max|W_1k| + max|c| |x| + max|b - c m|) + 7 b settles it for all
@@ -502,50 +554,67 @@ def langevin_streaming(
         for k in tl.static_range(len(FIRSTS) - 1):
             z = zs[k] + load_bias(bias_ptrs, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS)
             memory = slope_ptrs[k] + first * (HALVES * z.shape[1])
+            if IN_MEMORY:
+                parking = memory.to(tl.pointer_type(tl.float32))
+            else:
+                parking = memory if PRECISION == "bf16" else None
             slope = slope_at(
-                z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, memory if PRECISION == "bf16" else None,
-                tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST, INTERPRETED,
+                z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, parking,
+                tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST, TARGET,
             )  # fmt: skip
             pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
+            if k == len(FIRSTS) - 2:
+                size = tl.load(energy_ptr + chains, mask=inside, other=0.0)
+                if HAS_TERMS:
+                    pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
+                a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+                b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+                reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
+                first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
+                in_doubt = (first_bad < 0) & ~(reach < 1e38)
+                # Written down, if only to settle it here: the compiler likes to put sums off, and then keeps slopes
+                # beside the operand that they become.
+                tl.store(first_bad_ptr + chains, tl.where(in_doubt, IN_DOUBT, first_bad), mask=inside)
             if PRECISION == "bf16x3" and not OWN_CHAINS:
-                halves = operand(slope, PRECISION, INTERPRETED)  # two halves are too much for mma.sync's shared memory
+                halves = operand(slope, PRECISION, TARGET)  # two halves are too much for mma.sync's shared memory
+                tl.debug_barrier()
             else:
-                halves = through_memory(slope, memory, zero * t, OWN_CHAINS, PRECISION, INTERPRETED)
+                halves = through_memory(slope, memory, zero * t, OWN_CHAINS, PRECISION, TARGET)
             slopes = slopes + (halves,)
-        size = tl.load(energy_ptr + chains, mask=inside, other=0.0)
-        if HAS_TERMS:
-            pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
-        reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
         first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
-        in_doubt = (first_bad < 0) & ~(reach < 1e38)
+        in_doubt = first_bad == IN_DOUBT
 
-        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t, zero)
+        # loaded now, and a and b anew, so that they are in no register while slopes are
+        noise_key = load_key(seed_ptr, zero * t)
+        a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+        b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
         shrink = None
         if norm_clip is not None:
             square = tl.zeros((BLOCK_CHAINS,), tl.float32)
-            for c in range(n_chunks):
-                w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
+            for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+                w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
                 x, grad = gradient_chunk(
                     x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, INTERPRETED, True,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, TARGET, True,
                 )  # fmt: skip
                 clipped = clipped_by_value(grad, grad_clip)
                 square += tl.sum(clipped * clipped, axis=1)
             shrink = shrinkage(square, norm_clip)
         if tl.max(in_doubt.to(tl.int32), axis=0) > 0:
             finite = tl.full((BLOCK_CHAINS,), 1, tl.int1)
-            for c in range(n_chunks):
-                w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
+            for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+                w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
                 x, grad = gradient_chunk(
                     x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, INTERPRETED, True,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, TARGET, True,
                 )  # fmt: skip
                 clipped, moved = move_chunk(
                     x, grad, shrink, first_now, n_chains, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
                     stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, True,
                 )  # fmt: skip
                 finite = finite & is_finite(moved)
-            first_bad = tl.where((first_bad < 0) & ~finite, t, first_bad)
+            first_bad = tl.where(in_doubt, tl.where(finite, -1, t), first_bad)
             tl.store(first_bad_ptr + chains, first_bad, mask=inside)
 
         zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
@@ -553,11 +622,11 @@ def langevin_streaming(
         raw_square = tl.zeros((BLOCK_CHAINS,), tl.float32)
         any_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
         any_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
-        for c in range(n_chunks):
-            w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, INTERPRETED)
+        for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+            w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
             x, grad = gradient_chunk(
                 x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
-                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, INTERPRETED,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, PRECISION, TARGET,
                 telemetry_ptr is not None,
             )  # fmt: skip
             clipped, moved = move_chunk(
@@ -581,7 +650,7 @@ def langevin_streaming(
                     row_ptr = trajectory_ptr + (t // thin).to(tl.int64) * DIM
                     stride = (steps // thin).to(tl.int64) * DIM
                     store_tile(row_ptr, stride, x, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
-            zs = forward_chunk(zs, x, w, PRECISION, INTERPRETED)
+            zs = forward_chunk(zs, x, w, PRECISION, TARGET)
             if not BOUNDED:
                 size += tl.sum(tl.abs(x), axis=1)
         if not BOUNDED:
@@ -594,21 +663,26 @@ def langevin_streaming(
         # the next step's loads may be issued by other threads than this step's stores
         tl.debug_barrier()
 
-    # made anew, as in the resident kernel
-    chains = first + zero + tl.arange(0, BLOCK_CHAINS)
-    inside = chains < n_chains
-    energy = tl.zeros((BLOCK_CHAINS,), tl.float32) + tl.load(constant_ptr)
-    if HAS_TERMS:
-        for c in range(n_chunks):
-            x1 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
-            energy += energy_of_terms(x1, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
-    labels = load_labels(label_ptr, chains, inside, 0)
-    for k in tl.static_range(len(FIRSTS) - 1):
-        z = zs[k] + load_bias(bias_ptrs, zero, tl.constexpr(FIRSTS[k]), BLOCKS)
-        energy += energy_at(
-            z, weights, bias_ptrs, scale_ptr + k, labels, zero, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
-            PARAMETERS, PRECISION, FAST, INTERPRETED,
-        )  # fmt: skip
-    tl.store(energy_ptr + chains, energy, mask=inside)
-    if telemetry_ptr is not None:
-        store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)
+    if IN_MEMORY:
+        always = zero == 0  # as in the resident kernel
+    else:
+        always: tl.constexpr = True
+    if always:
+        # made anew, as in the resident kernel
+        chains = first + zero + tl.arange(0, BLOCK_CHAINS)
+        inside = chains < n_chains
+        energy = tl.zeros((BLOCK_CHAINS,), tl.float32) + tl.load(constant_ptr)
+        if HAS_TERMS:
+            for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+                x1 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+                energy += energy_of_terms(x1, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
+        labels = load_labels(label_ptr, chains, inside, 0)
+        for k in tl.static_range(len(FIRSTS) - 1):
+            z = zs[k] + load_bias(bias_ptrs, zero, tl.constexpr(FIRSTS[k]), BLOCKS)
+            energy += energy_at(
+                z, weights, bias_ptrs, scale_ptr + k, labels, zero, tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS,
+                PARAMETERS, PRECISION, FAST, TARGET,
+            )  # fmt: skip
+        tl.store(energy_ptr + chains, energy, mask=inside)
+        if telemetry_ptr is not None:
+            store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)

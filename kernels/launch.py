@@ -35,6 +35,8 @@ class Launch:
     regime: "resident" (weights and state on the chip for all steps) or "streaming" (W_1 and the state in L2).
     block_chains: chains a program. block_dim: the padded dim, or the dims of one streamed chunk.
     both_orders: a resident weight lies in shared memory twice, once transposed.
+    in_memory: what a step will need again waits in memory, not in registers: the state (resident) or the first layer's
+    slopes (streaming). For own_chains only.
     """
 
     regime: str
@@ -43,6 +45,7 @@ class Launch:
     num_warps: int
     num_stages: int
     both_orders: bool = False
+    in_memory: bool = False
 
     @property
     def own_chains(self) -> bool:
@@ -113,7 +116,9 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     """Configurations in order of preference: without spills, then with fewest instructions (bench/resources.py)."""
     family = None if capability is None else capability // 10
     mma_sync, wgmma = family in (8, 12), family == 9
-    tile = Launch("resident", 64, block(dim), 4, 1)
+    # wgmma finds an operand in shared memory by descriptors, at bf16x3 so many that registers for the rest are short.
+    in_memory = wgmma and precision == "bf16x3"
+    tile = Launch("resident", 64, block(dim), 4, 1, in_memory=in_memory)
     # Eight warps of mma.sync take all chains of a small tile and an eighth of the columns each, so that weights and
     # sums fit in their registers; of a layer with fewer than 64 columns they would repeat each other's work.
     eight = all(width > 32 for widths in networks for width in widths)
@@ -142,8 +147,11 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     if wgmma:
         chunks = [(128, 32, 8), (64, 32, 4), (64, 16, 4)]
     elif mma_sync and dim > 32:
-        # 784-[256, 128] at bf16 on sm_80: 1,578 (0) with eight warps, some 130 fewer with four, which spill
+        # 784-[256, 128] at bf16 on sm_80: 1,545 (0) with eight warps, some 130 fewer with four, which spill
         chunks = [(32, 64, 8 if eight else 4), (32, 32, 4)]
     else:
         chunks = [(64, 64, 4), (64, 32, 4)]
-    return tiles + [Launch("streaming", chains, min(dims, block(dim)), warps, 1) for chains, dims, warps in chunks]
+    return tiles + [
+        Launch("streaming", chains, min(dims, block(dim)), warps, 1, in_memory=in_memory)
+        for chains, dims, warps in chunks
+    ]

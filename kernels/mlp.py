@@ -4,6 +4,8 @@ Any depth without generated source: `slope_at` calls itself for the layer above,
 backpropagation. The layers of all networks of a sum are numbered through. Network k has those from FIRSTS[k] up to
 FIRSTS[k + 1], of which the last is its head. Of each layer, BLOCKS holds the padded width, ACTIVATIONS the activation
 or the head ("scalar", "class", "logsumexp"), PARAMETERS the activation's parameter.
+
+TARGET is "interpreter", "wgmma" (sm_90 at bf16x3, where registers are short) or "gpu", for the few lines that differ.
 """
 
 import triton
@@ -95,23 +97,37 @@ def slope_times(z, grad, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISION:
 
 
 @triton.jit
-def operand(a, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+def operand(a, PRECISION: tl.constexpr, TARGET: tl.constexpr):
     """A float32 factor as the tensor cores take it: (hi,) or, for bf16x3, (hi, lo)."""
     if PRECISION == "bf16":
         hi = a.to(tl.bfloat16)
-        if INTERPRETED:
+        if TARGET == "interpreter":
             # The interpreter's bf16 product returns garbage (triton #11584): multiply the rounded values in float32.
             hi = hi.to(tl.float32)
         return (hi,)
     elif PRECISION == "bf16x3":
         # The high half is a's upper 16 bits, cut and not rounded: one logical operation where rounding and
         # widening again take three, and the low half makes up for it.
-        top = (a.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        hi = top.to(tl.bfloat16)
-        lo = (a - top).to(tl.bfloat16)
-        if INTERPRETED:
-            hi = hi.to(tl.float32)
-            lo = lo.to(tl.float32)
+        if TARGET == "wgmma":
+            # Two at a time. What is cut off is found by the packed high halves: the compiler, left to itself, keeps
+            # them in 32 bits each beside a, until the low half's product is done.
+            hi, lo = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 t0, t1; .reg .f32 l0, l1;
+                prmt.b32 $0, $2, $3, 0x7632;
+                shl.b32 t0, $0, 16; and.b32 t1, $0, 0xffff0000;
+                sub.f32 l0, $2, t0; sub.f32 l1, $3, t1;
+                cvt.rn.bf16x2.f32 $1, l1, l0;
+                }""",
+                "=&r,=r,r,r", [a.to(tl.uint32, bitcast=True)], (tl.bfloat16, tl.bfloat16), True, 2,
+            )  # fmt: skip
+        else:
+            top = (a.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            hi = top.to(tl.bfloat16)
+            lo = (a - top).to(tl.bfloat16)
+            if TARGET == "interpreter":
+                hi = hi.to(tl.float32)
+                lo = lo.to(tl.float32)
         return (hi, lo)
     else:
         return (a,)
@@ -132,9 +148,9 @@ def multiply(a, w, PRECISION: tl.constexpr, acc=None):
 
 
 @triton.jit
-def product(a, w, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, acc=None):
+def product(a, w, PRECISION: tl.constexpr, TARGET: tl.constexpr, acc=None):
     """a @ w in float32, for a in float32 and w = (hi, lo) as `load_weight` gives it."""
-    return multiply(operand(a, PRECISION, INTERPRETED), w, PRECISION, acc)
+    return multiply(operand(a, PRECISION, TARGET), w, PRECISION, acc)
 
 
 @triton.jit
@@ -152,7 +168,7 @@ def transpose(w, PRECISION: tl.constexpr):
 @triton.jit
 def load_weight(
     ptrs, first_in, STRIDE: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOTH_ORDERS: tl.constexpr = False,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr, BOTH_ORDERS: tl.constexpr = False,
 ):  # fmt: skip
     """Rows first_in .. first_in + BLOCK_IN - 1 of an (in, BLOCK_OUT) weight: (hi,) or, for bf16x3, (hi, lo).
 
@@ -167,20 +183,20 @@ def load_weight(
     # Read along the memory's rows, turn in registers: shared memory takes either order.
     offsets = cols[:, None] * STRIDE + rows[None, :]
     hi = tl.load(ptrs[0] + offsets)
-    if INTERPRETED:
+    if TARGET == "interpreter":
         hi = hi.to(tl.float32)
     if BOTH_ORDERS:
         turned = cols[None, :] * STRIDE + rows[:, None]
         hi_turned = tl.load(ptrs[0] + turned)
-        if INTERPRETED:
+        if TARGET == "interpreter":
             hi_turned = hi_turned.to(tl.float32)
     if PRECISION == "bf16x3":
         lo = tl.load(ptrs[1] + offsets)
-        if INTERPRETED:
+        if TARGET == "interpreter":
             lo = lo.to(tl.float32)
         if BOTH_ORDERS:
             lo_turned = tl.load(ptrs[1] + turned)
-            if INTERPRETED:
+            if TARGET == "interpreter":
                 lo_turned = lo_turned.to(tl.float32)
             return (hi_turned, lo_turned, hi, lo)
         else:
@@ -205,7 +221,7 @@ def load_bias(ptrs, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr):
 @triton.jit
 def load_weights(
     ptrs, FIRSTS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCKS: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOTH_ORDERS: tl.constexpr,
+    PRECISION: tl.constexpr, TARGET: tl.constexpr, BOTH_ORDERS: tl.constexpr,
 ):  # fmt: skip
     """Every layer's weight as `load_weight` gives it. Left as pointers: a scalar or class head, which is no product,
     and, with BLOCK_DIM = 0, the first layers."""
@@ -216,7 +232,7 @@ def load_weights(
             if layer == tl.constexpr(FIRSTS[k]):
                 if BLOCK_DIM > 0:
                     w = load_weight(
-                        ptrs[layer], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[layer], PRECISION, INTERPRETED, BOTH_ORDERS
+                        ptrs[layer], 0, BLOCK_DIM, BLOCK_DIM, BLOCKS[layer], PRECISION, TARGET, BOTH_ORDERS
                     )  # fmt: skip
                 else:
                     w = ptrs[layer]
@@ -224,7 +240,7 @@ def load_weights(
                 w = ptrs[layer]
             else:
                 w = load_weight(
-                    ptrs[layer], 0, BLOCKS[layer - 1], BLOCKS[layer - 1], BLOCKS[layer], PRECISION, INTERPRETED,
+                    ptrs[layer], 0, BLOCKS[layer - 1], BLOCKS[layer - 1], BLOCKS[layer], PRECISION, TARGET,
                     BOTH_ORDERS,
                 )  # fmt: skip
             weights = weights + (w,)
@@ -241,40 +257,91 @@ def load_head(ptr, labels, shift, BLOCK: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
-def park(ptr, slope):
-    """Write a tensor-core accumulator to memory as bf16, in the order in which its threads hold it, 8 at a time."""
-    ROWS: tl.constexpr = slope.shape[0]
-    COLUMNS: tl.constexpr = slope.shape[1]
-    parts = tl.reshape(slope, (ROWS // 16, 2, 8, COLUMNS // 16, 2, 4, 2))
-    flat = tl.reshape(tl.permute(parts, (3, 0, 2, 5, 4, 1, 6)), (ROWS * COLUMNS,))
-    tl.store(ptr + tl.arange(0, ROWS * COLUMNS), flat.to(tl.bfloat16))
+def as_held(x):
+    """A tensor-core accumulator, flat, in the order in which its threads hold it, 4 neighbours at a time."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    parts = tl.reshape(x, (ROWS // 16, 2, 8, COLUMNS // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(parts, (3, 1, 0, 2, 5, 4, 6)), (ROWS * COLUMNS,))
 
 
 @triton.jit
-def fetch(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What `park` wrote, as float32. Each thread reads what it wrote itself."""
-    halves = tl.load(ptr + tl.arange(0, ROWS * COLUMNS))
-    if INTERPRETED:
-        flat = halves.to(tl.float32)
+def from_held(flat, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of as_held."""
+    parts = tl.reshape(flat, (COLUMNS // 16, 2, ROWS // 16, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(parts, (2, 1, 3, 0, 5, 4, 6)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def park(ptr, slope):
+    """Write a tensor-core accumulator to memory, 16 bytes at a time, as bf16 or float32."""
+    ROWS: tl.constexpr = slope.shape[0]
+    COLUMNS: tl.constexpr = slope.shape[1]
+    if ptr.dtype.element_ty == tl.bfloat16:
+        parts = tl.reshape(slope, (ROWS // 16, 2, 8, COLUMNS // 16, 2, 4, 2))
+        held = tl.reshape(tl.permute(parts, (3, 0, 2, 5, 4, 1, 6)), (ROWS * COLUMNS,)).to(tl.bfloat16)
     else:
-        # one instruction each, where the compiler takes three for two
-        flat = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [halves], tl.float32, True, 2
-        )
-    parts = tl.reshape(flat, (COLUMNS // 16, ROWS // 16, 8, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(parts, (1, 5, 2, 0, 4, 3, 6)), (ROWS, COLUMNS))
+        held = as_held(slope)
+    tl.store(ptr + tl.arange(0, ROWS * COLUMNS), held)
+
+
+@triton.jit
+def fetch(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr):
+    """What `park` wrote, in float32. Each thread reads what it wrote itself."""
+    held = tl.load(ptr + tl.arange(0, ROWS * COLUMNS))
+    if ptr.dtype.element_ty == tl.bfloat16:
+        if TARGET == "interpreter":
+            flat = held.to(tl.float32)
+        else:
+            # one instruction each, where the compiler takes three for two
+            flat = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [held], tl.float32, True, 2
+            )
+        parts = tl.reshape(flat, (COLUMNS // 16, ROWS // 16, 8, 4, 2, 2, 2))
+        return tl.reshape(tl.permute(parts, (1, 5, 2, 0, 4, 3, 6)), (ROWS, COLUMNS))
+    else:
+        return from_held(held, ROWS, COLUMNS)
+
+
+@triton.jit
+def activate_and_park(
+    z, ptr, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    """act(z) as an operand, while act'(z) goes to memory.
+
+    In float32 64 columns at a time, with a barrier to tell: given more, the compiler takes all exponentials first,
+    and has no registers for them.
+    """
+    ROWS: tl.constexpr = z.shape[0]
+    COLUMNS: tl.constexpr = z.shape[1]
+    if ptr.dtype.element_ty == tl.bfloat16 or COLUMNS <= 64:
+        a, slope = activation_and_slope(z, NAME, PARAMETER, PRECISION, FAST)
+        park(ptr, slope)
+        if ptr.dtype.element_ty != tl.bfloat16:
+            tl.debug_barrier()
+        return operand(a, PRECISION, TARGET)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        left = activate_and_park(left, ptr, NAME, PARAMETER, PRECISION, FAST, TARGET)
+        right = activate_and_park(right, ptr + ROWS * COLUMNS // 2, NAME, PARAMETER, PRECISION, FAST, TARGET)
+        whole = ()
+        for half in tl.static_range(len(left)):
+            joined = tl.permute(tl.join(left[half], right[half]), (0, 2, 1))
+            whole = whole + (tl.reshape(joined, (ROWS, COLUMNS)),)
+        return whole
 
 
 @triton.jit
 def slope_at(
     z, weights, bias_ptrs, scale_ptr, labels, shift, parking_ptr, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """dE/dz at hidden layer LAYER: (BLOCK_CHAINS, BLOCKS[LAYER]), given its z.
 
-    weights[l] and bias_ptrs[l] lead to layer l. scale_ptr: of a "logsumexp" head. parking_ptr: bf16, one for each of
-    dE/dz, where act'(z) waits while the layers above are worked out; None: in registers, in float32.
+    weights[l] and bias_ptrs[l] lead to layer l. scale_ptr: of a "logsumexp" head. parking_ptr: bf16 or float32, one for
+    each of dE/dz, where act'(z) waits while the layers above are worked out; None: in registers.
     """
     ABOVE: tl.constexpr = tl.constexpr(ACTIVATIONS[LAYER + 1])
     if ABOVE == "scalar" or ABOVE == "class":
@@ -283,12 +350,14 @@ def slope_at(
             z, head, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
         )  # fmt: skip
     else:
-        a, slope = activation_and_slope(
-            z, tl.constexpr(ACTIVATIONS[LAYER]), tl.constexpr(PARAMETERS[LAYER]), PRECISION, FAST
-        )  # fmt: skip
+        NAME: tl.constexpr = tl.constexpr(ACTIVATIONS[LAYER])
+        PARAMETER: tl.constexpr = tl.constexpr(PARAMETERS[LAYER])
         if parking_ptr is not None:
-            park(parking_ptr, slope)
-        above = product(a, weights[LAYER + 1], PRECISION, INTERPRETED)
+            a = activate_and_park(z, parking_ptr, NAME, PARAMETER, PRECISION, FAST, TARGET)
+        else:
+            a, slope = activation_and_slope(z, NAME, PARAMETER, PRECISION, FAST)
+            a = operand(a, PRECISION, TARGET)
+        above = multiply(a, weights[LAYER + 1], PRECISION)
         above += load_bias(bias_ptrs, shift, LAYER + 1, BLOCKS)
         if ABOVE == "logsumexp":
             share = tl.exp(above - tl.max(above, axis=1)[:, None])
@@ -296,11 +365,11 @@ def slope_at(
         else:
             grad = slope_at(
                 above, weights, bias_ptrs, scale_ptr, labels, shift, None, LAYER + 1, BLOCKS, ACTIVATIONS,
-                PARAMETERS, PRECISION, FAST, INTERPRETED,
+                PARAMETERS, PRECISION, FAST, TARGET,
             )  # fmt: skip
-        back = product(grad, transpose(weights[LAYER + 1], PRECISION), PRECISION, INTERPRETED)
+        back = product(grad, transpose(weights[LAYER + 1], PRECISION), PRECISION, TARGET)
         if parking_ptr is not None:
-            slope = fetch(parking_ptr, z.shape[0], z.shape[1], INTERPRETED)
+            slope = fetch(parking_ptr, z.shape[0], z.shape[1], TARGET)
         return slope * back
 
 
@@ -308,7 +377,7 @@ def slope_at(
 def energy_at(
     z, weights, bias_ptrs, scale_ptr, labels, shift, LAYER: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):  # fmt: skip
     """E: (BLOCK_CHAINS,), given z at hidden layer LAYER."""
     a, _ = activation_and_slope(
@@ -322,7 +391,7 @@ def energy_at(
         else:
             return value + tl.load(bias_ptrs[LAYER + 1])
     else:
-        above = product(a, weights[LAYER + 1], PRECISION, INTERPRETED)
+        above = product(a, weights[LAYER + 1], PRECISION, TARGET)
         above += load_bias(bias_ptrs, shift, LAYER + 1, BLOCKS)
         if ABOVE == "logsumexp":
             top = tl.max(above, axis=1)
@@ -330,7 +399,7 @@ def energy_at(
         else:
             return energy_at(
                 above, weights, bias_ptrs, scale_ptr, labels, shift, LAYER + 1, BLOCKS, ACTIVATIONS, PARAMETERS,
-                PRECISION, FAST, INTERPRETED,
+                PRECISION, FAST, TARGET,
             )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from test_agreement import (
+    IN_MEMORY,
     REGIMES,
     ULP,
     YARDSTICK,
@@ -304,7 +305,7 @@ def cases(draw):
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(case=cases(), regime=st.sampled_from(REGIMES))
+@given(case=cases(), regime=st.sampled_from([*REGIMES, *IN_MEMORY]))
 def test_any_energy_with_any_option(device, case, regime):
     check_agreement(device, ("torch", "products", regime), **case)
 
@@ -313,7 +314,7 @@ def test_any_energy_with_any_option(device, case, regime):
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
 def test_many_energies_with_many_options(device, case):
-    check_agreement(device, FAST_PATHS, **case)
+    check_agreement(device, (*FAST_PATHS, *IN_MEMORY), **case)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +328,7 @@ def test_many_energies_with_many_options(device, case):
 )
 def test_all_options_at_once(device, head, terms):
     check_agreement(
-        device, (*FAST_PATHS, "eight warps"), energy=make_energy(37, head=head, terms=terms), dim=37,
+        device, (*FAST_PATHS, *IN_MEMORY, "eight warps"), energy=make_energy(37, head=head, terms=terms), dim=37,
         classes=CLASSES if head == "class" else None, n_chains=70, steps=4, thin=2, step_form="schedule",
         noise_form="per_chain", clamp="dims", frozen="chains", rule={"grad_clip": 0.3, "grad_norm_clip": 0.9},
     )  # fmt: skip

@@ -134,21 +134,7 @@ def rows(keys):
 
 
 def rows_without_spills(keys):
-    """A configuration that is known to spill is a strict xfail: the day it no longer does, the test turns red."""
-    return pytest.mark.parametrize(
-        "key",
-        [
-            pytest.param(
-                key,
-                id="-".join(key),
-                marks=[pytest.mark.xfail(reason=resources.KNOWN_SPILLS[key], strict=True, raises=AssertionError)]
-                if key in resources.KNOWN_SPILLS
-                else [],
-            )
-            for key in keys
-            if key[0] in resources.NO_SPILLS
-        ],
-    )
+    return rows([key for key in keys if key[0] in resources.NO_SPILLS])
 
 
 @linux
@@ -192,10 +178,6 @@ def test_the_rest_takes_no_more_instructions_than_committed(slow, committed, key
 
 def test_every_row_is_committed_and_nothing_else(committed):
     assert list(committed) == list(CASES)
-
-
-def test_known_spills_name_configurations_that_exist():
-    assert set(resources.KNOWN_SPILLS) <= set(CASES)
 
 
 def test_each_way_to_fall_behind_is_found():

@@ -587,7 +587,7 @@ def advance(path: str, model: nn.Module, x: torch.Tensor, rule: Langevin, steps:
             return fused.advance_module(whole, chains, rule, steps)
         regime, precision = path.split()
         block_dim = 16 if regime == "streaming" else max(16, 1 << (x.shape[1] - 1).bit_length())
-        launch = Launch(regime, 16, block_dim, 4, 1)
+        launch = Launch(regime, 16, block_dim, 1, 1, in_memory=precision == "bf16x3")  # as on sm_90
         return fused.advance_mlp(describe(model), chains, rule, steps, precision=precision, launch=launch)
 
 

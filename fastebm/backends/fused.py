@@ -54,9 +54,8 @@ def advance_mlp(
     depths = [len(mlp.weights) for mlp in mlps]
     terms = _term_arguments(description, launch)
     extra: list[Any]
-    kernel, extra = kernels.langevin_resident, []
+    rows = -(-n_chains // launch.block_chains) * launch.block_chains
     if launch.regime == "streaming":
-        rows = -(-n_chains // launch.block_chains) * launch.block_chains
         halves = (2 if launch.own_chains else 0) if precision == "bf16x3" else 1
         operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
         slopes = (torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
@@ -64,6 +63,8 @@ def advance_mlp(
         flags["OWN_CHAINS"] = launch.own_chains
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
+        padded = launch.in_memory and dim != launch.block_dim
+        kernel, extra = kernels.langevin_resident, [x.new_empty(rows, launch.block_dim) if padded else None]
         flags["BOTH_ORDERS"] = launch.both_orders
     if n_chains > 0:
         # triton launches on the current device, which may be another than x's
@@ -99,7 +100,8 @@ def advance_mlp(
                 BLOCK_CHAINS=launch.block_chains,
                 **flags,
                 FAST=_fast(precision),
-                INTERPRETED=interpreted(),
+                IN_MEMORY=launch.in_memory,
+                TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory else "gpu",
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
                 **_OPTIONS,
