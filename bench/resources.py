@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -365,22 +365,36 @@ def cuobjdump(option: str, cubin: Path) -> str:
     return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
-def compile_rows(cases: Sequence[Row]) -> list[Row]:
-    """Rows of cases, compiled in a process of its own: TRITON_INTERPRET is read when a kernel is decorated."""
+def compile_all(cases: Sequence[Row]) -> list[Row]:
+    """Each case's result, see tests/compiling.py; as many processes at a time as there are cores."""
+    # of their own, because TRITON_INTERPRET is read when a kernel is decorated
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:
-        cubins = [Path(folder) / f"{i}.cubin" for i in range(len(cases))]
-        asked = [{**case, "cubin": str(cubin)} for case, cubin in zip(cases, cubins, strict=True)]
+
+    def compile_part(part: Sequence[Row]) -> list[Row]:
         done = subprocess.run(
-            [sys.executable, COMPILING], input=json.dumps(asked), capture_output=True, text=True, env=environment
+            [sys.executable, COMPILING], input=json.dumps(part), capture_output=True, text=True, env=environment
         )
         if done.returncode != 0:
             raise RuntimeError(f"compilation failed:\n{done.stderr[-4000:]}")
+        return list(json.loads(done.stdout))
+
+    n = min(os.cpu_count() or 1, len(cases))
+    results: list[Row] = [{}] * len(cases)
+    with ThreadPoolExecutor(n) as pool:
+        for i, part in enumerate(pool.map(compile_part, [cases[i::n] for i in range(n)])):
+            results[i::n] = part
+    return results
+
+
+def compile_rows(cases: Sequence[Row]) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = [Path(folder) / f"{i}.cubin" for i in range(len(cases))]
+        asked = [{**case, "cubin": str(cubin)} for case, cubin in zip(cases, cubins, strict=True)]
         return [
             row_of(compiled, cuobjdump("-sass", cubin), cuobjdump("-res-usage", cubin))
             if compiled["refused"] is None
             else empty_row(compiled)
-            for compiled, cubin in zip(json.loads(done.stdout), cubins, strict=True)
+            for compiled, cubin in zip(compile_all(asked), cubins, strict=True)
         ]
 
 
@@ -435,10 +449,7 @@ def problems(rows: Iterable[Row]) -> list[str]:
 
 
 def main() -> int:
-    # one process an architecture, as many at a time as there are cores
-    groups = [list(group) for _, group in groupby(all_cases(), lambda case: case["capability"])]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for group in pool.map(compile_rows, groups) for row in group]
+    rows = compile_rows(list(all_cases()))
     if "--check" in sys.argv[1:]:
         found = problems(rows)
         if importlib.metadata.version("triton") != committed_triton():

@@ -3,19 +3,18 @@
 Compilation is most of the time: seconds a case at first, and nothing once Triton's cache holds it.
 """
 
-import json
-import os
-import pathlib
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastebm.mlp import ACTIVATIONS
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux")
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    import resources
 
-COMPILING = pathlib.Path(__file__).with_name("compiling.py")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux")
 
 ARCHITECTURES = {2: [128, 128], 64: [128, 128], 784: [256, 128]}
 ALL_ACTIVATIONS = sorted(ACTIVATIONS)
@@ -44,11 +43,8 @@ def update(capability, dim, **options):
     return {**mlp(capability, dim, "ieee", [16], **options), "kernel": "update"}
 
 
-QUICK = [
-    mlp(90, 2, "bf16x3"),
-    mlp(90, 64, "bf16"),
+QUICK = [  # beside those that test_resources.py compiles
     mlp(90, 784, "bf16"),
-    mlp(80, 2, "bf16"),
     mlp(80, 5, "tf32", [20, 3]),
     # every activation; a single layer; every option of the rule
     mlp(90, 5, "bf16", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
@@ -99,12 +95,7 @@ def name(case):
 
 
 def compile_all(cases):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, COMPILING], input=json.dumps(cases), capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {name(case): result for case, result in zip(cases, json.loads(done.stdout), strict=True)}
+    return {name(case): result for case, result in zip(cases, resources.compile_all(cases), strict=True)}
 
 
 @pytest.fixture(scope="session")
