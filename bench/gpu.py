@@ -59,7 +59,7 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
     default = choose_launch(case.dim, (case.widths,), precision, capability)
     if isinstance(default, str):
         return []
-    tried = [default, replace(default, in_memory=False)]
+    tried = []
     if case.dim <= 128:
         tried += [Launch("resident", tile, block(case.dim), warps, 1) for tile, warps in TILES]
     if case.dim > 64:
@@ -71,13 +71,13 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
             for tile, warps in TILES
         ]
     if default.in_memory:
-        tried[2:] = [replace(launch, in_memory=launch.own_chains) for launch in tried[2:]]
+        tried = [replace(default, in_memory=False), *(replace(one, in_memory=one.own_chains) for one in tried)]
     limit = math.inf if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def may_fit(launch: Launch) -> bool:  # shared_bytes estimates from above
         return shared_bytes(launch, case.dim, (case.widths,), precision, capability or 90) <= 1.25 * limit
 
-    return list(dict.fromkeys(launch for launch in tried if may_fit(launch)))
+    return list(dict.fromkeys(launch for launch in (default, *tried) if may_fit(launch)))
 
 
 def capability() -> int | None:

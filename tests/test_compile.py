@@ -3,18 +3,12 @@
 Compilation is most of the time: seconds a case at first, and nothing once Triton's cache holds it.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
+from test_resources import linux, resources
 
 from fastebm.mlp import ACTIVATIONS
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(Path(__file__).parent.parent / "bench")
-    import resources
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux")
+pytestmark = linux
 
 ARCHITECTURES = {2: [128, 128], 64: [128, 128], 784: [256, 128]}
 ALL_ACTIVATIONS = sorted(ACTIVATIONS)
@@ -43,8 +37,11 @@ def update(capability, dim, **options):
     return {**mlp(capability, dim, "ieee", [16], **options), "kernel": "update"}
 
 
-QUICK = [  # beside those that test_resources.py compiles
+QUICK = [
+    mlp(90, 2, "bf16x3"),
+    mlp(90, 64, "bf16"),
     mlp(90, 784, "bf16"),
+    mlp(80, 2, "bf16"),
     mlp(80, 5, "tf32", [20, 3]),
     # every activation; a single layer; every option of the rule
     mlp(90, 5, "bf16", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),

@@ -95,7 +95,6 @@ def test_bits_do_not_depend_on_the_batch():
         assert torch.equal(part, whole[first:last])
 
 
-@pytest.mark.slow
 def test_trajectory_and_no_steps():
     energy = an_energy()
     samples, _ = sample(energy)

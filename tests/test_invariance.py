@@ -104,22 +104,15 @@ def test_any_batch_on_torch(dim, widths, activation):
     check_any_batch(on_torch(make_mlp(dim, widths, activation)), make_chains(600, dim), sizes)
 
 
+@pytest.mark.parametrize("precision", ["ieee", "bf16x3"])
 @pytest.mark.parametrize("regime", ["resident", "streaming"])
-@pytest.mark.parametrize(
-    ("dim", "widths", "precision"),
-    [
-        (2, [16, 16], "ieee"),
-        (63, [100, 37, 5], "bf16x3"),
-        pytest.param(2, [16, 16], "bf16x3", marks=pytest.mark.slow),
-        pytest.param(63, [100, 37, 5], "ieee", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("dim", "widths"), [(2, [16, 16]), (63, [100, 37, 5])])
 def test_any_batch_on_triton(device, dim, widths, regime, precision):
     run = on_triton(make_mlp(dim, widths), regime, device, precision)
     check_any_batch(run, make_chains(130, dim), sizes=(65,))
 
 
-@pytest.mark.parametrize("dim", [1, 63, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dim", [1, 63, 300])
 def test_any_batch_of_the_fused_update(device, dim):
     check_any_batch(on_the_fused_update(device), make_chains(70 if dim < 300 else 20, dim), sizes=(9,))
 

@@ -600,9 +600,9 @@ PATHS = ["torch", "update", "resident ieee", "resident bf16x3", "streaming ieee"
     [
         (1, "all", None),
         (3, "all", (-1.0, 1.0)),
-        pytest.param(3, "last", None, marks=pytest.mark.slow),
+        (3, "last", None),
         (3, "all", (-(2.0**126), 2.0**126)),
-        pytest.param(40, "all", None, marks=pytest.mark.slow),
+        (40, "all", None),
         (40, "last", None),
         (40, "last", (-1.0, 1.0)),
     ],

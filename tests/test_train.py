@@ -227,7 +227,7 @@ def _small(data, **changes):
     return TrainConfig(**{**recipe(data), **tiny, "fresh_steps": 3, **changes})
 
 
-@pytest.mark.parametrize("dim", [pytest.param(1, marks=pytest.mark.slow), 2, 14])
+@pytest.mark.parametrize("dim", [1, 2, 14])
 def test_a_table_or_plane_is_reported_and_resumed_from_its_folder_alone(tmp_path, gaussians, dim):
     config = _small(gaussians(dim))
     with pytest.raises(Stopped):
@@ -252,7 +252,6 @@ def test_a_run_whose_file_has_changed_does_not_go_on(tmp_path, gaussians):
     assert _content(tmp_path / "run") == before
 
 
-@pytest.mark.slow
 def test_known_outliers_are_measured_beside_plain_detectors(tmp_path):
     data = load("breast_cancer")
     summary = train(_small(data), tmp_path / "run", data=data)
