@@ -267,11 +267,11 @@ def langevin_resident(
     tile = tl.program_id(0)
     first, chains, inside = tile_at(tile, n_chains, BLOCK_CHAINS)
     dims = lane_order(tl.arange(0, BLOCK_DIM))
-    x_ptrs = x_ptr + chains[:, None] * DIM + dims[None, :]
-    x_inside = inside[:, None] & (dims < DIM)[None, :]
 
     weights = load_weights(weight_ptrs, FIRSTS, BLOCK_DIM, BLOCKS, ACTIVATIONS, PRECISION, TARGET, BOTH_ORDERS)
-    x = tl.load(x_ptrs, mask=x_inside, other=0.0)
+    x = tl.load(
+        x_ptr + chains[:, None] * DIM + dims[None, :], mask=inside[:, None] & (dims < DIM)[None, :], other=0.0
+    )  # fmt: skip
     first_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
     square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
     n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
@@ -512,9 +512,7 @@ def langevin_streaming(
     IN_MEMORY: tl.constexpr,  # act'(z_1) waits in memory in float32 (at bf16 it always does, in bf16)
     FAST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS
-    chains = first + tl.arange(0, BLOCK_CHAINS)
-    inside = chains < n_chains
+    first, chains, inside = tile_at(tl.program_id(0), n_chains, BLOCK_CHAINS)
     weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, TARGET, False)
 
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
@@ -541,10 +539,12 @@ def langevin_streaming(
     # At bf16 the loop just fits in registers, if nothing is made before it that could be made in it: pointers, and the
     # descriptors by which wgmma finds its operands.
     for t in tl.range(0, steps, disable_licm=OWN_CHAINS):
-        first_now = first + zero * t
+        # 0, anew in each step, as in the resident kernel. (With an "and" here, or added to the tile, more would spill.)
+        shift = zero * t
+        first_now = first + shift
         chains = first_now + tl.arange(0, BLOCK_CHAINS)
         inside = chains < n_chains
-        labels = load_labels(label_ptr, chains, inside, zero * t)
+        labels = load_labels(label_ptr, chains, inside, shift)
 
         # Chunks are stored as they are made, so a chain must be known to stay finite before its first chunk
         # moves. |x'| <= |x| + a (sum_k |slope_k|_1 max|W_1k| + max|c| |x| + max|b - c m|) + 7 b settles it for all
@@ -552,14 +552,14 @@ def langevin_streaming(
         slopes = ()
         pull = tl.zeros((BLOCK_CHAINS,), tl.float32)
         for k in tl.static_range(len(FIRSTS) - 1):
-            z = zs[k] + load_bias(bias_ptrs, zero * t, tl.constexpr(FIRSTS[k]), BLOCKS)
+            z = zs[k] + load_bias(bias_ptrs, shift, tl.constexpr(FIRSTS[k]), BLOCKS)
             memory = slope_ptrs[k] + first * (HALVES * z.shape[1])
             if IN_MEMORY:
                 parking = memory.to(tl.pointer_type(tl.float32))
             else:
                 parking = memory if PRECISION == "bf16" else None
             slope = slope_at(
-                z, weights, bias_ptrs, scale_ptr + k, labels, zero * t, parking,
+                z, weights, bias_ptrs, scale_ptr + k, labels, shift, parking,
                 tl.constexpr(FIRSTS[k]), BLOCKS, ACTIVATIONS, PARAMETERS, PRECISION, FAST, TARGET,
             )  # fmt: skip
             pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
@@ -579,13 +579,13 @@ def langevin_streaming(
                 halves = operand(slope, PRECISION, TARGET)  # two halves are too much for mma.sync's shared memory
                 tl.debug_barrier()
             else:
-                halves = through_memory(slope, memory, zero * t, OWN_CHAINS, PRECISION, TARGET)
+                halves = through_memory(slope, memory, shift, OWN_CHAINS, PRECISION, TARGET)
             slopes = slopes + (halves,)
         first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
         in_doubt = first_bad == IN_DOUBT
 
         # loaded now, and a and b anew, so that they are in no register while slopes are
-        noise_key = load_key(seed_ptr, zero * t)
+        noise_key = load_key(seed_ptr, shift)
         a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
         b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
         chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)

@@ -9,7 +9,18 @@ state must still be there to freeze at.
 import triton
 import triton.language as tl
 
-from .langevin import clamped, clipped_by_value, differs, hold, is_finite, load_coefficient, load_key, shrinkage
+from .langevin import (
+    clamped,
+    clipped_by_value,
+    differs,
+    hold,
+    is_finite,
+    load_coefficient,
+    load_counters,
+    load_key,
+    shrinkage,
+    tile_at,
+)
 from .philox import normals
 
 
@@ -37,13 +48,10 @@ def langevin_update(
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    # int64: n_chains * DIM can pass 2**31
-    chains = tl.program_id(0).to(tl.int64) * BLOCK_CHAINS + tl.arange(0, BLOCK_CHAINS)
-    inside = chains < n_chains
+    _, chains, inside = tile_at(tl.program_id(0), n_chains, BLOCK_CHAINS)
     t = tl.load(t_ptr)
     key0, key1 = load_key(seed_ptr)
-    chain = tl.load(chain_ptr + chains, mask=inside, other=0)
-    step = (tl.load(step_ptr + chains, mask=inside, other=0) + t).to(tl.uint32)
+    chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
     first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
     a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
     b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
