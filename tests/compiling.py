@@ -9,8 +9,9 @@ driver that answers for a GPU of the asked capability, and a launch ends in the 
 A case: kernel ("mlp" or "update"), capability, dim, widths, activations (one a layer; default: silu), precision,
 rule (keywords of ``Langevin``, lists standing for tensors), head ("scalar"; "logsumexp" or "class", of 10 classes), sum
 (true: with a second MLP, a Gaussian and a linear term), recorded (true: with frozen coordinates, a trajectory and
-telemetry), and cubin (a path to write the machine code to). All from activations on, but precision, may be left out. A
-result: the case, and what was compiled, or "refused", the words of ``choose_launch``.
+telemetry), silent (true: with zeros in the place of normal numbers; for all cases of the process, or none), and cubin
+(a path to write the machine code to). All from activations on, but precision, may be left out. A result: the case, and
+what was compiled, or "refused", the words of ``choose_launch``.
 """
 
 import dataclasses
@@ -22,6 +23,8 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
+from fastebm.kernels import langevin as kernels
 from fastebm.kernels.launch import SHARED_MEMORY, choose_launch, shared_bytes
 from torch import nn
 from triton.backends.compiler import GPUTarget
@@ -63,6 +66,15 @@ def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
         function(*args, **kwargs)
     (kernel,) = kernels
     return kernel
+
+
+@triton.jit
+def silence(
+    key0, key1, chain, step, first_block, STREAM: tl.constexpr, DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr = False, scale=1.0,
+):  # fmt: skip
+    """Nothing that costs, in the place of ``normals``."""
+    return tl.zeros((BLOCK_CHAINS, BLOCK_DIM), tl.float32) + scale
 
 
 def energy_of(case: dict[str, Any]) -> nn.Module:
@@ -110,9 +122,10 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         if isinstance(launch, str):
             return {**case, "refused": launch}
         estimate = shared_bytes(launch, dim, description.networks, precision, capability)
-        kernel = compiled_by(
-            fused.advance_mlp, description, *arguments, precision=precision, launch=launch, **recording
-        )
+        with mock.patch.object(kernels, "normals", silence if case.get("silent") else kernels.normals):
+            kernel = compiled_by(
+                fused.advance_mlp, description, *arguments, precision=precision, launch=launch, **recording
+            )
     if "cubin" in case:
         Path(case["cubin"]).write_bytes(kernel.asm["cubin"])
     return {

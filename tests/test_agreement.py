@@ -237,6 +237,24 @@ def test_every_step_of_a_run(device, dim, widths, activation, regime):
         truth.check(advance_fused(*arguments, regime))
 
 
+@pytest.mark.parametrize("regime", [*REGIMES, *IN_MEMORY])
+@pytest.mark.parametrize("half", [0, 1])
+def test_each_layer_has_an_activation_of_its_own(device, regime, half):
+    """All there are, in two networks."""
+    names = sorted(ACTIVATIONS)[half::2]
+    parameters = {"leaky_relu": 0.2, "elu": 1.0, "softplus": 1.5}
+    layers = list(make_energy(40, [20, 17, 16, 12, 9]))
+    for i, name in enumerate(names):
+        layers[2 * i + 1] = ACTIVATIONS[name].module(parameters.get(name, 0.0))
+    energy = nn.Sequential(*layers).to(device)
+    assert [activation.name for activation in describe(energy).mlps[0].activations] == names
+    x, counters = start(YARDSTICK, 40, device)
+    rule = make_rule(YARDSTICK, 2)
+    truth = Truth(energy, x, rule, 2, counters)
+    truth.check(advance_torch(energy, x, rule, 2, counters))
+    truth.check(advance_fused(energy, x, rule, 2, counters, regime))
+
+
 @pytest.mark.parametrize(("dim", "widths"), [(1024, [512]), (1000, [512, 100])])
 def test_wide(device, dim, widths):
     energy = make_energy(dim, widths).to(device)

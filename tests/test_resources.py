@@ -156,6 +156,16 @@ def test_takes_no_more_instructions_than_committed(quick, committed, key):
 
 
 @linux
+@linux
+def test_what_a_normal_costs(quick, committed):
+    """A step beside one without noise: 16 instructions a normal, and once for a thread's 32 the keys of ten rounds."""
+    keys, column = [key for key in QUICK if key[:2] == ("sm_90", "64-[128,128]")], "warp_instructions_per_chain_step"
+    silent = resources.compile_rows([{**CASES[key], "silent": True} for key in keys])
+    for key, without in zip(keys, silent, strict=True):
+        cost = 32 / 64 * (float(quick[key][column]) - float(without[column]))  # of a thread, a dim
+        assert 10 < cost <= 16 + 20 / 32
+
+
 @pytest.mark.slow
 @rows(SLOW)
 def test_the_rest_fits_in_shared_memory(slow, key):
