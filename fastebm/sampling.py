@@ -125,7 +125,7 @@ def langevin_sample(
             ``torch.set_float32_matmul_precision("medium")``. The other paths compute in full, but for compiled
             code at "bf16", on a CPU that multiplies it.
         compile: the torch path of an MLP energy on a CPU as code of torch.compile: True, False, or "auto", when the
-            call is so long that compiling (10 to 40 seconds, once) pays. Compiled and other code round differently.
+            call is so long that compiling (some 20 seconds, once) pays. Compiled and other code round differently.
         device: where to sample when there is no ``init``; None: where the energy is.
         on_nonfinite: "raise", "reinit" (start those chains anew) or "ignore" (return their last finite state).
         cuda_graph: where a step is several launches (an energy that is no MLP, or too wide an MLP), record one step as

@@ -1,5 +1,5 @@
 """The torch path as compiled code: one step of a block of chains, its elementwise work fused by torch.compile around
-the library's products. Plain PyTorch source; a C++ compiler is needed, and 10 to 40 seconds for the first call of an
+the library's products. Plain PyTorch source; a C++ compiler is needed, and some 20 seconds for the first call of an
 architecture (the code is kept on disk).
 
 Blocks have one of two numbers of rows, and the smaller one only where products are found to round alike; widths are
@@ -29,7 +29,7 @@ from .torch_tiles import Evaluator, padded_rows, rounds_alike, rows_of_products,
 
 __all__ = ["CannotCompile", "advance", "multiplies_bf16", "pays"]
 
-# Seconds of uncompiled work on one core that compiling must stand against: it takes 10 to 40 seconds at first, and
+# Seconds of uncompiled work on one core that compiling must stand against: it takes some 20 seconds at first, and
 # halves the rest.
 _WORTH = 120.0
 
