@@ -1,6 +1,7 @@
 """Which backend runs, why not the fused kernel, and what an import brings in."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -112,6 +113,16 @@ def test_widths_that_do_not_fit_are_told_with_the_bytes(pretend_gpu):
     assert choice.path == "products"
     assert "need" in choice.why_not_fused
     assert "KiB of shared memory, and a block on sm_90 has 227 KiB" in choice.why_not_fused
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_a_precision_that_does_not_fit_names_one_that_does(pretend_gpu, precision):
+    pretend_gpu(90)
+    energy = MLPEnergy(784, (256, 128))
+    refused = choose(energy, CUDA, torch.float32, "auto", precision)
+    assert refused.path == "products"
+    (offered,) = re.findall(rf"precision '{precision}' need .* \(precision '(\w+)' would fit\)", refused.why_not_fused)
+    assert choose(energy, CUDA, torch.float32, "auto", offered).why_not_fused is None
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
