@@ -11,5 +11,7 @@ pool.py         draws, write-backs and memory of large pools
 compilation.py  first calls, and those of a second process  micro.py       single operations (pytest-benchmark)
 run.py          the command: cases -> contestants -> clock -> rows
 rows.py         result files                tables.py, plot.py  tables and figures from them; they never measure
-gpu.py          a GPU session (on_gpu.sh)   resources.py  what compiled kernels take    digits.py  the main job
+resources.py    what compiled kernels take of a GPU, without one
+gpu.py          a visit to a GPU (on_gpu.sh)  launches.py  its kernels, one by one      gpu_tests.py  its tests
+recipes.py      the training recipes, from data to measures
 """

@@ -83,6 +83,13 @@ CASES = (
     Case(*PHOTOGRAPHS, CHAINS[1]),
 )
 
+# Of a GPU visit: a saturated device, a training batch's worth, and a million, whose steps are long enough alone.
+GPU_CASES = (
+    *(Case(*energy, 65_536) for energy in (TABLE, DIGITS, TOY)),
+    *(Case(*energy, 4_096) for energy in (TABLE, DIGITS)),
+    *(Case(*energy, 1_048_576, steps=10) for energy in (TABLE, DIGITS)),
+)
+
 # The same logic within seconds, in Triton's interpreter: one energy a regime of the fused kernel.
 DRY_CASES = (Case(3, (16,), 70, 2), Case(130, (16, 16), 66, 2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,13 +29,20 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    runs: Mapping[Any, Callable[[], object]], seconds: float, device: torch.device, rounds: int = ROUNDS
+    runs: Mapping[Any, Callable[[], object]],
+    seconds: float,
+    device: torch.device,
+    rounds: int = ROUNDS,
+    until: float = math.inf,
 ) -> dict[Any, list[float]]:
-    """A B C A B C ...: at least MIN_ROUNDS, then as many as fit. What runs out of memory drops out, with no times."""
+    """A B C A B C ...: at least MIN_ROUNDS, then as many as fit. What runs out of memory drops out, with no times.
+
+    until: Unix time after which no round begins but the first.
+    """
     times: dict[Any, list[float]] = {key: [] for key in runs}
     end = time.monotonic() + seconds
     for i in range(rounds):
-        if i >= MIN_ROUNDS and time.monotonic() > end:
+        if (i >= MIN_ROUNDS and time.monotonic() > end) or (i > 0 and time.time() > until):
             break
         for key, run in runs.items():
             if key in times:

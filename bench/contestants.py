@@ -22,7 +22,7 @@ from fastebm.backends import Chains
 from fastebm.backends.choose import choose, interpreted
 from fastebm.backends.torch_compiled import multiplies_bf16
 from fastebm.energies import Energy
-from fastebm.mlp import MLP
+from fastebm.mlp import MLP, read_mlp
 
 Run = Callable[[], Tensor]
 Prepare = Callable[[Problem, int, float], Run]
@@ -91,37 +91,68 @@ def closed_form(p: Problem, steps: int, noise_std: float) -> Run:
     return run
 
 
+def multiplied_in_bf16(mlp: MLP) -> Callable[[Tensor], Tensor]:
+    """The energy of an MLP, (n, dim) -> (n, 1), with products of two bf16 matrices, as the fastest PyTorch has them;
+    forward and, by autograd, backward."""
+    weights = [weight.bfloat16() for weight in mlp.weights]
+
+    def energy(x: Tensor) -> Tensor:
+        for i, (weight, bias) in enumerate(zip(weights, mlp.biases, strict=True)):
+            x = nn.functional.linear(x.bfloat16(), weight).float()
+            x = x if bias is None else x + bias
+            if i < len(mlp.activations):
+                x = _FUNCTIONS[mlp.activations[i].name](x)
+        return x
+
+    return energy
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": nn.functional.silu}  # of the cases' energies
+
+
 @cache
 def compiled_step(
-    energy: nn.Module, drift: float, clamp: tuple[float, float] | None, backend: str
+    energy: nn.Module, precision: str, drift: float, clamp: tuple[float, float] | None, backend: str, mode: str | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
+    energy_of = multiplied_in_bf16(read_mlp(energy)) if precision == MM_BF16 else energy
+
     def step(x: Tensor, noise_std: Tensor) -> Tensor:
-        grad = torch.func.grad(lambda x: energy(x).sum())(x)
+        grad = torch.func.grad(lambda x: energy_of(x).sum())(x)
         x = x - drift * grad + noise_std * torch.randn_like(x)
         return x if clamp is None else x.clamp(*clamp)
 
-    return torch.compile(step, backend=backend, fullgraph=True)  # type: ignore[return-value]
+    return torch.compile(step, backend=backend, fullgraph=True, mode=mode)  # type: ignore[return-value]
 
 
-def compiled(p: Problem, steps: int, noise_std: float) -> Run:
+def compiled_at(precision: str, mode: str | None = None) -> Prepare:
     """The step under torch.compile (one graph: gradient, noise, update, clamp), in a Python loop.
 
     The loop itself is not unrolled into the graph: compilation would take as many times longer as it has steps.
+    precision: MM_BF16, or any other by ``matmul``. mode: of torch.compile.
     """
-    # A dry run has no time to compile for real.
-    step = compiled_step(p.energy, p.case.drift, p.case.clamp, "eager" if p.dry else "inductor")
-    std = torch.tensor(noise_std, device=p.device)
-    # One compilation serves every number of chains: the products are cuBLAS's either way, and the rest is elementwise.
-    torch._dynamo.maybe_mark_dynamic(p.x0, 0)
 
-    def run() -> Tensor:
-        x = p.x0
-        with torch.no_grad():
-            for _ in range(steps):
-                x = step(x, std)
-        return x
+    def prepared(p: Problem, steps: int, noise_std: float) -> Run:
+        if precision == MM_BF16 and p.mlp is None:
+            raise Missing("products in bf16 are written out for MLP energies only")
+        if mode is not None and p.device.type != "cuda":
+            raise Missing("autotuning chooses among a GPU's kernels")
+        # A dry run has no time to compile for real.
+        backend, options = ("eager", None) if p.dry else ("inductor", mode)
+        step = compiled_step(p.energy, precision, p.case.drift, p.case.clamp, backend, options)
+        std = torch.tensor(noise_std, device=p.device)
+        # One compilation serves every number of chains: the products are cuBLAS's either way, the rest elementwise.
+        torch._dynamo.maybe_mark_dynamic(p.x0, 0)
 
-    return run
+        def run() -> Tensor:
+            x = p.x0
+            with torch.no_grad():
+                for _ in range(steps):
+                    x = step(x, std)
+            return x
+
+        return run
+
+    return prepared
 
 
 def graphed(prepare: Prepare) -> Prepare:
@@ -137,7 +168,7 @@ def graphed(prepare: Prepare) -> Prepare:
             prepare(p, 2, noise_std)()  # libraries set themselves up outside the capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a peer's threads may run beside
             x = loop()
 
         def run() -> Tensor:
@@ -251,7 +282,10 @@ def in_jax(make_step: Callable[[], JaxStep]) -> Prepare:
         tf32 = p.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         precision = "tensorfloat32" if tf32 else "highest"
         loop = _jax_loop(make_step, p.energy, p.case.clamp, steps, precision)
-        keys = (jax.random.key(SEED + call) for call in itertools.count())
+        # its fastest noise: on a GPU the generator that XLA brings
+        keys = (
+            jax.random.key(SEED + call, impl="rbg" if p.device.type == "cuda" else None) for call in itertools.count()
+        )
 
         def run() -> Tensor:
             x = loop(jax.dlpack.from_dlpack(p.x0), next(keys), p.case.drift, noise_std)
@@ -316,6 +350,43 @@ def fastebm_at(backend: str, precision: str | None = None, *, compile: bool = Fa
     return prepared
 
 
+def fastebm_graph(precision: str) -> Prepare:
+    """langevin_sample captured in a CUDA graph: what a call costs on the host is paid once."""
+
+    def prepared(p: Problem, steps: int, noise_std: float) -> Run:
+        if p.device.type != "cuda":
+            raise Missing("CUDA graphs need a CUDA device")
+        fastebm_at("triton", precision)(p, steps, noise_std)  # raises Missing where there is no kernel
+        rule = p.rule(noise_std)
+        seed = torch.tensor([SEED], device=p.device)
+        first_step = torch.zeros(1, dtype=torch.int64, device=p.device)
+        options: dict[str, Any] = {"backend": "triton", "precision": precision, "on_nonfinite": "ignore"}
+        options |= {"step_size": rule.step_size, "noise_scale": rule.noise_scale, "clamp": rule.clamp}
+
+        def call() -> Tensor:
+            x = langevin_sample(p.energy, init=p.x0, steps=steps, seed=seed, first_step=first_step, **options)
+            first_step.add_(steps)
+            return x  # type: ignore[return-value]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()  # compiles, outside the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a peer's threads may run beside
+            x = call()
+        first_step.zero_()
+
+        def run() -> Tensor:
+            graph.replay()
+            return x
+
+        return run
+
+    return prepared
+
+
 def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
     """What fastebm does for an energy it has no fused kernel for: autograd, then noise and update in one launch."""
     if p.device.type != "cuda" and not (interpreted() and p.dry):
@@ -340,21 +411,23 @@ def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
 CONTESTANTS = (
     Contestant("eager", "float32", eager),
     *(Contestant("fastebm-triton", precision, fastebm_at("triton", precision)) for precision in FUSED_PRECISIONS),
+    *(Contestant("fastebm-graph", precision, fastebm_graph(precision)) for precision in ("bf16x3", "bf16")),
     Contestant("fastebm-torch", "float32", fastebm_at("torch")),
     Contestant("fastebm-compiled", "float32", fastebm_at("torch", compile=True)),
     Contestant("fastebm-compiled", MM_BF16, fastebm_at("torch", "bf16", compile=True)),
-    Contestant("fastebm-update", "float32", fastebm_update),
-    Contestant("graph", "float32", graphed(eager)),
-    Contestant("compile", "float32", compiled),
-    Contestant("compile+graph", "float32", graphed(compiled)),
-    Contestant("closed-form", "float32", closed_form),
-    Contestant("torchebm", "float32", torchebm),
+    *(Contestant("compile+graph", q, graphed(compiled_at(q))) for q in ("float32", "tf32", MM_BF16)),
+    Contestant("closed-form+graph", "float32", graphed(closed_form)),
     Contestant("jax", "float32", in_jax(jax_step)),
+    Contestant("jax", "tf32", in_jax(jax_step)),
+    Contestant("torchebm", "float32", torchebm),
     Contestant("blackjax", "float32", in_jax(blackjax_step)),
+    Contestant("graph", "float32", graphed(eager)),
+    Contestant("compile", "float32", compiled_at("float32")),
+    Contestant("closed-form", "float32", closed_form),
+    Contestant("fastebm-update", "float32", fastebm_update),
     Contestant("fastebm-reference", "float32", fastebm_at("reference")),
     Contestant("eager", "tf32", eager),
-    Contestant("compile+graph", "tf32", graphed(compiled)),
-    Contestant("jax", "tf32", in_jax(jax_step)),
+    Contestant("autotuned+graph", "float32", graphed(compiled_at("float32", "max-autotune-no-cudagraphs"))),
 )
 
 

@@ -1,299 +1,500 @@
-"""Timings and launch sweeps on one GPU; `bash bench/on_gpu.sh` runs all of it.
+"""What only a GPU can tell, in one visit to a bare machine; `bash bench/on_gpu.sh` runs it.
 
-    python bench/gpu.py timings --out FOLDER [--until UNIX_TIME] [--dry]
-    python bench/gpu.py sweep   --out FOLDER ...
-    python bench/gpu.py warm    --number K --of N ...       compile kernels ahead, into Triton's cache
-    python bench/gpu.py environment --out FOLDER
+    python bench/gpu.py visit --stages NAME [NAME ...] --out FOLDER [--budget SECONDS] [--dry]
+    python bench/gpu.py rows FOLDER [FOLDER ...]     bench/results/gpu.csv and gpu_sweep.csv of what visits brought back
+    python bench/gpu.py launch NAME                  one small launch, for tools that watch a process
 
-All contestants of a case move the same start by the same rule, each with its own fastest noise. A speed-up is
-written only where the contestant of that row, and eager autograd, have passed their gate on that very case.
+A visit may end at any moment, so each result is a line of FOLDER/rows.jsonl from the moment it is known: one JSON
+object with what was measured, the job, its status, and machine, versions, commit and date.
 
-Each part works in a child process: a kernel that loses the CUDA context, or a killed process, costs its own row.
+Stages run in forks of a process that has imported torch and triton but never touched CUDA: a kernel that loses the
+CUDA context, or a process that dies or hangs, costs its own job, and a new fork goes on behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
+import importlib.metadata
 import json
 import math
-import statistics
+import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastebm.bench import rows
-from fastebm.bench.cases import CASES, DRY_CASES, ENERGIES, NOISE_STD, Case
-from fastebm.bench.clock import interleaved, quartiles
-from fastebm.bench.contestants import CONTESTANTS, Run, compiled
-from fastebm.bench.problem import GATE_STEPS, NOISE_ERROR, SEED, Problem, largest
-from fastebm.bench.race import brief, context_is_lost, race, row_of
-from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
-from torch import Tensor
+from fastebm.bench import launches, rows
+from fastebm.bench.cases import DRY_CASES, GPU_CASES, NOISE_STD, Case
+from fastebm.bench.contestants import CONTESTANTS, Contestant, fastebm_at
+from fastebm.bench.problem import GATE_STEPS, Missing, Problem, law_case, matmul
+from fastebm.bench.race import brief, context_is_lost, key_of, race
 
-from fastebm.backends import Chains, fused
 from fastebm.backends.choose import interpreted
-from fastebm.description import describe
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+Row = dict[str, Any]
+
 MAX_RESTARTS = 8
+
+# Where the tests of a stage are; what a GPU is not for, or what takes it minutes, is left out.
+TESTS = {
+    "tests-a": (
+        ["tests/test_gpu.py"],
+        "precision or noise or bits or update or auto or words or normals",
+    ),
+    "tests-b": (
+        ["tests/test_gpu.py", "tests/test_agreement.py", "tests/test_laws.py", "tests/test_invariance.py"],
+        # "ieee" products take up to 97 s each to compile
+        "not any_architecture and not test_every_precision_against and not bits_do_not_depend and not noise_of_the",
+    ),
+}
+DRY_TESTS = (["tests/test_gpu.py", "tests/test_langevin.py"], "test")
 
 # Those that a GPU is not for would take the time of the others.
 ON_GPU = tuple(c for c in CONTESTANTS if c.name not in ("fastebm-torch", "fastebm-compiled", "fastebm-reference"))
 
 
-# -- the sweep ----------------------------------------------------------------------------------------------
-
-# Tile and warps: a warp has 16 rows of a tensor-core product, and warpgroups (4 warps) 64.
-TILES = ((64, 4), (128, 4), (128, 8), (32, 2), (64, 8), (16, 1))
-
-
-def candidates(case: Case, precision: str, capability: int | None) -> list[Launch]:
-    """Launches to try, the shipped one first. Those that can't fit in shared memory are left out."""
-    default = choose_launch(case.dim, (case.widths,), precision, capability)
-    if isinstance(default, str):
-        return []
-    tried = []
-    if case.dim <= 128:
-        tried += [Launch("resident", tile, block(case.dim), warps, 1) for tile, warps in TILES]
-    if case.dim > 64:
-        chunks = [c for c in (64, 32, 128) if c <= block(case.dim)]
-        tried += [
-            Launch("streaming", tile, chunk, warps, stages)
-            for stages in (1, 2, 3)
-            for chunk in chunks
-            for tile, warps in TILES
-        ]
-    if default.in_memory:
-        tried = [replace(default, in_memory=False), *(replace(one, in_memory=one.own_chains) for one in tried)]
-    limit = math.inf if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
-
-    def may_fit(launch: Launch) -> bool:  # shared_bytes estimates from above
-        return shared_bytes(launch, case.dim, (case.widths,), precision, capability or 90) <= 1.25 * limit
-
-    return list(dict.fromkeys(launch for launch in (default, *tried) if may_fit(launch)))
+def device() -> torch.device:
+    """Asked in forks only: CUDA can't be used in a fork of a process that has touched it."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def capability() -> int | None:
-    if not CUDA:
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
-def sweep_jobs(dry: bool) -> list[tuple[Case, str, Launch]]:
-    """(case, precision, launch), the most telling first: near the shipped launch, a saturated device."""
-    if dry:
-        cases = [(case, "bf16x3") for case in DRY_CASES[:1]]
-    else:
-        # 65,536 chains fill every streaming multiprocessor several times over, and fit beside anything
-        cases = [(Case(*e, n), q) for n in (65_536, 4_096) for q in ("bf16x3", "bf16", "tf32") for e in ENERGIES]
-    lists = [[(case, q, launch) for launch in candidates(case, q, capability())] for case, q in cases]
-    if dry:
-        return [job for jobs in lists for job in jobs[:2]]
-    # In turns: the first of every list before the second of any.
-    return [jobs[i] for i in range(max(map(len, lists), default=0)) for jobs in lists if i < len(jobs)]
-
-
-def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.5) -> dict[str, Any]:
-    """One candidate, held to float64 and then timed in turns with the shipped launch."""
-    case = p.case
-    default = choose_launch(case.dim, (case.widths,), precision, capability())
-    columns = {"precision": precision, **asdict(launch), "shipped": "yes" if launch == default else "no"}
-    row = row_of(case, **columns, status="ok", correct="", error="", allowed="")
-    row |= dict.fromkeys(("rounds", "seconds", "seconds_q1", "seconds_q3", "chain_steps_per_s"), "")
-    row |= {"shipped_seconds": "", "times_shipped": "", "note": ""}
-    # few chains: enough steps that the kernel is timed, and not its launch
-    steps = row["steps"] = 10 * case.steps if 1024 <= case.n_chains <= 4096 else case.steps
-    x = torch.empty_like(p.x0)
-    numbers = torch.arange(case.n_chains, device=p.device)
-    chains = Chains(x, SEED, numbers, torch.zeros_like(numbers))
-    description = describe(p.energy)
-
-    def advance(launch: Launch, steps: int, noise_std: float) -> Tensor:
-        rule = p.rule(noise_std)
-        return fused.advance_mlp(description, chains, rule, steps, precision=precision, launch=launch).x
-
-    try:
-        allowed = p.allowed(precision)
-        error = largest(advance_from(p, x, lambda: advance(launch, 1, 0.0))[p.rows] - p.descent)
-        noisy = largest(advance_from(p, x, lambda: advance(launch, GATE_STEPS, NOISE_STD))[p.rows] - p.noisy)
-        correct = error <= allowed and noisy <= GATE_STEPS * (2 * allowed + NOISE_ERROR * NOISE_STD)
-        row |= {"correct": "yes" if correct else "no", "error": error, "allowed": allowed}
-        if not correct:
-            return row | {"status": "FAILED", "note": "failed its gate: not timed"}
-        runs = {True: lambda: advance(launch, steps, NOISE_STD)}
-        if launch != default:
-            runs[False] = lambda: advance(default, steps, NOISE_STD)  # type: ignore[arg-type]
-        for run in runs.values():
-            run()
-        times = interleaved(runs, seconds, DEVICE)
-        q1, median, q3 = quartiles(times[True])
-        shipped = statistics.median(times[launch == default])
-        row |= {"rounds": len(times[True]), "seconds": median, "seconds_q1": q1, "seconds_q3": q3}
-        row |= {"chain_steps_per_s": case.n_chains * steps / median}
-        row |= {"shipped_seconds": shipped, "times_shipped": shipped / median}
-    except Exception as error:
-        does_not_fit = type(error).__name__ == "OutOfResources"
-        row |= {"status": "does not fit" if does_not_fit else "error", "note": f"{type(error).__name__}: {error}"[:500]}
-        if not does_not_fit:
-            traceback.print_exc()
-        if context_is_lost():
-            raise
-    return row
-
-
-def advance_from(p: Problem, x: Tensor, advance: Run) -> Tensor:
-    x.copy_(p.x0)
-    return advance()
-
-
-def warm(part: int, parts: int, until: float, dry: bool) -> int:
-    """Compile this part's share of all kernels, shipped ones first, by moving a few chains one step."""
-    # the number of chains is no part of a kernel
-    kernels = {(case.dim, case.widths, q, launch): (case, q, launch) for case, q, launch in reversed(sweep_jobs(dry))}
-    jobs = list(reversed(kernels.values()))
-    for energy in [] if dry else ENERGIES[part::parts]:  # the timings find these in torch.compile's cache
-        compiled(Problem(Case(*energy, 512), DEVICE), 1, NOISE_STD)()
-    for i, (case, precision, launch) in enumerate(jobs):
-        if i % parts != part:
-            continue
-        if time.time() > until:
-            print(f"warm {part}: {len(jobs[i::parts])} kernels left to compile", file=sys.stderr)
-            break
-        numbers = torch.arange(64, device=DEVICE)
-        chains = Chains(torch.zeros(64, case.dim, device=DEVICE), SEED, numbers, numbers)
-        p = Problem(Case(case.dim, case.widths, len(numbers)), DEVICE)
-        try:
-            fused.advance_mlp(describe(p.energy), chains, p.rule(NOISE_STD), 1, precision=precision, launch=launch)
-        except Exception as error:  # the sweep will say so in its row
-            print(f"warm {part}: {case.energy} {precision} {launch}: {type(error).__name__}", file=sys.stderr)
-        if context_is_lost():
-            return 1
-    return 0
-
-
-# -- parts: a child that works and writes, a parent that goes on where a child died ----------------------------
+# -- results -----------------------------------------------------------------------------------------------------
 
 
 class Journal:
-    """rows.jsonl: finished rows, each with its job; lost.txt: what a process died of; underway.txt: what runs."""
+    """rows.jsonl, shared by all processes: a line is written in one call, so it is whole or absent."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.rows_at, self.lost_at, self.underway_at = (folder / n for n in ("rows.jsonl", "lost.txt", "underway.txt"))
+    def __init__(self, out: Path, common: Row) -> None:
+        self.path, self.common = out / "rows.jsonl", common
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.rows_at.read_text().splitlines()] if self.rows_at.exists() else []
+    def add(self, what: str, job: str, row: Row) -> None:
+        whole = {"what": what, "job": job, **rows.rounded(row), **self.common}
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(file, (json.dumps(whole) + "\n").encode())
+        os.close(file)
+        if not (what.startswith("tests") and row["status"] in ("passed", "skipped")):
+            print(f"[{what}] {told(what, job, row)}", flush=True)
 
-    def done(self) -> set[str]:
-        return {row["job"] for row in self.rows()}
+    def done(self, what: str) -> set[str]:
+        return {row["job"] for row in read(self.path) if row["what"] == what}
 
-    def lost(self) -> list[str]:
-        return self.lost_at.read_text().splitlines() if self.lost_at.exists() else []
 
-    def underway(self, key: str) -> None:
-        self.underway_at.write_text(key)
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def add(self, job: str, rows: Iterable[dict[str, Any]]) -> None:
-        with self.rows_at.open("a") as file:
-            file.writelines(json.dumps({"job": job, **row}) + "\n" for row in rows)
+
+def told(what: str, job: str, row: Row) -> str:
+    """A row in a line."""
+    if "contestant" in row and row["status"] != "FAILED":
+        return f"{job}: {brief(row)}"
+    kept = {k: v for k, v in rows.rounded(row).items() if v not in ("", None) and k not in ("kernel", "n_chains")}
+    note = str(kept.pop("note", ""))[-600:]
+    return f"{job}: " + " ".join(f"{k}={v}" for k, v in kept.items() if what != "tests") + (f" {note}" if note else "")
+
+
+# -- forks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A function that does jobs in a fork. It tells each before it begins (``underway``), and skips the lost."""
+
+    what: str
+    name: str
+    work: Callable[[Worker], None]
+    journal: Journal
+    folder: Path
+    pid: int = 0
+    lost: list[str] = field(default_factory=list)
+
+    def underway(self, job: str) -> None:
+        (self.folder / f"{self.name}.job").write_text(job)
+
+    def start(self) -> None:
         self.underway("")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                # a fork must not outlive the process that waits for it
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+                self.work(self)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
 
-    def bury(self) -> str:
-        """What was under way when a process died, from now on among the lost."""
-        key = self.underway_at.read_text() if self.underway_at.exists() else ""
-        if key:
-            with self.lost_at.open("a") as file:
-                file.write(key + "\n")
-        return key
-
-
-def timings_child(journal: Journal, until: float, dry: bool) -> None:
-    for case in DRY_CASES if dry else CASES:
-        if case.name in journal.done():
-            continue
-        if time.time() > until - (0 if dry else 10):
-            break
-        if f"{case.name}, all" in journal.lost():
-            journal.add(case.name, [row_of(case, status="error", note="its process died while all were timed")])
-            continue
-        started = time.time()
-        journal.underway(f"{case.name}, all")
-        seconds = 0.5 if dry else min(6.0, (until - started) / 2)
-        lost, underway = journal.lost(), journal.underway
-        found = race(case, ON_GPU, DEVICE, lost=lost, underway=underway, dry=dry, seconds=seconds)
-        journal.add(case.name, found)
-        print(f"{case.name}: {time.time() - started:.0f} s", *map(brief, found), sep="\n  ", flush=True)
+    def ended(self, why: str) -> str:
+        """A row for the job under way, if there was one; its name."""
+        job = (self.folder / f"{self.name}.job").read_text()
+        if job:
+            self.lost.append(job)
+            self.journal.add(self.what, job, {"status": "error", "note": why})
+        return job
 
 
-def sweep_child(journal: Journal, until: float, dry: bool) -> None:
-    problems: dict[Case, Problem] = {}
-    done, lost = journal.done(), journal.lost()
-    for case, precision, launch in sweep_jobs(dry):
-        job = f"{case.name}, {precision}, {launch}"
-        if time.time() > until:
-            break
-        if job in done:
-            continue
-        if job in lost:
-            row = row_of(case, precision=precision, **asdict(launch), status="error", note="its process died")
-            journal.add(job, [row])
-            continue
-        journal.underway(job)
-        if case not in problems:
-            problems[case] = Problem(case, DEVICE, dry=dry)
-        journal.add(job, [sweep_one(problems[case], precision, launch)])
+def run(workers: Sequence[Worker], until: float) -> None:
+    """All workers at once. One that dies goes on behind the job that it died in; at ``until`` all are killed."""
+    running = list(workers)
+    for worker in running:
+        worker.start()
+    while running:
+        time.sleep(0.05)
+        for worker in list(running):
+            pid, status = os.waitpid(worker.pid, os.WNOHANG)
+            if pid == 0:
+                if time.time() > until:
+                    stop(worker)
+                    worker.ended("out of time")
+                    running.remove(worker)
+                continue
+            code = os.waitstatus_to_exitcode(status)
+            if code == 0 or not worker.ended(f"its process died (status {code}); see errors.log"):
+                running.remove(worker)
+            elif len(worker.lost) <= MAX_RESTARTS:
+                worker.start()
+            else:
+                running.remove(worker)
 
 
-def expected_jobs(part: str, dry: bool) -> list[str]:
-    if part == "timings":
-        return [case.name for case in (DRY_CASES if dry else CASES)]
-    return [f"{case.name}, {precision}, {launch}" for case, precision, launch in sweep_jobs(dry)]
+def stop(worker: Worker) -> None:
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitpid(worker.pid, 0)
 
 
-def supervise(part: str, out: Path, until: float, dry: bool) -> int:
-    """Run a part's child until all is done, the time is over, or it keeps dying; then write the CSV."""
-    journal = Journal(out / f".{part}")
-    status = 0
-    for _ in range(1 + MAX_RESTARTS):
-        command = [sys.executable, __file__, part, "--child", "--out", str(out), "--until", str(until)]
+def claimed(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """Names that no other process has taken, each of them taken: work shared by any number of processes."""
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
         try:
-            child = subprocess.run([*command, *(["--dry"] if dry else [])], timeout=max(1.0, until + 15 - time.time()))
-        except subprocess.TimeoutExpired:
-            print(f"{part}: out of time in {journal.bury() or 'no job'}", file=sys.stderr)
-            break
-        if child.returncode == 0:
-            break
-        key = journal.bury()
-        print(f"{part}: a process died (status {child.returncode}) in {key or 'no job'}", file=sys.stderr)
-        status = 1
-        if not key or time.time() > until:
-            break
-    found = journal.rows()
-    left_out = [job for job in expected_jobs(part, dry) if job not in journal.done()]
-    found += [{"job": job, "status": "left out", "note": "no time was left"} for job in left_out]
-    rows.write(out / f"{part}.csv", map(rows.rounded, found), provenance())
-    for path in (journal.rows_at, journal.lost_at, journal.underway_at):
-        path.unlink(missing_ok=True)
-    (out / f".{part}").rmdir()
-    wrong = [row for row in found if row["status"] in ("error", "FAILED")]
-    print(f"{part}: {len(found)} rows, {len(wrong)} wrong or failed, {len(left_out)} left out for time")
-    for row in wrong:
-        print(f"{part}: {row['job']} {row.get('contestant', '')} {row['status']}: {row['note'][:200]}", file=sys.stderr)
-    return 1 if wrong or status else 0
+            os.close(os.open(folder / str(i), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        yield name
 
 
-def provenance() -> dict[str, Any]:
-    """rows.provenance, and the GPU's."""
-    common = rows.provenance("jax", "torchebm", "blackjax")
-    return {**common, "driver": nvidia_smi("driver_version"), "cuda": torch.version.cuda or "none"}
+# -- the visit -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Visit:
+    out: Path
+    work: Path
+    dry: bool
+    journal: Journal
+    warmers: list[Worker] = field(default_factory=list)
+
+    def worker(self, what: str, name: str, work: Callable[[Worker], None]) -> Worker:
+        return Worker(what, f"{what}-{name}", work, self.journal, self.work)
+
+    # Each stage is given the Unix time at which it ends.
+
+    def shipped(self, until: float) -> None:
+        """One process per kernel: they compile side by side."""
+        kernels = launches.DRY_SHIPPED if self.dry else launches.SHIPPED
+        numbers = launches.DRY_CHECKED_CHAINS if self.dry else launches.CHECKED_CHAINS
+
+        def work(kernel: launches.Kernel, worker: Worker) -> None:
+            for n in numbers:
+                self.job(worker, f"{kernel.name} x {n}", lambda n=n: launches.check(kernel, n, device(), self.dry))
+
+        # On two cores more processes would only wait for each other.
+        at_once = min(len(kernels), os.cpu_count() or 1)
+        for first in range(0, len(kernels), at_once):
+            run([self.worker("shipped", k.name, functools.partial(work, k)) for k in kernels[first : first + at_once]],
+                until)  # fmt: skip
+
+    def alone(self, until: float) -> None:
+        kernels = launches.DRY_SHIPPED if self.dry else launches.SHIPPED
+        numbers = launches.DRY_TIMED_CHAINS if self.dry else launches.TIMED_CHAINS
+
+        def work(worker: Worker) -> None:
+            for n in numbers:
+                for kernel in kernels:
+                    if kernel.precision is not None or n <= 65_536:  # more would take these seconds a call
+                        time_it = functools.partial(launches.time_alone, kernel, n, device(), 0.3, self.dry)
+                        self.job(worker, f"{kernel.name} x {n}", time_it)
+
+        self.pause(True)
+        run([self.worker("alone", "all", work)], until)
+        self.pause(False)
+
+    def tests(self, what: str, until: float) -> None:
+        from fastebm.bench.gpu_tests import run_tests
+
+        files, wanted = DRY_TESTS if self.dry else TESTS[what]
+        n = 1 if self.dry else max(1, (os.cpu_count() or 1) - 2)
+
+        def work(worker: Worker) -> None:
+            def report(test: str, row: Row) -> None:
+                self.journal.add(what, test, row)
+
+            # a test that loses the CUDA context must not cost the next ones theirs
+            run_tests(files, wanted, self.work / f"{what}-claims", worker.underway, report, context_is_lost)
+
+        run([self.worker(what, str(k), work) for k in range(n)], until)
+
+    def timings(self, until: float) -> None:
+        def work(worker: Worker) -> None:
+            for case in DRY_CASES if self.dry else GPU_CASES:
+                done = self.journal.done("timings")
+                left = [c for c in ON_GPU if key_of(case, c) not in done]
+                if not left or time.time() > until:
+                    continue
+                eager = ON_GPU[0]  # timed in turns with each
+                race(
+                    case, left if eager in left else [eager, *left], device(), lost=worker.lost, dry=self.dry,
+                    seconds=0.5 if self.dry else 0.3 * len(left), until=until - 10, underway=worker.underway,
+                    found=lambda row, case=case: self.add_timing(case, row),
+                )  # fmt: skip
+                worker.underway("")
+
+        run([self.worker("timings", "all", work)], until)
+
+    def add_timing(self, case: Case, row: Row) -> None:
+        job = f"{case.name}, {row['contestant']} {row['precision']}"
+        if job not in self.journal.done("timings"):
+            self.journal.add("timings", job, row)
+
+    def profile(self, until: float) -> None:
+        kernels = launches.DRY_SHIPPED[:2] if self.dry else [launches.SHIPPED[0], launches.SHIPPED[2]]
+
+        def work(worker: Worker) -> None:
+            for kernel in kernels:
+                worker.underway(kernel.name)
+                text = launches.profile_table(kernel, 70 if self.dry else 4096, device(), self.dry)
+                with (self.out / "profile.txt").open("a") as file:
+                    file.write(text + "\n")
+                self.journal.add("profile", kernel.name, {"status": "ok", "note": ""})
+            worker.underway("")
+
+        run([self.worker("profile", "all", work)], until)
+
+    def watched(self, until: float) -> None:
+        """compute-sanitizer on small launches, and ncu on two kernels, each in a process of its own."""
+        python = [sys.executable, __file__, "launch"]
+        nothing = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that memcheck sees each tensor's end
+        two = [launches.SHIPPED[0].name, launches.SHIPPED[2].name]
+        counters = ["--set", "detailed", "--clock-control", "none", "--kernel-name", "regex:langevin", "--launch-count"]
+        tools = [
+            *((f"memcheck {name}", ["compute-sanitizer", "--tool", "memcheck"], name, "small") for name in two),
+            *((f"ncu {name}", ["ncu", *counters, "1"], name, "large") for name in two),
+            *((f"racecheck {name}", ["compute-sanitizer", "--tool", "racecheck"], name, "small") for name in two),
+        ]
+
+        def work(worker: Worker) -> None:
+            for job, tool, name, size in tools:
+                if job in worker.lost or job in self.journal.done("watched"):
+                    continue
+                worker.underway(job)
+                command = [*tool, *python, name, "--size", size]
+                environ = {**os.environ, **(nothing if size == "small" else {})}
+                left = max(1.0, until - time.time() - 2)
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=left)
+                    text, status = done.stdout + done.stderr, "ok" if done.returncode == 0 else "error"
+                except FileNotFoundError:
+                    text, status = f"{tool[0]} is not installed", "missing"
+                except subprocess.TimeoutExpired as error:
+                    text, status = f"out of time: {(error.stdout or b'').decode(errors='replace')}", "error"
+                with (self.out / "watched.txt").open("a") as file:
+                    file.write(f"===== {job} =====\n{text}\n")
+                errors = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", text)
+                self.journal.add("watched", job, {"status": status, "note": "; ".join(errors) or text[-200:]})
+            worker.underway("")
+
+        run([self.worker("watched", "all", work)], until)
+
+    def sweep(self, until: float) -> None:
+        def work(worker: Worker) -> None:
+            problems: dict[Case, Problem] = {}
+            for job in launches.sweep_jobs(device(), self.dry):
+                case, precision, launch = job
+                if case not in problems:
+                    problems[case] = Problem(case, device(), dry=self.dry)
+                time_it = functools.partial(launches.sweep_one, problems[case], precision, launch)
+                self.job(worker, launches.job_name(job), time_it)
+
+        run([self.worker("sweep", "all", work)], until)
+
+    def job(self, worker: Worker, name: str, work: Callable[[], Row]) -> None:
+        """Do it and journal it, unless that is done, or a process has died of it."""
+        if name in worker.lost or name in self.journal.done(worker.what):
+            return
+        worker.underway(name)
+        try:
+            row = work()
+        except Exception as error:
+            traceback.print_exc()
+            row = {"status": "error", "note": f"{type(error).__name__}: {error}"[:1000]}
+        self.journal.add(worker.what, name, row)
+        worker.underway("")
+        if context_is_lost():
+            raise RuntimeError("the CUDA context is lost")
+
+    # -- compilation beside the stages that do not time --
+
+    def warm(self, jobs: Callable[[], list[tuple[str, Callable[[], object]]]], processes: int) -> None:
+        """Compile what later stages time, in processes of their own, which stand still while a stage times."""
+        folder = self.work / "warm-claims"
+
+        def work(worker: Worker) -> None:
+            # each process compiles by itself: more would only take the others' cores
+            torch._inductor.config.compile_threads = 1
+            todo = dict(jobs())
+            for name in claimed(folder, todo):
+                if name in worker.lost:
+                    continue
+                worker.underway(name)
+                started = time.monotonic()
+                try:
+                    todo[name]()
+                    row: Row = {"status": "ok", "seconds": time.monotonic() - started}
+                except Missing as why:
+                    row = {"status": "missing", "note": str(why)}
+                except Exception as error:
+                    row = {"status": "error", "note": f"{type(error).__name__}: {error}"[:300]}
+                    traceback.print_exc()
+                self.journal.add("warm", name, row)
+                worker.underway("")
+                if context_is_lost():
+                    raise RuntimeError("the CUDA context is lost")
+
+        self.warmers = [self.worker("warm", str(k), work) for k in range(processes)]
+        for worker in self.warmers:
+            worker.start()
+
+    def pause(self, paused: bool) -> None:
+        for worker in self.warmers:
+            if os.waitpid(worker.pid, os.WNOHANG)[0] == 0:
+                os.kill(worker.pid, signal.SIGSTOP if paused else signal.SIGCONT)
+            else:
+                self.warmers = [w for w in self.warmers if w is not worker]
+
+    def end_of_warming(self) -> None:
+        for worker in self.warmers:
+            if os.waitpid(worker.pid, os.WNOHANG)[0] == 0:
+                stop(worker)
+                worker.ended("stopped: later stages compile what is left")
+        self.warmers = []
+
+
+def timed_kernels(dry: bool) -> list[tuple[str, Callable[[], object]]]:
+    """What the race compiles, the first cases' first."""
+    found: dict[str, Callable[[], object]] = {}
+
+    def prepare(c: Contestant, case: Case, steps: Sequence[int]) -> None:
+        p = Problem(case, device(), dry=dry)
+        with matmul(c.precision):
+            for n in steps:
+                c.prepare(p, n, NOISE_STD)()
+
+    for case in DRY_CASES[:1] if dry else GPU_CASES:
+        for c in ON_GPU:
+            if c.name in ("compile+graph", "autotuned+graph"):
+                if c.name == "autotuned+graph" and case != GPU_CASES[0]:
+                    continue
+                few = Case(case.dim, case.widths, 512)
+                found.setdefault(f"{case.energy} {c.name} {c.precision}", functools.partial(prepare, c, few, [1]))
+            elif c.name in ("jax", "blackjax"):
+                # what XLA compiles has the number of chains and steps in it
+                work = [(law_case(case), [GATE_STEPS]), (case, [1, case.steps])]
+                for of, steps in work:
+                    found.setdefault(
+                        f"{of.name} {c.name} {c.precision} {steps}", functools.partial(prepare, c, of, steps)
+                    )
+        if not dry:
+            few, tf32 = Case(case.dim, case.widths, 64), Contestant("", "tf32", fastebm_at("triton", "tf32"))
+            found.setdefault(f"{case.energy} fused tf32", functools.partial(prepare, tf32, few, [1]))
+    # Inductor's and the kernels' first: they are few, and their rows come first
+    return sorted(found.items(), key=lambda item: "jax" in item[0])
+
+
+def swept_kernels(dry: bool) -> list[tuple[str, Callable[[], object]]]:
+    jobs = {}
+    for job in launches.sweep_jobs(device(), dry):
+        case, precision, launch = job
+        jobs[f"{case.energy} {precision} {launch}"] = functools.partial(launches.compile_job, job, device())
+    return list(jobs.items())
+
+
+# Seconds of 285 that each may take; what ends early leaves its time to the next.
+STAGES = {
+    "shipped": 75,
+    "alone": 35,
+    "tests-a": 70,
+    "timings": 90,
+    "profile": 15,
+    "tests-b": 130,
+    "watched": 75,
+    "sweep": 80,
+}
+
+
+WARMED = ("timings", "sweep")  # stages that time what takes long to compile
+
+
+def visit(stages: Sequence[str], out: Path, budget: float, dry: bool) -> int:
+    start = time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in ("environment.json", "rows.jsonl", "profile.txt", "watched.txt"):
+        (out / old).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        here = Visit(out, Path(folder), dry, Journal(out, {}))
+        environ = functools.partial(write_environment, out, stages, budget)
+        run([here.worker("environment", "all", lambda worker: environ())], start + 60)
+        if not (out / "environment.json").exists():
+            print("no environment could be read; see errors.log", file=sys.stderr)
+            return 70
+        environment = json.loads((out / "environment.json").read_text())
+        if not dry and environment["capability"] is None:
+            print("no CUDA device", file=sys.stderr)
+            return 69
+        here.journal.common = {name: environment[name] for name in PROVENANCE}
+        cores = os.cpu_count() or 1
+        warmers = 1 if dry else max(1, cores * 3 // 8)
+        warmed = [{"timings": timed_kernels, "sweep": swept_kernels}[name] for name in stages if name in WARMED]
+        if warmed:
+            here.warm(lambda: [job for jobs in warmed for job in jobs(dry)], warmers)
+        total = sum(STAGES[name] for name in stages)
+        spent = 0
+        for name in stages:
+            spent += STAGES[name]
+            until = start + budget * spent / total
+            if name in (*WARMED, "profile"):
+                here.end_of_warming()
+            method = getattr(here, name, None) or functools.partial(here.tests, name)
+            began = time.time()
+            method(until)
+            print(f"[{time.time() - start:.0f} s] {name} took {time.time() - began:.0f} s", flush=True)
+        here.end_of_warming()
+    found = read(out / "rows.jsonl")
+    bad = [row for row in found if row["status"] in ("FAILED", "failed", "error") and row["what"] != "warm"]
+    print(f"{len(found)} rows, {len(bad)} of them wrong or failed; {time.time() - start:.0f} s")
+    for row in bad:
+        print(f"  {row['what']}: {row['job']}: {row['status']} {str(row.get('note', ''))[:160]}")
+    return 1 if bad else 0
+
+
+# -- the environment -----------------------------------------------------------------------------------------------
+
+PROVENANCE = ("cpu", "cores", "gpu", "python", "torch", "triton", "numpy", "fastebm", "jax", "torchebm", "blackjax",
+              "commit", "date", "driver", "cuda")  # fmt: skip
 
 
 def nvidia_smi(query: str | None = None) -> str:
@@ -304,48 +505,73 @@ def nvidia_smi(query: str | None = None) -> str:
         return "none"
 
 
-def environment(out: Path, notes: list[str]) -> None:
-    """environment.json: the machine, the packages, the state of its clocks, and the notes (name=value) given."""
-    import importlib.metadata
-
+def write_environment(out: Path, stages: Sequence[str], budget: float) -> None:
+    """environment.json: the machine, the packages, the state of the clocks, and the visit's arguments."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    properties = torch.cuda.get_device_properties(0) if CUDA else None
+    there = torch.cuda.is_available()
     clocks = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,memory.total,persistence_mode"
     content = {
-        **provenance(),
-        **dict(note.split("=", 1) for note in notes),
-        "device": str(properties),
-        "capability": capability(),
+        **rows.provenance("jax", "torchebm", "blackjax"),
+        "driver": nvidia_smi("driver_version"),
+        "cuda": torch.version.cuda or "none",
+        "capability": launches.capability(device()),
+        "device": str(torch.cuda.get_device_properties(0)) if there else "none",
         "interpreted": interpreted(),
-        "nvidia_smi": nvidia_smi().splitlines(),
+        "stages": list(stages),
+        "budget_seconds": budget,
         clocks: nvidia_smi(clocks),
+        "nvidia_smi": nvidia_smi().splitlines(),
         "packages": dict(sorted(found.items())),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+    new = out / "environment.new"
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(out / "environment.json")
+
+
+# -- result files --------------------------------------------------------------------------------------------------
+
+
+def write_rows(folders: Sequence[Path]) -> int:
+    """gpu.csv (shipped kernels, their times alone, the race) and gpu_sweep.csv; of a job measured twice, the last."""
+    found: dict[tuple[str, str], Row] = {}
+    for folder in folders:
+        for row in read(folder / "rows.jsonl"):
+            found[row["what"], row["job"]] = row
+    for name, kinds in (("gpu", ("shipped", "alone", "timings")), ("gpu_sweep", ("sweep",))):
+        kept = [row for kind in kinds for row in found.values() if row["what"] == kind]
+        if kept:
+            common = [*PROVENANCE]
+            last = [{k: v for k, v in row.items() if k not in common} | {k: row[k] for k in common} for row in kept]
+            rows.write(rows.RESULTS / f"{name}.csv", last, common={})
+            print(f"{rows.RESULTS / name}.csv: {len(kept)} rows")
+    tests = [row for row in found.values() if row["what"].startswith("tests")]
+    for status in ("passed", "skipped", "failed", "error"):
+        print(f"tests {status}: {sum(row['status'] == status for row in tests)}")
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("timings", "sweep", "warm", "environment"))
-    parser.add_argument("--out", type=Path, default=rows.RESULTS / "gpu")
-    parser.add_argument("--until", type=float, default=math.inf, help="Unix time at which to stop")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU, kernels in the interpreter")
-    parser.add_argument("--number", type=int, default=0)
-    parser.add_argument("--of", type=int, default=1)
-    parser.add_argument("--note", action="append", default=[], help="name=value, for environment.json")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_visit = commands.add_parser("visit")
+    of_visit.add_argument("--stages", nargs="+", choices=STAGES, required=True)
+    of_visit.add_argument("--out", type=Path, default=rows.RESULTS / "gpu")
+    of_visit.add_argument("--budget", type=float, default=285.0, metavar="SECONDS")
+    of_visit.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU, kernels in the interpreter")
+    commands.add_parser("rows").add_argument("folders", type=Path, nargs="+")
+    of_launch = commands.add_parser("launch")
+    of_launch.add_argument("name", choices=[kernel.name for kernel in launches.SHIPPED])
+    of_launch.add_argument("--size", choices=("small", "large"), default="small")
     args = parser.parse_args()
-    if args.part == "environment":
-        environment(args.out, args.note)
+    if args.command == "rows":
+        return write_rows(args.folders)
+    if args.command == "launch":
+        kernel = next(kernel for kernel in launches.SHIPPED if kernel.name == args.name)
+        launches.launch_once(kernel, *((70, 3) if args.size == "small" else (65_536, 10)))
         return 0
-    if args.part == "warm":
-        return warm(args.number, args.of, args.until, args.dry)
-    if args.child:
-        child = timings_child if args.part == "timings" else sweep_child
-        child(Journal(args.out / f".{args.part}"), args.until, args.dry)
-        return 0
-    return supervise(args.part, args.out, args.until, args.dry)
+    if not (args.budget > 0 and math.isfinite(args.budget)):
+        parser.error(f"--budget must be > 0 seconds, got {args.budget:g}")
+    return visit(args.stages, args.out, args.budget, args.dry)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ SEED = 1
 NOISE_SEED = 2  # of PyTorch's global generator: with the start's own seed, noise would repeat the start
 ULP = torch.finfo(torch.float32).eps
 GATE_STEPS = 3
-GATE_ROWS = 128  # at the start, in the middle and at the end
+GATE_ROWS = 128
 # The kernel's fast noise: the special-function unit is 2^-22 off in log2, and r is the root of that (tests/test_noise).
 NOISE_ERROR = 1e-3
 # Of the test of the law: independent runs of the reference, and normal numbers (chains x dims) of one run.
@@ -106,11 +106,15 @@ def make_energy(kind: str, dim: int, widths: tuple[int, ...], device: torch.devi
 
 @dataclass
 class Problem:
-    """x0: (n_chains, *shape) float32, the start. dry: only the logic matters: nothing is compiled for real."""
+    """x0: (n_chains, *shape) float32, the start. dry: only the logic matters: nothing is compiled for real.
+
+    gate_rows: chains that the gate looks at, at the start, in the middle and at the end.
+    """
 
     case: Case
     device: torch.device
     dry: bool = False
+    gate_rows: int = GATE_ROWS
     energy: nn.Module = field(init=False)
     x0: Tensor = field(init=False)
 
@@ -147,7 +151,7 @@ class Problem:
     @cached_property
     def rows(self) -> Tensor:
         """Chains that the gate looks at."""
-        n, k = self.case.n_chains, GATE_ROWS
+        n, k = self.case.n_chains, self.gate_rows
         middle = max(0, (n - k) // 2)
         picks = [*range(min(k, n)), *range(middle, min(middle + k, n)), *range(max(0, n - k), n)]
         return torch.tensor(sorted(set(picks)), device=self.device)
@@ -163,10 +167,14 @@ class Problem:
         return moved if self.case.clamp is None else moved.clamp(*self.case.clamp)
 
     @cached_property
+    def double_energy(self) -> Energy:
+        return Energy(self.energy, self.case.shape, torch.float64)
+
+    @cached_property
     def descent(self) -> Tensor:
         """The gate's chains in float64 after one step without noise: the energy gradient and the clamp, no more."""
         x = self.start.double()
-        return self.descended(x, Energy(self.energy, self.case.shape, torch.float64).gradient(x))
+        return self.descended(x, self.double_energy.gradient(x))
 
     @cached_property
     def noisy(self) -> Tensor:
@@ -180,8 +188,9 @@ class Problem:
         return torch.stack([self._reference(x, chains, SEED + 1 + copy) for copy in range(LAW_COPIES)])
 
     def _reference(self, x: Tensor, chains: Tensor, seed: int) -> Tensor:
-        module, rule = Energy(self.energy, self.case.shape, torch.float64), self.rule(self.case.noise_std)
-        return reference.advance(module, Chains(x, seed, chains, torch.zeros_like(chains)), rule, GATE_STEPS).x
+        rule = self.rule(self.case.noise_std)
+        at = Chains(x, seed, chains, torch.zeros_like(chains))
+        return reference.advance(self.double_energy, at, rule, GATE_STEPS).x
 
     def allowed(self, precision: str) -> float:
         """Twice the error of plain PyTorch at a precision, after one step without noise, plus rounding."""

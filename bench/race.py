@@ -1,15 +1,17 @@
 """One case, all contestants: gate, warm-up, runs in turns, rows. A wrong result has no speed.
 
 A row's status: "ok"; "missing": what it needs is not here; "FAILED": its result is wrong; "error": it broke;
-"skipped": it would take longer than the budget. Only "ok" has times.
+"skipped": it would take longer than the budget. Only "ok" has times; the time of one that FAILED stands apart, in
+``untrusted_seconds``, and enters no ratio.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -22,6 +24,7 @@ from fastebm.bench.limits import Rates, Yardstick, flops_per_chain_step, rates
 from fastebm.bench.problem import (
     GATE_STEPS,
     LAW_ALPHA,
+    MM_BF16,
     NOISE_ERROR,
     NOISE_SEED,
     Missing,
@@ -36,8 +39,8 @@ from torch import Tensor
 
 from fastebm.backends.choose import choose
 
-CORRECTNESS = ("correct", "error", "allowed", "law_p")
-TIMED = ("rounds", "seconds", "seconds_q1", "seconds_q3", "chain_steps_per_s")
+CORRECTNESS = ("correct", "error", "allowed", "error_over_allowed", "law_p")
+TIMED = ("rounds", "seconds", "seconds_q1", "seconds_q3", "chain_steps_per_s", "untrusted_seconds")
 RATIOS = ("eager_seconds", "times_eager", "peer", "peer_seconds", "times_peer")
 LIMIT = ("limit_seconds", "of_limit", "flops_per_chain_step", "product_rate", "normal_rate", "normals_by", "bandwidth")
 
@@ -66,6 +69,7 @@ def gate(p: Problem, contestant: Contestant) -> dict[str, Any]:
 
     error: of one step without noise, against float64. law_p: of GATE_STEPS steps with noise against the reference's
     law (``law_p_value``); fastebm's own noise is known, and its very states are compared instead.
+    error_over_allowed: the larger of the two comparisons of states.
     """
     allowed = p.allowed(contestant.precision)
     row: dict[str, Any] = {"correct": "no", "allowed": allowed, "law_p": ""}
@@ -73,16 +77,23 @@ def gate(p: Problem, contestant: Contestant) -> dict[str, Any]:
         torch.manual_seed(NOISE_SEED)
         moved = contestant.prepare(p, 1, 0.0)()
         row["error"] = largest(moved[p.rows].flatten(1) - p.descent)
+        row["error_over_allowed"] = row["error"] / allowed
         correct = moved.shape == p.x0.shape and row["error"] <= allowed  # NaN compares false
         del moved
         if correct and contestant.ours:
             moved = contestant.prepare(p, GATE_STEPS, p.case.noise_std)()
-            noisy = largest(moved[p.rows].flatten(1) - p.noisy)
-            correct = noisy <= GATE_STEPS * (2 * allowed + NOISE_ERROR * p.case.noise_std)
+            over = largest(moved[p.rows].flatten(1) - p.noisy) / allowed_with_noise(p.case, allowed)
+            row["error_over_allowed"] = max(row["error_over_allowed"], over)
+            correct = over <= 1
         elif correct:
             row["law_p"] = _law_p(contestant, law_case(p.case), p.device, p.dry)
             correct = row["law_p"] >= LAW_ALPHA
     return row | {"correct": "yes" if correct else "no"}
+
+
+def allowed_with_noise(case: Case, allowed: float) -> float:
+    """After GATE_STEPS steps with fastebm's noise, given what one step without noise may be off."""
+    return GATE_STEPS * (2 * allowed + NOISE_ERROR * case.noise_std)
 
 
 @lru_cache(maxsize=64)
@@ -104,27 +115,34 @@ def race(
     yardsticks: Sequence[Yardstick] = (),
     seconds: float = 6.0,
     budget: float = math.inf,
+    until: float = math.inf,
     lost: Iterable[str] = (),
     underway: Callable[[str], None] = lambda key: None,
+    found: Callable[[dict[str, Any]], None] = lambda row: None,
     dry: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row a contestant.
+    """One row per contestant.
+
+    On a CPU all take turns. On a GPU each takes turns with eager alone, so that its row is done when it is, and no
+    captured graph keeps the memory that another needs.
 
     Args:
         yardsticks: timed in turns with the contestants, for the columns of LIMIT.
         seconds: for the timed runs, which are at least MIN_ROUNDS each.
         budget: seconds for the case; each contestant that is right may take an equal share of it.
+        until: Unix time after which no contestant is begun: it has no row.
         lost: keys of those that have killed a process before. underway: told what runs.
+        found: given each row when its contestant is done, but for the peers' columns, which need all of them.
     """
     p = Problem(case, device, dry=dry)
-    results: dict[Contestant, dict[str, Any]] = {}
-    for c in contestants:
-        row = row_of(case, device=device.type, contestant=c.name, precision=c.precision, status="ok")
-        results[c] = row | dict.fromkeys((*CORRECTNESS, *TIMED, *RATIOS, *LIMIT, "note"), "")
+    contestants = list(contestants)
+    results = {c: _blank(case, c, device) for c in contestants}
+    times: dict[Contestant, list[float]] = {}
+    ready: dict[Contestant, Run] = {}
 
     def prepared(c: Contestant, prepare: Callable[[], Any]) -> Any:
         """What prepare() gives, or None, with the reason in the contestant's row."""
-        key, row = f"{case.name}, {c.name} {c.precision}", results[c]
+        key, row = key_of(case, c), results[c]
         if key in lost:
             row |= {"status": "error", "note": "its process died"}
             return None
@@ -145,67 +163,109 @@ def race(
                 torch.cuda.empty_cache()
         return None
 
-    for c, row in results.items():
-        row |= prepared(c, lambda c=c: gate(p, c)) or {}
-        if row["correct"] == "no":
-            row |= {"status": "FAILED", "note": "failed its gate: not timed"}
-        if c.name == "fastebm-triton" and row["correct"] == "yes":
-            row["note"] = choose(p.energy, p.device, torch.float32, "triton", c.precision).path
-    correct = [c for c, row in results.items() if row["status"] == "ok"]
-    share = budget / max(1, len(correct))
-    for c in correct:
-        if (why := prepared(c, lambda c=c: _hopeless(p, c, share))) is not None:
-            results[c] |= {"status": "skipped", "note": why}
-    right = [c for c, row in results.items() if row["status"] == "ok"]
-    yardstick = [c for c in right if (c.name, c.precision) == ("eager", "float32")]
-
-    # A captured graph keeps its memory: where that is much, each is timed by itself, next to eager.
-    groups = [right]
-    if device.type == "cuda" and 40 * p.x0.nbytes > torch.cuda.get_device_properties(0).total_memory:
-        alone = [c for c in right if "graph" in c.name]
-        groups = [[c for c in right if c not in alone], *([*yardstick, c] for c in alone)]
+    eager = next((c for c in contestants if (c.name, c.precision) == ("eager", "float32")), None)
+    groups = [[c] for c in contestants] if device.type == "cuda" else [contestants]
+    done: list[Contestant] = []
     for group in groups:
-        runs: dict[Any, Callable[[], object]] = {}
+        if time.time() > until:
+            break
         for c in group:
-            if isinstance(run := prepared(c, lambda c=c: _ready(p, c, share)), str):
-                results[c] |= {"status": "skipped", "note": run}
-            elif run is not None:
-                runs[c] = run
-        for y in yardsticks:
-            y.run()
-        underway(f"{case.name}, all")
-        times = interleaved({**runs, **{y: y.run for y in yardsticks}}, seconds / len(groups), device)
-        for c in runs:
-            if c not in times:
-                results[c] |= {"status": "missing", "note": "out of memory beside the others"}
-        own = {c: times[c] for c in runs if c in times}
-        for c, columns in _timed(case, own).items():
-            results[c] |= columns
-        if yardsticks:
-            found, flops = rates(times), flops_per_chain_step(p)
-            for c in own:
-                results[c] |= _limits(case, found, flops, c.precision, results[c]["seconds"])
-        del runs, times
-    return list(results.values())
+            row = results[c]
+            row |= prepared(c, lambda c=c: gate(p, c)) or {}
+            if row["correct"] == "no":
+                row |= {"status": "FAILED", "note": "failed its gate: its time is not to be trusted"}
+            if c.name.startswith("fastebm-") and row["correct"] == "yes":
+                row["note"] = path_of(p, c) or ""
+        timed = [c for c in group if results[c]["status"] in ("ok", "FAILED")]
+        share = budget / max(1, len(timed))
+        for c in timed:
+            if (why := prepared(c, lambda c=c, share=share: _hopeless(p, c, share))) is not None:
+                results[c] |= {"status": "skipped", "note": why}
+            elif results[c]["status"] in ("ok", "FAILED"):
+                run = prepared(c, lambda c=c, share=share: _ready(p, c, share))
+                if isinstance(run, str):
+                    results[c] |= {"status": "skipped", "note": run}
+                elif run is not None:
+                    ready[c] = run
+        runs: dict[Any, Callable[[], object]] = {c: ready[c] for c in (eager, *group) if c in ready}
+        if any(c in runs for c in group):
+            for y in yardsticks:
+                y.run()
+            underway(f"{case.name}, all" if len(group) > 1 else key_of(case, group[0]))
+            runs |= {y: y.run for y in yardsticks}
+            new = interleaved(runs, seconds / len(groups), device, until=until)
+            for c in group:
+                if c in ready and c not in new:
+                    results[c] |= {"status": "missing", "note": "out of memory beside the others"}
+                elif c in new:
+                    times[c] = new[c]
+            beside = new.get(eager) if eager is not None and results[eager]["status"] == "ok" else None
+            for c in group:
+                if c in new:
+                    results[c] |= _timed(case, new[c], results[c]["status"], beside)
+            if yardsticks:
+                at_most, flops = rates(new), flops_per_chain_step(p)
+                for c in group:
+                    if results[c]["seconds"]:
+                        results[c] |= _limits(case, at_most, flops, c.precision, results[c]["seconds"])
+        for c in group:
+            if c is not eager:
+                ready.pop(c, None)
+            done.append(c)
+            found(results[c])
+    right = {c: statistics.median(t) for c, t in times.items() if results[c]["status"] == "ok"}
+    for c, median in right.items():
+        results[c] |= _beside_peers(c, median, right)
+    return [results[c] for c in done]
 
 
-def _timed(case: Case, times: dict[Contestant, list[float]]) -> dict[Contestant, dict[str, Any]]:
-    """The columns of TIMED and RATIOS. The peer is the fastest contestant that is not fastebm's."""
-    medians = {c: statistics.median(t) for c, t in times.items()}
-    eager = next((s for c, s in medians.items() if (c.name, c.precision) == ("eager", "float32")), None)
-    peers = {c: s for c, s in medians.items() if not c.ours}
-    peer = min(peers, key=lambda c: peers[c]) if peers else None
-    found: dict[Contestant, dict[str, Any]] = {}
-    for c, t in times.items():
-        q1, median, q3 = quartiles(t)
-        row = found[c] = {"rounds": len(t), "seconds": median, "seconds_q1": q1, "seconds_q3": q3}
-        row["chain_steps_per_s"] = case.n_chains * case.steps / median
-        if eager is not None:
-            row |= {"eager_seconds": eager, "times_eager": eager / median}
-        if peer is not None:
-            row |= {"peer": f"{peer.name} {peer.precision}", "peer_seconds": peers[peer]}
-            row["times_peer"] = peers[peer] / median
-    return found
+def key_of(case: Case, c: Contestant) -> str:
+    return f"{case.name}, {c.name} {c.precision}"
+
+
+def path_of(p: Problem, c: Contestant) -> str | None:
+    """Which path of the Triton backend a contestant of fastebm's takes; None if another backend."""
+    if c.name not in ("fastebm-triton", "fastebm-graph"):
+        return None
+    return choose(p.energy, p.device, torch.float32, "triton", c.precision).path
+
+
+def _blank(case: Case, c: Contestant, device: torch.device) -> dict[str, Any]:
+    row = row_of(case, device=device.type, contestant=c.name, precision=c.precision, status="ok")
+    return row | dict.fromkeys((*CORRECTNESS, *TIMED, *RATIOS, *LIMIT, "note"), "")
+
+
+def _timed(case: Case, times: list[float], status: str, eager: list[float] | None) -> dict[str, Any]:
+    """The columns of TIMED, and of RATIOS those of the eager loop, timed in turns."""
+    q1, median, q3 = quartiles(times)
+    if status == "FAILED":
+        return {"rounds": len(times), "untrusted_seconds": median}
+    new: dict[str, Any] = {"rounds": len(times), "seconds": median, "seconds_q1": q1, "seconds_q3": q3}
+    new["chain_steps_per_s"] = case.n_chains * case.steps / median
+    if eager is not None:
+        seconds = statistics.median(eager)
+        new |= {"eager_seconds": seconds, "times_eager": seconds / median}
+    return new
+
+
+# The higher, the more exact the products. A peer must be at least as exact as what is compared with it.
+EXACTNESS = {"float32": 3, "ieee": 3, "bf16x3": 3, "tf32": 2, MM_BF16: 1, "bf16": 1}
+
+
+def _beside_peers(c: Contestant, median: float, medians: Mapping[Contestant, float]) -> dict[str, Any]:
+    """The peer is the fastest contestant that is not fastebm's and no less exact: bf16x3 meets float32 only."""
+    peers = {
+        other: s for other, s in medians.items()
+        if not other.ours and EXACTNESS[other.precision] >= EXACTNESS[c.precision]
+    }  # fmt: skip
+    if not peers:
+        return {}
+    peer = min(peers, key=lambda other: peers[other])
+    return {
+        "peer": f"{peer.name} {peer.precision}",
+        "peer_seconds": peers[peer],
+        "times_peer": peers[peer] / median,
+    }
 
 
 def _limits(case: Case, found: Rates, flops: float, precision: str, seconds: float) -> dict[str, Any]:

@@ -139,6 +139,12 @@ def test_runs_take_turns():
     assert "".join(order) == "abc" * 5
 
 
+def test_no_round_begins_past_the_end():
+    """The least number of rounds gives way to it: there is one at least."""
+    times = interleaved({"a": lambda: None}, 60.0, CPU, until=0.0)
+    assert len(times["a"]) == 1
+
+
 def test_what_runs_out_of_memory_drops_out():
     def hungry():
         raise torch.OutOfMemoryError("no more")
@@ -157,17 +163,18 @@ def test_quartiles():
 
 def test_ratios():
     case = Case(3, (16,), 100, 10)
-    contestants = {name: Contestant(name, "float32", eager) for name in ("eager", "jax", "fastebm-torch")}
-    seconds = {"eager": [4.0, 8.0, 6.0], "jax": [3.0] * 3, "fastebm-torch": [2.0, 1.0, 2.0]}
-    found = race._timed(case, {contestants[k]: t for k, t in seconds.items()})
-    ours = found[contestants["fastebm-torch"]]
+    ours = race._timed(case, [2.0, 1.0, 2.0], "ok", [4.0, 8.0, 6.0])
     assert (ours["seconds"], ours["rounds"], ours["chain_steps_per_s"]) == (2.0, 3, 500.0)
-    assert (ours["times_eager"], ours["peer"], ours["times_peer"]) == (3.0, "jax float32", 1.5)
-    assert found[contestants["eager"]]["times_peer"] == 0.5
+    assert (ours["eager_seconds"], ours["times_eager"]) == (6.0, 3.0)
+    contestants = {name: Contestant(name, "float32", eager) for name in ("eager", "jax", "fastebm-torch")}
+    medians = {contestants[name]: s for name, s in {"eager": 6.0, "jax": 3.0, "fastebm-torch": 2.0}.items()}
+    beside = {name: race._beside_peers(c, medians[c], medians) for name, c in contestants.items()}
+    assert beside["fastebm-torch"] == {"peer": "jax float32", "peer_seconds": 3.0, "times_peer": 1.5}
+    assert beside["eager"]["times_peer"] == 0.5
     # without the eager loop there is nothing to compare with, and without peers none is named
-    alone = race._timed(case, {contestants["fastebm-torch"]: [2.0]})[contestants["fastebm-torch"]]
-    assert "times_eager" not in alone
-    assert "peer" not in alone
+    assert "times_eager" not in race._timed(case, [2.0], "ok", None)
+    alone = contestants["fastebm-torch"]
+    assert race._beside_peers(alone, 2.0, {alone: 2.0}) == {}
 
 
 def test_the_limit_of_a_case():
@@ -218,7 +225,7 @@ def test_a_contestant_past_its_share_is_skipped():
 def test_missing_peers_are_reported(monkeypatch):
     for package in ("jax", "torchebm.core", "torchebm.losses", "blackjax", "arviz_stats.base"):
         monkeypatch.setitem(sys.modules, package, None)
-    names = ["eager", "graph", "torchebm", "jax", "blackjax"]
+    names = [c.name for c in named("eager", "graph", "torchebm", "jax", "blackjax")]
     found = race.race(TINY, named(*names), CPU, seconds=0.0)
     assert [row["contestant"] for row in found] == names
     notes = {row["contestant"]: row["note"] for row in found if row["status"] == "missing"}

@@ -1,86 +1,211 @@
-"""bench/on_gpu.sh, dry: what a GPU session brings back, and the rule that a wrong result has no speed."""
+"""bench/on_gpu.sh, dry: what a GPU visit brings back, whenever it ends, and that a wrong result has no speed."""
 
 import csv
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from fastebm.bench import gpu, gpu_tests
+from fastebm.bench import gpu, launches, rows
 from fastebm.bench.cases import Case
-from fastebm.bench.contestants import Contestant, eager
-from fastebm.bench.problem import Missing
-from fastebm.bench.race import race
+from fastebm.bench.contestants import CONTESTANTS, Contestant, compiled_at, eager
+from fastebm.bench.problem import MM_BF16, Missing, Problem
+from fastebm.bench.race import _beside_peers, gate, race
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton and GPUs: Linux")
 
+CPU = torch.device("cpu")
 BENCH = Path(__file__).parent.parent / "bench"
 PROVENANCE = {"cpu", "torch", "triton", "fastebm", "commit", "date", "gpu", "driver", "cuda"}
-RESULT = {"status", "correct", "error", "allowed", "rounds", "seconds", "chain_steps_per_s", "note"}
+CASE = Case(3, (16,), 70, 2)
 
 
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def command(out, *options):
+    environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return ["bash", str(BENCH / "on_gpu.sh"), "--dry", *options], environment
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory):
-    out = tmp_path_factory.mktemp("on_gpu")
-    environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
-    command = ["bash", str(BENCH / "on_gpu.sh"), "--dry"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+def visited(out, *options):
+    words, environment = command(out, *options)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
     errors = (out / "errors.log").read_text() if (out / "errors.log").exists() else ""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + errors[-3000:]
-    return out
+    return {(row["what"], row["job"]): row for row in gpu.read(out / "rows.jsonl")}, done.stdout
+
+
+def of(found, what):
+    return {job: row for (kind, job), row in found.items() if kind == what}
+
+
+# -- whole visits ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_files(dry):
-    files = {path.name: path.stat().st_size for path in dry.iterdir()}
-    assert set(files) == {"tests.log", "timings.csv", "sweep.csv", "environment.json", "errors.log"}
-    assert max(files.values()) < 4e6
-    environment = json.loads((dry / "environment.json").read_text())
-    assert {"torch", "triton", "nvidia_smi", "packages", "took_seconds", "tests_status"} <= set(environment)
-    log = (dry / "tests.log").read_text()
-    assert " passed" in log
-    assert "test_langevin.py" in log
+def test_part_a(tmp_path, monkeypatch):
+    began = time.monotonic()
+    found, printed = visited(tmp_path, "--part", "a")
+    assert time.monotonic() - began < 180
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "environment.json", "rows.jsonl", "profile.txt", "errors.log",
+    }  # fmt: skip
+    assert {"nvidia_smi", "packages", "stages", "budget_seconds"} <= set(
+        json.loads((tmp_path / "environment.json").read_text())
+    )
+    assert all(set(row) >= PROVENANCE | {"what", "job", "status"} for row in found.values())
 
+    shipped = of(found, "shipped")
+    assert {row["path"] for row in shipped.values()} == {"resident", "streaming", "autograd"}
+    for row in shipped.values():
+        assert row["status"] == "ok"
+        assert float(row["error"]) <= float(row["allowed"])
+        assert float(row["noisy_error"]) <= float(row["noisy_allowed"])
+        assert row["same_bits"] == "yes"
+    assert [float(row["call_seconds"]) > 0 for row in of(found, "alone").values()] == [True] * len(shipped)
 
-@pytest.mark.slow
-def test_timings(dry):
-    rows = read(dry / "timings.csv")
-    assert set(rows[0]) >= RESULT | PROVENANCE | {"energy", "n_chains", "contestant", "precision", "times_eager"}
-    status = {(row["energy"], row["contestant"], row["precision"]): row["status"] for row in rows}
-    energies = {row["energy"] for row in rows}
-    assert len(energies) == 2
-    for energy in energies:
-        assert status[energy, "eager", "float32"] == "ok"
-        assert status[energy, "compile", "float32"] == "ok"
-        assert status[energy, "fastebm-update", "float32"] == "ok"
-        for precision in ("bf16x3", "tf32", "bf16"):
-            assert status[energy, "fastebm-triton", precision] == "ok"
-        # a contestant that can't run says so, and why
-        assert status[energy, "graph", "float32"] == "missing"
-    for row in rows:
+    tests = of(found, "tests-a")
+    assert {row["status"] for row in tests.values()} == {"passed", "skipped"}
+    assert any("test_langevin.py" in name for name in tests)
+    assert any("test_gpu.py" in name and "needs a CUDA device" in row["note"] for name, row in tests.items())
+
+    timings = of(found, "timings")
+    assert len(timings) == 2 * len(gpu.ON_GPU)
+    for row in timings.values():
         assert bool(row["times_eager"]) == bool(row["seconds"]) == (row["correct"] == "yes") == (row["status"] == "ok")
         assert row["note"] or row["status"] == "ok"
+    status = {(row["energy"], row["contestant"], row["precision"]): row["status"] for row in timings.values()}
+    for energy in {row["energy"] for row in timings.values()}:
+        names = (("eager", "float32"), ("compile", "float32"), ("fastebm-update", "float32"))
+        for name in (*names, *(("fastebm-triton", q) for q in ("bf16x3", "tf32", "bf16"))):
+            assert status[(energy, *name)] == "ok"
+        # a contestant that can't run says so, and why
+        assert status[energy, "graph", "float32"] == status[energy, "fastebm-graph", "bf16"] == "missing"
+    assert "langevin_sample" not in printed  # results, no logs
+    text = (tmp_path / "profile.txt").read_text()
+    assert "Self CPU" in text
+    assert "130-[16, 16] bf16, 70 chains" in text
+
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    assert gpu.write_rows([tmp_path]) == 0
+    with (tmp_path / "results" / "gpu.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert {row["what"] for row in written} == {"shipped", "alone", "timings"}
+    assert len(written) == 2 * len(shipped) + len(timings)
+    assert all(row["commit"] and row["gpu"] for row in written)
 
 
 @pytest.mark.slow
-def test_sweep(dry):
-    rows = read(dry / "sweep.csv")
-    assert set(rows[0]) >= RESULT | PROVENANCE | {"block_chains", "num_warps", "num_stages", "block_dim", "shipped"}
-    assert [row["status"] for row in rows] == ["ok", "ok"]
-    assert [row["shipped"] for row in rows] == ["yes", "no"]
-    assert all(float(row["error"]) <= float(row["allowed"]) for row in rows)
+def test_part_b(tmp_path, monkeypatch):
+    found, _ = visited(tmp_path, "--part", "b")
+    assert {row["status"] for row in of(found, "tests-b").values()} == {"passed", "skipped"}
+    sweep = list(of(found, "sweep").values())
+    assert [row["status"] for row in sweep] == ["ok", "ok"]
+    assert [row["shipped"] for row in sweep] == ["yes", "no"]
+    assert all(0 < float(row["error_over_allowed"]) <= 1 for row in sweep)
+    assert {row["status"] for row in of(found, "watched").values()} <= {"missing", "error"}  # there is no GPU to watch
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    gpu.write_rows([tmp_path])
+    assert (tmp_path / "results" / "gpu_sweep.csv").exists()
+    assert not (tmp_path / "results" / "gpu.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_before", [1, 4, 12])
+def test_whatever_a_visit_knew_when_it_was_killed_is_there(tmp_path, rows_before):
+    words, environment = command(tmp_path, "--stages", "shipped alone timings")
+    # a session of its own, so that all of it can be killed at once
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    path = tmp_path / "rows.jsonl"
+    end = time.monotonic() + 150
+    while time.monotonic() < end and not (path.exists() and path.read_bytes().count(b"\n") >= rows_before):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    found = gpu.read(path)  # every line is whole JSON
+    assert len(found) >= rows_before
+    assert all(set(row) >= PROVENANCE | {"what", "job", "status"} for row in found)
+    assert json.loads((tmp_path / "environment.json").read_text())["commit"] == found[0]["commit"]
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    for options in (["--part", "c"], ["--parts", "a"]):
+        words, environment = command(tmp_path, *options)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 64
+        assert "--part a|b" in done.stderr
+
+
+# -- forks -------------------------------------------------------------------------------------------------------
+
+
+def worker(tmp_path, work, what="stage"):
+    journal = gpu.Journal(tmp_path, {"commit": "c"})
+    return gpu.Worker(what, what, work, journal, tmp_path), journal
+
+
+def test_a_job_that_kills_its_process_costs_no_other(tmp_path):
+    def work(worker):
+        for job in ("one", "two", "three"):
+            if job in worker.lost or job in worker.journal.done("stage"):
+                continue
+            worker.underway(job)
+            if job == "two":
+                os.kill(os.getpid(), signal.SIGKILL)
+            worker.journal.add("stage", job, {"status": "ok"})
+            worker.underway("")
+
+    one, _ = worker(tmp_path, work)
+    gpu.run([one], time.time() + 60)
+    found = {row["job"]: row for row in gpu.read(tmp_path / "rows.jsonl")}
+    assert {job: row["status"] for job, row in found.items()} == {"one": "ok", "two": "error", "three": "ok"}
+    assert "died (status -9)" in found["two"]["note"]
+
+
+def test_a_job_that_hangs_ends_with_its_stage(tmp_path):
+    def work(worker):
+        worker.underway("stuck")
+        time.sleep(600)
+
+    began = time.monotonic()
+    one, _ = worker(tmp_path, work)
+    gpu.run([one], time.time() + 0.3)
+    assert time.monotonic() - began < 10
+    assert [(row["job"], row["note"]) for row in gpu.read(tmp_path / "rows.jsonl")] == [("stuck", "out of time")]
+
+
+def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path, monkeypatch):
+    (tmp_path / "test_three.py").write_text(
+        "import os, signal\n"
+        "def test_one(): pass\n"
+        "def test_two(): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def test_three(): assert 1 == 2\n"
+    )
+    monkeypatch.setattr(gpu, "DRY_TESTS", ([str(tmp_path / "test_three.py")], "test"))
+    visit = gpu.Visit(tmp_path, tmp_path, True, gpu.Journal(tmp_path, {}))
+    visit.tests("tests-a", time.time() + 60)
+    found = {row["job"].split("::")[-1]: row for row in gpu.read(tmp_path / "rows.jsonl")}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "test_one": "passed", "test_two": "error", "test_three": "failed",
+    }  # fmt: skip
+    assert "assert 1 == 2" in found["test_three"]["note"]
+
+
+def test_names_are_claimed_once(tmp_path):
+    first = gpu.claimed(tmp_path / "claims", "abc")
+    assert next(first) == "a"
+    assert list(gpu.claimed(tmp_path / "claims", "abc")) == ["b", "c"]
+    assert list(first) == []
+
+
+# -- the race ----------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_result_has_no_speed():
-    case = Case(3, (16,), 70, 2)
     right = Contestant("eager", "float32", eager)
 
     def slipped(p, steps, noise_std):
@@ -97,92 +222,105 @@ def test_a_wrong_result_has_no_speed():
         raise RuntimeError("broken")
 
     wrong = [Contestant(f.__name__, "float32", f) for f in (slipped, nan, absent, breaks)]
-    rows = race(case, [right, *wrong], gpu.DEVICE, seconds=0.0, dry=True)
+    rows, told = [], []
+    rows = race(CASE, [right, *wrong], CPU, seconds=0.0, dry=True, found=lambda row: told.append(row["contestant"]))
     assert [row["status"] for row in rows] == ["ok", "FAILED", "FAILED", "missing", "error"]
+    assert told == [row["contestant"] for row in rows]
     assert rows[0]["times_eager"] == 1.0
+    assert rows[0]["untrusted_seconds"] == ""
     for row in rows[1:]:
-        assert row["times_eager"] == row["seconds"] == row["chain_steps_per_s"] == ""
+        assert row["times_eager"] == row["seconds"] == row["chain_steps_per_s"] == row["times_peer"] == ""
+        assert row["peer"] == ""
+    # its time is told apart, with how wrong it is
+    assert rows[1]["untrusted_seconds"] > 0
+    assert rows[1]["error_over_allowed"] > 10
+    assert math.isnan(rows[2]["error_over_allowed"])
+    assert rows[3]["untrusted_seconds"] == rows[4]["untrusted_seconds"] == ""
 
     # nor is anything compared with an eager loop that is wrong itself
-    rows = race(
-        case, [Contestant("eager", "float32", slipped), Contestant("other", "float32", eager)], gpu.DEVICE, seconds=0.0
-    )
+    rows = race(CASE, [Contestant("eager", "float32", slipped), Contestant("x", "float32", eager)], CPU, seconds=0.0)
     assert [row["status"] for row in rows] == ["FAILED", "ok"]
     assert rows[1]["seconds"] > 0
     assert rows[1]["times_eager"] == ""
 
 
-def test_a_contestant_that_killed_a_process_is_not_tried_again(tmp_path):
-    case = Case(3, (16,), 70, 2)
-    journal = gpu.Journal(tmp_path / "part")
-    journal.underway(f"{case.name}, graph float32")
-    assert journal.bury() == f"{case.name}, graph float32"
+def test_a_contestant_that_killed_a_process_is_not_tried_again():
     contestants = [Contestant("eager", "float32", eager), Contestant("graph", "float32", eager)]
-    rows = race(case, contestants, gpu.DEVICE, lost=journal.lost(), seconds=0.0)
+    rows = race(CASE, contestants, CPU, lost=[f"{CASE.name}, graph float32"], seconds=0.0)
     assert [row["status"] for row in rows] == ["ok", "error"]
-    journal.add(case.name, rows)
-    assert journal.done() == {case.name}
-    assert journal.bury() == ""
+
+
+def test_past_its_time_no_contestant_is_begun():
+    assert race(CASE, [Contestant("eager", "float32", eager)], CPU, seconds=0.0, until=time.time() - 1) == []
 
 
 def test_noise_is_gated_too():
     """A fused path with the right gradient and another noise has no speed either."""
-    case = Case(3, (16,), 70, 2)
-    rows = race(case, [Contestant("fastebm", "float32", eager)], gpu.DEVICE, seconds=0.0)
+    rows = race(CASE, [Contestant("fastebm", "float32", eager)], CPU, seconds=0.0)
     assert [row["status"] for row in rows] == ["FAILED"]
+    assert rows[0]["error_over_allowed"] > 1
 
 
-@pytest.mark.slow
-def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path):
-    test = tmp_path / "test_three.py"
-    test.write_text(
-        "import os, signal\n"
-        "def test_one(): pass\n"
-        "def test_two(): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "def test_three(): pass\n"
-    )
-    log = tmp_path / "tests.log"
-    done = subprocess.run([sys.executable, BENCH / "gpu_tests.py", "--log", log, test], capture_output=True, text=True)
-    text = log.read_text()
-    assert done.returncode == 1
-    assert "PROCESS LOST (status -9) in" in text
-    assert "test_two" in text
-    assert "1 passed" in text.split("PROCESS LOST")[-1]
+def test_a_peer_is_at_least_as_exact():
+    """bf16x3 is compared with float32, bf16 with whatever is fastest."""
+    seconds = {
+        Contestant("eager", "float32", eager): 8.0,
+        Contestant("compile", "tf32", eager): 4.0,
+        Contestant("compile", MM_BF16, eager): 2.0,
+        Contestant("fastebm-triton", "bf16", eager): 0.5,
+    }
+
+    def peer(precision):
+        return _beside_peers(Contestant("fastebm-triton", precision, eager), 1.0, seconds).get("peer")
+
+    assert [peer(q) for q in ("bf16x3", "tf32", "bf16")] == ["eager float32", "compile tf32", f"compile {MM_BF16}"]
 
 
-# -- stand-ins: what the tests use of hypothesis and scipy, where they are not installed ---------------------
+def test_bf16_products_of_pytorch_pass_their_gate():
+    """The fair peer of our bf16 row: what it rounds is what its gate allows for."""
+    p = Problem(Case(64, (32, 32), 512, 4), CPU, dry=True)
+    row = gate(p, Contestant("compile", MM_BF16, compiled_at(MM_BF16)))
+    assert row["correct"] == "yes"
+    assert row["allowed"] > 100 * p.allowed("float32")
 
 
-def test_scipy_standin():
-    from scipy import special, stats
-
-    _, own_stats, own_special = gpu_tests.scipy_standin()
-    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-    assert own_stats.norm.sf(4.0) == pytest.approx(stats.norm.sf(4.0), rel=1e-9)
-    assert own_stats.norm.pdf(x, 0.3, 2.0) == pytest.approx(stats.norm.pdf(x, 0.3, 2.0), rel=1e-12)
-    assert own_special.ndtr(x) == pytest.approx(special.ndtr(x), rel=1e-9)
-    for value, df in ((20.0, 10), (600_500.0, 600_000), (594_000.0, 600_000), (606_000.0, 600_000)):
-        assert own_stats.chi2.sf(value, df) == pytest.approx(stats.chi2.sf(value, df), rel=1e-4)
-        assert own_stats.chi2.cdf(value, df) == pytest.approx(stats.chi2.cdf(value, df), rel=1e-4)
-    for sample in (x, x + 0.02, x + 0.05):
-        assert own_stats.kstest(sample, "norm").pvalue == pytest.approx(stats.kstest(sample, "norm").pvalue, rel=0.1)
-    for k in (3000, 3100, 3200):
-        ours, theirs = own_stats.binomtest(k, 10_000, 0.3).pvalue, stats.binomtest(k, 10_000, 0.3).pvalue
-        assert ours == pytest.approx(theirs, rel=0.1)
+# -- launches ------------------------------------------------------------------------------------------------------
 
 
-def test_hypothesis_standin():
-    hypothesis, st = gpu_tests.hypothesis_standin()
-    seen = []
+def test_the_sweep_tries_the_shipped_launch_first_and_one_stage_before_more():
+    case = Case(784, (256, 128), 65_536)
+    for precision in ("bf16x3", "bf16"):
+        found = launches.candidates(case, precision, 90)
+        assert found[0] == launches.choose_launch(784, ((256, 128),), precision, 90)
+        stages = [launch.num_stages for launch in found[1:]]
+        assert stages == sorted(stages)
+        assert len(set(found)) == len(found)
+        assert all(launch.own_chains for launch in found if launch.in_memory)
 
-    @hypothesis.settings(max_examples=25)
-    @hypothesis.given(n=st.integers(1, 3) | st.none(), values=st.lists(st.sampled_from("ab"), min_size=1, max_size=2))
-    def test(device, n, values):
-        seen.append((device, n, values))
-        assert n != 3, "found"
 
-    assert test.__signature__.parameters.keys() == {"device"}
-    with pytest.raises(AssertionError, match="found"):
-        test(device="cpu")
-    assert seen[-1][:2] == ("cpu", 3)
-    assert all(1 <= len(values) <= 2 for _, _, values in seen)
+def test_a_shipped_kernel_that_is_wrong_is_found(monkeypatch):
+    kernel = launches.Kernel(3, (16,), "bf16x3")
+    sample = launches.sample
+
+    def checked(change):
+        def changed(p, precision, steps, noise_std, **options):
+            done = sample(p, precision, steps, noise_std, **options)
+            return (change(done[0], noise_std), done[1]) if isinstance(done, tuple) else change(done, noise_std)
+
+        monkeypatch.setattr(launches, "sample", changed)
+        return launches.check(kernel, 70, CPU, True)["status"]
+
+    def last_chain_off(x, noise_std):
+        x[-1, 0] += 1e-3
+        return x
+
+    calls = iter(range(100))
+    assert checked(lambda x, noise_std: x) == "ok"
+    assert checked(last_chain_off) == "FAILED"
+    assert checked(lambda x, noise_std: x + 1e-2 * (noise_std > 0)) == "FAILED"
+    assert checked(lambda x, noise_std: x + 1e-6 * next(calls) * (noise_std > 0)) == "FAILED"  # other bits each time
+
+
+def test_contestants_of_a_gpu():
+    assert (gpu.ON_GPU[0].name, gpu.ON_GPU[0].precision) == ("eager", "float32")
+    assert len({(c.name, c.precision) for c in CONTESTANTS}) == len(CONTESTANTS)
