@@ -38,7 +38,11 @@ class Contestant:
 
     @property
     def ours(self) -> bool:
-        return self.name.startswith("fastebm")
+        return is_ours(self.name)
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("fastebm")
 
 
 # -- what people write ---------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from fastebm.bench import launches, rows
 from fastebm.bench.cases import DRY_CASES, GPU_CASES, NOISE_STD, Case
 from fastebm.bench.contestants import CONTESTANTS, Contestant, fastebm_at
 from fastebm.bench.problem import GATE_STEPS, Missing, Problem, law_case, matmul
-from fastebm.bench.race import brief, context_is_lost, key_of, race
+from fastebm.bench.race import beside_peers, brief, context_is_lost, key_of, race
 
 from fastebm.backends.choose import interpreted
 
@@ -539,6 +539,13 @@ def write_rows(folders: Sequence[Path]) -> int:
             found[row["what"], row["job"]] = row
     for name, kinds in (("gpu", ("shipped", "alone", "timings")), ("gpu_sweep", ("sweep",))):
         kept = [row for kind in kinds for row in found.values() if row["what"] == kind]
+        for case in {(row["energy"], row["n_chains"]) for row in kept if row["what"] == "timings" and "energy" in row}:
+            timed = {
+                (row["contestant"], row["precision"]): row for row in kept
+                if row["what"] == "timings" and row["status"] == "ok" and (row["energy"], row["n_chains"]) == case
+            }  # fmt: skip
+            for key, columns in beside_peers({key: float(row["seconds"]) for key, row in timed.items()}).items():
+                timed[key].update(rows.rounded(columns))
         if kept:
             common = [*PROVENANCE]
             last = [{k: v for k, v in row.items() if k not in common} | {k: row[k] for k in common} for row in kept]

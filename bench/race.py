@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from fastebm.bench.cases import Case
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, quartiles, seconds_of
-from fastebm.bench.contestants import Contestant, Run
+from fastebm.bench.contestants import Contestant, Run, is_ours
 from fastebm.bench.limits import Rates, Yardstick, flops_per_chain_step, rates
 from fastebm.bench.problem import (
     GATE_STEPS,
@@ -214,8 +214,9 @@ def race(
             done.append(c)
             found(results[c])
     right = {c: statistics.median(t) for c, t in times.items() if results[c]["status"] == "ok"}
-    for c, median in right.items():
-        results[c] |= _beside_peers(c, median, right)
+    beside = beside_peers({(c.name, c.precision): median for c, median in right.items()})
+    for c in right:
+        results[c] |= beside[c.name, c.precision]
     return [results[c] for c in done]
 
 
@@ -252,20 +253,24 @@ def _timed(case: Case, times: list[float], status: str, eager: list[float] | Non
 EXACTNESS = {"float32": 3, "ieee": 3, "bf16x3": 3, "tf32": 2, MM_BF16: 1, "bf16": 1}
 
 
-def _beside_peers(c: Contestant, median: float, medians: Mapping[Contestant, float]) -> dict[str, Any]:
-    """The peer is the fastest contestant that is not fastebm's and no less exact: bf16x3 meets float32 only."""
-    peers = {
-        other: s for other, s in medians.items()
-        if not other.ours and EXACTNESS[other.precision] >= EXACTNESS[c.precision]
-    }  # fmt: skip
-    if not peers:
-        return {}
-    peer = min(peers, key=lambda other: peers[other])
-    return {
-        "peer": f"{peer.name} {peer.precision}",
-        "peer_seconds": peers[peer],
-        "times_peer": peers[peer] / median,
-    }
+def beside_peers(seconds: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The columns of RATIOS that tell of peers, for each (contestant, precision) of a case.
+
+    The peer is the fastest contestant that is not fastebm's and no less exact: bf16x3 meets float32 only.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for (name, precision), own in seconds.items():
+        peers = {
+            key: other for key, other in seconds.items()
+            if not is_ours(key[0]) and EXACTNESS[key[1]] >= EXACTNESS[precision]
+        }  # fmt: skip
+        peer = min(peers, key=lambda key: peers[key], default=None)
+        found[name, precision] = (
+            {}
+            if peer is None
+            else {"peer": " ".join(peer), "peer_seconds": peers[peer], "times_peer": peers[peer] / own}
+        )
+    return found
 
 
 def _limits(case: Case, found: Rates, flops: float, precision: str, seconds: float) -> dict[str, Any]:

@@ -341,7 +341,149 @@ def compilation() -> str:
     return _timings("compilation.csv", columns)
 
 
-# file, marker, and what stands between <!-- marker --> and <!-- /marker -->
+# -- a visit to a GPU --------------------------------------------------------------------------------------------
+
+_NO_VISIT = "No rows are committed yet: `bash bench/on_gpu.sh` and `python bench/gpu.py rows FOLDER` make them."
+
+
+def _visited(what: str, name: str = "gpu.csv") -> list[dict[str, str]]:
+    return [row for row in _timed(name) if row["what"] == what]
+
+
+def _of_visit(rows: list[dict[str, str]], name: str = "gpu.csv") -> str:
+    first = rows[0]
+    runs = "; ".join(dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows))
+    return (
+        f"Measured by `bash bench/on_gpu.sh` on one {first['gpu']} (driver {first['driver']}, {first['cores']} cores "
+        f"of {first['cpu']}), torch {first['torch']}, triton {first['triton']}, jax {first['jax']}, torchebm "
+        f"{first['torchebm']}, blackjax {first['blackjax']}, {runs} (`bench/results/{name}`)."
+    )
+
+
+def _chains(row: dict[str, str]) -> str:
+    return f"{int(row['n_chains']):,}"
+
+
+def _rate(text: str) -> str:
+    return f"{float(text) / 1e9:.3g}"
+
+
+def gpu() -> str:
+    """For the README: of each case and precision, whole calls and captured ones beside eager and the fastest peer."""
+    rows = [row for row in _visited("timings") if row["status"] == "ok"]
+    if not rows:
+        return _NO_VISIT
+    cases = list(dict.fromkeys((row["energy"], row["n_chains"]) for row in rows))
+    body = []
+    for energy, n_chains in cases:
+        of_case = {
+            (row["contestant"], row["precision"]): row
+            for row in rows
+            if (row["energy"], row["n_chains"]) == (energy, n_chains)
+        }
+        for precision in ("bf16x3", "bf16"):
+            call, graph = (of_case.get((name, precision)) for name in ("fastebm-triton", "fastebm-graph"))
+            if call is None or not call["times_peer"]:
+                continue
+            chain_steps = float(call["n_chains"]) * float(call["steps"])
+            peer = f"{call['peer']}, {_rate(str(chain_steps / float(call['peer_seconds'])))}"
+            times = [f"{float(row['times_peer']):.1f}" if row else "" for row in (call, graph)]
+            body.append(
+                [energy.replace(" ", ""), f"{int(n_chains):,}", precision, _rate(call["chain_steps_per_s"])]
+                + [f"{float(call['times_eager']):.1f}", peer, *times]
+            )
+    headings = [
+        "energy",
+        "chains",
+        "precision",
+        "1e9 chain-steps/s",
+        "times eager",
+        "fastest peer, 1e9/s",
+        "times the peer",
+    ]
+    return (
+        f"{_table([*headings, 'captured, times the peer'], body)}\n\nWhole calls of `langevin_sample`; *captured*: "
+        "replayed from a CUDA graph. The peer is the fastest whose products are at least as exact: bf16x3 is compared "
+        f"with float32 only. {_of_visit(rows)}"
+    )
+
+
+def gpu_kernels() -> str:
+    """Shipped kernels: is each right, what does it take, how long does it run alone."""
+    checked, alone = _visited("shipped"), _visited("alone")
+    if not checked or not alone:
+        return _NO_VISIT
+    body = []
+    for row in alone:
+        seconds = [f"{1e3 * float(row[k]):.3g}" for k in ("kernel_seconds", "call_seconds", "host_seconds")]
+        body.append(
+            [
+                row["kernel"].replace(", ", ","),
+                _chains(row),
+                row["steps"],
+                _rate(row["kernel_chain_steps_per_s"]) if row["kernel_chain_steps_per_s"] else "",
+                *seconds,
+            ]
+        )
+    headings = ["energy and precision", "chains", "steps", "1e9 chain-steps/s in the kernel"]
+    times = _table([*headings, "kernel, ms", "whole call, ms", "of it on the host, ms"], body)
+    body = [
+        [row["kernel"].replace(", ", ","), _chains(row), row["path"], row["registers"], row["spills"]]
+        + [
+            f"{float(row['error']) / float(row['allowed']):.2f}",
+            f"{float(row['noisy_error']) / float(row['noisy_allowed']):.2f}",
+        ]
+        + [row["same_bits"], row["status"]]
+        for row in checked
+    ]
+    headings = ["energy and precision", "chains", "path", "registers", "words spilled", "error, of the allowed"]
+    errors = _table([*headings, "three steps with noise", "same bits twice", "status"], body)
+    return f"{times}\n\n{errors}\n\n{_of_visit(checked)}"
+
+
+def gpu_race() -> str:
+    rows = [row for row in _visited("timings") if row["status"] in ("ok", "FAILED")]
+    if not rows:
+        return _NO_VISIT
+    body = [
+        [row["energy"].replace(" ", ""), _chains(row), row["steps"], f"{row['contestant']} {row['precision']}"]
+        + [_milliseconds(row["seconds"] or row["untrusted_seconds"]) + ("" if row["seconds"] else " (FAILED)")]
+        + [f"{float(row[k]):.2f}" if row[k] else "" for k in ("times_eager", "times_peer")]
+        for row in rows
+    ]
+    headings = ["energy", "chains", "steps", "contestant", "ms", "times eager", "times the fastest peer"]
+    return f"{_table(headings, body)}\n\n{_of_visit(rows)}"
+
+
+def gpu_sweep() -> str:
+    """Of each case the shipped launch and the fastest others."""
+    rows = [row for row in _visited("sweep", "gpu_sweep.csv") if row["status"] == "ok"]
+    if not rows:
+        return _NO_VISIT
+    body = []
+    for case in dict.fromkeys((row["energy"], row["precision"]) for row in rows):
+        timed = [row for row in rows if (row["energy"], row["precision"]) == case]
+        timed.sort(key=lambda row: -float(row["times_shipped"]))
+        shown = [row for i, row in enumerate(timed) if i < 4 or row["shipped"] == "yes"]
+        for row in shown:
+            launch = f"{row['regime']}, {row['block_chains']} x {row['block_dim']}, {row['num_warps']} warps"
+            launch += f", {row['num_stages']} stages" if row["num_stages"] != "1" else ""
+            launch += ", in memory" if row["in_memory"] == "True" else ""
+            launch += " (shipped)" if row["shipped"] == "yes" else ""
+            body.append(
+                [
+                    case[0].replace(" ", ""),
+                    case[1],
+                    launch,
+                    _rate(row["chain_steps_per_s"]),
+                    f"{float(row['times_shipped']):.2f}",
+                ]
+            )
+        body[-1][2] += f"; {len(timed)} tried"
+    headings = ["energy", "precision", "launch (chains x dims)", "1e9 chain-steps/s", "times the shipped"]
+    return f"{_table(headings, body)}\n\n{int(rows[0]['n_chains']):,} chains. {_of_visit(rows, 'gpu_sweep.csv')}"
+
+
 def precision() -> str:
     rows = _read("precision.csv")
     first = rows[0]
@@ -364,8 +506,10 @@ def precision() -> str:
     )
 
 
+# file, marker, and what stands between <!-- marker --> and <!-- /marker -->
 TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "digits", digits),
+    ("README.md", "gpu", gpu),
     ("README.md", "speed", speed),
     ("docs/training.md", "recipes", recipes),
     ("docs/performance.md", "resources", resources),
@@ -377,6 +521,9 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "pool", pool),
     ("docs/performance.md", "efficiency", efficiency),
     ("docs/performance.md", "compilation", compilation),
+    ("docs/performance.md", "gpu-kernels", gpu_kernels),
+    ("docs/performance.md", "gpu-race", gpu_race),
+    ("docs/performance.md", "gpu-sweep", gpu_sweep),
 ]
 
 

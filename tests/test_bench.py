@@ -166,15 +166,13 @@ def test_ratios():
     ours = race._timed(case, [2.0, 1.0, 2.0], "ok", [4.0, 8.0, 6.0])
     assert (ours["seconds"], ours["rounds"], ours["chain_steps_per_s"]) == (2.0, 3, 500.0)
     assert (ours["eager_seconds"], ours["times_eager"]) == (6.0, 3.0)
-    contestants = {name: Contestant(name, "float32", eager) for name in ("eager", "jax", "fastebm-torch")}
-    medians = {contestants[name]: s for name, s in {"eager": 6.0, "jax": 3.0, "fastebm-torch": 2.0}.items()}
-    beside = {name: race._beside_peers(c, medians[c], medians) for name, c in contestants.items()}
-    assert beside["fastebm-torch"] == {"peer": "jax float32", "peer_seconds": 3.0, "times_peer": 1.5}
-    assert beside["eager"]["times_peer"] == 0.5
+    seconds = {("eager", "float32"): 6.0, ("jax", "float32"): 3.0, ("fastebm-torch", "float32"): 2.0}
+    beside = race.beside_peers(seconds)
+    assert beside["fastebm-torch", "float32"] == {"peer": "jax float32", "peer_seconds": 3.0, "times_peer": 1.5}
+    assert beside["eager", "float32"]["times_peer"] == 0.5
     # without the eager loop there is nothing to compare with, and without peers none is named
     assert "times_eager" not in race._timed(case, [2.0], "ok", None)
-    alone = contestants["fastebm-torch"]
-    assert race._beside_peers(alone, 2.0, {alone: 2.0}) == {}
+    assert race.beside_peers({("fastebm-torch", "float32"): 2.0}) == {("fastebm-torch", "float32"): {}}
 
 
 def test_the_limit_of_a_case():

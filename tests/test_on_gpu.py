@@ -16,7 +16,7 @@ from fastebm.bench import gpu, launches, rows
 from fastebm.bench.cases import Case
 from fastebm.bench.contestants import CONTESTANTS, Contestant, compiled_at, eager
 from fastebm.bench.problem import MM_BF16, Missing, Problem
-from fastebm.bench.race import _beside_peers, gate, race
+from fastebm.bench.race import beside_peers, gate, race
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton and GPUs: Linux")
 
@@ -263,17 +263,10 @@ def test_noise_is_gated_too():
 
 def test_a_peer_is_at_least_as_exact():
     """bf16x3 is compared with float32, bf16 with whatever is fastest."""
-    seconds = {
-        Contestant("eager", "float32", eager): 8.0,
-        Contestant("compile", "tf32", eager): 4.0,
-        Contestant("compile", MM_BF16, eager): 2.0,
-        Contestant("fastebm-triton", "bf16", eager): 0.5,
-    }
-
-    def peer(precision):
-        return _beside_peers(Contestant("fastebm-triton", precision, eager), 1.0, seconds).get("peer")
-
-    assert [peer(q) for q in ("bf16x3", "tf32", "bf16")] == ["eager float32", "compile tf32", f"compile {MM_BF16}"]
+    seconds = {("eager", "float32"): 8.0, ("compile", "tf32"): 4.0, ("compile", MM_BF16): 2.0}
+    ours = {("fastebm-triton", precision): 1.0 for precision in ("bf16x3", "tf32", "bf16")}
+    found = beside_peers({**seconds, **ours})
+    assert [found[key]["peer"] for key in ours] == ["eager float32", "compile tf32", f"compile {MM_BF16}"]
 
 
 def test_bf16_products_of_pytorch_pass_their_gate():
