@@ -133,9 +133,9 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     mma_sync, wgmma = family in (8, 12), family == 9
     # wgmma finds an operand in shared memory by descriptors, at bf16x3 so many that registers for the rest are short.
     in_memory = wgmma and precision == "bf16x3"
-    # Numbers, each as below, of triton 3.6 on sm_90 with lean and without: 64-[128, 128] at bf16 107 (0), 112 (27 + 17);
-    # 784-[256, 128] at bf16 890 (0), 904 (62 + 51), at bf16x3 1,358 (4 + 3), 1,505 (514 + 293). With triton 3.9 lean
-    # only costs: bf16 898 (4 + 0), 847 (0); bf16x3 1,643 (0), 1,597 (0).
+    # Numbers, each as below, of triton 3.6 on sm_90 with lean and without: 64-[128, 128] at bf16 107 (0) and
+    # 112 (27 + 17); 784-[256, 128] at bf16 890 (0) and 904 (62 + 51), at bf16x3 1,358 (4 + 3) and 1,505 (514 + 293).
+    # With triton 3.9 lean only costs: bf16 898 (4 + 0), 847 (0); bf16x3 1,643 (0), 1,597 (0).
     lean = wgmma and precision in ("bf16", "bf16x3") and wide_descriptors()
     tile = Launch("resident", 64, block(dim), 4, 1, in_memory=in_memory, lean=lean and precision == "bf16")
     # Eight warps of mma.sync take all chains of a small tile and an eighth of the columns each, so that weights and

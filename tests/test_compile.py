@@ -171,9 +171,13 @@ def inline_assembly():
                 yield pytest.param(*map(ast.literal_eval, node.args[:2]), id=f"{file.name}:{node.lineno}")
 
 
-@pytest.mark.parametrize(("asm", "constraints"), inline_assembly())
+@pytest.mark.parametrize(("asm", "constraints"), list(inline_assembly()))
 def test_no_output_takes_the_place_of_an_input_still_to_be_read(asm, constraints):
     assert written_too_early(asm, constraints) == []
+
+
+def test_the_inline_assembly_is_found():
+    assert len(list(inline_assembly())) >= 10
 
 
 def test_an_output_that_is_written_too_early_is_found():
