@@ -84,7 +84,9 @@ def recipes() -> str:
 
 def resources() -> str:
     rows = _read("resources.csv")
-    first = rows[0]
+    cases = [(row["architecture"], row["case"], row["precision"]) for row in rows]
+    # both versions of triton beside each other
+    rows.sort(key=lambda row: (cases.index((row["architecture"], row["case"], row["precision"])), row["triton"]))
     body = []
     for row in rows:
         if row["refused"]:
@@ -95,6 +97,7 @@ def resources() -> str:
                 f"{row['architecture']}, {row['machine']}",
                 row["case"],
                 row["precision"],
+                row["triton"],
                 f"{row['regime']}, {row['block_chains']} x {row['block_dim']}, {row['warps']} warps",
                 row["registers"],
                 f"{int(row['shared_bytes']) // 1024} of {int(row['shared_limit']) // 1024}",
@@ -109,6 +112,7 @@ def resources() -> str:
             "GPU",
             "energy",
             "precision",
+            "triton",
             "tile (chains x dims)",
             "registers",
             "shared KiB",
@@ -120,18 +124,19 @@ def resources() -> str:
         ],
         body,
     )
-    refused: dict[str, dict[str, list[str]]] = {}
+    refused: dict[str, dict[str, dict[str, None]]] = {}  # the inner keys are the precisions, each once
     for row in rows:
         if row["refused"]:
-            refused.setdefault(row["architecture"], {}).setdefault(row["case"], []).append(row["precision"])
+            refused.setdefault(row["architecture"], {}).setdefault(row["case"], {})[row["precision"]] = None
     lines = "\n".join(
         f"- {architecture}: " + "; ".join(f"{case} at {', '.join(precisions)}" for case, precisions in cases.items())
         for architecture, cases in refused.items()
     )
+    runs = dict.fromkeys(f"triton {row['triton']}, {row['date']}, commit {row['commit']}" for row in rows)
     return (
         f"{table}\n\nRefused, because a block has too little shared memory (there PyTorch computes the gradient, and "
         "one kernel does noise, update and clamp):"
-        f"\n\n{lines}\n\nCompiled by triton {first['triton']}, {first['date']}, commit {first['commit']} "
+        f"\n\n{lines}\n\nCompiled by {'; '.join(runs)} "
         "(`bench/results/resources.csv`, which has more columns and the reason for each refusal). Rates are in "
         "1e9 chain-steps/s, computed and not measured."
     )

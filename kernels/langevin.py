@@ -333,18 +333,22 @@ def langevin_resident(
         if IN_MEMORY:
             store_state(x_ptr, state_ptr, x, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
 
-    if IN_MEMORY:
+    if TARGET == "wgmma":
         # but the compiler does not know, or each step would keep what it makes of the weights' places for what follows
         always = zero == 0
     else:
         always: tl.constexpr = True
     if always:
-        chains += zero
-        inside = chains < n_chains
+        in_place: tl.constexpr = IN_MEMORY and DIM == BLOCK_DIM
         if IN_MEMORY:
-            first, _, _ = tile_at(tile + zero, n_chains, BLOCK_CHAINS)
+            first, again, _ = tile_at(tile + zero, n_chains, BLOCK_CHAINS)
             x = load_state(x_ptr, state_ptr, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
-        if not IN_MEMORY or DIM != BLOCK_DIM:
+        if in_place:
+            chains = again  # those of the loop would take two registers during all steps
+        else:
+            chains += zero
+        inside = chains < n_chains
+        if not in_place:
             tl.store(x_ptr + chains[:, None] * DIM + dims[None, :], x, mask=inside[:, None] & (dims < DIM)[None, :])
         energy = energy_of_terms(x, curvature_ptr, mean_ptr, linear_ptr, 0, BLOCK_DIM) + tl.load(constant_ptr)
         labels = load_labels(label_ptr, chains, inside, 0)
@@ -510,17 +514,19 @@ def langevin_streaming(
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     BOUNDED: tl.constexpr,  # lo and hi are finite numbers
     IN_MEMORY: tl.constexpr,  # act'(z_1) waits in memory in float32 (at bf16 it always does, in bf16)
+    LEAN: tl.constexpr,  # nothing is made before a loop that could be made in it
     FAST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     first, chains, inside = tile_at(tl.program_id(0), n_chains, BLOCK_CHAINS)
     weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, TARGET, False)
 
+    ANEW: tl.constexpr = IN_MEMORY or LEAN
     n_chunks: tl.constexpr = (DIM + BLOCK_DIM - 1) // BLOCK_DIM
     HALVES: tl.constexpr = 2 if PRECISION == "bf16x3" else 1
     HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
     zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger
-    for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+    for c in tl.range(0, n_chunks, disable_licm=ANEW):
         x0 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
         w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
         zs = forward_chunk(zs, x0, w0, PRECISION, TARGET)
@@ -592,7 +598,7 @@ def langevin_streaming(
         shrink = None
         if norm_clip is not None:
             square = tl.zeros((BLOCK_CHAINS,), tl.float32)
-            for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+            for c in tl.range(0, n_chunks, disable_licm=ANEW):
                 w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
                 x, grad = gradient_chunk(
                     x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
@@ -603,7 +609,7 @@ def langevin_streaming(
             shrink = shrinkage(square, norm_clip)
         if tl.max(in_doubt.to(tl.int32), axis=0) > 0:
             finite = tl.full((BLOCK_CHAINS,), 1, tl.int1)
-            for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+            for c in tl.range(0, n_chunks, disable_licm=ANEW):
                 w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
                 x, grad = gradient_chunk(
                     x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
@@ -622,7 +628,7 @@ def langevin_streaming(
         raw_square = tl.zeros((BLOCK_CHAINS,), tl.float32)
         any_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
         any_clamped = tl.zeros((BLOCK_CHAINS,), tl.int32)
-        for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+        for c in tl.range(0, n_chunks, disable_licm=ANEW):
             w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
             x, grad = gradient_chunk(
                 x_ptr, first_now, n_chains, c, slopes, w, curvature_ptr, mean_ptr, linear_ptr, frozen_ptr,
@@ -663,7 +669,7 @@ def langevin_streaming(
         # the next step's loads may be issued by other threads than this step's stores
         tl.debug_barrier()
 
-    if IN_MEMORY:
+    if ANEW:
         always = zero == 0  # as in the resident kernel
     else:
         always: tl.constexpr = True
@@ -673,7 +679,7 @@ def langevin_streaming(
         inside = chains < n_chains
         energy = tl.zeros((BLOCK_CHAINS,), tl.float32) + tl.load(constant_ptr)
         if HAS_TERMS:
-            for c in tl.range(0, n_chunks, disable_licm=IN_MEMORY):
+            for c in tl.range(0, n_chunks, disable_licm=ANEW):
                 x1 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
                 energy += energy_of_terms(x1, curvature_ptr, mean_ptr, linear_ptr, c * BLOCK_DIM, BLOCK_DIM)
         labels = load_labels(label_ptr, chains, inside, 0)

@@ -5,6 +5,7 @@ A choice that depended on the batch would change the order of sums, and with it 
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -37,6 +38,7 @@ class Launch:
     both_orders: a resident weight lies in shared memory twice, once transposed.
     in_memory: what a step will need again waits in memory, not in registers: the state (resident) or the first layer's
     slopes (streaming). For own_chains only.
+    lean: nothing is made, nor a sum put off, for which registers would have to wait (wgmma with triton 3.6).
     """
 
     regime: str
@@ -46,6 +48,7 @@ class Launch:
     num_stages: int
     both_orders: bool = False
     in_memory: bool = False
+    lean: bool = False
 
     @property
     def own_chains(self) -> bool:
@@ -84,6 +87,18 @@ def shared_bytes(launch: Launch, dim: int, networks: Networks, precision: str, c
     return weights + operand + noise + turning + 2048
 
 
+def wide_descriptors() -> bool:
+    """Whether this triton adds up wgmma's descriptors in 64 bits, as 3.6 does and 3.9 does not.
+
+    Made before a loop, those of a chunk take two registers each; 32-bit ones the compiler makes where they are used.
+    """
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # no kernel runs, but why_not_fused may be asked
+        return False
+    return tuple(int(part) for part in version.split(".")[:2]) < (3, 9)
+
+
 def choose_launch(dim: int, networks: Networks, precision: str, capability: int | None) -> Launch | str:
     """The configuration for an architecture, or in words why there is none.
 
@@ -118,7 +133,11 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     mma_sync, wgmma = family in (8, 12), family == 9
     # wgmma finds an operand in shared memory by descriptors, at bf16x3 so many that registers for the rest are short.
     in_memory = wgmma and precision == "bf16x3"
-    tile = Launch("resident", 64, block(dim), 4, 1, in_memory=in_memory)
+    # Numbers, each as below, of triton 3.6 on sm_90 with lean and without: 64-[128, 128] at bf16 107 (0) and
+    # 112 (27 + 17); 784-[256, 128] at bf16 890 (0) and 904 (62 + 51), at bf16x3 1,358 (4 + 3) and 1,505 (514 + 293).
+    # With triton 3.9 lean only costs: bf16 898 (4 + 0), 847 (0); bf16x3 1,643 (0), 1,597 (0).
+    lean = wgmma and precision in ("bf16", "bf16x3") and wide_descriptors()
+    tile = Launch("resident", 64, block(dim), 4, 1, in_memory=in_memory, lean=lean and precision == "bf16")
     # Eight warps of mma.sync take all chains of a small tile and an eighth of the columns each, so that weights and
     # sums fit in their registers; of a layer with fewer than 64 columns they would repeat each other's work.
     eight = all(width > 32 for widths in networks for width in widths)
@@ -152,6 +171,6 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     else:
         chunks = [(64, 64, 4), (64, 32, 4)]
     return tiles + [
-        Launch("streaming", chains, min(dims, block(dim)), warps, 1, in_memory=in_memory)
+        Launch("streaming", chains, min(dims, block(dim)), warps, 1, in_memory=in_memory, lean=lean)
         for chains, dims, warps in chunks
     ]

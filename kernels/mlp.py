@@ -5,7 +5,7 @@ backpropagation. The layers of all networks of a sum are numbered through. Netwo
 FIRSTS[k + 1], of which the last is its head. Of each layer, BLOCKS holds the padded width, ACTIVATIONS the activation
 or the head ("scalar", "class", "logsumexp"), PARAMETERS the activation's parameter.
 
-TARGET is "interpreter", "wgmma" (sm_90 at bf16x3, where registers are short) or "gpu", for the few lines that differ.
+TARGET is "interpreter", "wgmma" (sm_90 where registers are short) or "gpu", for the few lines that differ.
 """
 
 import triton
@@ -78,6 +78,18 @@ def activation_and_slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr, PRECISI
         e = tl.exp(-tl.abs(t))
         soft = (tl.where(t <= 0.0, 0.0, t) + tl.log(1.0 + e)) * (1.0 / PARAMETER)
         return soft, sigmoid(t, FAST)
+
+
+@triton.jit
+def settled(x, TARGET: tl.constexpr):
+    """x, computed before what follows in the source. No instruction is left of it.
+
+    triton 3.6 puts a sum off until it is used: of each slope it keeps two inputs in registers instead.
+    """
+    if TARGET == "wgmma":
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    else:
+        return x
 
 
 @triton.jit
@@ -295,7 +307,7 @@ def fetch(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TARGET: tl.constexpr):
         else:
             # one instruction each, where the compiler takes three for two
             flat = tl.inline_asm_elementwise(
-                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [held], tl.float32, True, 2
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&f,=f,r", [held], tl.float32, True, 2
             )
         parts = tl.reshape(flat, (COLUMNS // 16, ROWS // 16, 8, 4, 2, 2, 2))
         return tl.reshape(tl.permute(parts, (1, 5, 2, 0, 4, 3, 6)), (ROWS, COLUMNS))
@@ -356,6 +368,7 @@ def slope_at(
             a = activate_and_park(z, parking_ptr, NAME, PARAMETER, PRECISION, FAST, TARGET)
         else:
             a, slope = activation_and_slope(z, NAME, PARAMETER, PRECISION, FAST)
+            slope = settled(slope, TARGET)
             a = operand(a, PRECISION, TARGET)
         above = multiply(a, weights[LAYER + 1], PRECISION)
         above += load_bias(bias_ptrs, shift, LAYER + 1, BLOCKS)

@@ -3,6 +3,11 @@
 Compilation is most of the time: seconds a case at first, and nothing once Triton's cache holds it.
 """
 
+import ast
+import re
+from pathlib import Path
+
+import fastebm.kernels
 import pytest
 from test_resources import linux, resources
 
@@ -134,3 +139,51 @@ def test_both_regimes_and_the_update_are_compiled(quick):
     assert compiled == {"langevin_resident", "langevin_streaming", "langevin_update"}
     refused = [result for result in quick.values() if result["refused"] is not None]
     assert not refused, "the quick cases are those that users meet first"
+
+
+# --- inline assembly ---
+
+
+def written_too_early(asm, constraints):
+    """Outputs that are written before the last input is read, and not marked with an &.
+
+    The compiler may give such an output the register of an input, which is then lost.
+    """
+    constraints = constraints.split(",")
+    n_outputs = sum(c.startswith("=") for c in constraints)
+    writes, last_read = {}, -1
+    lines = [line for line in asm.strip().strip("{}").split(";") if line.strip() and ".reg" not in line]
+    for i, line in enumerate(lines):
+        _, operands = line.split(None, 1)
+        target, _, _ = operands.partition("}") if operands.startswith("{") else operands.partition(",")
+        for k in map(int, re.findall(r"\$(\d+)", target)):
+            writes.setdefault(k, i)
+        reads = [int(k) for k in re.findall(r"\$(\d+)", operands[len(target) :])]
+        if any(k >= n_outputs for k in reads):
+            last_read = i
+    return [k for k in range(n_outputs) if writes[k] < last_read and "&" not in constraints[k]]
+
+
+def inline_assembly():
+    for file in sorted(Path(fastebm.kernels.__path__[0]).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "inline_asm_elementwise":
+                yield pytest.param(*map(ast.literal_eval, node.args[:2]), id=f"{file.name}:{node.lineno}")
+
+
+@pytest.mark.parametrize(("asm", "constraints"), list(inline_assembly()))
+def test_no_output_takes_the_place_of_an_input_still_to_be_read(asm, constraints):
+    assert written_too_early(asm, constraints) == []
+
+
+def test_the_inline_assembly_is_found():
+    assert len(list(inline_assembly())) >= 10
+
+
+def test_an_output_that_is_written_too_early_is_found():
+    halves = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    assert written_too_early(halves, "=f,=f,r") == [0]
+    assert written_too_early(halves, "=&f,=f,r") == []
+    product = "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }"
+    assert written_too_early(product, "=r,=r,r,r") == []
+    assert written_too_early("{ .reg .b32 t; mov.b64 {$1, $0}, $2; add.u32 t, $2, $3; }", "=r,=r,r,r") == [0, 1]

@@ -27,6 +27,8 @@ __all__ = ["advance_mlp", "advance_module", "advance_products"]
 
 # triton 3.10 turns fused multiply-add off by default; the interpreter takes no such option.
 _OPTIONS = {} if interpreted() else {"enable_fp_fusion": True}
+# ptxas moves no more out of loops than it must (its default is 5)
+_LEAN_OPTIONS = {} if interpreted() else {"ptx_options": "--register-usage-level=3"}
 
 
 def advance_mlp(
@@ -61,6 +63,7 @@ def advance_mlp(
         slopes = (torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
         kernel, extra = kernels.langevin_streaming, [_reach(description), tuple(slopes)]
         flags["OWN_CHAINS"] = launch.own_chains
+        flags["LEAN"] = launch.lean
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
         padded = launch.in_memory and dim != launch.block_dim
@@ -101,10 +104,11 @@ def advance_mlp(
                 **flags,
                 FAST=_fast(precision),
                 IN_MEMORY=launch.in_memory,
-                TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory else "gpu",
+                TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
                 **_OPTIONS,
+                **(_LEAN_OPTIONS if launch.lean else {}),
             )
     return Advanced(x, energy, first_bad, trajectory, None if told is None else Telemetry(*told))
 
