@@ -223,9 +223,11 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
             for tile, warps in TILES
             for chunk in chunks
         ]
+    tried = [replace(one, lean=default.lean) for one in tried]
     if precision == "bf16x3":
         tried = [replace(one, in_memory=in_memory) for one in tried for in_memory in (False, True)]
     tried = [one for one in tried if not one.in_memory or one.own_chains]
+    tried = [replace(default, lean=not default.lean), *tried]
     limit = math.inf if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def may_fit(launch: Launch) -> bool:  # shared_bytes estimates from above

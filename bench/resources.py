@@ -69,9 +69,10 @@ RULE = {"clamp": [-1.0, 1.0]}  # numbers for step size and noise, as most recipe
 TRITON = importlib.metadata.version("triton")
 
 # Words that a warp may spill in a step, loads and stores, by triton, architecture and precision; what is not named may
-# spill. These are the versions of triton of which rows are committed.
+# spill. These are the versions of triton of which rows are committed. The 16 at bf16 are for the streaming kernel:
+# its launch without spills was measured to be slower (kernels/launch.py).
 MAY_SPILL = {
-    "3.6.0": {("sm_90", "bf16"): 0, ("sm_90", "bf16x3"): 100},
+    "3.6.0": {("sm_90", "bf16"): 16, ("sm_90", "bf16x3"): 100},
     "3.9.0": {(architecture, precision): 0 for architecture in ("sm_80", "sm_90") for precision in PRECISIONS},
 }
 

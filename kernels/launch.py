@@ -134,8 +134,8 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     # wgmma finds an operand in shared memory by descriptors, at bf16x3 so many that registers for the rest are short.
     in_memory = wgmma and precision == "bf16x3"
     # Numbers, each as below, of triton 3.6 on sm_90 with lean and without: 64-[128, 128] at bf16 107 (0) and
-    # 112 (27 + 17); 784-[256, 128] at bf16 890 (0) and 904 (62 + 51), at bf16x3 1,358 (4 + 3) and 1,505 (514 + 293).
-    # With triton 3.9 lean only costs: bf16 898 (4 + 0), 847 (0); bf16x3 1,643 (0), 1,597 (0).
+    # 112 (27 + 17); 784-[256, 128] at bf16x3 1,358 (4 + 3) and 1,505 (514 + 293). With 3.9 lean only costs: 1,643 (0)
+    # and 1,597 (0).
     lean = wgmma and precision in ("bf16", "bf16x3") and wide_descriptors()
     tile = Launch("resident", 64, block(dim), 4, 1, in_memory=in_memory, lean=lean and precision == "bf16")
     # Eight warps of mma.sync take all chains of a small tile and an eighth of the columns each, so that weights and
@@ -163,7 +163,12 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     else:
         tiles = [tile]
 
-    if wgmma:
+    if wgmma and precision == "bf16":
+        # Two blocks of four warps to a multiprocessor are faster than one of eight, which has fewer instructions: on an
+        # H200 1.09 times at 65,536 chains (bench/results/gpu_sweep.csv). 784-[256, 128] of triton 3.6 and 3.9, lean
+        # 892 (9 + 4) and 931 (0), else 861 (44 + 3) and 1,114 (1095 + 286); one of eight 890 (0) and 847 (0).
+        chunks, lean = [(64, 32, 4), (64, 16, 4)], True
+    elif wgmma:
         chunks = [(128, 32, 8), (64, 32, 4), (64, 16, 4)]
     elif mma_sync and dim > 32:
         # 784-[256, 128] at bf16 on sm_80: 1,545 (0) with eight warps, some 130 fewer with four, which spill
