@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
+from types import ModuleType
 
+import numpy
 import pytest
 import torch
 from hypothesis import settings
@@ -34,8 +36,28 @@ def patch_language_once() -> None:
     interpreter._patch_lang = patch_unless_done
 
 
+def multiply_rows_alone() -> None:
+    """In Triton's interpreter, round each row of a product alike wherever it lies, as tensor cores do.
+
+    NumPy's library may not: on CPUs without AVX-512 OpenBLAS rounds a row by its place in the matrix.
+    """
+    from triton.runtime import interpreter
+
+    own = ModuleType("numpy")
+    own.__dict__.update(vars(numpy))
+
+    def matmul(a: numpy.ndarray, b: numpy.ndarray, dtype: object = None) -> numpy.ndarray:
+        if a.ndim != 2 or b.ndim != 2:
+            return numpy.matmul(a, b, dtype=dtype)
+        return numpy.matmul(a[:, None, :], b, dtype=dtype)[:, 0, :]
+
+    own.matmul = matmul
+    interpreter.np = own
+
+
 if not torch.cuda.is_available() and find_spec("triton"):
     patch_language_once()
+    multiply_rows_alone()
 
 settings.register_profile("fastebm", deadline=None, derandomize=True)
 settings.load_profile("fastebm")
