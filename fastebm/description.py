@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,15 @@ class Description:
     """mlps: at least one, on the same x. scales: (k,), the w_k.
 
     curvature, mean: (dim,) c and m, or None both. linear: (dim,) b, or None. constant: ().
+    A bare one has None for scales that are 1 and a constant that is 0, and parameters that are not detached.
     """
 
     mlps: tuple[MLP, ...]
-    scales: Tensor
+    scales: Tensor | None
     curvature: Tensor | None
     mean: Tensor | None
     linear: Tensor | None
-    constant: Tensor
+    constant: Tensor | None
 
     @property
     def dim(self) -> int:
@@ -49,6 +51,7 @@ class Description:
 
     def scaled_heads(self) -> tuple[MLP, ...]:
         """The MLPs with w_k, and a class head's sign, in the head; a "logsumexp" head keeps its factor apart."""
+        assert self.scales is not None  # it is not bare
         mlps = []
         for mlp, scale in zip(self.mlps, self.scales, strict=True):
             if mlp.head != "logsumexp":
@@ -63,34 +66,48 @@ class Description:
         return tuple(mlps)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Description:
+        """Moved, and not bare."""
+
         def moved(v: Tensor | None) -> Tensor | None:
             return None if v is None else v.to(device, dtype)
 
+        whole = self._whole(device, dtype)
         return Description(
-            tuple(mlp.to(device, dtype) for mlp in self.mlps),
-            self.scales.to(device, dtype),
-            moved(self.curvature),
-            moved(self.mean),
-            moved(self.linear),
-            self.constant.to(device, dtype),
+            tuple(mlp.to(device, dtype) for mlp in whole.mlps),
+            *map(moved, (whole.scales, whole.curvature, whole.mean, whole.linear, whole.constant)),
+        )
+
+    def _whole(self, device: torch.device, dtype: torch.dtype) -> Description:
+        """Not bare; what was None is made in place and kind given."""
+        # made on the device: a copy from the host would wait for it
+        return replace(
+            self,
+            mlps=tuple(mlp.detached() for mlp in self.mlps),
+            scales=torch.ones(len(self.mlps), dtype=dtype, device=device) if self.scales is None else self.scales,
+            constant=torch.zeros((), dtype=dtype, device=device) if self.constant is None else self.constant,
         )
 
 
-def describe(module: nn.Module, *, labels: bool = False) -> Description:
+def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> Description:
     """Read an energy, in eval mode and without touching it.
 
     Accepted: what ``read_mlp`` reads; a ``ClassifierEnergy`` of such a module, which with labels has the "class"
     head; a ``SumEnergy`` of these, of ``GaussianEnergy`` terms and of nn.Linear modules with one output.
 
+    bare: for a caller that makes no graph. For an MLP or a classifier no operation is dispatched then.
+
     Raises:
         NotAnMLP: naming the part that does not fit.
     """
     with reading(module):
-        one = torch.ones((), dtype=_dtype(module), device=_device(module))
+        compiling = torch.compiler.is_compiling()
+        one: Tensor | None = None
+        if isinstance(module, SumEnergy):
+            one = torch.ones((), dtype=_dtype(module), device=_device(module))
         mlps: list[MLP] = []
         scales: list[Tensor] = []
-        gaussians: list[Tensor] = []
-        linears: list[Tensor] = []
+        gaussians: list[Any] = []
+        linears: list[Any] = []
         biases: list[Tensor | None] = []
         for scale, term in _terms(module, one):
             if isinstance(term, GaussianEnergy):
@@ -99,11 +116,11 @@ def describe(module: nn.Module, *, labels: bool = False) -> Description:
                 linears += [scale, term.weight]
                 biases.append(term.bias)
             else:
-                scales.append(scale)
+                scales += [] if scale is None else [scale]
                 if isinstance(term, ClassifierEnergy):
-                    mlps.append(read_mlp(term.classifier, "class" if labels else "logsumexp"))
+                    mlps.append(read_mlp(term.classifier, "class" if labels else "logsumexp", bare=True))
                 else:
-                    mlps.append(read_mlp(term))
+                    mlps.append(read_mlp(term, bare=True))
         if not mlps:
             raise NotAnMLP("none of its terms is an MLP")
         dim = mlps[0].dim
@@ -112,14 +129,17 @@ def describe(module: nn.Module, *, labels: bool = False) -> Description:
         for rows in (*gaussians[1::3], *gaussians[2::3]):
             if rows.numel() not in (1, dim):
                 raise NotAnMLP(f"a GaussianEnergy has {rows.numel()} dims, and the MLPs have {dim}")
-        # made on the device: a copy from the host would wait for it
-        arguments = (gaussians, linears, biases, torch.zeros((), dtype=one.dtype, device=one.device), dim)
-        if torch.compiler.is_compiling():
-            *rows, constant = _folded(*arguments)
-            curvature, mean, linear = (row if row.numel() > 0 else None for row in rows)
-        else:
-            curvature, mean, linear, constant = _fold(*arguments)
-        return Description(tuple(mlps), torch.stack(scales), curvature, mean, linear, constant)
+        curvature = mean = linear = constant = None
+        if one is not None and (gaussians or linears):
+            # made on the device: a copy from the host would wait for it
+            arguments = (gaussians, linears, biases, torch.zeros((), dtype=one.dtype, device=one.device), dim)
+            if compiling:
+                *rows, constant = _folded(*arguments)
+                curvature, mean, linear = (row if row.numel() > 0 else None for row in rows)
+            else:
+                curvature, mean, linear, constant = _fold(*arguments)
+        read = Description(tuple(mlps), torch.stack(scales) if scales else None, curvature, mean, linear, constant)
+        return read if bare or compiling else read._whole(_device(module), _dtype(module))
 
 
 def check_shape(module: nn.Module, description: Description, shape: Sequence[int]) -> None:
@@ -136,8 +156,8 @@ def check_shape(module: nn.Module, description: Description, shape: Sequence[int
                 )
 
 
-def _terms(module: nn.Module, scale: Tensor) -> Iterator[tuple[Tensor, nn.Module]]:
-    """The terms of nested sums with their weights multiplied out."""
+def _terms(module: nn.Module, scale: Tensor | None) -> Iterator[tuple[Tensor | None, nn.Module]]:
+    """The terms of nested sums with their weights multiplied out; None: no sum."""
     ours = (SumEnergy, ClassifierEnergy, GaussianEnergy)
     if isinstance(module, (*ours, nn.Linear)):
         known = next(cls for cls in (*ours, nn.Linear) if isinstance(module, cls))
@@ -149,7 +169,7 @@ def _terms(module: nn.Module, scale: Tensor) -> Iterator[tuple[Tensor, nn.Module
             raise NotAnMLP(f"a Linear term has {module.out_features} outputs, not one")
     if isinstance(module, SumEnergy):
         for k, term in enumerate(module.energies):
-            yield from _terms(term, scale * module.weights[k])
+            yield from _terms(term, module.weights[k] if scale is None else scale * module.weights[k])
     else:
         yield scale, module
 

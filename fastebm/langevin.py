@@ -112,11 +112,22 @@ class Langevin:
         self, n_chains: int, steps: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
     ) -> tuple[Tensor, Tensor]:
         """(a, b), each (1 or n_chains, 1 or steps): drift coefficient and noise std of chain i at step t."""
+        # made on the device: a copy from the host would wait for it
+        a, b = (
+            c.to(dtype) if isinstance(c, Tensor) else torch.full((1, 1), c, dtype=dtype, device=device)
+            for c in self.drift_and_noise(n_chains, steps, device=device)
+        )
+        return a, b
+
+    def drift_and_noise(self, n_chains: int, steps: int, *, device: Any) -> tuple[float | Tensor, float | Tensor]:
+        """``coefficients`` in float64, or as a number each that is the same for all chains and steps."""
+        if not isinstance(self.step_size, Tensor) and not isinstance(self.noise_scale, Tensor):
+            return self.step_size / 2, math.sqrt(self.step_size) * self.noise_scale
         step_size, noise_scale = (
             _as_matrix(name, value, n_chains, steps, device)
             for name, value in (("step_size", self.step_size), ("noise_scale", self.noise_scale))
         )
-        return (step_size / 2).to(dtype), (step_size.sqrt() * noise_scale).to(dtype)
+        return step_size / 2, step_size.sqrt() * noise_scale
 
     def bounds(
         self, dim: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"

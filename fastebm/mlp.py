@@ -171,9 +171,15 @@ class MLP:
         return tuple(w.shape[0] for w in self.weights[:-1])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MLP:
+        return self._mapped(lambda v: v.to(device, dtype))
+
+    def detached(self) -> MLP:
+        return self._mapped(Tensor.detach)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> MLP:
         return MLP(
-            tuple(w.to(device, dtype) for w in self.weights),
-            tuple(None if b is None else b.to(device, dtype) for b in self.biases),
+            tuple(map(function, self.weights)),
+            tuple(None if b is None else function(b) for b in self.biases),
             self.activations,
             self.head,
         )
@@ -226,8 +232,10 @@ def reading(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def read_mlp(module: nn.Module, head: str = "scalar") -> MLP:
+def read_mlp(module: nn.Module, head: str = "scalar", *, bare: bool = False) -> MLP:
     """Read an MLP with a head out of a module, in eval mode and without touching it.
+
+    bare: the parameters themselves, not detached, for a caller that makes no graph: no operation is dispatched then.
 
     Accepted: nn.Sequential (nested too, or a module whose only child is one and whose forward only calls
     it) of nn.Linear and a supported activation in turn, with or without bias, spectral norm, weight norm
@@ -240,7 +248,8 @@ def read_mlp(module: nn.Module, head: str = "scalar") -> MLP:
         mlp = _assemble(list(_layers(module, "")), head)
         if not _is_plain(module, nn.Sequential):
             _check_forward(module, mlp)
-    return mlp
+    # torch 2.13 can't compile a detach under torch.inference_mode; operators let no gradient through anyway
+    return mlp if bare or torch.compiler.is_compiling() else mlp.detached()
 
 
 def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -289,7 +298,7 @@ def _assemble(layers: list[tuple[str, nn.Module]], head: str) -> MLP:
             if len(weights) > len(activations):
                 activations.append(Activation("identity"))
             weights.append(_effective_weight(name, layer))
-            biases.append(None if layer.bias is None else _detached(layer.bias))
+            biases.append(layer.bias)
         elif (activation := _read_activation(layer)) is not None:
             if len(activations) == len(weights):
                 raise NotAnMLP(f"{name} does not follow a Linear layer")
@@ -306,11 +315,6 @@ def _assemble(layers: list[tuple[str, nn.Module]], head: str) -> MLP:
     return MLP(tuple(weights), tuple(biases), tuple(activations), head)
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    # torch 2.13 can't compile a detach under torch.inference_mode; operators let no gradient through anyway
-    return tensor if torch.compiler.is_compiling() else tensor.detach()
-
-
 def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
     """The weight that the forward pass would use, under parametrizations and under the older hook-based norms."""
     if torch.compiler.is_compiling():
@@ -321,7 +325,7 @@ def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return hook.compute_weight(layer).detach()  # type: ignore[no-any-return]
         raise NotAnMLP(f"{name} has a forward pre-hook, which may change what it computes")
-    return layer.weight.detach()
+    return layer.weight
 
 
 @operator("normalised_weight", "(Tensor weight, Tensor u, Tensor? v, int dim) -> Tensor")

@@ -188,7 +188,7 @@ def langevin_sample(
     elif init is None:
         x = uniform_states(seed, Stream.INITIAL, numbers, 0, dim, clamp=rule.clamp, dtype=dtype)
     else:
-        x = init.detach().reshape(n_chains, dim)
+        x = init if init.ndim == 2 else init.detach().reshape(n_chains, dim)
     done, info = advance_chains(
         energy,
         Chains(x, seed, numbers, first_steps, labels, _checked_frozen(frozen, n_chains, tuple(shape), device)),
@@ -202,6 +202,7 @@ def langevin_sample(
         cuda_graph=cuda_graph,
         thin=thin,
         telemetry=return_info,
+        check_start=init is not None,
     )
     samples = done.x if done.trajectory is None else done.trajectory
     if len(shape) > 1:  # no view that is not needed: torch 2.11 can't compile one under torch.inference_mode
@@ -226,6 +227,7 @@ def advance_chains(
     cuda_graph: bool = False,
     thin: int = 0,
     telemetry: bool = False,
+    check_start: bool = False,
 ) -> tuple[Advanced, SampleInfo | None]:
     """The checked core of ``langevin_sample``: chains with numbers and ages of their own, which are left as they are.
 
@@ -233,6 +235,7 @@ def advance_chains(
         shape: of one state as the energy takes it.
         thin: keep the state after every thin-th step; 0: of none.
         telemetry: also return a ``SampleInfo``.
+        check_start: whether states may not be finite, which is then a ValueError.
 
     While torch.compile traces, chains.x is as ``backends/op.py`` takes it, and chains.seed a tensor.
     """
@@ -255,11 +258,9 @@ def advance_chains(
         if cuda_graph:
             done = done._replace(cuda_graph="a compiled call records nothing by itself")
     else:
-        # a private, contiguous copy: backends work in place
-        x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         choice, done = _advance(
-            energy, chains._replace(x=x, labels=labels), rule, steps, shape, backend, precision, compile,
-            on_nonfinite, cuda_graph, thin, telemetry,
+            energy, chains._replace(labels=labels), rule, steps, shape, dtype, backend, precision, compile,
+            on_nonfinite, cuda_graph, thin, telemetry, check_start,
         )  # fmt: skip
     if done.telemetry is None:
         return done, None
@@ -281,12 +282,20 @@ def advance_chains(
 
 
 def _advance(
-    energy: nn.Module, chains: Chains, rule: Langevin, steps: int, shape: Sequence[int], backend: str,
-    precision: str | None, compile: bool | str, on_nonfinite: str, cuda_graph: bool, thin: int, telemetry: bool,
+    energy: nn.Module, chains: Chains, rule: Langevin, steps: int, shape: Sequence[int], dtype: torch.dtype,
+    backend: str, precision: str | None, compile: bool | str, on_nonfinite: str, cuda_graph: bool, thin: int,
+    telemetry: bool, check_start: bool,
 ) -> tuple[Choice, Advanced]:  # fmt: skip
-    x, device = chains.x, chains.x.device
+    device = chains.x.device
+    start = chains.x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        choice = choose(energy, device, x.dtype, backend, precision, labels=chains.labels is not None)
+        choice = choose(energy, device, dtype, backend, precision, labels=chains.labels is not None)
+        if start is not None and not run.tells_of_the_start(choice.path, steps):
+            run.check_finite(start)
+            start = None
+        # a private, contiguous copy: backends work in place
+        x = chains.x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        chains = chains._replace(x=x)
         if capturing(device) and choice.backend != "triton":
             raise ValueError(
                 f"while a CUDA graph is captured only kernels can run, and this call would wait: {choice.why_not_fused}"
@@ -308,7 +317,6 @@ def _advance(
         recorder = CudaRecorder(device) if cuda_graph and why_not_recorded is None else None
         energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
         if description is not None:
-            description = description.to(device, x.dtype)
             arguments = {"launch": choice.launch, "recorder": recorder, "thin": thin, "telemetry": telemetry}
             try:
                 done = run.advance(
@@ -329,8 +337,9 @@ def _advance(
             done = reference.advance(module, chains, rule, steps, thin=thin, telemetry=telemetry)
         if why_not_recorded is not None:
             done = done._replace(cuda_graph=why_not_recorded)
-        if on_nonfinite != "ignore":
-            run.settle(done, chains, rule, steps, dict(energy.named_parameters()), energy_of, on_nonfinite)
+        run.settle(
+            done, chains, rule, steps, lambda: dict(energy.named_parameters()), energy_of, on_nonfinite, start
+        )  # fmt: skip
     return choice, done
 
 
@@ -483,7 +492,7 @@ def _count(name: str, value: int) -> int:
 def _shape(energy: nn.Module, input_size: int | Sequence[int] | None, labels: bool) -> tuple[int, ...]:
     if input_size is None:
         try:
-            return (describe(energy, labels=labels).dim,)
+            return (describe(energy, labels=labels, bare=True).dim,)
         except NotAnMLP as error:
             raise ValueError(
                 f"pass input_size= or init=: the energy does not tell its input's shape ({error})"
@@ -514,8 +523,6 @@ def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: to
             raise ValueError(f"input_size {input_size!r} and init of shape {tuple(init.shape)} disagree: leave one out")
     if device is not None and not _same_device(torch.device(device), init.device):
         raise ValueError(f"init is on {init.device} and device={device}: move one, or leave device= out")
-    if readable(init.device):
-        run.check_finite(init)
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 philox.py    the noise stream on the device
 mlp.py       activations with their slopes, and the way through the layers
+weights.py   the weights as the step kernels read them, made in one launch
 langevin.py  K Langevin steps of an MLP energy in one launch, in two regimes
 update.py    noise, update and clamp in one launch, for a gradient computed elsewhere
 launch.py    regime, tile, warps and stages for an architecture's dims

@@ -31,17 +31,23 @@ from .mlp import (
     transpose,
 )
 from .philox import from_lanes, lane_order, normals, to_lanes
+from .weights import BOUNDS, REPORT, bias_pointers, float_pointer, seed_pointer, term_pointers, weight_pointers
 
 # -- parts of a step, shared with update.py --------------------------------------------------------------------
 
 
 @triton.jit
-def load_coefficient(ptr, stride_chain, stride_step, chains, inside, t, PER_CHAIN: tl.constexpr):
-    """a or b of step t: a number, or (BLOCK_CHAINS, 1) when each chain has its own."""
+def load_coefficient(c, stride_chain, stride_step, chains, inside, t, PER_CHAIN: tl.constexpr):
+    """a or b of step t: a number, or (BLOCK_CHAINS, 1) when each chain has its own.
+
+    c: a pointer; or, where the strides are None, the number itself.
+    """
     if PER_CHAIN:
-        return tl.load(ptr + chains * stride_chain + t * stride_step, mask=inside, other=0.0)[:, None]
+        return tl.load(c + chains * stride_chain + t * stride_step, mask=inside, other=0.0)[:, None]
+    elif stride_step is not None:
+        return tl.load(c + t * stride_step)
     else:
-        return tl.load(ptr + t * stride_step)
+        return tl.cast(c, tl.float32)
 
 
 @triton.jit
@@ -120,6 +126,14 @@ def clamped(x, lo, hi, dims, shift, DIM: tl.constexpr, CLAMP: tl.constexpr):
 def is_finite(x):
     """(BLOCK_CHAINS,) bool: 0 * x is 0 for finite x, else NaN, and a sum carries NaN."""
     return tl.sum(x * 0.0, axis=1) == 0.0
+
+
+@triton.jit
+def report_bad(prepared_ptr, first_bad, energy, inside):
+    """Tell the host, which then looks at every chain, of any that is not finite."""
+    bad = inside & ((first_bad >= 0) | (energy * 0.0 != 0.0))
+    if tl.max(bad.to(tl.int32), axis=0) > 0:
+        tl.store(prepared_ptr + REPORT, 1)
 
 
 @triton.jit
@@ -235,7 +249,11 @@ def network_gradient(
     return product(slope, transpose(weights[FIRST], PRECISION), PRECISION, TARGET)
 
 
-@triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
+# Parts of a pool begin at any chain, so tensors of one number each may lie at any 8 bytes: no reason to compile anew.
+@triton.jit(
+    do_not_specialize=["n_chains", "steps", "zero", "thin", "first_tile"],
+    do_not_specialize_on_alignment=["chain_ptr", "step_ptr", "label_ptr"],
+)
 def langevin_resident(
     x_ptr,  # (n_chains, DIM) float32, in and out
     energy_ptr,  # (n_chains,) float32, out: E at the last state
@@ -244,19 +262,20 @@ def langevin_resident(
     telemetry_ptr,  # (3, n_chains) float32, out: see store_telemetry; or None
     chain_ptr,  # (n_chains,) int64 global chain numbers
     step_ptr,  # (n_chains,) int64 lifetime step numbers of the first step
-    seed_ptr,  # (1,) int64
     label_ptr,  # (n_chains,) int64, or None
     frozen_ptr, stride_frozen,  # (1 or n_chains, DIM) uint8, 1 where a coordinate stays; or None
-    a_ptr, stride_a_chain, stride_a_step,  # drift coefficients
-    b_ptr, stride_b_chain, stride_b_step,  # noise standard deviations
+    drift, stride_a_chain, stride_a_step,  # a: a number and no strides, or a pointer
+    noise_std, stride_b_chain, stride_b_step,  # b
     grad_clip, norm_clip,  # numbers, or None
     lo, hi,  # by CLAMP
-    weight_ptrs, bias_ptrs,  # a tuple of one pointer for each half, and one pointer, a layer
-    scale_ptr,  # (networks,) float32, of "logsumexp" heads
-    curvature_ptr, mean_ptr, linear_ptr, constant_ptr,  # the energy's other terms; all but the last may be None
+    # The seed, the energy and the place of the report: see weights.py. The same buffer thrice: the compiler adds an
+    # index to an argument in one instruction, and to a place that it has computed in two, for which it keeps registers.
+    prepared_ptr, in_weights_ptr, in_biases_ptr,
     n_chains, steps,
     zero,  # 0, but the compiler does not know
+    first_tile,  # of this launch
     state_ptr,  # (programs * BLOCK_CHAINS, BLOCK_DIM) float32, scratch, if IN_MEMORY and DIM != BLOCK_DIM; or None
+    WEIGHTS: tl.constexpr, LOWS: tl.constexpr, BIASES: tl.constexpr, TERMS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, BOTH_ORDERS: tl.constexpr,
@@ -264,8 +283,14 @@ def langevin_resident(
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     FAST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
+    bias_ptrs = bias_pointers(in_biases_ptr, BIASES)
+    scale_ptr, constant_ptr, curvature_ptr, mean_ptr, linear_ptr = term_pointers(prepared_ptr, TERMS)
+    seed_ptr = seed_pointer(prepared_ptr)
+    tile = first_tile + tl.program_id(0)
     first, chains, inside = tile_at(tile, n_chains, BLOCK_CHAINS)
+    if IN_MEMORY and DIM != BLOCK_DIM:
+        state_ptr -= first_tile.to(tl.int64) * (BLOCK_CHAINS * BLOCK_DIM)  # launches share one scratch
     dims = lane_order(tl.arange(0, BLOCK_DIM))
 
     weights = load_weights(weight_ptrs, FIRSTS, BLOCK_DIM, BLOCKS, ACTIVATIONS, PRECISION, TARGET, BOTH_ORDERS)
@@ -309,8 +334,8 @@ def langevin_resident(
             clipped *= shrinkage(tl.sum(clipped * clipped, axis=1), norm_clip)
 
         chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
-        a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-        b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+        a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+        b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
         key0, key1 = load_key(seed_ptr, shift)
         noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b)
         moved = hold(
@@ -361,6 +386,7 @@ def langevin_resident(
             )  # fmt: skip
         tl.store(energy_ptr + chains, energy, mask=inside)
         tl.store(first_bad_ptr + chains, first_bad, mask=inside)
+        report_bad(prepared_ptr, first_bad, energy, inside)
         if telemetry_ptr is not None:
             store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)
 
@@ -497,17 +523,18 @@ def through_memory(
     return read
 
 
-@triton.jit(do_not_specialize=["n_chains", "steps", "zero", "thin"])
+@triton.jit(
+    do_not_specialize=["n_chains", "steps", "zero", "thin", "first_tile"],
+    do_not_specialize_on_alignment=["chain_ptr", "step_ptr", "label_ptr"],
+)
 def langevin_streaming(
     x_ptr, energy_ptr, first_bad_ptr, trajectory_ptr, thin, telemetry_ptr,
-    chain_ptr, step_ptr, seed_ptr, label_ptr, frozen_ptr, stride_frozen,
-    a_ptr, stride_a_chain, stride_a_step, b_ptr, stride_b_chain, stride_b_step,
+    chain_ptr, step_ptr, label_ptr, frozen_ptr, stride_frozen,
+    drift, stride_a_chain, stride_a_step, noise_std, stride_b_chain, stride_b_step,
     grad_clip, norm_clip, lo, hi,
-    weight_ptrs, bias_ptrs, scale_ptr,
-    curvature_ptr, mean_ptr, linear_ptr, constant_ptr,
-    n_chains, steps, zero,
-    reach_ptr,  # float32: largest |c|, largest |b - c m|, then of each network the largest |W_1|
+    prepared_ptr, in_weights_ptr, in_biases_ptr, n_chains, steps, zero, first_tile,
     slope_ptrs,  # a network each, (programs * BLOCK_CHAINS, its first width), scratch; at bf16x3 of two halves
+    WEIGHTS: tl.constexpr, LOWS: tl.constexpr, BIASES: tl.constexpr, TERMS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
@@ -517,7 +544,12 @@ def langevin_streaming(
     LEAN: tl.constexpr,  # nothing is made before a loop that could be made in it
     FAST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    first, chains, inside = tile_at(tl.program_id(0), n_chains, BLOCK_CHAINS)
+    weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
+    bias_ptrs = bias_pointers(in_biases_ptr, BIASES)
+    scale_ptr, constant_ptr, curvature_ptr, mean_ptr, linear_ptr = term_pointers(prepared_ptr, TERMS)
+    seed_ptr = seed_pointer(prepared_ptr)
+    reach_ptr = float_pointer(prepared_ptr, BOUNDS)
+    first, chains, inside = tile_at(first_tile + tl.program_id(0), n_chains, BLOCK_CHAINS)
     weights = load_weights(weight_ptrs, FIRSTS, 0, BLOCKS, ACTIVATIONS, PRECISION, TARGET, False)
 
     ANEW: tl.constexpr = IN_MEMORY or LEAN
@@ -547,7 +579,10 @@ def langevin_streaming(
     for t in tl.range(0, steps, disable_licm=OWN_CHAINS):
         # 0, anew in each step, as in the resident kernel. (With an "and" here, or added to the tile, more would spill.)
         shift = zero * t
-        first_now = first + shift
+        if OWN_CHAINS:
+            first_now = first + shift
+        else:  # or mma.sync keeps it, and has no registers left for it
+            first_now, _, _ = tile_at(first_tile + tl.program_id(0) + shift, n_chains, BLOCK_CHAINS)
         chains = first_now + tl.arange(0, BLOCK_CHAINS)
         inside = chains < n_chains
         labels = load_labels(label_ptr, chains, inside, shift)
@@ -559,7 +594,7 @@ def langevin_streaming(
         pull = tl.zeros((BLOCK_CHAINS,), tl.float32)
         for k in tl.static_range(len(FIRSTS) - 1):
             z = zs[k] + load_bias(bias_ptrs, shift, tl.constexpr(FIRSTS[k]), BLOCKS)
-            memory = slope_ptrs[k] + first * (HALVES * z.shape[1])
+            memory = slope_ptrs[k] + tl.program_id(0).to(tl.int64) * (BLOCK_CHAINS * HALVES * z.shape[1])
             if IN_MEMORY:
                 parking = memory.to(tl.pointer_type(tl.float32))
             else:
@@ -573,8 +608,8 @@ def langevin_streaming(
                 size = tl.load(energy_ptr + chains, mask=inside, other=0.0)
                 if HAS_TERMS:
                     pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
-                a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-                b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+                a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+                b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
                 reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
                 first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
                 in_doubt = (first_bad < 0) & ~(reach < 1e38)
@@ -592,8 +627,8 @@ def langevin_streaming(
 
         # loaded now, and a and b anew, so that they are in no register while slopes are
         noise_key = load_key(seed_ptr, shift)
-        a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-        b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+        a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+        b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
         chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
         shrink = None
         if norm_clip is not None:
@@ -690,5 +725,7 @@ def langevin_streaming(
                 PARAMETERS, PRECISION, FAST, TARGET,
             )  # fmt: skip
         tl.store(energy_ptr + chains, energy, mask=inside)
+        first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
+        report_bad(prepared_ptr, first_bad, energy, inside)
         if telemetry_ptr is not None:
             store_telemetry(telemetry_ptr, n_chains, chains, inside, square_norm, n_clipped, n_clamped, steps)

@@ -32,7 +32,7 @@ def load_gradient(grad_ptr, frozen_ptr, stride_frozen, chains, inside, dims, DIM
     return hold(grad, 0.0, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
 
 
-@triton.jit(do_not_specialize=["n_chains"])
+@triton.jit(do_not_specialize=["n_chains"], do_not_specialize_on_alignment=["chain_ptr", "step_ptr", "seed_ptr"])
 def langevin_update(
     new_ptr,  # (n_chains, DIM) float32, out
     x_ptr,  # (n_chains, DIM) float32
@@ -40,7 +40,7 @@ def langevin_update(
     first_bad_ptr,  # (n_chains,) int32, in and out
     telemetry_ptr,  # (3, n_chains) float32, in and out: gradient norm, steps clipped, steps clamped; or None
     chain_ptr, step_ptr, seed_ptr, frozen_ptr, stride_frozen,
-    a_ptr, stride_a_chain, stride_a_step, b_ptr, stride_b_chain, stride_b_step,
+    drift, stride_a_chain, stride_a_step, noise_std, stride_b_chain, stride_b_step,
     grad_clip, norm_clip, lo, hi,
     n_chains,
     t_ptr,  # (1,) int64, the step of this call: in memory, so that a CUDA graph of one step serves them all
@@ -53,8 +53,8 @@ def langevin_update(
     key0, key1 = load_key(seed_ptr)
     chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
     first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
-    a = load_coefficient(a_ptr, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-    b = load_coefficient(b_ptr, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+    a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+    b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
 
     shrink = None
     if norm_clip is not None:

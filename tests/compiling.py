@@ -56,15 +56,16 @@ class PretendedGPU:
 
 
 def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """The one kernel that a call launches: compiled, not run."""
-    kernels = []
+    """The kernel that moves chains of those that a call launches: all compiled, none run."""
+    kernels: list[Any] = []
 
     def instead_of_launching(kernel: JITFunction, grid: Any) -> Any:
         return lambda *args, **kwargs: kernels.append(kernel.warmup(*args, grid=grid, **kwargs))
 
     with mock.patch.object(JITFunction, "__getitem__", instead_of_launching):
         function(*args, **kwargs)
-    (kernel,) = kernels
+    *before, kernel = kernels
+    assert [other.metadata.name for other in before] in ([], ["prepare"])
     return kernel
 
 

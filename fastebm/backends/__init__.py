@@ -66,7 +66,8 @@ class Advanced(NamedTuple):
     x: (n_chains, dim) last finite states. energy: (n_chains,) E at x. first_bad: (n_chains,) int32, the first
     step of this call whose new state was not finite, before the clamp; -1 if all were. trajectory: (n_chains,
     steps // thin, dim) states after every thin-th step, if thin > 0 was asked for. telemetry: if asked for.
-    cuda_graph: "recorded", or why no step was, in words, if that was asked for.
+    cuda_graph: "recorded", or why no step was, in words, if that was asked for. report: one number on the device, not 0
+    if any chain is not finite (first_bad or energy), from backends that tell.
     """
 
     x: Tensor
@@ -75,6 +76,7 @@ class Advanced(NamedTuple):
     trajectory: Tensor | None = None
     telemetry: Telemetry | None = None
     cuda_graph: str | None = None
+    report: Tensor | None = None
 
     @classmethod
     def blank(cls, x: Tensor, steps: int, thin: int, telemetry: bool) -> Advanced:

@@ -83,7 +83,7 @@ def choose(
 
     description, launch, why_not = None, None, None
     try:
-        description = describe(energy, labels=labels)
+        description = describe(energy, labels=labels, bare=True)
     except NotAnMLP as error:
         why_not = f"not an MLP that can be read: {error}"
     no_triton = _why_not_triton(device, dtype, asked=backend == "triton")

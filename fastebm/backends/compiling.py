@@ -28,7 +28,7 @@ def can_compile(energy: nn.Module, labels: Tensor | None, backend: str, generato
     if not isinstance(energy, nn.Module) or backend == "reference" or generator is not None:
         return False
     try:
-        describe(energy, labels=labels is not None)
+        describe(energy, labels=labels is not None, bare=True)
     except NotAnMLP:
         return False
     return True

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..description import Description
 from ..energies import Energy
 from ..kernels import langevin as kernels
+from ..kernels import weights
 from ..kernels.launch import Launch, block
 from ..kernels.update import langevin_update
 from ..langevin import Langevin
-from ..mlp import MLP
 from . import Advanced, Chains, Telemetry
 from .choose import interpreted
 from .graphs import Recorder, run_steps
@@ -29,6 +28,11 @@ __all__ = ["advance_mlp", "advance_module", "advance_products"]
 _OPTIONS = {} if interpreted() else {"enable_fp_fusion": True}
 # ptxas moves no more out of loops than it must (its default is 5)
 _LEAN_OPTIONS = {} if interpreted() else {"ptx_options": "--register-usage-level=3"}
+
+# Most chains of one launch, where each chain needs scratch: the next launch uses the same again. An H200 works on some
+# 17,000 at a time (132 SMs, a tile of 128 each), so the last of a launch's eight rounds may leave some SMs idle, at a
+# cost of a few per cent. For 256 hidden units scratch is 128 MiB at most; of 10 million chains it would be 10 GB.
+CHAINS_AT_ONCE = 2**17
 
 
 def advance_mlp(
@@ -50,29 +54,41 @@ def advance_mlp(
     first_bad = torch.empty(n_chains, dtype=torch.int32, device=device)
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
     told = x.new_empty(3, n_chains) if telemetry else None
+    if n_chains == 0:
+        return Advanced(x, energy, first_bad, trajectory, None if told is None else Telemetry(*told))
     arguments, flags = _rule_arguments(rule, n_chains, steps, dim, device)
-    mlps = description.scaled_heads()
-    layers = [layer for mlp in mlps for layer in _layers(mlp, precision, launch)]
-    depths = [len(mlp.weights) for mlp in mlps]
-    terms = _term_arguments(description, launch)
     extra: list[Any]
-    rows = -(-n_chains // launch.block_chains) * launch.block_chains
+    padded = launch.in_memory and dim != launch.block_dim
+    n_tiles = tiles_at_once = -(-n_chains // launch.block_chains)
+    if launch.regime == "streaming" or padded:
+        tiles_at_once = min(n_tiles, CHAINS_AT_ONCE // launch.block_chains)
+    rows = tiles_at_once * launch.block_chains
     if launch.regime == "streaming":
         halves = (2 if launch.own_chains else 0) if precision == "bf16x3" else 1
         operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
-        slopes = (torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in mlps)
-        kernel, extra = kernels.langevin_streaming, [_reach(description), tuple(slopes)]
+        slopes = (
+            torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in description.mlps
+        )
+        kernel, extra = kernels.langevin_streaming, [tuple(slopes)]
         flags["OWN_CHAINS"] = launch.own_chains
         flags["LEAN"] = launch.lean
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
-        padded = launch.in_memory and dim != launch.block_dim
         kernel, extra = kernels.langevin_resident, [x.new_empty(rows, launch.block_dim) if padded else None]
         flags["BOTH_ORDERS"] = launch.both_orders
-    if n_chains > 0:
-        # triton launches on the current device, which may be another than x's
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            kernel[((n_chains + launch.block_chains - 1) // launch.block_chains,)](
+    mlps = description.mlps
+    constants = {
+        "FIRSTS": tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
+        "BLOCKS": tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
+        "ACTIVATIONS": tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
+        "PARAMETERS": tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
+    }
+    frozen = _frozen_arguments(chains)
+    # triton launches on the current device, which may be another than x's
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        prepared, places = _prepare(description, chains.seed, precision, launch, device)
+        for first_tile in range(0, n_tiles, tiles_at_once):
+            kernel[(min(tiles_at_once, n_tiles - first_tile),)](
                 x,
                 energy,
                 first_bad,
@@ -81,24 +97,19 @@ def advance_mlp(
                 told,
                 chains.numbers,
                 chains.first_steps,
-                _seed_tensor(chains.seed, device),
                 chains.labels,
-                *_frozen_arguments(chains),
+                *frozen,
                 *arguments,
-                tuple(weight for weight, _ in layers),
-                tuple(bias for _, bias in layers),
-                -description.scales,
-                *terms,
+                *(prepared,) * 3,
                 n_chains,
                 steps,
                 0,
+                first_tile,
                 *extra,
+                **places,
                 DIM=dim,
                 BLOCK_DIM=launch.block_dim,
-                FIRSTS=tuple(accumulate(depths, initial=0)),
-                BLOCKS=tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
-                ACTIVATIONS=tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
-                PARAMETERS=tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
+                **constants,
                 PRECISION=precision,
                 BLOCK_CHAINS=launch.block_chains,
                 **flags,
@@ -110,7 +121,62 @@ def advance_mlp(
                 **_OPTIONS,
                 **(_LEAN_OPTIONS if launch.lean else {}),
             )
-    return Advanced(x, energy, first_bad, trajectory, None if told is None else Telemetry(*told))
+    report = prepared[weights.REPORT.value]
+    return Advanced(x, energy, first_bad, trajectory, None if told is None else Telemetry(*told), report=report)
+
+
+def _prepare(
+    description: Description, seed: int | Tensor, precision: str, launch: Launch, device: torch.device
+) -> tuple[Tensor, dict[str, Any]]:
+    """The buffer of seed and weights, and the constants that tell a step kernel where everything lies in it."""
+    mlps = description.mlps
+    # At bf16 the kernel's silu takes z/2 (kernels/mlp.py), so the layers that feed one are halved, which is exact.
+    networks = tuple(
+        weights.Network(
+            tuple(map(len, mlp.weights)),
+            mlp.head,
+            (*(precision == "bf16" and a.name == "silu" for a in mlp.activations), False),
+        )
+        for mlp in mlps
+    )
+    c, m, b = (
+        None if row is None else row.to(device, torch.float32)
+        for row in (description.curvature, description.mean, description.linear)
+    )
+    streaming = launch.regime == "streaming"
+    plan = weights.layout(
+        description.dim, networks, precision, launch.block_dim, streaming, c is not None, b is not None
+    )
+    sources = [source for mlp in mlps for layer in zip(mlp.weights, mlp.biases, strict=True) for source in layer]
+    sources += [description.scales, description.constant, *(row for row in (c, m, b) if row is not None)]
+    if streaming and c is not None and m is not None:
+        sources.append(c * m if b is None else b - c * m)
+    elif streaming and b is not None:
+        sources.append(b)
+    sources = [None if v is None else v if v.device == device else v.to(device) for v in sources]
+    strides = [(0, 0) if v is None else (0, 0, *v.stride())[-2:] for v in sources]
+    prepared = torch.zeros(plan.words, dtype=torch.int32, device=device)
+    low, high = (0, 0) if isinstance(seed, Tensor) else _signed_words(seed)
+    weights.prepare[(plan.n_programs,)](
+        prepared,
+        seed.to(device) if isinstance(seed, Tensor) else None,
+        low,
+        high,
+        sources[2 * plan.n_layers],
+        tuple(sources),
+        tuple(row for row, _ in strides),
+        tuple(col for _, col in strides),
+        **plan.tables,
+        num_warps=4,
+        **_OPTIONS,
+    )
+    return prepared, plan.places
+
+
+def _signed_words(seed: int) -> tuple[int, int]:
+    """The low and high word of 64 bits, both as int32: triton makes a number's type of its size."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 def advance_module(
@@ -123,7 +189,7 @@ def advance_module(
     """
 
     def gradient(x: Tensor) -> Tensor:
-        return energy.gradient(x, chains.labels).contiguous()
+        return _aligned(energy.gradient(x, chains.labels))
 
     done = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry, recorder)
     return done._replace(energy=energy(chains.x, chains.labels))
@@ -228,21 +294,35 @@ def _rule_arguments(
     """The rule as kernel arguments (a and b with their strides, clips, bounds) and compile-time flags."""
     arguments: list[Any] = []
     flags: dict[str, Any] = {}
-    for name, c in zip("AB", rule.coefficients(n_chains, steps, device=device), strict=True):
-        c = c.contiguous()
+    for name, c in zip("AB", rule.drift_and_noise(n_chains, steps, device=device), strict=True):
+        if not isinstance(c, Tensor):
+            arguments += [float(c), None, None]
+            flags[f"{name}_PER_CHAIN"] = False
+            continue
+        c = c.to(torch.float32).contiguous()
         per_chain = c.shape[0] > 1
         arguments += [c, c.stride(0) if per_chain else 0, 1 if c.shape[1] > 1 else 0]
         flags[f"{name}_PER_CHAIN"] = per_chain
     bounds = rule.bounds(dim, device=device)
-    arguments += [rule.grad_clip, rule.grad_norm_clip, *(bounds or (None, None))]
-    flags["CLAMP"] = "" if bounds is None else "rows" if isinstance(bounds[0], Tensor) else "numbers"
+    lo, hi = bounds or (None, None)
+    rows = isinstance(lo, Tensor)
+    # floats: of a clip at 1, an int, triton would make a constant, and compile anew
+    arguments += [None if clip is None else float(clip) for clip in (rule.grad_clip, rule.grad_norm_clip)]
+    arguments += [_aligned(bound) if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
+    flags["CLAMP"] = "" if bounds is None else "rows" if rows else "numbers"
     return arguments, flags
+
+
+def _aligned(v: Tensor) -> Tensor:
+    """Contiguous, at a whole 16 bytes: for a pointer elsewhere triton would compile the kernel anew, for seconds."""
+    v = v.contiguous()
+    return v if v.data_ptr() % 16 == 0 else v.clone()
 
 
 def _frozen_arguments(chains: Chains) -> tuple[Tensor | None, int]:
     if chains.frozen is None:
         return None, 0
-    return chains.frozen.contiguous().view(torch.uint8), chains.x.shape[1] if len(chains.frozen) > 1 else 0
+    return _aligned(chains.frozen).view(torch.uint8), chains.x.shape[1] if len(chains.frozen) > 1 else 0
 
 
 def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -250,65 +330,6 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
         return seed.to(device)
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     return torch.full((1,), signed, dtype=torch.int64, device=device)
-
-
-def _layers(mlp: MLP, precision: str, launch: Launch) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Of each layer, the weight (BLOCK_OUT, padded in) in its halves and the bias (BLOCK_OUT,), zero-padded.
-
-    A scalar or class head is (1 or classes, padded in) float32, and its bias not padded; that of a "logsumexp" head is
-    -inf in the padding, which holds no class. At bf16 the kernel's silu takes z/2 (kernels/mlp.py), so the layers
-    that feed one are halved, which is exact.
-    """
-    padded_in = -(-mlp.dim // launch.block_dim) * launch.block_dim
-    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
-        is_head = i == len(mlp.activations)
-        if precision == "bf16" and not is_head and mlp.activations[i].name == "silu":
-            weight, bias = weight * 0.5, None if bias is None else bias * 0.5
-        n_out, n_in = weight.shape
-        bias = weight.new_zeros(n_out) if bias is None else bias
-        weight = pad(weight, (0, padded_in - n_in))
-        if is_head and mlp.head != "logsumexp":
-            yield (weight.contiguous(),), bias.contiguous()
-            return
-        padded_in = block(n_out)
-        weight = pad(weight, (0, 0, 0, padded_in - n_out))
-        bias = pad(bias, (0, padded_in - n_out), value=-torch.inf if is_head else 0.0)
-        if i == 0:
-            weight = _in_lanes(weight)
-        yield _operand(weight, precision), bias.contiguous()
-
-
-def _term_arguments(description: Description, launch: Launch) -> list[Tensor | None]:
-    """curvature, mean and linear, zero-padded, and the constant (1,)."""
-    padded = -(-description.dim // launch.block_dim) * launch.block_dim
-    rows = (description.curvature, description.mean, description.linear)
-    return [
-        *(None if row is None else _in_lanes(pad(row, (0, padded - len(row)))).contiguous() for row in rows),
-        description.constant.reshape(1),
-    ]
-
-
-def _in_lanes(v: Tensor) -> Tensor:
-    """The last axis in the order of kernels/philox.py, to_lanes."""
-    return v.reshape(*v.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(v.shape)
-
-
-def _reach(description: Description) -> Tensor:
-    """What bounds a gradient in the streaming kernel: max|c|, max|b - c m|, and max|W_1| of each network."""
-    zero = description.constant.new_zeros(())
-    c, m, b = description.curvature, description.mean, description.linear
-    pull = (zero if b is None else b) - (zero if c is None or m is None else c * m)
-    largest = [zero if c is None else c.abs().amax(), pull.abs().amax()]
-    return torch.stack([*largest, *(mlp.weights[0].abs().amax() for mlp in description.mlps)])
-
-
-def _operand(weight: Tensor, precision: str) -> tuple[Tensor, ...]:
-    """A weight as the kernel multiplies it: one tensor, or for bf16x3 its rounded value and what that left."""
-    weight = weight.contiguous()
-    if precision not in ("bf16", "bf16x3"):
-        return (weight,)
-    hi = weight.bfloat16()
-    return (hi,) if precision == "bf16" else (hi, (weight - hi).bfloat16())
 
 
 def _fast(precision: str | None) -> bool:

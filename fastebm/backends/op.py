@@ -77,7 +77,7 @@ def _fake(  # type: ignore[no-untyped-def]
     "langevin",
     "(Tensor x, Tensor seed, Tensor chains, Tensor first_steps, Tensor? labels, Tensor? frozen, "
     "Tensor[] weights, Tensor?[] biases, str networks, "
-    "Tensor scales, Tensor? curvature, Tensor? mean, Tensor? linear, Tensor constant, "
+    "Tensor? scales, Tensor? curvature, Tensor? mean, Tensor? linear, Tensor? constant, "
     "float[] numbers, Tensor?[] tensors, float? grad_clip, float? grad_norm_clip, "
     "int steps, int thin, bool telemetry, str path, str precision, str on_nonfinite) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -94,14 +94,19 @@ def langevin(  # type: ignore[no-untyped-def]
     """
     dtype, device, dim = _dtype(x), x.device, weights[0].shape[1]
     mlps = _decode_networks(networks, weights, biases)
+    start = None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        description = Description(mlps, scales, curvature, mean, linear, constant).to(device, dtype)
+        description = Description(mlps, scales, curvature, mean, linear, constant)
         rule = _decode_rule(numbers, tensors, grad_clip, grad_norm_clip)
         if not capturing(device):
-            run.check_finite(x)
+            if run.tells_of_the_start(path, steps):
+                start = x
+            else:
+                run.check_finite(x)
             if labels is not None:
                 run.check_classes(labels, min(len(mlp.weights[-1]) for mlp in mlps if mlp.head == "class"))
         if x.ndim == 2 and x.shape[1] == 0:
+            start = None
             x = run.uniform_states(seed, Stream.INITIAL, chains, 0, dim, clamp=rule.clamp, dtype=dtype)
         else:
             x = x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(len(chains), dim)
@@ -112,10 +117,9 @@ def langevin(  # type: ignore[no-untyped-def]
             description, moving, rule, steps, path=path, precision=precision, launch=launch, thin=thin,
             telemetry=telemetry,
         )  # fmt: skip
-        if on_nonfinite != "ignore":
-            named = {f"{kind} {i}": v for kind, vs in (("weight", weights), ("bias", biases)) for i, v in enumerate(vs)}
-            given = {name: v for name, v in named.items() if v is not None}
-            run.settle(done, moving, rule, steps, given, run.energy_of(description), on_nonfinite)
+        named = {f"{kind} {i}": v for kind, vs in (("weight", weights), ("bias", biases)) for i, v in enumerate(vs)}
+        given = {name: v for name, v in named.items() if v is not None}
+        run.settle(done, moving, rule, steps, lambda: given, run.energy_of(description), on_nonfinite, start)
     nothing = x.new_empty(0)
     return (
         done.x,

@@ -17,7 +17,19 @@ from ..tracing import readable
 from . import Advanced, Chains, torch_compiled, torch_tiles
 from .graphs import Recorder
 
-__all__ = ["NonFiniteError", "advance", "check_classes", "check_finite", "energy_of", "settle", "uniform_states"]
+__all__ = [
+    "NonFiniteError",
+    "advance",
+    "check_classes",
+    "check_finite",
+    "energy_of",
+    "settle",
+    "tells_of_the_start",
+    "uniform_states",
+]
+
+# Paths that are the fused kernel.
+FUSED = ("resident", "streaming")
 
 # Chains that are tested together: of a large start no whole copies are made.
 _ROWS_AT_ONCE = 4096
@@ -86,15 +98,23 @@ def advance(
 ) -> Advanced:
     """An MLP energy on a ``Choice``'s path. chains.x is moved in place."""
     options: dict[str, Any] = {"thin": thin, "telemetry": telemetry}
+    if path in FUSED:
+        from . import fused  # only here: it imports triton
+
+        return fused.advance_mlp(description, chains, rule, steps, precision=precision, launch=launch, **options)
+    description = description.to(chains.x.device, chains.x.dtype)
     if path == "tiles":
         return torch_tiles.advance(description, chains, rule, steps, **options)
     if path == "compiled":
         return torch_compiled.advance(description, chains, rule, steps, precision=precision, **options)
-    from . import fused  # only here: it imports triton
+    from . import fused
 
-    if path == "products":
-        return fused.advance_products(description, chains, rule, steps, recorder=recorder, **options)
-    return fused.advance_mlp(description, chains, rule, steps, precision=precision, launch=launch, **options)
+    return fused.advance_products(description, chains, rule, steps, recorder=recorder, **options)
+
+
+def tells_of_the_start(path: str, steps: int) -> bool:
+    """Whether a start that is not finite shows in ``Advanced.report``, and so needs no test, and wait, of its own."""
+    return path in FUSED and steps > 0
 
 
 def energy_of(description: Description) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -102,7 +122,8 @@ def energy_of(description: Description) -> Callable[[Tensor, Tensor | None], Ten
 
     def energy(x: Tensor, labels: Tensor | None) -> Tensor:
         zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return torch_tiles.advance(description, Chains(x.clone(), 0, zeros, zeros, labels), Langevin(), 0).energy
+        whole = description.to(x.device, x.dtype)
+        return torch_tiles.advance(whole, Chains(x.clone(), 0, zeros, zeros, labels), Langevin(), 0).energy
 
     return energy
 
@@ -112,19 +133,28 @@ def settle(
     chains: Chains,
     rule: Langevin,
     steps: int,
-    weights: Mapping[str, Tensor],
+    weights: Callable[[], Mapping[str, Tensor]],
     energy: Callable[[Tensor, Tensor | None], Tensor],
     on_nonfinite: str,
+    start: Tensor | None = None,
 ) -> None:
     """Raise for chains that are not finite, or start them anew in place. The call's one device sync.
 
-    weights: by name, for the error. energy: of new states.
+    weights: by name, for the error. energy: of new states. start: the caller's, if nobody has tested yet that it is
+    finite: where ``tells_of_the_start``.
     """
+    if done.report is not None and (start is not None or on_nonfinite != "ignore"):
+        if not bool(done.report):
+            return
+        if start is not None:
+            check_finite(start)
+    if on_nonfinite == "ignore":
+        return
     bad = (done.first_bad >= 0) | ~done.energy.isfinite()
     if not bool(bad.any()):
         return
     if on_nonfinite == "raise":
-        raise NonFiniteError(_diagnosis(weights, done, bad, rule, steps))
+        raise NonFiniteError(_diagnosis(weights(), done, bad, rule, steps))
     chains = chains.rows(bad)
     ages, last = chains.first_steps + steps, done.x[bad]
     fresh = uniform_states(

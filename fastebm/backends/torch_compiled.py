@@ -174,6 +174,7 @@ def _constants(
 ) -> list[Tensor | None]:
     """The tensors that all blocks share, in the order in which ``_step`` takes them."""
     tensors: list[Tensor | None] = []
+    assert description.scales is not None  # it is not bare
     for mlp, scale in zip(mlps, description.scales, strict=True):
         first, *others = (w.to(operand) for w in mlp.weights)
         # The way down to few dims is a slow product in the library (fivefold at 2) unless the weight is laid out so.

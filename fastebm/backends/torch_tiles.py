@@ -215,7 +215,9 @@ class Evaluator:
     """
 
     def __init__(self, description: Description, n_rows: int, product_rows: int) -> None:
-        self.description = description
+        assert description.scales is not None  # nor is the constant: it is not bare
+        assert description.constant is not None
+        self.description, self.constant = description, description.constant
         self.networks = [
             _Network(mlp, scale, n_rows, product_rows)
             for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
@@ -234,7 +236,7 @@ class Evaluator:
 
     def energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """(n_rows,) E(x)."""
-        value = sum((network.energy(x, labels) for network in self.networks), self.description.constant)
+        value = sum((network.energy(x, labels) for network in self.networks), self.constant)
         d = self.description
         if d.curvature is not None and d.mean is not None:
             value = value + ((x - d.mean).square_() * d.curvature).sum(dim=1) / 2

@@ -1,0 +1,314 @@
+"""Weights as the step kernels read them: padded, split into halves and put in order, by one launch a call.
+
+They are made anew in every call and never kept, so whatever was written to a parameter in between is in them. In
+PyTorch the same takes a dozen operations a layer, whose dispatch may take longer than all steps on the device.
+
+A call has one buffer of int32 words. `layout` says where everything lies in it, `prepare` fills it, and the step
+kernels find things with the functions below it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .launch import block
+from .philox import lane_order
+
+# The buffer's head. REPORT: not 0 if any chain is not finite. SEED: its two words. BOUNDS: what bounds a gradient
+# in the streaming kernel, in float32: max|c|, max|b - c m|, then of each network max|W_1|.
+REPORT = tl.constexpr(0)
+SEED = tl.constexpr(2)
+BOUNDS = tl.constexpr(4)
+
+# Words: each part begins at a whole 128 bytes, so that loads of 16 bytes are aligned.
+_ALIGNMENT = 32
+
+# Elements a program of `prepare`: 8 a thread of its four warps.
+_BLOCK = 1024
+
+
+class Network(NamedTuple):
+    """What a layout takes of an MLP. outputs: of each layer, the head's last. halved: layers whose weights are."""
+
+    outputs: tuple[int, ...]
+    head: str
+    halved: tuple[bool, ...]
+
+
+class Part(NamedTuple):
+    """A matrix of the buffer, made of a source of rows x cols.
+
+    halves: 0 for float32, 1 for bf16, 2 for bf16 and what it left, which lies after it. in_lanes: columns are in
+    lane_order. scale: the network whose weight w_k multiplies the source, or -1; factor: a number that does.
+    padding: what stands beside the source; missing: what stands there if the source is None. reach: the word that takes
+    the largest |source|, or -1.
+    """
+
+    rows: int
+    cols: int
+    padded_rows: int
+    padded_cols: int
+    halves: int = 0
+    in_lanes: bool = False
+    scale: int = -1
+    factor: float = 1.0
+    padding: float = 0.0
+    missing: float = 0.0
+    reach: int = -1
+
+    @property
+    def size(self) -> int:
+        return self.padded_rows * self.padded_cols
+
+    @property
+    def words(self) -> int:
+        return self.size * self.halves // 2 if self.halves else self.size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """parts: weight and bias of each layer, w (k,), the constant, then c, m, b and b - c m as far as there are any.
+
+    n_layers: of all networks. curvature, linear: whether there are c and m, and b. networks: how many.
+    """
+
+    parts: tuple[Part, ...]
+    n_layers: int
+    n_networks: int
+    curvature: bool
+    linear: bool
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Of each part, and the end of the last."""
+        ends = [_aligned(BOUNDS.value + 2 + self.n_networks)]
+        for part in self.parts:
+            ends.append(_aligned(ends[-1] + part.words))
+        return tuple(ends)
+
+    @property
+    def words(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def n_programs(self) -> int:
+        return self.tables["TILES"][-1]
+
+    @cached_property
+    def tables(self) -> dict[str, Any]:
+        """The constants of `prepare`."""
+        tiles = [0]
+        for part in self.parts:
+            tiles.append(tiles[-1] + -(-part.size // _BLOCK))
+        fields = {f"{name.upper()}": tuple(getattr(p, name) for p in self.parts) for name in Part._fields}
+        return {"TILES": tuple(tiles), "OFFSETS": self.offsets[:-1], **fields, "BLOCK": _BLOCK}
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """The constants of the step kernels. WEIGHTS and BIASES: a word for each layer. LOWS: where a weight's low half
+        begins; 0 where it has none, -1 where it is float32. TERMS: -w, constant, c, m, b; -1 where there is none."""
+        layers, rest = 2 * self.n_layers, iter(self.offsets[2 * self.n_layers :])
+        weights = self.parts[:layers:2]
+        there = (True, True, self.curvature, self.curvature, self.linear)
+        return {
+            "WEIGHTS": self.offsets[:layers:2],
+            "LOWS": tuple(
+                {0: -1, 1: 0, 2: offset + part.size // 2}[part.halves]
+                for part, offset in zip(weights, self.offsets[:layers:2], strict=True)
+            ),
+            "BIASES": self.offsets[1:layers:2],
+            "TERMS": tuple(next(rest) if is_there else -1 for is_there in there),
+        }
+
+
+def _aligned(words: int) -> int:
+    return -(-words // _ALIGNMENT) * _ALIGNMENT
+
+
+@lru_cache(maxsize=256)
+def layout(
+    dim: int, networks: tuple[Network, ...], precision: str, block_dim: int, streaming: bool, curvature: bool,
+    linear: bool,
+) -> Layout:  # fmt: skip
+    """Of an architecture; nothing in it depends on a weight's value.
+
+    A scalar or class head is (1 or classes, padded in) in float32, with w_k in it (and a class head's sign), and its
+    bias not padded. A "logsumexp" head keeps its factor apart, and its bias is -inf in the padding, where no class is.
+    """
+    padded_dim = -(-dim // block_dim) * block_dim
+    halves = {"bf16": 1, "bf16x3": 2}.get(precision, 0)
+    parts = []
+    for k, network in enumerate(networks):
+        n_in, padded_in = dim, padded_dim
+        for i, (n_out, halved) in enumerate(zip(network.outputs, network.halved, strict=True)):
+            is_head = i == len(network.outputs) - 1
+            if is_head and network.head != "logsumexp":
+                options: dict[str, Any] = {"scale": k, "factor": -1.0 if network.head == "class" else 1.0}
+                parts += [Part(n_out, n_in, n_out, padded_in, **options), Part(1, n_out, 1, n_out, **options)]
+                break
+            factor, padded_out = 0.5 if halved else 1.0, block(n_out)
+            reach = BOUNDS.value + 2 + k if streaming and i == 0 else -1
+            parts += [
+                Part(n_out, n_in, padded_out, padded_in, halves, in_lanes=i == 0, factor=factor, reach=reach),
+                Part(1, n_out, 1, padded_out, factor=factor, padding=-float("inf") if is_head else 0.0),
+            ]
+            n_in, padded_in = n_out, padded_out
+    n_layers = len(parts) // 2
+    parts += [Part(1, len(networks), 1, len(networks), factor=-1.0, missing=-1.0), Part(1, 1, 1, 1)]
+    row = Part(1, dim, 1, padded_dim, in_lanes=True)
+    if curvature:
+        parts += [row._replace(reach=BOUNDS.value if streaming else -1), row]
+    if linear:
+        parts.append(row)
+    if streaming and (curvature or linear):
+        parts.append(row._replace(reach=BOUNDS.value + 1))
+    return Layout(tuple(parts), n_layers, len(networks), curvature, linear)
+
+
+@triton.jit
+def rounded_to_bf16(x):
+    """To the nearest, ties to even, as float32. In bits, because Triton's interpreter cuts off instead."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, rounded, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_bf16(ptr, x, exists):
+    """x as it is: a value of bf16 in float32."""
+    upper = (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+    tl.store(ptr, upper.to(tl.bfloat16, bitcast=True), mask=exists)
+
+
+@triton.jit
+def fill_part(
+    out_ptr, source_ptr, stride_row, stride_col, scale_ptr, tile, OFFSET: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, PADDED_ROWS: tl.constexpr, PADDED_COLS: tl.constexpr, HALVES: tl.constexpr,
+    IN_LANES: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, PADDING: tl.constexpr, MISSING: tl.constexpr,
+    REACH_WORD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Elements tile BLOCK and on of a `Part`."""
+    SIZE: tl.constexpr = PADDED_ROWS * PADDED_COLS
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    row = i // PADDED_COLS
+    col = i % PADDED_COLS
+    if IN_LANES:
+        col = lane_order(col)
+    inside = (row < ROWS) & (col < COLS)
+    if source_ptr is None:
+        x = tl.full((BLOCK,), MISSING, tl.float32)
+    else:
+        # int64: a parameter may be a part of a larger tensor
+        offsets = row.to(tl.int64) * stride_row + col.to(tl.int64) * stride_col
+        x = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if REACH_WORD >= 0:
+            # as integers, magnitudes are in the order of the floats, and NaN is above all
+            magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            tl.atomic_max(out_ptr + REACH_WORD, tl.max(magnitude, axis=0))
+        if SCALE >= 0 and scale_ptr is not None:
+            x = x * (tl.load(scale_ptr + SCALE).to(tl.float32) * FACTOR)
+        elif FACTOR != 1.0:
+            x = x * FACTOR
+    x = tl.where(inside, x, PADDING)
+    exists = i < SIZE
+    if HALVES == 0:
+        tl.store((out_ptr + OFFSET).to(tl.pointer_type(tl.float32)) + i, x, mask=exists)
+    else:
+        half_ptr = (out_ptr + OFFSET).to(tl.pointer_type(tl.bfloat16)) + i
+        hi = rounded_to_bf16(x)
+        store_bf16(half_ptr, hi, exists)
+        if HALVES == 2:
+            store_bf16(half_ptr + SIZE, rounded_to_bf16(x - hi), exists)
+
+
+# Where parameters lie is theirs: another alignment or stride must not compile this anew.
+@triton.jit(
+    do_not_specialize=["seed_ptr", "seed_low", "seed_high", "scale_ptr", "sources", "row_strides", "col_strides"]
+)
+def prepare(
+    out_ptr,  # int32, all 0
+    seed_ptr, seed_low, seed_high,  # (1,) int64; or None, and the words of a number
+    scale_ptr,  # (networks,), the w_k; or None: all 1
+    sources, row_strides, col_strides,  # of each part, a pointer to any float or None
+    TILES: tl.constexpr,  # of each part its first program, and the end
+    OFFSETS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PADDED_ROWS: tl.constexpr,
+    PADDED_COLS: tl.constexpr, HALVES: tl.constexpr, IN_LANES: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
+    PADDING: tl.constexpr, MISSING: tl.constexpr, REACH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0)
+    if number == 0:
+        if seed_ptr is not None:
+            seed = tl.load(seed_ptr)
+            seed_low = seed.to(tl.int32)
+            seed_high = (seed >> 32).to(tl.int32)
+        tl.store(out_ptr + SEED, seed_low)
+        tl.store(out_ptr + SEED + 1, seed_high)
+    for p in tl.static_range(len(OFFSETS)):
+        # tl.constexpr: triton 3.6 takes an entry of a constexpr tuple for a value
+        if (number >= tl.constexpr(TILES[p])) & (number < tl.constexpr(TILES[p + 1])):
+            fill_part(
+                out_ptr, sources[p], row_strides[p], col_strides[p], scale_ptr, number - tl.constexpr(TILES[p]),
+                tl.constexpr(OFFSETS[p]), tl.constexpr(ROWS[p]), tl.constexpr(COLS[p]), tl.constexpr(PADDED_ROWS[p]),
+                tl.constexpr(PADDED_COLS[p]), tl.constexpr(HALVES[p]), tl.constexpr(IN_LANES[p]),
+                tl.constexpr(SCALE[p]), tl.constexpr(FACTOR[p]), tl.constexpr(PADDING[p]), tl.constexpr(MISSING[p]),
+                tl.constexpr(REACH[p]), BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def float_pointer(prepared_ptr, WORD: tl.constexpr):
+    """To float32 numbers of the buffer; None for WORD = -1."""
+    if WORD < 0:
+        return None
+    else:
+        return (prepared_ptr + WORD).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def half_pointer(prepared_ptr, WORD: tl.constexpr):
+    """To bf16 numbers of the buffer."""
+    return (prepared_ptr + WORD).to(tl.pointer_type(tl.bfloat16))
+
+
+@triton.jit
+def term_pointers(prepared_ptr, TERMS: tl.constexpr):
+    """To -w_k, the constant, c, m and b; None for what there is not."""
+    return (
+        float_pointer(prepared_ptr, tl.constexpr(TERMS[0])),
+        float_pointer(prepared_ptr, tl.constexpr(TERMS[1])),
+        float_pointer(prepared_ptr, tl.constexpr(TERMS[2])),
+        float_pointer(prepared_ptr, tl.constexpr(TERMS[3])),
+        float_pointer(prepared_ptr, tl.constexpr(TERMS[4])),
+    )
+
+
+@triton.jit
+def seed_pointer(prepared_ptr):
+    """To the seed, (1,) int64."""
+    return (prepared_ptr + SEED).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def weight_pointers(prepared_ptr, WEIGHTS: tl.constexpr, LOWS: tl.constexpr):
+    """Of each layer, a pointer for each half of its weight. See `Layout.places`."""
+    pointers = ()
+    for layer in tl.static_range(len(WEIGHTS)):
+        if tl.constexpr(LOWS[layer]) < 0:
+            weight = (float_pointer(prepared_ptr, tl.constexpr(WEIGHTS[layer])),)
+        else:
+            weight = (half_pointer(prepared_ptr, tl.constexpr(WEIGHTS[layer])),)
+            if tl.constexpr(LOWS[layer]) > 0:
+                weight = weight + (half_pointer(prepared_ptr, tl.constexpr(LOWS[layer])),)
+        pointers = pointers + (weight,)
+    return pointers
+
+
+@triton.jit
+def bias_pointers(prepared_ptr, BIASES: tl.constexpr):
+    pointers = ()
+    for layer in tl.static_range(len(BIASES)):
+        pointers = pointers + (float_pointer(prepared_ptr, tl.constexpr(BIASES[layer])),)
+    return pointers
