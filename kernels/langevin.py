@@ -31,7 +31,7 @@ from .mlp import (
     transpose,
 )
 from .philox import from_lanes, lane_order, normals, to_lanes
-from .weights import BOUNDS, REPORT, bias_pointers, float_pointer, seed_pointer, term_pointers, weight_pointers
+from .weights import BOUNDS, REPORT, bias_pointers, float_pointer, seed_pointer, weight_pointers
 
 # -- parts of a step, shared with update.py --------------------------------------------------------------------
 
@@ -285,7 +285,14 @@ def langevin_resident(
 ):  # fmt: skip
     weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
     bias_ptrs = bias_pointers(in_biases_ptr, BIASES)
-    scale_ptr, constant_ptr, curvature_ptr, mean_ptr, linear_ptr = term_pointers(prepared_ptr, TERMS)
+    scale_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[0]))
+    constant_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[1]))
+    curvature_ptr, mean_ptr, linear_ptr = None, None, None  # here, as no function of triton 3.6 can return None
+    if tl.constexpr(TERMS[2]) >= 0:
+        curvature_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[2]))
+        mean_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[3]))
+    if tl.constexpr(TERMS[4]) >= 0:
+        linear_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[4]))
     seed_ptr = seed_pointer(prepared_ptr)
     tile = first_tile + tl.program_id(0)
     first, chains, inside = tile_at(tile, n_chains, BLOCK_CHAINS)
@@ -546,7 +553,14 @@ def langevin_streaming(
 ):  # fmt: skip
     weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
     bias_ptrs = bias_pointers(in_biases_ptr, BIASES)
-    scale_ptr, constant_ptr, curvature_ptr, mean_ptr, linear_ptr = term_pointers(prepared_ptr, TERMS)
+    scale_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[0]))
+    constant_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[1]))
+    curvature_ptr, mean_ptr, linear_ptr = None, None, None  # here, as no function of triton 3.6 can return None
+    if tl.constexpr(TERMS[2]) >= 0:
+        curvature_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[2]))
+        mean_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[3]))
+    if tl.constexpr(TERMS[4]) >= 0:
+        linear_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[4]))
     seed_ptr = seed_pointer(prepared_ptr)
     reach_ptr = float_pointer(prepared_ptr, BOUNDS)
     first, chains, inside = tile_at(first_tile + tl.program_id(0), n_chains, BLOCK_CHAINS)

@@ -260,29 +260,14 @@ def prepare(
 
 @triton.jit
 def float_pointer(prepared_ptr, WORD: tl.constexpr):
-    """To float32 numbers of the buffer; None for WORD = -1."""
-    if WORD < 0:
-        return None
-    else:
-        return (prepared_ptr + WORD).to(tl.pointer_type(tl.float32))
+    """To float32 numbers of the buffer."""
+    return (prepared_ptr + WORD).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
 def half_pointer(prepared_ptr, WORD: tl.constexpr):
     """To bf16 numbers of the buffer."""
     return (prepared_ptr + WORD).to(tl.pointer_type(tl.bfloat16))
-
-
-@triton.jit
-def term_pointers(prepared_ptr, TERMS: tl.constexpr):
-    """To -w_k, the constant, c, m and b; None for what there is not."""
-    return (
-        float_pointer(prepared_ptr, tl.constexpr(TERMS[0])),
-        float_pointer(prepared_ptr, tl.constexpr(TERMS[1])),
-        float_pointer(prepared_ptr, tl.constexpr(TERMS[2])),
-        float_pointer(prepared_ptr, tl.constexpr(TERMS[3])),
-        float_pointer(prepared_ptr, tl.constexpr(TERMS[4])),
-    )
 
 
 @triton.jit
