@@ -2,7 +2,7 @@
 # All that a GPU is needed for, in two visits to a bare machine, of under five minutes each.
 #
 #   bash bench/on_gpu.sh --part a|b [--budget SECONDS] [--commit NAME] [--wheels FOLDER] [--dry]
-#   bash bench/on_gpu.sh --stages "NAME NAME ..." ...      stages of bench/gpu.py by name; without either: a, then b
+#   bash bench/on_gpu.sh --stages "NAME[=SECONDS] ..." ...      stages of bench/gpu.py; without either: a, then b
 #
 # Part a: are the shipped kernels right, how long do they run alone, their tests, the race, a profile.
 # Part b: the other tests, compute-sanitizer and ncu, the launch sweep.
