@@ -125,6 +125,8 @@ def compiled_step(
         x = x - drift * grad + noise_std * torch.randn_like(x)
         return x if clamp is None else x.clamp(*clamp)
 
+    # the steps of all energies and precisions are one code object, which PyTorch compiles eight times at most by itself
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(step, backend=backend, fullgraph=True, mode=mode)  # type: ignore[return-value]
 
 

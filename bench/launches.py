@@ -140,24 +140,18 @@ def as_loaded(device: torch.device) -> Row:
 
 
 def time_alone(kernel: Kernel, n_chains: int, device: torch.device, seconds: float, dry: bool) -> Row:
-    """Medians of: a whole call, the host's share of it up to the last launch, and its kernels on the GPU."""
+    """Medians of a whole call, and of its kernels on the GPU."""
     steps = 2 if dry else 10 if n_chains > 100_000 or kernel.precision is None else 60
     p = Problem(kernel.case(n_chains, steps), device, dry=dry)
     run = partial(sample, p, kernel.precision, steps, NOISE_STD)
-    calls, hosts = [], []
+    calls: list[float] = []
     end = time.monotonic() + seconds
     run()
-    while len(calls) < 3 or (len(calls) < 30 and time.monotonic() < end - seconds / 2):
+    while len(calls) < 3 or (len(calls) < 30 and time.monotonic() < end):
         calls.append(seconds_of(run, device))
-    while len(hosts) < 3 or (len(hosts) < 10 and time.monotonic() < end):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run(on_nonfinite="ignore")  # which waits for nothing at its end
-        hosts.append(time.perf_counter() - started)
     call = statistics.median(calls)
     row = {"kernel": kernel.name, "n_chains": n_chains, "steps": steps, "status": "ok", "call_seconds": call}
-    row |= {"host_seconds": statistics.median(hosts), "rounds": len(calls)}
+    row["rounds"] = len(calls)
     row["call_chain_steps_per_s"] = n_chains * steps / call
     if device.type == "cuda":
         row |= (on_gpu := gpu_times(run))

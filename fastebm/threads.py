@@ -43,7 +43,8 @@ def survives_fork(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*arguments: object, **options: object) -> object:
-        if not _forked:
+        # torch.compile can't trace a change of threads
+        if not _forked or torch.compiler.is_compiling():
             return function(*arguments, **options)
         with threads(1):
             return function(*arguments, **options)

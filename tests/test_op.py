@@ -700,3 +700,14 @@ def test_tensors_of_seed_and_step_outside_of_compile():
         compiled(lambda s, t: langevin_sample(energy, batch_size=4, seed=s, first_step=t, **OPTIONS))(seed, step),
         expected,
     )
+
+
+def test_a_forked_process_compiles_too(monkeypatch):
+    """There a call of PyTorch's threads stands before it, which can't be traced."""
+    monkeypatch.setattr("fastebm.threads._forked", True)
+    energy, x = MLPEnergy(3, (16,)), torch.randn(5, 3)
+
+    def f(x):
+        return langevin_sample(energy, init=x, seed=3, **OPTIONS)
+
+    same(torch.compile(f, fullgraph=True, backend="eager")(x), f(x))

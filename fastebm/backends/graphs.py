@@ -7,6 +7,7 @@ recording are steps that the call has to take anyway, so it costs one pass of Py
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -71,12 +72,24 @@ def run_steps(
     return how
 
 
+_kept = threading.local()
+
+
+def stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """One for each thread and device, kept: cuBLAS has a workspace, some 64 MiB, for every stream that it has seen."""
+    streams: dict[int, torch.cuda.Stream] = _kept.__dict__.setdefault("streams", {})
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in streams:
+        streams[index] = torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+    return streams[index]
+
+
 class CudaRecorder:
     """The current stream's device, through a stream beside it: what is recorded may not be the default stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = stream_beside(device)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -83,6 +83,7 @@ def uniform_states(
     return states.clamp_(lo, hi)  # type: ignore[arg-type]
 
 
+@survives_fork  # once more: a compiled call comes here by itself
 def advance(
     description: Description,
     chains: Chains,
