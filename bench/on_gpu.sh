@@ -13,7 +13,7 @@
 # Exit status: 0; 1 something is wrong or failed; 64 bad arguments, 69 no CUDA device, 70 fastebm can't be imported.
 #
 # --dry: the same logic at tiny sizes on the CPU, kernels in Triton's interpreter.
-# --commit names the commit, for a checkout without .git. --wheels: a folder of pure-Python wheels of peers.
+# --commit names the commit, for a copy without .git, or with another's. --wheels: a folder of pure-Python wheels of peers.
 # PYTHON names the interpreter.
 set -u
 cd "$(dirname "$0")/.." || exit 70

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def provenance(*peers: str) -> dict[str, Any]:
     """Machine, versions (of ``peers`` too), commit and date of this run.
 
-    COMMIT in the environment names the commit where there is no checkout.
+    COMMIT in the environment names the commit: a copy of the tree may have no checkout around it, or another's.
     """
     return {
         "cpu": _cpu(),
@@ -101,9 +101,11 @@ def _version(name: str) -> str:
 
 def _commit() -> str:
     """The commit, with a + if tracked files other than results differ from it; "unknown" outside a checkout."""
+    if named := os.environ.get("COMMIT"):
+        return named
     here = RESULTS.parent.parent
     if not (here / "pyproject.toml").exists():  # installed: a repository around it would be another's
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
@@ -111,5 +113,5 @@ def _commit() -> str:
         status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"]
         changed = subprocess.run(status, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return commit + ("+" if changed else "")

@@ -209,7 +209,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         for m in modules:
             uses, mode = _at_rest.get(m, (0, m.training))
             _at_rest[m] = (uses + 1, mode)
-            m.training = False
+            if m.training:  # a module's attribute is slow to set
+                m.training = False
     try:
         yield
     finally:
@@ -218,7 +219,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                 uses, mode = _at_rest.pop(m)
                 if uses > 1:
                     _at_rest[m] = (uses - 1, mode)
-                else:
+                elif m.training is not mode:
                     m.training = mode
 
 
