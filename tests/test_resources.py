@@ -197,7 +197,7 @@ def test_each_way_to_fall_behind_is_found():
     }
     refused = {**good, "refused": "needs too much shared memory"}
     slower = {**good, "warp_instructions_per_chain_step": "103.01"}
-    spilling = {**good, "spill_stores": 1}
+    spilling = {**good, "spill_stores": 17}
     for row in (good, refused):
         assert [resources.over_limit(row), resources.worse(row, row)] == [None] * 2
         assert [resources.spills(row, triton) for triton in resources.MAY_SPILL] == [None] * 2
@@ -205,6 +205,9 @@ def test_each_way_to_fall_behind_is_found():
     for triton in resources.MAY_SPILL:
         assert resources.spills(spilling, triton)
         assert not resources.spills({**spilling, "architecture": "sm_86"}, triton)
+    few = {**good, "spill_stores": 1}
+    assert resources.spills(few, "3.9.0")
+    assert not resources.spills(few, "3.6.0")
     some = {**good, "precision": "bf16x3", "spill_loads": 60, "spill_stores": 40}
     assert not resources.spills(some, "3.6.0")
     assert resources.spills({**some, "spill_loads": 61}, "3.6.0")
