@@ -451,7 +451,6 @@ STAGES = {
     "sweep": 80,
 }
 
-
 WARMED = ("timings", "sweep")  # stages that time what takes long to compile
 
 
@@ -459,8 +458,6 @@ def visit(asked: Sequence[tuple[str, float]], out: Path, budget: float, dry: boo
     """asked: stages, and the seconds of each, which are stretched or shrunk to fill the budget."""
     start, stages = time.time(), [name for name, _ in asked]
     out.mkdir(parents=True, exist_ok=True)
-    for old in ("environment.json", "rows.jsonl", "profile.txt", "watched.txt"):
-        (out / old).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         here = Visit(out, Path(folder), dry, Journal(out, {}))
         environ = functools.partial(write_environment, out, stages, budget)

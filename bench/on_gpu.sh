@@ -39,6 +39,7 @@ done
 python=${PYTHON:-$(command -v python3 || command -v python)}
 out=${OUT:-bench/results/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 70
+rm -f "$out"/{environment.json,rows.jsonl,profile.txt,watched.txt,errors.log}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

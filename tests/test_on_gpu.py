@@ -115,6 +115,17 @@ def test_part_b(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_both_parts_bring_their_rows_back(tmp_path):
+    """In too short a time, which their rows say too."""
+    (tmp_path / "rows.jsonl").write_text("of another visit\n")
+    words, environment = command(tmp_path, "--budget", "12")
+    assert subprocess.run(words, env=environment, capture_output=True, timeout=200).returncode == 1
+    found = gpu.read(tmp_path / "rows.jsonl")
+    assert {"shipped", "watched"} <= {row["what"] for row in found}
+    assert any(row.get("note") == "out of time" for row in found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rows_before", [1, 4, 12])
 def test_whatever_a_visit_knew_when_it_was_killed_is_there(tmp_path, rows_before):
     words, environment = command(tmp_path, "--stages", "shipped alone timings")
