@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastebm.bench.cases import CLAMP, DIGITS, DRIFT, NOISE_STD, TABLE, TOY, Case
+from fastebm.bench.cases import DIGITS, NOISE_STD, TABLE, TOY, Case
 from fastebm.bench.clock import interleaved, quartiles, seconds_of
 from fastebm.bench.problem import GATE_STEPS, SEED, Problem, largest
 from fastebm.bench.race import allowed_with_noise, context_is_lost, row_of
@@ -321,11 +321,6 @@ def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.3) 
 def launch_once(kernel: Kernel, n_chains: int, steps: int) -> None:
     """A whole call and nothing else, on CUDA; its rule is the cases'."""
     p = Problem(kernel.case(n_chains, steps), torch.device("cuda"))
-    rule = Langevin.from_drift_and_noise(DRIFT, NOISE_STD, clamp=CLAMP)
-    numbers = torch.arange(n_chains, device="cuda")
-    chains = Chains(p.x0.clone(), SEED, numbers, torch.zeros_like(numbers))
     choice = choose(p.energy, p.device, torch.float32, "triton", kernel.precision)
-    fused.advance_mlp(
-        choice.description, chains, rule, steps, precision=choice.precision, launch=choice.launch
-    )  # fmt: skip
+    advance(p, choice.precision, choice.launch, p.x0.clone(), steps, p.rule(NOISE_STD))
     torch.cuda.synchronize()

@@ -358,7 +358,7 @@ def _wants_compiled(compile: bool | str, choice: Choice, x: Tensor, steps: int) 
 
 
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
-    if choice.path in ("resident", "streaming"):
+    if choice.path in run.FUSED:
         return "all steps are one launch of the fused kernel"
     if choice.backend != "triton":
         return "steps in plain PyTorch wait for the device"

@@ -18,6 +18,7 @@ from . import Advanced, Chains, torch_compiled, torch_tiles
 from .graphs import Recorder
 
 __all__ = [
+    "FUSED",
     "NonFiniteError",
     "advance",
     "check_classes",
@@ -99,17 +100,15 @@ def advance(
 ) -> Advanced:
     """An MLP energy on a ``Choice``'s path. chains.x is moved in place."""
     options: dict[str, Any] = {"thin": thin, "telemetry": telemetry}
-    if path in FUSED:
+    if path in (*FUSED, "products"):
         from . import fused  # only here: it imports triton
-
+    if path in FUSED:
         return fused.advance_mlp(description, chains, rule, steps, precision=precision, launch=launch, **options)
     description = description.to(chains.x.device, chains.x.dtype)
     if path == "tiles":
         return torch_tiles.advance(description, chains, rule, steps, **options)
     if path == "compiled":
         return torch_compiled.advance(description, chains, rule, steps, precision=precision, **options)
-    from . import fused
-
     return fused.advance_products(description, chains, rule, steps, recorder=recorder, **options)
 
 
