@@ -127,10 +127,6 @@ def _parser() -> _Parser:
     )
     _add_device_and_backend(command, default=argparse.SUPPRESS)
     command.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-        help="move chains on a CPU by compiled code, which pays for wide energies (default: for mnist5k)",
-    )  # fmt: skip
-    command.add_argument(
         "--on-nonfinite", choices=["raise", "reinit"], default=argparse.SUPPRESS,
         help="chains that leave the finite numbers end the run, or start anew (default: raise)",
     )  # fmt: skip
@@ -144,7 +140,7 @@ def _parser() -> _Parser:
     command.add_argument(
         "--resume", type=Path, default=argparse.SUPPRESS, metavar="RUN",
         help="run folder to go on with, as if it had never stopped, or one of its checkpoints/step-N; the number of "
-        "processes, --device, --backend, --compile, --on-nonfinite and --checkpoint-every may change",
+        "processes, --device, --backend, --on-nonfinite and --checkpoint-every may change",
     )  # fmt: skip
 
     command = commands.add_parser("sample", help="draw samples from a run", description=_SAMPLE)

@@ -13,12 +13,14 @@ import torch
 from .data import DIGITS, Data, DataInfo
 from .langevin import Langevin
 
-__all__ = ["TrainConfig", "recipe"]
+__all__ = ["RETIRED", "TrainConfig", "recipe"]
+
+# Entries that configurations of earlier versions have, and that are dropped when one is read.
+RETIRED = ("compile",)
 
 # What differs from TrainConfig's defaults, by the name of a data set or else its kind.
 _RECIPES: dict[str, dict[str, Any]] = {
     "images": {},
-    "mnist5k": {"compile": True},
     "plane": {"steps": 2000, "hidden_sizes": (128, 128, 128), "learning_rate": 5e-3},
     "table": {"steps": 1500, "hidden_sizes": (128, 128), "noise_std": 0.2, "drift": 0.02, "cooling": 0.0},
     "breast_cancer": {"steps": 500, "hidden_sizes": (128, 128), "noise_std": 0.2, "drift": 0.02, "cooling": 0.0},
@@ -57,7 +59,6 @@ class TrainConfig:
         on_nonfinite: "raise" ends training when a chain leaves the finite numbers; "reinit" starts that chain anew and
             goes on, unless more than a tenth of a batch does so in one step. Samples of such chains are their starts.
         device: "auto" (a GPU if there is one) or any name of PyTorch's.
-        compile: chains on a CPU move by compiled code (see ``langevin_sample``), which pays for wide energies.
     """
 
     data: DataInfo = DIGITS
@@ -91,7 +92,6 @@ class TrainConfig:
     on_nonfinite: str = "raise"
     device: str = "auto"
     backend: str = "auto"
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "pool_size", "langevin_steps", "n_fresh", "fresh_steps"):
@@ -118,7 +118,6 @@ class TrainConfig:
             raise ValueError(f"dequantisation is for images: it must be 0, got {self.dequantisation!r}")
         if self.on_nonfinite not in ("raise", "reinit"):
             raise ValueError(f'on_nonfinite must be "raise" or "reinit", got {self.on_nonfinite!r}')
-        _require("compile", self.compile, bool, lambda v: True, "True or False")
         if self.batch_size > self.pool_size:
             raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
 
@@ -131,10 +130,6 @@ class TrainConfig:
         return Langevin.from_drift_and_noise(
             self.drift, blocks[len(blocks) - steps :], grad_clip=self.grad_clip, clamp=self.clamp
         )
-
-    def compiles(self, device: torch.device) -> bool:
-        """``compile``, where there is such code: a GPU runs kernels."""
-        return self.compile and device.type == "cpu"
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the iteration after ``step`` finished ones."""
@@ -154,11 +149,12 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``; entries that are ``RETIRED`` are dropped.
 
         Raises:
             ValueError: missing, unknown or impossible entries.
         """
+        values = {k: v for k, v in values.items() if k not in RETIRED}
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:
             odd = ", ".join(sorted(values.keys() ^ names))

@@ -50,7 +50,7 @@ def fresh_samples(
         on_steps: called with the steps done and all of them, every few steps; what it raises ends the sampling.
     """
     steps = config.fresh_steps if steps is None else steps
-    rule, device = config.sampler(steps), next(model.parameters()).device
+    rule = config.sampler(steps)
 
     def advance(**options: Any) -> tuple[Tensor, SampleInfo]:
         return langevin_sample(  # type: ignore[return-value]
@@ -61,7 +61,6 @@ def fresh_samples(
             seed=seed,
             first_chain=_FIRST_FRESH_CHAIN,
             backend=backend or config.backend,
-            compile=config.compiles(device) and backend in (None, "auto", "torch"),
             return_info=True,
             **options,
         )

@@ -35,7 +35,7 @@ from .energies import MLPEnergy, energy
 from .objectives import contrastive_divergence_loss
 from .pool import ChainPool
 from .processes import Processes
-from .recipe import TrainConfig
+from .recipe import RETIRED, TrainConfig
 from .report import report
 from .sampling import NonFiniteError, langevin_sample
 
@@ -51,7 +51,7 @@ __all__ = [
 CHECKPOINTS, LOCK, SUMMARY = "checkpoints", ".lock", "summary.json"
 
 # What a run may be resumed with another value of: nothing that says what it computes.
-FREE_SETTINGS = ("device", "backend", "compile", "on_nonfinite")
+FREE_SETTINGS = ("device", "backend", "on_nonfinite")
 
 # Steps between checkpoints: a few seconds of work to lose, and far more time training than writing.
 CHECKPOINT_EVERY = 250
@@ -122,10 +122,7 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         # A batch of no chains: it fails here, before anything is written, if the backend can't run.
-        langevin_sample(
-            self.model, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend,
-            compile=config.compiles(device),
-        )  # fmt: skip
+        langevin_sample(self.model, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend)
 
     def average_weights(self) -> None:
         """Exponential moving average, whose early values are not held down by the random start."""
@@ -216,7 +213,8 @@ def saved_config(run: str | os.PathLike[str]) -> TrainConfig:
 
 def _fixed(config: Any) -> Any:
     """What a run can't be resumed with another value of."""
-    return {k: v for k, v in config.items() if k not in FREE_SETTINGS} if isinstance(config, dict) else config
+    left_out = (*FREE_SETTINGS, *RETIRED)
+    return {k: v for k, v in config.items() if k not in left_out} if isinstance(config, dict) else config
 
 
 def load_model(run: str | os.PathLike[str]) -> tuple[MLPEnergy, TrainConfig]:
@@ -261,14 +259,14 @@ def train(
     """Train, sample, measure, draw: the whole run folder.
 
     A run that was stopped, killed or raised out of, and then resumed, ends with the same bits as one that was
-    not (on the same device, backend, code (compiled or not), number of threads and processes).
+    not (on the same device, backend, number of threads and processes).
 
     Args:
         out: a folder that does not exist or is empty; with ``resume``, that of a run, or a checkpoint in it: those
             after it are then deleted with the next one that is written.
         data: None: what the configuration names. Else the configuration is of this.
-        resume: go on from a checkpoint. ``config`` must be the run's own (``saved_config``), save for device, backend,
-            compile and on_nonfinite. The number of processes may be another.
+        resume: go on from a checkpoint. ``config`` must be the run's own (``saved_config``), save for device, backend
+            and on_nonfinite. The number of processes may be another.
         checkpoint_every: steps between checkpoints. One is also written at the start, at the end and when stopped.
         process_group: of processes that train this run together, each of which makes the same call. Each moves its
             part of the chains and takes its part of the data; ``out`` is one folder for all. Losses and gradients are
@@ -372,7 +370,7 @@ def _train_step(run: _Run, data: Data, flags: Callable[[], tuple[bool, bool]]) -
     real = real[slice(*processes.share(n))].to(run.device)
     samples, _ = run.pool.sample(
         model, n, config.sampler(config.langevin_steps), config.langevin_steps, backend=config.backend,
-        compile=config.compiles(run.device), on_nonfinite=config.on_nonfinite,
+        on_nonfinite=config.on_nonfinite,
     )  # fmt: skip
     n_nonfinite = run.pool.last.nonfinite if run.pool.last is not None else 0
     if n_nonfinite > max(1, _MAX_NONFINITE_SHARE * n):
