@@ -227,7 +227,6 @@ class ChainPool:
         *,
         backend: str = "auto",
         precision: str | None = None,
-        compile: bool = False,
         cuda_graph: bool = False,
         on_nonfinite: str = "raise",
     ) -> tuple[Tensor, Tensor]:
@@ -238,8 +237,6 @@ class ChainPool:
         Args:
             batch_size: over all processes.
             langevin: the rule; what it has for each chain is for the batch, in its order.
-            compile: True: as compiled code. Not "auto", which goes by the length of the call: compiled code rounds
-                otherwise, and chains would depend on the batch.
             on_nonfinite: "raise"; "reinit" starts those chains anew, as ``init`` says, and leaves all others as they
                 are (``last.nonfinite``, ``nonfinite``); "ignore" keeps their last finite state.
             Others as for ``langevin_sample``.
@@ -251,7 +248,7 @@ class ChainPool:
         Raises:
             ValueError, NonFiniteError: as ``langevin_sample``, on every process; the pool is unchanged then.
         """
-        arguments = (energy, batch_size, langevin, steps, backend, precision, compile, cuda_graph, on_nonfinite)
+        arguments = (energy, batch_size, langevin, steps, backend, precision, cuda_graph, on_nonfinite)
         if torch.compiler.is_compiling():
             from .backends import compiling
 
@@ -262,9 +259,9 @@ class ChainPool:
 
     def _sample(
         self, energy: nn.Module, batch_size: int, langevin: Langevin, steps: int, backend: str,
-        precision: str | None, compile: bool, cuda_graph: bool, on_nonfinite: str,
+        precision: str | None, cuda_graph: bool, on_nonfinite: str,
     ) -> Advanced:  # fmt: skip
-        options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
+        options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
         call = "sample", self.draws, self.added, self.reinit_prob, batch_size, steps
         with self._processes.together(call, differ=_OTHER_CALLS) as counts:
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
@@ -312,7 +309,6 @@ class ChainPool:
         progress: bool | None = None,
         backend: str = "auto",
         precision: str | None = None,
-        compile: bool = False,
         cuda_graph: bool = False,
         on_nonfinite: str = "raise",
     ) -> None:
@@ -332,7 +328,7 @@ class ChainPool:
         Raises:
             ValueError, NonFiniteError: as ``sample``.
         """
-        arguments = (energy, langevin, steps, chunk_size, progress, backend, precision, compile, cuda_graph)
+        arguments = (energy, langevin, steps, chunk_size, progress, backend, precision, cuda_graph)
         if torch.compiler.is_compiling():
             from .backends import compiling
 
@@ -342,9 +338,9 @@ class ChainPool:
 
     def _advance(
         self, energy: nn.Module, langevin: Langevin, steps: int, chunk_size: int | None, progress: bool | None,
-        backend: str, precision: str | None, compile: bool, cuda_graph: bool, on_nonfinite: str,
+        backend: str, precision: str | None, cuda_graph: bool, on_nonfinite: str,
     ) -> None:  # fmt: skip
-        options = {"backend": backend, "precision": precision, "compile": compile, "cuda_graph": cuda_graph}
+        options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
         story = tuple(self._story().values())
         before: tuple[Tensor, ...] = ()
         spare: Tensor | None = None
@@ -402,11 +398,6 @@ class ChainPool:
         on_nonfinite: str, options: Mapping[str, Any],
     ) -> tuple[Advanced, Tensor]:  # fmt: skip
         """Some chains after their steps, and which of them were not finite; the pool is unchanged."""
-        if not isinstance(options["compile"], bool):
-            raise ValueError(
-                f"compile must be True or False in a pool, got {options['compile']!r}: compiled code rounds otherwise, "
-                "and what a chain does must not depend on the length of a call"
-            )
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
         labels = None if self._labels is None else self._labels[rows]

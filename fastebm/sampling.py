@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .backends import Advanced, Chains, reference, run, torch_compiled
+from .backends import Advanced, Chains, reference, run
 from .backends.choose import Choice, choose
 from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
@@ -34,8 +33,8 @@ class SampleInfo:
     """What a sampling call did.
 
     backend: "triton", "torch" or "reference". path: what ran in it ("resident" or "streaming": the fused
-    kernel; "tiles", "compiled" or "products": closed-form gradient; "autograd"). why_not_fused: why the fused kernel
-    did not run, or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
+    kernel; "tiles" or "products": closed-form gradient; "autograd"). why_not_fused: why the fused kernel did not run,
+    or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
     the call is compiled). temperature: implied, noise_scale^2. cuda_graph: with ``cuda_graph=True``, "recorded" or in
     words why no step was; else None.
 
@@ -80,7 +79,6 @@ def langevin_sample(
     first_step: int | Tensor = 0,
     backend: str = "auto",
     precision: str | None = None,
-    compile: bool | str = "auto",
     device: torch.device | str | None = None,
     on_nonfinite: str = "raise",
     cuda_graph: bool = False,
@@ -94,7 +92,7 @@ def langevin_sample(
         x' = clamp(x - (step_size/2) clip(dE/dx) + sqrt(step_size) noise_scale xi),   xi ~ N(0, I)
 
     The energy runs in eval mode and is left as it was. The same weights, start, seed and precision give the
-    same bits a chain, whatever else is in the batch, on one kind of device.
+    same bits for each chain, whatever else is in the batch, on one kind of device.
 
     Args:
         energy: maps (batch, *shape) to (batch,) or (batch, 1). MLPs, a ``ClassifierEnergy`` of one and a
@@ -102,7 +100,7 @@ def langevin_sample(
         input_size: dims or shape of one state; may be left out with ``init``, or when the energy is an MLP.
         batch_size: number of chains, >= 0, when there is no ``init``.
         steps: >= 0; 0 returns the start.
-        step_size: > 0: a float, a (steps,) schedule, or (n_chains, 1) for a value a chain.
+        step_size: > 0: a float, a (steps,) schedule, or (n_chains, 1) for one value per chain.
         noise_scale: >= 0, in the same three forms; 0 is gradient descent.
         init: (n_chains, *shape) start, floating point. float64 is computed in float64 (and not by the fused
             kernel); everything else in float32, which is what comes back. None: uniform on the clamp range,
@@ -122,10 +120,7 @@ def langevin_sample(
         backend: "auto", "triton", "torch" or "reference".
         precision: of the fused kernel's products: "bf16x3" (about 16 bits of mantissa), "tf32", "bf16" or "ieee"
             (full float32: exact, and slow). None: "bf16x3", or "bf16" after
-            ``torch.set_float32_matmul_precision("medium")``. The other paths compute in full, but for compiled
-            code at "bf16", on a CPU that multiplies it.
-        compile: the torch path of an MLP energy on a CPU as code of torch.compile: True, False, or "auto", when the
-            call is so long that compiling (some 20 seconds, once) pays. Compiled and other code round differently.
+            ``torch.set_float32_matmul_precision("medium")``. The other paths compute in full.
         device: where to sample when there is no ``init``; None: where the energy is.
         on_nonfinite: "raise", "reinit" (start those chains anew) or "ignore" (return their last finite state).
         cuda_graph: where a step is several launches (an energy that is no MLP, or too wide an MLP), record one step as
@@ -154,9 +149,8 @@ def langevin_sample(
                 langevin_sample, energy, input_size, batch_size=batch_size, steps=steps, step_size=step_size,
                 noise_scale=noise_scale, init=init, labels=labels, frozen=frozen, clamp=clamp, grad_clip=grad_clip,
                 grad_norm_clip=grad_norm_clip, seed=seed, generator=generator, first_chain=first_chain,
-                first_step=first_step, backend=backend, precision=precision, compile=compile, device=device,
-                on_nonfinite=on_nonfinite, cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin,
-                out=out, return_info=return_info,
+                first_step=first_step, backend=backend, precision=precision, device=device, on_nonfinite=on_nonfinite,
+                cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin, out=out, return_info=return_info,
             )  # fmt: skip
     rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip)
     if not isinstance(energy, nn.Module):
@@ -197,7 +191,6 @@ def langevin_sample(
         shape=shape,
         backend=backend,
         precision=precision,
-        compile=compile,
         on_nonfinite=on_nonfinite,
         cuda_graph=cuda_graph,
         thin=thin,
@@ -222,7 +215,6 @@ def advance_chains(
     shape: Sequence[int],
     backend: str = "auto",
     precision: str | None = None,
-    compile: bool | str = "auto",
     on_nonfinite: str = "raise",
     cuda_graph: bool = False,
     thin: int = 0,
@@ -259,7 +251,7 @@ def advance_chains(
             done = done._replace(cuda_graph="a compiled call records nothing by itself")
     else:
         choice, done = _advance(
-            energy, chains._replace(labels=labels), rule, steps, shape, dtype, backend, precision, compile,
+            energy, chains._replace(labels=labels), rule, steps, shape, dtype, backend, precision,
             on_nonfinite, cuda_graph, thin, telemetry, check_start,
         )  # fmt: skip
     if done.telemetry is None:
@@ -283,8 +275,8 @@ def advance_chains(
 
 def _advance(
     energy: nn.Module, chains: Chains, rule: Langevin, steps: int, shape: Sequence[int], dtype: torch.dtype,
-    backend: str, precision: str | None, compile: bool | str, on_nonfinite: str, cuda_graph: bool, thin: int,
-    telemetry: bool, check_start: bool,
+    backend: str, precision: str | None, on_nonfinite: str, cuda_graph: bool, thin: int, telemetry: bool,
+    check_start: bool,
 ) -> tuple[Choice, Advanced]:  # fmt: skip
     device = chains.x.device
     start = chains.x if check_start and readable(device) else None
@@ -300,9 +292,6 @@ def _advance(
             raise ValueError(
                 f"while a CUDA graph is captured only kernels can run, and this call would wait: {choice.why_not_fused}"
             )
-        if _wants_compiled(compile, choice, x, steps):
-            bf16 = precision == "bf16" and torch_compiled.multiplies_bf16()
-            choice = replace(choice, path="compiled", precision="bf16" if bf16 else "ieee")
         description = choice.description
         if description is not None:
             check_shape(energy, description, shape)
@@ -317,17 +306,10 @@ def _advance(
         recorder = CudaRecorder(device) if cuda_graph and why_not_recorded is None else None
         energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
         if description is not None:
-            arguments = {"launch": choice.launch, "recorder": recorder, "thin": thin, "telemetry": telemetry}
-            try:
-                done = run.advance(
-                    description, chains, rule, steps, path=choice.path, precision=choice.precision, **arguments
-                )
-            except torch_compiled.CannotCompile as error:
-                warnings.warn(f"the torch path runs uncompiled: {error}", stacklevel=4)
-                choice = replace(choice, path="tiles", precision="ieee")
-                done = run.advance(
-                    description, chains, rule, steps, path=choice.path, precision=choice.precision, **arguments
-                )
+            done = run.advance(
+                description, chains, rule, steps, path=choice.path, precision=choice.precision, launch=choice.launch,
+                recorder=recorder, thin=thin, telemetry=telemetry,
+            )  # fmt: skip
             energy_of = run.energy_of(description)
         elif choice.backend == "triton":
             from .backends import fused  # only here: it imports triton
@@ -341,20 +323,6 @@ def _advance(
             done, chains, rule, steps, lambda: dict(energy.named_parameters()), energy_of, on_nonfinite, start
         )  # fmt: skip
     return choice, done
-
-
-def _wants_compiled(compile: bool | str, choice: Choice, x: Tensor, steps: int) -> bool:
-    if compile not in (True, False, "auto"):
-        raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
-    can = choice.path == "tiles" and x.device.type == "cpu" and x.dtype == torch.float32
-    if compile is True and not can:
-        raise ValueError(
-            f"compile=True is for the torch path of an MLP energy, in float32 on a CPU; here {choice.backend!r} would "
-            f"take its path {choice.path!r} on {x.device} in {x.dtype}"
-        )
-    if compile == "auto":
-        return can and choice.description is not None and torch_compiled.pays(choice.description, len(x), steps)
-    return bool(compile)
 
 
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:

@@ -193,7 +193,7 @@ import os, torch, fastebm
 torch.set_num_threads(2)
 energy, init = fastebm.MLPEnergy(64, (128,)), torch.rand(2048, 64)
 def run():
-    options = {"step_size": 0.1, "noise_scale": 1.0, "seed": 1, "backend": "torch", "compile": False}
+    options = {"step_size": 0.1, "noise_scale": 1.0, "seed": 1, "backend": "torch"}
     fresh = fastebm.langevin_sample(energy, batch_size=2048, steps=1, **options)
     return fresh, fastebm.langevin_sample(energy, init=init, steps=2, **options)
 before = run()
@@ -216,7 +216,7 @@ import torch, fastebm
 def kilobytes(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
-energy, options = fastebm.build(784, hidden_sizes=(256, 128)), {"steps": 1, "backend": "torch", "compile": False}
+energy, options = fastebm.build(784, hidden_sizes=(256, 128)), {"steps": 1, "backend": "torch"}
 fastebm.langevin_sample(energy, batch_size=2048, **options)
 init = torch.rand(60_000, 784)
 before = kilobytes("VmRSS")

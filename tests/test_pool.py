@@ -348,7 +348,6 @@ def test_a_bad_state_is_refused_and_changes_nothing(energy, change, error, match
         ({"langevin": Langevin(clamp=(-torch.ones(DIM), 0.5))}, ValueError, "and the sampler to .* use one"),
         ({"langevin": Langevin(torch.ones(3))}, ValueError, "3 entries for 2 steps"),
         ({"langevin": Langevin(torch.ones(19, 1))}, ValueError, r"does not fit 20 chains"),
-        ({"compile": "auto"}, ValueError, "compile must be True or False in a pool, got 'auto'"),
         ({"on_nonfinite": "hide"}, ValueError, "on_nonfinite must be one of raise, reinit, ignore, got 'hide'"),
         ({"energy": MLPEnergy(4, (3,))}, ValueError, "the energy takes 4 dims, and the chains have 3"),
         ({"energy": MLPEnergy(DIM, (3,)).to("meta")}, ValueError, "the energy is on meta and the chains on cpu"),
@@ -584,7 +583,6 @@ def test_advance_moves_every_chain_whatever_the_chunks(energy, options):
         ({"chunk_size": 0}, ValueError, "chunk_size must be an int >= 1 or None, got 0"),
         ({"steps": -1}, ValueError, "steps must be >= 0"),
         ({"energy": MLPEnergy(4, (3,))}, ValueError, "the energy takes 4 dims"),
-        ({"compile": "auto"}, ValueError, "compile must be True or False"),
         ({"langevin": Langevin(torch.ones(49, 1))}, ValueError, "does not fit 50 chains"),
     ],
 )
