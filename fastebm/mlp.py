@@ -50,14 +50,6 @@ class Activation:
         """out = grad * act'(z)."""
         return ACTIVATIONS[self.name].backward(grad, z, self.parameter, out)
 
-    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """act(z) and act'(z) without buffers: for torch.compile, which fuses them."""
-        if self.name == "silu":  # written out, so that the exponential is taken once
-            s = torch.sigmoid(z)
-            return z * s, s * (1.0 + z * (1.0 - s))
-        value, pull_back = torch.func.vjp(ACTIVATIONS[self.name].module(self.parameter), z)  # type: ignore[misc]
-        return value, pull_back(torch.ones_like(z))[0]
-
 
 @dataclass(frozen=True)
 class _Rule:

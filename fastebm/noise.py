@@ -28,7 +28,6 @@ __all__ = [
     "normal",
     "normals_of_steps",
     "philox4x32",
-    "traceable_normal",
     "uniform",
     "words",
 ]
@@ -192,28 +191,6 @@ def normals_of_steps(
         rows = chains.expand(len(ahead), n).reshape(-1)
         drawn = normal(seed, stream, rows, (first_steps + ahead).reshape(-1), dim, dtype=dtype, out=out[: len(rows)])
         yield from drawn.reshape(len(ahead), n, dim)
-
-
-def traceable_normal(key: Tensor, stream: Stream, chains: Tensor, steps: Tensor, dim: int) -> Tensor:
-    """``normal`` without buffers, for torch.compile, which fuses it: (rows, dim) float32.
-
-    The same words; the logarithm, sine and cosine may differ in the last places.
-
-    Args:
-        key: (2,) int64, the seed's low and high word. chains, steps: (rows,) int64.
-    """
-    block = torch.arange(_n_blocks(dim), device=chains.device) | (int(stream) << 24)
-    c0, c1, c2, c3 = (chains & _MASK)[:, None], (chains >> 32)[:, None], (steps & _MASK)[:, None], block[None, :]
-    k0, k1 = key[0], key[1]
-    for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    u0, u1, u2, u3 = ((w.float() + 0.5) * 2.0**-32 for w in (c0, c1, c2, c3))
-    r0, r1 = ((u.log() * -2.0).sqrt() for u in (u0, u2))
-    t0, t1 = (u * (2.0 * math.pi) for u in (u1, u3))
-    quads = torch.stack([r0 * t0.cos(), r0 * t0.sin(), r1 * t1.cos(), r1 * t1.sin()], dim=-1)
-    return quads.flatten(1)[:, :dim]
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:

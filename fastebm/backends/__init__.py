@@ -2,7 +2,6 @@
 
 reference.py    the definition of correct: plain PyTorch, autograd, any energy
 torch_tiles.py  the fast pure-PyTorch path for MLP energies
-torch_compiled.py  the same as compiled code, for long calls on a CPU
 fused.py        the fused Triton kernel for MLP energies, and the fused update for all others
 choose.py       which of them runs, and why not the fused one
 run.py          the start, an MLP energy on the path that was chosen, and chains that are not finite

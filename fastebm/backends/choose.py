@@ -13,7 +13,16 @@ from torch import nn
 from ..description import Description, describe
 from ..mlp import NotAnMLP
 
-__all__ = ["BACKENDS", "PRECISIONS", "Choice", "choose", "interpreted", "launch_for", "why_not_fused"]
+__all__ = [
+    "BACKENDS",
+    "PRECISIONS",
+    "Choice",
+    "choose",
+    "interpreted",
+    "launch_for",
+    "multiplies_bf16",
+    "why_not_fused",
+]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
@@ -103,6 +112,11 @@ def choose(
         path = "autograd" if description is None else "products"
         return Choice("triton", path, description, None, full, why_not)
     return Choice("torch", "autograd" if description is None else "tiles", description, None, full, why_not)
+
+
+def multiplies_bf16() -> bool:
+    """The CPU has instructions for bf16 products (AVX-512 BF16); without them they are slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def launch_for(description: Description, precision: str, device: torch.device) -> Any:

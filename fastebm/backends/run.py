@@ -14,7 +14,7 @@ from ..langevin import Bounds, Langevin
 from ..noise import Stream, uniform
 from ..threads import survives_fork
 from ..tracing import readable
-from . import Advanced, Chains, torch_compiled, torch_tiles
+from . import Advanced, Chains, torch_tiles
 from .graphs import Recorder
 
 __all__ = [
@@ -107,8 +107,6 @@ def advance(
     description = description.to(chains.x.device, chains.x.dtype)
     if path == "tiles":
         return torch_tiles.advance(description, chains, rule, steps, **options)
-    if path == "compiled":
-        return torch_compiled.advance(description, chains, rule, steps, precision=precision, **options)
     return fused.advance_products(description, chains, rule, steps, recorder=recorder, **options)
 
 
