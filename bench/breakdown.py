@@ -29,10 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import fastebm.noise
 
 CASES = ("toy-4096", "table-4096", "digits-4096", "photographs-512")
-WAYS = (
-    *(("eager", "float32"), ("fastebm-torch", "float32")),
-    *(("fastebm-compiled", "float32"), ("fastebm-compiled", MM_BF16)),
-)
+WAYS = (("eager", "float32"), ("fastebm", "float32"), ("fastebm", MM_BF16))
 SECONDS = 20.0  # of timed runs a case
 
 # By name of an operation or of one around it; the first that fits. Compiled code makes the noise where it moves the

@@ -60,7 +60,7 @@ TESTS = {
 DRY_TESTS = (["tests/test_gpu.py", "tests/test_langevin.py"], "test")
 
 # Those that a GPU is not for would take the time of the others.
-ON_GPU = tuple(c for c in CONTESTANTS if c.name not in ("fastebm-torch", "fastebm-compiled", "fastebm-reference"))
+ON_GPU = tuple(c for c in CONTESTANTS if c.name not in ("fastebm", "fastebm-reference"))
 
 # In all cases before the others in any: ours, and what came closest.
 FIRST = tuple(

@@ -2,7 +2,7 @@
 
     python bench/run.py --quick                      some minutes: one case of every kind
     python bench/run.py --cases 'table-*' pcd-10000  cases by name, * and ? allowed; without: all
-    python bench/run.py --contestants eager jax fastebm-torch
+    python bench/run.py --contestants eager jax fastebm
     python bench/run.py --list                       what there is
 
 `fastebm bench` is the first of these. Writes steps.csv, training.csv, efficiency.csv and compilation.csv into --out,

@@ -227,7 +227,7 @@ def steps() -> str:
 def speed() -> str:
     """For the README: the cases of a training batch and more on a CPU, each path of fastebm beside the fastest peer."""
     rows = [row for row in most_threads(_timed("steps.csv")) if row["device"] == "cpu" and row["status"] == "ok"]
-    paths = [("fastebm-torch", "float32"), ("fastebm-compiled", "float32"), ("fastebm-compiled", "mm-bf16")]
+    paths = [("fastebm", "float32"), ("fastebm", "mm-bf16")]
     body = []
     for case in (
         *("toy-4096", "table-4096", "digits-4096", "photographs-512"),
@@ -240,15 +240,15 @@ def speed() -> str:
         peer = next(iter(of_case.values()))["peer"].removesuffix(" float32")
         eager, best = (float(next(iter(of_case.values()))[k]) for k in ("eager_seconds", "peer_seconds"))
         times = [f"{float(row['times_eager']):.2f}" if row else "" for row in ours]
-        limit = f"{100 * float(ours[1]['of_limit']):.0f} %" if ours[1] else ""
+        limit = f"{100 * float(ours[0]['of_limit']):.0f} %" if ours[0] else ""
         chains, energy = case.split("-")[1], next(iter(of_case.values()))["energy"].replace(" ", "")
         body.append([energy, chains, *times, f"{eager / best:.2f} ({peer})", limit])
     if not body:
         return _NONE
-    headings = ("default", "`compile=True`", '`precision="bf16"` too')
+    headings = ("default", '`precision="bf16"`')
     return (
         f"{_table(['energy', 'chains', *headings, 'fastest peer', 'of the limit'], body)}\n\nTimes the eager autograd "
-        "loop, 60 steps, medians of interleaved runs. *Of the limit*: with `compile=True`, of what the machine's "
+        "loop, 60 steps, medians of interleaved runs. *Of the limit*: of what the machine's "
         "products and normal numbers leave. "
         f"{_runs([row for row in rows if row['case'] in ('toy-4096', 'digits-4096')], 'steps.csv')}"
     )
