@@ -211,6 +211,17 @@ def torchebm(p: Problem, steps: int, noise_std: float) -> Run:
     return lambda: sampler.sample(x=p.x0, n_steps=steps)  # type: ignore[no-any-return]
 
 
+def ebmkit(p: Problem, steps: int, noise_std: float) -> Run:
+    """ebmkit's LangevinDynamics: x' = x - step_size dE/dx + noise_scale xi, then its clamp."""
+    try:
+        from ebm import LangevinDynamics
+    except ImportError:
+        raise Missing("ebmkit is not installed") from None
+    energy = p.energy
+    sampler = LangevinDynamics(p.case.drift, steps, noise_scale=noise_std, clamp=p.case.clamp)
+    return lambda: sampler.sample(lambda x: energy(x).squeeze(1), p.x0)  # type: ignore[no-any-return]
+
+
 def jax_energy(energy: nn.Module, precision: str) -> Callable[[Any], Any]:
     """The energy of a case in JAX, with the same weights: (n, *shape) -> the sum of n energies."""
     import jax
@@ -425,6 +436,7 @@ CONTESTANTS = (
     Contestant("jax", "float32", in_jax(jax_step)),
     Contestant("jax", "tf32", in_jax(jax_step)),
     Contestant("torchebm", "float32", torchebm),
+    Contestant("ebmkit", "float32", ebmkit),
     Contestant("blackjax", "float32", in_jax(blackjax_step)),
     Contestant("graph", "float32", graphed(eager)),
     Contestant("compile", "float32", compiled_at("float32")),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Heavy imports are within functions: the command line only asks for the arguments, and threads are set before JAX.
 
-PEERS = ("jax", "jaxlib", "torchebm", "blackjax", "arviz-stats")
+PEERS = ("jax", "jaxlib", "torchebm", "ebmkit", "blackjax", "arviz-stats")
 BUDGET, QUICK_BUDGET = 300.0, 32.0
 Row = dict[str, Any]
 

@@ -153,18 +153,22 @@ def _timed(name: str) -> list[dict[str, str]]:
 
 def _runs(rows: list[dict[str, str]], name: str) -> str:
     """What was measured, where and when: one line a machine, version and commit."""
-    seen = dict.fromkeys(
-        (
-            row["gpu"] if row["device"] == "cuda" else f"{row['threads']} threads of {row['cpu']}",
-            *(row[k] for k in ("torch", "jax", "torchebm", "blackjax", "date", "commit")),
-        )
+    lines = dict.fromkeys(
+        f"{row['gpu'] if row['device'] == 'cuda' else _threads(row)}, {_versions(row)}, {row['date']}, commit "
+        f"{row['commit']}"
         for row in rows
     )
-    lines = [
-        f"{machine}, torch {torch}, jax {jax}, torchebm {torchebm}, blackjax {blackjax}, {date}, commit {commit}"
-        for machine, torch, jax, torchebm, blackjax, date, commit in seen
-    ]
     return f"Measured by `python bench/run.py` on {'; '.join(lines)} (`bench/results/{name}`)."
+
+
+def _threads(row: dict[str, str]) -> str:
+    return f"{row['threads']} threads of {row['cpu']}"
+
+
+def _versions(row: dict[str, str], *more: str) -> str:
+    """Of torch, of ``more``, and of the peers that were there."""
+    names = ("torch", *more, "jax", "torchebm", "ebmkit", "blackjax")
+    return ", ".join(f"{name} {row[name]}" for name in names if row.get(name) not in (None, "", "absent"))
 
 
 def _not_timed(rows: list[dict[str, str]]) -> str:
@@ -320,11 +324,11 @@ def pool() -> str:
     ]
     table = _table(["chains", "contestant", *(heading for heading, _, _ in columns)], body)
     first = rows[0]
-    where = first["gpu"] if first["device"] == "cuda" else f"{first['threads']} threads of {first['cpu']}"
+    where = first["gpu"] if first["device"] == "cuda" else _threads(first)
     return (
         f"{table}\n\n{first['energy']}, batches of {first['batch_size']}, {first['steps']} steps. Measured by "
-        f"`python bench/pool.py` on {where}, torch {first['torch']}, torchebm {first['torchebm']}, {first['date']}, "
-        f"commit {first['commit']} (`bench/results/pool.csv`, with quartiles)."
+        f"`python bench/pool.py` on {where}, {_versions(first)}, {first['date']}, commit {first['commit']} "
+        "(`bench/results/pool.csv`, with quartiles)."
     )
 
 
@@ -360,8 +364,7 @@ def _of_visit(rows: list[dict[str, str]], name: str = "gpu.csv") -> str:
     runs = "; ".join(dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows))
     return (
         f"Measured by `bash bench/on_gpu.sh` on one {first['gpu']} (driver {first['driver']}, {first['cores']} cores "
-        f"of {first['cpu']}), torch {first['torch']}, triton {first['triton']}, jax {first['jax']}, torchebm "
-        f"{first['torchebm']}, blackjax {first['blackjax']}, {runs} (`bench/results/{name}`)."
+        f"of {first['cpu']}), {_versions(first, 'triton')}, {runs} (`bench/results/{name}`)."
     )
 
 

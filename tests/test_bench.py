@@ -26,7 +26,7 @@ TINY = Case(3, (16,), 70, 4)
 NAMES = ("eager", "closed-form", "compile", "fastebm", "fastebm-reference")
 HERE = [c for c in taking_part(CPU) if c.name in NAMES and c.precision == "float32"]
 # peers that are installed; the test environment needs none
-for _name, _package in (("torchebm", "torchebm"), ("jax", "jax"), ("blackjax", "blackjax")):
+for _name, _package in (("torchebm", "torchebm"), ("ebmkit", "ebm"), ("jax", "jax"), ("blackjax", "blackjax")):
     if importlib.util.find_spec(_package) is not None:
         HERE.append(next(c for c in CONTESTANTS if c.name == _name))
 
@@ -220,18 +220,18 @@ def test_a_contestant_past_its_share_is_skipped():
 
 
 def test_missing_peers_are_reported(monkeypatch):
-    for package in ("jax", "torchebm.core", "torchebm.losses", "blackjax", "arviz_stats.base"):
+    for package in ("jax", "torchebm.core", "torchebm.losses", "ebm", "blackjax", "arviz_stats.base"):
         monkeypatch.setitem(sys.modules, package, None)
-    names = [c.name for c in named("eager", "graph", "torchebm", "jax", "blackjax")]
+    names = [c.name for c in named("eager", "graph", "torchebm", "ebmkit", "jax", "blackjax")]
     found = race.race(TINY, named(*names), CPU, seconds=0.0)
     assert [row["contestant"] for row in found] == names
     notes = {row["contestant"]: row["note"] for row in found if row["status"] == "missing"}
     assert list(notes) == names[1:]
-    assert (notes["jax"], notes["torchebm"]) == ("jax is not installed", "torchebm is not installed")
+    assert all(notes[name] == f"{name} is not installed" for name in ("jax", "torchebm", "ebmkit"))
     assert "missing: jax is not installed" in race.brief(next(row for row in found if row["contestant"] == "jax"))
 
     found = training.race(TrainingCase(40, 3, (16,), 8, 2), list(training.TRAINERS), CPU, seconds=0.0)
-    assert {row["contestant"]: row["status"] for row in found}["torchebm"] == "missing"
+    assert [row["contestant"] for row in found if row["status"] == "missing"] == ["torchebm", "ebmkit"]
     found = efficiency.race(EFFICIENCY["mixture"], named("eager"), CPU)
     assert found[0]["note"] == "arviz-stats is not installed"
 
@@ -293,7 +293,8 @@ def test_a_training_race():
 
 
 def test_a_race_of_pools(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchebm.losses", None)
+    for package in ("torchebm.losses", "ebm"):
+        monkeypatch.setitem(sys.modules, package, None)
     asked = []
 
     def memory(*arguments):
@@ -307,7 +308,8 @@ def test_a_race_of_pools(tmp_path, monkeypatch):
         )
     assert pools.main(["--quick", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)]) == 0
     found = {(int(row["n_chains"]), row["contestant"]): row for row in read(tmp_path / "pool.csv")}
-    assert [key for key, row in found.items() if row["status"] == "missing"] == [(600, "torchebm"), (900, "torchebm")]
+    missing = [key for key, row in found.items() if row["status"] == "missing"]
+    assert missing == [(n, name) for n in (600, 900) for name in ("torchebm", "ebmkit")]
     ours, listed = found[900, "fastebm"], found[900, "list-buffer"]
     assert (listed["times_list"], found[600, "fastebm"]["times_smallest"]) == ("1", "1")
     cost = "draw_and_write_seconds"
