@@ -117,7 +117,8 @@ def roofline(rows: Sequence[Row]) -> Any:
     P: rate of products (of the precision), N: of normal numbers. Dashed: memory, if a step read and wrote the state
     once (8 bytes a normal number). The rates are medians over the rows.
     """
-    palette, rows = colours(rows), [row for row in rows if row["of_limit"] != ""]
+    palette = colours(rows)
+    rows = [row for row in rows if row["of_limit"] != "" and row["flops_per_chain_step"] > 0]  # a mixture has none
     figure = _figure(6.5, 4.8, rows)
     axes = figure.add_subplot()
     at = [row["flops_per_chain_step"] / row["dim"] for row in rows]

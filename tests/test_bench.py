@@ -14,7 +14,7 @@ import pytest
 import torch
 from fastebm.bench import breakdown, compilation, efficiency, limits, plot, race, rows, run, tables, training
 from fastebm.bench import pool as pools
-from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SUITE, TABLE, Case, TrainingCase
+from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SHOWN, SUITE, TABLE, Case, TrainingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, quartiles
 from fastebm.bench.contestants import CONTESTANTS, Contestant, eager, taking_part
 from fastebm.bench.problem import LAW_ALPHA, Missing, Problem, law_case, law_p_value, law_problem
@@ -538,6 +538,7 @@ def test_the_list_names_every_case_and_contestant(capsys):
 def test_the_suite_holds_the_cases_of_gpu_sessions_and_a_quick_set():
     assert set(CASES) <= set(run.STEPS.values())
     assert set(QUICK) <= set(SUITE)
+    assert set(SHOWN) <= set(run.STEPS)
     kinds = [run.describe(key).split(",")[0] for key in QUICK]
     assert set(kinds) == {"steps", "training", "effective samples", "first calls"}
 
