@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fastebm.bench.cases import SHOWN
+from fastebm.bench.problem import MM_BF16
 from fastebm.bench.rows import RESULTS, most_threads, read
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +206,10 @@ def _milliseconds(text: str) -> str:
     return f"{1e3 * float(text):.3g}"
 
 
+def _times(text: str) -> str:
+    return f"{float(text):.2f}" if text else ""
+
+
 def _percent(text: str) -> str:
     return f"{100 * float(text):.0f} %"
 
@@ -229,51 +235,51 @@ def steps() -> str:
 
 
 def speed() -> str:
-    """For the README: the cases of a training batch and more on a CPU, each path of fastebm beside the fastest peer."""
+    """For the README: the default call on a CPU beside the eager loop and the fastest contestant that is not ours."""
     rows = [row for row in most_threads(_timed("steps.csv")) if row["device"] == "cpu" and row["status"] == "ok"]
-    paths = [("fastebm", "float32"), ("fastebm", "mm-bf16")]
-    body = []
-    for case in (
-        *("toy-4096", "table-4096", "digits-4096", "photographs-512"),
-        *("toy-256", "table-256", "digits-256"),  # the batch of a training step
-    ):
-        of_case = {(row["contestant"], row["precision"]): row for row in rows if row["case"] == case}
-        if not of_case:
-            continue
-        ours = [of_case.get(path) for path in paths]
-        peer = next(iter(of_case.values()))["peer"].removesuffix(" float32")
-        eager, best = (float(next(iter(of_case.values()))[k]) for k in ("eager_seconds", "peer_seconds"))
-        times = [f"{float(row['times_eager']):.2f}" if row else "" for row in ours]
-        limit = f"{100 * float(ours[0]['of_limit']):.0f} %" if ours[0] else ""
-        chains, energy = case.split("-")[1], next(iter(of_case.values()))["energy"].replace(" ", "")
-        body.append([energy, chains, *times, f"{eager / best:.2f} ({peer})", limit])
-    if not body:
+    ours, bf16 = (
+        {row["case"]: row for row in rows if (row["contestant"], row["precision"]) == ("fastebm", precision)}
+        for precision in ("float32", MM_BF16)
+    )
+    shown = [ours[case] for case in SHOWN if case in ours]
+    if not shown:
         return _NONE
-    headings = ("default", '`precision="bf16"`')
+    headings = ["energy", "chains", "times eager", "fastest peer", "times the fastest peer", "of the limit"]
+    body = [
+        [
+            row["energy"].replace(", ", ","),
+            _chains(row),
+            _times(row["times_eager"]),
+            row["peer"].removesuffix(" float32"),
+        ]
+        + [_times(row["times_peer"]), _percent(row["of_limit"])]
+        for row in shown
+    ]
+    if bf16:
+        headings.append('`precision="bf16"`, times eager')
+        for line, row in zip(body, shown, strict=True):
+            line.append(_times(bf16[row["case"]]["times_eager"]) if row["case"] in bf16 else "")
     return (
-        f"{_table(['energy', 'chains', *headings, 'fastest peer', 'of the limit'], body)}\n\nTimes the eager autograd "
-        "loop, 60 steps, medians of interleaved runs. *Of the limit*: of what the machine's "
-        "products and normal numbers leave. "
-        f"{_runs([row for row in rows if row['case'] in ('toy-4096', 'digits-4096')], 'steps.csv')}"
+        f"{_table(headings, body)}\n\nWhole calls of `langevin_sample` with nothing asked for, 60 steps, medians of "
+        "interleaved runs. *Times eager*: the eager autograd loop, which counts as a peer too. *Of the limit*: of what "
+        f"the machine's products and normal numbers leave. {_runs(shown, 'steps.csv')}"
     )
 
 
 def cores() -> str:
-    """The cases that were run on one thread too."""
-    rows = [row for row in _timed("steps.csv") if row["device"] == "cpu" and row["status"] == "ok"]
-    most = {(row["case"], row["contestant"], row["precision"]): row for row in most_threads(rows)}
-    body = []
-    for row in rows:
-        many = most.get((row["case"], row["contestant"], row["precision"]))
-        if many is None or row["threads"] != "1" or many["threads"] == "1":
-            continue
-        rates = [float(r["chain_steps_per_s"]) for r in (row, many)]
-        way = f"{row['contestant']} {row['precision']}"
-        body.append([row["case"], way, *(f"{r:.3g}" for r in rates), f"{rates[1] / rates[0]:.2f}"])
-    if not body:
+    """The default call in the cases that were run on one thread too."""
+    rows = [row for row in _timed("steps.csv") if (row["device"], row["status"]) == ("cpu", "ok")]
+    ours = [row for row in rows if (row["contestant"], row["precision"]) == ("fastebm", "float32")]
+    rates = {(row["case"], int(row["threads"])): float(row["chain_steps_per_s"]) for row in ours}
+    n = max((threads for _, threads in rates), default=1)
+    cases = [case for case, threads in rates if threads == n > 1 and (case, 1) in rates]
+    if not cases:
         return _NONE
-    n = max(int(row["threads"]) for row in most.values())
-    return _table(["case", "contestant", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
+    body = [
+        [case, f"{rates[case, 1]:.3g}", f"{rates[case, n]:.3g}", f"{rates[case, n] / rates[case, 1]:.2f}"]
+        for case in cases
+    ]
+    return _table(["case", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
 
 
 def breakdown() -> str:

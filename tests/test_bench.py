@@ -471,7 +471,7 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     ours = next(row for row in again if (row["case"], row["contestant"]) == ("tiny-90", "fastebm"))
     rate = float(ours["chain_steps_per_s"])
-    assert f"| tiny-90 | fastebm float32 | {rate:.3g} | 1e+09 | {1e9 / rate:.2f} |" in tables.cores()
+    assert f"| tiny-90 | {rate:.3g} | 1e+09 | {1e9 / rate:.2f} |" in tables.cores()
     assert {row["threads"] for row in rows.most_threads(both) if row["case"] == "tiny-90"} == {"2"}
 
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
@@ -479,6 +479,12 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "SHOWN", ("tiny-70", "not run"))
+    ours = next(row for row in both if (row["case"], row["contestant"]) == ("tiny-70", "fastebm"))
+    times, limit = float(ours["times_eager"]), float(ours["of_limit"])
+    line = f"| 3-[16] | 70 | {times:.2f} | eager | {times:.2f} | {100 * limit:.0f} % |"  # of peers only eager took part
+    assert line in tables.speed()
+
     text = tables.steps()
     assert "| tiny-70 | fastebm float32 |" in text
     assert "- graph, missing in tiny-70, tiny-90: CUDA graphs need a CUDA device" in text
