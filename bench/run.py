@@ -168,8 +168,9 @@ class Runner:
             found = efficiency.race(EFFICIENCY[key], self.contestants, self.device, seconds=seconds, budget=seconds)
             return "efficiency", told(found, efficiency.brief)
         if key in COMPILATION:
-            pairs = [(c.name, c.precision) for c in self.contestants]
-            measured = compilation.measure(key, pairs, self.device.type, self.threads)
+            there = {(c.name, c.precision) for c in self.contestants}
+            ways = [way for way in compilation.WAYS[self.device.type] if way in there]
+            measured = compilation.measure(key, ways, self.device.type, self.threads)
             return "compilation", told(measured, compilation.brief)
         return "steps", self._steps(STEPS[key], seconds)
 
@@ -276,6 +277,8 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("first call, s", "first_call_seconds", _number),
         ("second process, s", "second_process_seconds", _number),
         ("later, s", "later_call_seconds", _number),
+        ("first, more, s", "first_call_more", _number),
+        ("second, more, s", "second_process_more", _number),
     ],
 }
 

@@ -190,7 +190,7 @@ def _timings(name: str, columns: list[tuple[str, str, Callable[[str], str]]], fi
         return _NONE
     body = [
         [row["case"], f"{row['contestant']} {row.get('precision', '')}".strip()]
-        + [form(row[column]) if row[column] else "" for _, column, form in columns]
+        + [form(row[column]) if row.get(column) else "" for _, column, form in columns]
         for row in rows
         if row["status"] == "ok"
     ]
@@ -352,6 +352,8 @@ def compilation() -> str:
         ("first call, s", "first_call_seconds", _number),
         ("in a second process, s", "second_process_seconds", _number),
         ("a later call, s", "later_call_seconds", _number),
+        ("first call, more than a later one", "first_call_more", _number),
+        ("in a second process, more", "second_process_more", _number),
     ]
     return _timings("compilation.csv", columns)
 

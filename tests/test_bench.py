@@ -379,7 +379,7 @@ def test_two_processes_share_their_caches_and_no_others(monkeypatch):
     seen = []
 
     def pretended(command, *, env, **options):
-        seen.append((command, env["TORCHINDUCTOR_CACHE_DIR"]))
+        seen.append((command, env["NUMBA_CACHE_DIR"]))
         first = 9.0 if len(seen) % 2 else 1.0
         return subprocess.CompletedProcess(command, 0, json.dumps({"first": first, "later": 0.5}), "")
 
@@ -387,9 +387,16 @@ def test_two_processes_share_their_caches_and_no_others(monkeypatch):
     found = list(compilation.measure("compile-table", [("eager", "float32"), ("jax", "float32")], "cpu", 1))
     assert [row["first_call_seconds"] for row in found] == [9.0, 9.0]
     assert [row["second_process_seconds"] for row in found] == [1.0, 1.0]
+    assert [(row["first_call_more"], row["second_process_more"]) for row in found] == [(8.5, 0.5)] * 2
     caches = [folder for _, folder in seen]
     assert caches[0] == caches[1] != caches[2] == caches[3]
     assert seen[0][0][1:] == ["-m", "fastebm.bench.compilation", "compile-table", "eager", "float32", "cpu", "1"]
+
+
+@pytest.mark.parametrize("device", list(compilation.WAYS))
+def test_first_calls_are_of_contestants_there_are(device):
+    there = {(c.name, c.precision) for c in taking_part(torch.device(device))}
+    assert set(compilation.WAYS[device]) <= there
 
 
 # --- the command, its rows, its figures ---
