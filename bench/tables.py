@@ -286,17 +286,18 @@ def breakdown() -> str:
     rows = _timed("breakdown.csv")
     if not rows:
         return "No rows are committed yet: `python bench/breakdown.py` makes them."
-    headings = ["case", "contestant", "ns a chain-step", "products", "noise", "elementwise", "rest", "limit, ns"]
-    body = [
-        [row["case"], f"{row['contestant']} {row['precision']}", f"{float(row['ns_a_chain_step']):.0f}"]
-        + [_percent(row[kind]) for kind in ("products", "noise", "elementwise", "rest")]
-        + [f"{float(row['limit_products_ns']):.0f} + {float(row['limit_normals_ns']):.0f}"]
-        for row in rows
-    ]
+    headings = ["case", "ns a chain-step", "products", "normals", "PyTorch's gradient", "rest"]
+    body = []
+    for row in rows:
+        whole = float(row["seconds"])
+        shares = [float(row[f"{part}_seconds"]) / whole for part in ("products", "normals", "gradient", "rest")]
+        nanoseconds = 1e9 * whole / (int(row["n_chains"]) * int(row["steps"]))
+        body.append([row["case"], f"{nanoseconds:.0f}", *(_percent(str(share)) if share else "" for share in shares)])
     first = rows[0]
     return (
-        f"{_table(headings, body)}\n\nBy `python bench/breakdown.py` on {first['threads']} threads of {first['cpu']}, "
-        f"torch {first['torch']}, {first['date']}, commit {first['commit']} (`bench/results/breakdown.csv`)."
+        f"{_table(headings, body)}\n\nThe default call on one core. Parts were run alone, in turns with the whole; the "
+        f"rest is the whole without them. By `python bench/breakdown.py` on {first['cpu']}, torch {first['torch']}, "
+        f"{first['date']}, commit {first['commit']} (`bench/results/breakdown.csv`)."
     )
 
 

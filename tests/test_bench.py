@@ -18,6 +18,7 @@ from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SHOWN, SUITE, T
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, quartiles
 from fastebm.bench.contestants import CONTESTANTS, Contestant, eager, taking_part
 from fastebm.bench.problem import LAW_ALPHA, Missing, Problem, law_case, law_p_value, law_problem
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastebm import cli
 
@@ -422,21 +423,24 @@ def steps_of(folder):
     return [row for row in read(folder / "steps.csv") if row["precision"] == "float32"]
 
 
-def test_time_is_told_apart_by_kind():
-    p = Problem(Case(64, (128, 128), 512, steps=3), torch.device("cpu"))
-    x, w = torch.rand(512, 512), torch.rand(512, 512)
-    for work, kind in (
-        (lambda: torch.mm(x, w), "products"),
-        (lambda: torch.randn_like(x), "noise"),
-        (lambda: breakdown.seen_as_one(torch.mm)(x, w), "noise"),  # whatever is within
-        (lambda: x.exp(), "elementwise"),
-    ):
-        work()
-        found = breakdown.shares(lambda work=work: [work() for _ in range(20)])
-        assert max(found, key=found.get) == kind
-    found = breakdown.shares(eager(p, 3, 0.1))
-    assert min(found["products"], found["noise"], found["elementwise"]) > 0.0
-    assert sum(found.values()) == pytest.approx(1.0)
+def test_the_parts_of_a_call_are_those_of_its_case(tmp_path, monkeypatch):
+    case = Case(6, (16, 8), 96, 3)
+    with FlopCounterMode(display=False) as counter:
+        breakdown.parts_of(Problem(case, CPU))["products"]()
+    # all but the head's, whose gradient is its weight
+    assert counter.get_total_flops() == 96 * 3 * (limits.flops_per_chain_step(Problem(case, CPU)) - 4 * 8)
+    module = dataclasses.replace(EFFICIENCY["mixture"], n_chains=96, steps=3)
+    found = [breakdown.row_of(key, c, seconds=0.0) for key, c in (("mlp", case), ("module", module))]
+    assert [(row["products_seconds"] > 0, row["gradient_seconds"] > 0) for row in found] == [
+        (True, False),
+        (False, True),
+    ]
+    for row in found:
+        parts = [row[f"{name}_seconds"] for name in (*breakdown.PARTS, "rest")]
+        assert sum(parts) == pytest.approx(row["seconds"])
+    rows.write(tmp_path / "breakdown.csv", found)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert [line.split(" | ")[4] != "" for line in tables.breakdown().splitlines()[2:4]] == [False, True]
 
 
 def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_path, capsys, monkeypatch):
