@@ -9,6 +9,7 @@ race.py         gate, clock, rows: the steps of chains
 training.py     a training step with persistent chains      efficiency.py  effective samples a second
 pool.py         draws, write-backs and memory of large pools
 compilation.py  first calls, and those of a second process  micro.py       single operations (pytest-benchmark)
+breakdown.py    where the time of the default call goes
 run.py          the command: cases -> contestants -> clock -> rows
 rows.py         result files                tables.py, plot.py  tables and figures from them; they never measure
 resources.py    what compiled kernels take of a GPU, without one

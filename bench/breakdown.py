@@ -1,123 +1,99 @@
-"""Where the time of a step goes on a CPU: python bench/breakdown.py
+"""Where the time of the default call goes, on one core: python bench/breakdown.py [CASE ...]
 
-One profiled run a contestant, its time by kind of operation, beside the limit's: what products and normal numbers take
-at the rates of ``limits.py``, measured in turns with the contestants. Shares are of the profiled run; the time of a
-chain-step is that of runs without a profiler.
+Its parts are run alone, in turns with the whole, since a profiler does not see into compiled code:
+
+- products: the library's products of an MLP's gradient, on as many tiles of as many rows.
+- normals: as many normal numbers, by ``fastebm.noise``, of several steps at once where a step has few.
+- gradient: PyTorch's own, of an energy that is a module.
+- rest: the whole without these, which is activations, updates, and what a call costs.
+
+What runs alone may find more of its data in cache, so the rest has that too.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
-from fastebm.bench.cases import STEPS
+from fastebm.bench.cases import SHOWN, STEPS, Case
 from fastebm.bench.clock import interleaved
 from fastebm.bench.contestants import CONTESTANTS
-from fastebm.bench.limits import flops_per_chain_step, rates, yardsticks
-from fastebm.bench.problem import MM_BF16, Problem, matmul
+from fastebm.bench.problem import SEED, Problem
 from fastebm.bench.rows import RESULTS, rounded, write
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from fastebm.bench.run import on_threads
 
-import fastebm.noise
+from fastebm.backends.torch_tiles import tile_rows
+from fastebm.energies import Energy
+from fastebm.noise import Stream, normals_of_steps
 
-CASES = ("toy-4096", "table-4096", "digits-4096", "photographs-512")
-WAYS = (
-    *(("eager", "float32"), ("fastebm-torch", "float32")),
-    *(("fastebm-compiled", "float32"), ("fastebm-compiled", MM_BF16)),
-)
-SECONDS = 20.0  # of timed runs a case
-
-# By name of an operation or of one around it; the first that fits. Compiled code makes the noise where it moves the
-# state, so its "noise" has the update and the clamp with it.
-NOISE = "fastebm normals"
-KINDS = {
-    "noise": re.compile(rf"{NOISE}|aten::normal_|aten::randn_like|cpp_fused.*bitwise_xor"),
-    "products": re.compile(r"aten::(mm|addmm|addmm_|linear)\b|mkldnn|onednn"),
-    "elementwise": re.compile(r"cpp_fused|aten::(?!empty|as_strided|select|slice|view|expand|t\b|transpose|detach)"),
-}
+SECONDS = 10.0  # of timed runs a case, or three rounds
+PARTS = ("products", "normals", "gradient")
 
 
-def seen_as_one(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> Tensor:
-        with record_function(NOISE):
-            return draw(*args, **kwargs)
+def parts_of(p: Problem) -> dict[str, Callable[[], object]]:
+    """What of PARTS a run of the case has, each alone."""
+    case = p.case
+    rows = min(tile_rows(case.dim, p.device), case.n_chains)
+    tiles, numbers = -(-case.n_chains // rows), torch.arange(rows)
+    drawn = (SEED, Stream.LANGEVIN, numbers, torch.zeros_like(numbers), case.steps, case.dim)
 
-    return drawn
+    def normals() -> None:
+        for _ in range(tiles):
+            for _ in normals_of_steps(*drawn, dtype=torch.float32):
+                pass
+
+    if p.mlp is None:
+        energy, x = Energy(p.energy, case.shape, torch.float32), p.x0.flatten(1)
+
+        def gradient() -> None:
+            for _ in range(case.steps):
+                energy.gradient(x)
+
+        return {"normals": normals, "gradient": gradient}
+
+    hidden = p.mlp.weights[:-1]  # the last has one row
+    ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
+    operands = [(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways]
+
+    def products() -> None:
+        with torch.inference_mode():
+            for _ in range(tiles * case.steps):
+                for a, w, out in operands:
+                    torch.mm(a, w, out=out)
+
+    return {"products": products, "normals": normals}
 
 
-def kind_of(event: Any) -> str | None:
-    names = []
-    while event is not None:
-        names.append(event.name)
-        event = event.cpu_parent
-    return next((kind for kind, pattern in KINDS.items() if any(map(pattern.search, names))), None)
-
-
-def shares(run: Callable[[], object]) -> dict[str, float]:
-    """Kind -> its share of the run's time."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        started = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - started
-    spent = dict.fromkeys(KINDS, 0.0)
-    for event in profiled.events():
-        if (kind := kind_of(event)) is not None:
-            spent[kind] += event.self_cpu_time_total * 1e-6 / seconds
-    return {**spent, "rest": max(0.0, 1.0 - sum(spent.values()))}
-
-
-def rows_of(key: str) -> list[dict[str, Any]]:
-    case = replace(STEPS[key], steps=10)
+def row_of(key: str, case: Case, seconds: float = SECONDS) -> dict[str, Any]:
     p = Problem(case, torch.device("cpu"))
-    contestants = {(c.name, c.precision): c for c in CONTESTANTS}
-    there = [contestants[way] for way in WAYS if way in contestants]
-    runs = {c: c.prepare(p, case.steps, case.noise_std) for c in there}
-
-    def with_precision(c: Any) -> Callable[[], object]:
-        def run() -> object:
-            with matmul(c.precision):
-                return runs[c]()
-
-        return run
-
-    ready = {c: with_precision(c) for c in there}
-    for run in ready.values():
+    whole = next(c for c in CONTESTANTS if c.name == "fastebm").prepare(p, case.steps, case.noise_std)
+    runs = {"whole": whole, **parts_of(p)}
+    for run in runs.values():
         run()
-    sticks: dict[Any, Callable[[], object]] = {y: y.run for y in yardsticks(p.device, {c.precision for c in there})}
-    times = interleaved({**ready, **sticks}, SECONDS, p.device)
-    found, flops, chain_steps = rates(times), flops_per_chain_step(p), case.n_chains * case.steps
-    rows = []
-    for c in there:
-        row: dict[str, Any] = {
-            "case": key,
-            "threads": torch.get_num_threads(),
-            "contestant": c.name,
-            "precision": c.precision,
-            "ns_a_chain_step": 1e9 * statistics.median(times[c]) / chain_steps,
-            "limit_products_ns": 1e9 * flops / found.products(c.precision),
-            "limit_normals_ns": 1e9 * case.dim / found.normals,
-            **shares(ready[c]),
-        }
-        print(*rounded(row).values(), flush=True)
-        rows.append(row)
-    return rows
+    took = {name: statistics.median(times) for name, times in interleaved(runs, seconds, p.device).items()}
+    spent = {name: took.get(name, 0.0) for name in PARTS}
+    return {
+        "case": key,
+        "energy": case.energy,
+        "n_chains": case.n_chains,
+        "steps": case.steps,
+        "threads": torch.get_num_threads(),
+        "seconds": took["whole"],
+        **{f"{name}_seconds": value for name, value in spent.items()},
+        "rest_seconds": took["whole"] - sum(spent.values()),
+    }
 
 
 def main() -> int:
-    import torch._inductor.config
-
-    torch._inductor.config.cpp.enable_kernel_profile = True  # compiled loops have names
-    fastebm.noise.normal = seen_as_one(fastebm.noise.normal)
-    write(RESULTS / "breakdown.csv", [rounded(row) for key in sys.argv[1:] or CASES for row in rows_of(key)])
+    rows = []
+    with on_threads(1):
+        for key in sys.argv[1:] or SHOWN:
+            rows.append(rounded(row_of(key, STEPS[key])))
+            print(*rows[-1].values(), flush=True)
+    write(RESULTS / "breakdown.csv", rows)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # x' = clamp(x - DRIFT dE/dx + NOISE_STD xi). The rate does not depend on them; these keep every energy's chains finite
 # and let them touch the bounds now and then, so that a contestant that does not clamp is found out.
@@ -95,31 +95,8 @@ DRY_CASES = (Case(3, (16,), 70, 2), Case(130, (16, 16), 66, 2))
 
 # -- the suite of run.py: what is typed on the command line -> the case ----------------------------------------
 
-_NAMES = {TOY: "toy", TABLE: "table", DIGITS: "digits", PHOTOGRAPHS: "photographs"}
-
-
-def _conv(n_chains: int) -> Case:
-    return Case(256, (16, 32), n_chains, kind="conv")
-
-
-def _key(case: Case) -> str:
-    return f"{_NAMES.get((case.dim, case.widths), case.kind)}-{case.n_chains}"
-
-
-# Steps of chains. Those past CASES: the autograd path, and the quick set's own, of some tenths of a second a run.
-STEPS = {
-    _key(case): case
-    for case in (
-        *(*CASES, Case(*PHOTOGRAPHS, 512), _conv(4_096), _conv(256)),
-        *(Case(*TOY, 1_024), Case(*TABLE, 1_024), Case(*PHOTOGRAPHS, 64), _conv(64)),
-    )
-}
-
-TRAINING = {f"pcd-{n}": TrainingCase(n) for n in (10_000, 100_000, 1_000_000)}
-
-# Of pool.py: the image tutorials' batch and image size.
-POOL = {n: TrainingCase(n, *DIGITS, batch_size=128) for n in (10_000, 100_000, 1_000_000)}
-QUICK_POOL = {n: TrainingCase(n, *DIGITS, batch_size=128, steps=10) for n in (1_000, 10_000)}
+CONV = (784, (16, 32))  # on the images of digits
+_NAMES = {TOY: "toy", TABLE: "table", DIGITS: "digits", PHOTOGRAPHS: "photographs", CONV: "conv28"}
 
 # Temperature 1, so noise_std^2 = 2 drift, and no clamp: the laws are then known.
 EFFICIENCY = {
@@ -127,12 +104,44 @@ EFFICIENCY = {
     for kind, dim, drift in (("gaussian", 16, 0.05), ("mixture", 2, 0.2))
 }
 
+
+def _key(case: Case) -> str:
+    return f"{_NAMES.get((case.dim, case.widths), case.kind)}-{case.n_chains}"
+
+
+# Steps of chains. Those past CASES: energies that are modules of their own, whose gradient is PyTorch's, and the quick
+# set's own, of some tenths of a second a run.
+STEPS = {
+    _key(case): case
+    for case in (
+        *(*CASES, Case(*PHOTOGRAPHS, 512), Case(*CONV, 256, kind="conv")),
+        *(replace(case, n_chains=1_024, steps=60) for case in EFFICIENCY.values()),
+        *(Case(*TOY, 1_024), Case(*TABLE, 1_024), Case(*PHOTOGRAPHS, 64), Case(*CONV, 64, kind="conv")),
+    )
+}
+
+# Of the README's table for a CPU, and of breakdown.py: many chains, the batch of a training step, modules.
+SHOWN = (
+    *("toy-4096", "table-4096", "digits-4096", "photographs-512"),
+    *("toy-256", "table-256", "digits-256"),
+    *("conv28-256", "gaussian-1024", "mixture-1024"),
+)
+
+TRAINING = {
+    **{f"pcd-{n}": TrainingCase(n) for n in (10_000, 100_000, 1_000_000)},
+    "pcd-digits-10000": TrainingCase(10_000, *DIGITS),
+}
+
+# Of pool.py: the image tutorials' batch and image size.
+POOL = {n: TrainingCase(n, *DIGITS, batch_size=128) for n in (10_000, 100_000, 1_000_000)}
+QUICK_POOL = {n: TrainingCase(n, *DIGITS, batch_size=128, steps=10) for n in (1_000, 10_000)}
+
 COMPILATION = {f"compile-{name}": Case(*energy, 1_024) for energy, name in ((TABLE, "table"), (DIGITS, "digits"))}
 
 SUITE: dict[str, Case | TrainingCase] = {**STEPS, **TRAINING, **EFFICIENCY, **COMPILATION}
 
 # Some minutes on two cores; one case a kind of energy.
 QUICK = (
-    *("toy-1024", "table-1024", "digits-256", "photographs-64", "conv-64"),
+    *("toy-1024", "table-1024", "digits-256", "photographs-64", "conv28-64"),
     *("pcd-10000", "gaussian", "mixture", "compile-table"),
 )

@@ -17,9 +17,16 @@ from typing import Any
 from fastebm.bench.cases import COMPILATION, Case
 
 # Empty at first, full for the second process. JAX keeps only compilations of over a second unless told otherwise.
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
+CACHES = ("NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
 KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-COLUMNS = ("first_call_seconds", "second_process_seconds", "later_call_seconds", "note")
+SECONDS = ("first_call_seconds", "second_process_seconds", "later_call_seconds")
+COLUMNS = (*SECONDS, "first_call_more", "second_process_more", "note")
+
+# The default call, and peers that compile.
+WAYS = {
+    "cpu": (("fastebm", "float32"), ("jax", "float32"), ("compile", "float32")),
+    "cuda": (("fastebm-triton", "bf16x3"), ("jax", "float32"), ("compile", "float32")),
+}
 
 
 def first_calls(key: str, name: str, precision: str, device: str, threads: str) -> dict[str, Any]:
@@ -51,8 +58,9 @@ def measure(
 ) -> Iterable[dict[str, Any]]:
     """One row a (name, precision): two processes after each other, with caches of their own.
 
-    first_call_seconds: from preparing to the end of the first run, packages of the contestant imported within.
-    second_process_seconds: the same with the first one's caches on disk. later_call_seconds: a warm call.
+    first_call_seconds: from preparing to the end of the first run, packages of the contestant imported within, but for
+    torch and fastebm. second_process_seconds: the same with the first one's caches on disk. later_call_seconds: a warm
+    call. first_call_more, second_process_more: seconds beyond a later call.
     """
     case: Case = COMPILATION[key]
     for name, precision in contestants:
@@ -78,7 +86,8 @@ def measure(
                     break
         if row["status"] == "ok":
             row |= {"first_call_seconds": found[0]["first"], "second_process_seconds": found[1]["first"]}
-            row["later_call_seconds"] = min(f["later"] for f in found)
+            row["later_call_seconds"] = later = min(f["later"] for f in found)
+            row |= {"first_call_more": found[0]["first"] - later, "second_process_more": found[1]["first"] - later}
         yield row
 
 
@@ -86,7 +95,7 @@ def brief(row: dict[str, Any]) -> str:
     name = f"{row['contestant']} {row['precision']}"
     if row["status"] != "ok":
         return f"{name}: {row['status']}: {row['note'][:120]}"
-    times = [f"{row[column]:.3g} s" for column in COLUMNS[:3]]
+    times = [f"{row[column]:.3g} s" for column in SECONDS]
     return f"{name}: first call {times[0]}, in a second process {times[1]}, later {times[2]}"
 
 

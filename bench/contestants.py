@@ -14,13 +14,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from fastebm.bench.problem import MM_BF16, SEED, Gaussian, Missing, Mixture, Problem
+from fastebm.bench.problem import MM_BF16, SEED, Gaussian, Missing, Mixture, Problem, cpu_multiplies_bf16
 from torch import Tensor, nn
 
 from fastebm import langevin_sample
 from fastebm.backends import Chains
 from fastebm.backends.choose import choose, interpreted
-from fastebm.backends.torch_compiled import multiplies_bf16
 from fastebm.energies import Energy
 from fastebm.mlp import MLP, read_mlp
 
@@ -212,6 +211,17 @@ def torchebm(p: Problem, steps: int, noise_std: float) -> Run:
     return lambda: sampler.sample(x=p.x0, n_steps=steps)  # type: ignore[no-any-return]
 
 
+def ebmkit(p: Problem, steps: int, noise_std: float) -> Run:
+    """ebmkit's LangevinDynamics: x' = x - step_size dE/dx + noise_scale xi, then its clamp."""
+    try:
+        from ebm import LangevinDynamics
+    except ImportError:
+        raise Missing("ebmkit is not installed") from None
+    energy = p.energy
+    sampler = LangevinDynamics(p.case.drift, steps, noise_scale=noise_std, clamp=p.case.clamp)
+    return lambda: sampler.sample(lambda x: energy(x).squeeze(1), p.x0)  # type: ignore[no-any-return]
+
+
 def jax_energy(energy: nn.Module, precision: str) -> Callable[[Any], Any]:
     """The energy of a case in JAX, with the same weights: (n, *shape) -> the sum of n energies."""
     import jax
@@ -327,8 +337,8 @@ def blackjax_step() -> JaxStep:
 # -- fastebm -------------------------------------------------------------------------------------------------
 
 
-def fastebm_at(backend: str, precision: str | None = None, *, compile: bool = False) -> Prepare:
-    """langevin_sample as users call it: its checks and its copy are in the time."""
+def fastebm_at(backend: str, precision: str | None = None) -> Prepare:
+    """langevin_sample as users call it: its checks and its copy are in the time. backend: "auto" is for a CPU."""
 
     def prepared(p: Problem, steps: int, noise_std: float) -> Run:
         if backend == "triton":
@@ -340,13 +350,14 @@ def fastebm_at(backend: str, precision: str | None = None, *, compile: bool = Fa
                 why_not = str(error)
             if why_not is not None:
                 raise Missing(why_not)
-        if compile and (p.device.type != "cpu" or p.mlp is None):
-            raise Missing("compiled code is for MLP energies on a CPU")
-        if compile and precision == "bf16" and not multiplies_bf16():
+        if backend == "auto" and p.device.type != "cpu":
+            raise Missing("on a GPU the default call is that of fastebm-triton, bf16x3")
+        if backend == "auto" and precision == "bf16" and p.mlp is None:
+            raise Missing("products in bf16 are for MLP energies")
+        if backend == "auto" and precision == "bf16" and not cpu_multiplies_bf16():
             raise Missing("this CPU has no bf16 products")
         rule = p.rule(noise_std)
         options: dict[str, Any] = {"backend": backend, "precision": precision, "clamp": rule.clamp, "seed": SEED}
-        options["compile"] = compile
         options |= {"step_size": rule.step_size, "noise_scale": rule.noise_scale}
         first_steps = itertools.count(0, steps)
         return lambda: langevin_sample(  # type: ignore[return-value]
@@ -416,16 +427,16 @@ def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
 
 CONTESTANTS = (
     Contestant("eager", "float32", eager),
+    Contestant("fastebm", "float32", fastebm_at("auto")),  # nothing asked for
+    Contestant("fastebm", MM_BF16, fastebm_at("auto", "bf16")),
     *(Contestant("fastebm-triton", precision, fastebm_at("triton", precision)) for precision in FUSED_PRECISIONS),
     *(Contestant("fastebm-graph", precision, fastebm_graph(precision)) for precision in ("bf16x3", "bf16")),
-    Contestant("fastebm-torch", "float32", fastebm_at("torch")),
-    Contestant("fastebm-compiled", "float32", fastebm_at("torch", compile=True)),
-    Contestant("fastebm-compiled", MM_BF16, fastebm_at("torch", "bf16", compile=True)),
     *(Contestant("compile+graph", q, graphed(compiled_at(q))) for q in ("float32", "tf32", MM_BF16)),
     Contestant("closed-form+graph", "float32", graphed(closed_form)),
     Contestant("jax", "float32", in_jax(jax_step)),
     Contestant("jax", "tf32", in_jax(jax_step)),
     Contestant("torchebm", "float32", torchebm),
+    Contestant("ebmkit", "float32", ebmkit),
     Contestant("blackjax", "float32", in_jax(blackjax_step)),
     Contestant("graph", "float32", graphed(eager)),
     Contestant("compile", "float32", compiled_at("float32")),

@@ -60,7 +60,7 @@ TESTS = {
 DRY_TESTS = (["tests/test_gpu.py", "tests/test_langevin.py"], "test")
 
 # Those that a GPU is not for would take the time of the others.
-ON_GPU = tuple(c for c in CONTESTANTS if c.name not in ("fastebm-torch", "fastebm-compiled", "fastebm-reference"))
+ON_GPU = tuple(c for c in CONTESTANTS if c.name not in ("fastebm", "fastebm-reference"))
 
 # In all cases before the others in any: ours, and what came closest.
 FIRST = tuple(
@@ -496,8 +496,8 @@ def visit(asked: Sequence[tuple[str, float]], out: Path, budget: float, dry: boo
 
 # -- the environment -----------------------------------------------------------------------------------------------
 
-PROVENANCE = ("cpu", "cores", "gpu", "python", "torch", "triton", "numpy", "fastebm", "jax", "torchebm", "blackjax",
-              "commit", "date", "driver", "cuda")  # fmt: skip
+PROVENANCE = ("cpu", "cores", "gpu", "python", "torch", "triton", "numpy", "fastebm", "jax", "torchebm", "ebmkit",
+              "blackjax", "commit", "date", "driver", "cuda")  # fmt: skip
 
 
 def nvidia_smi(query: str | None = None) -> str:
@@ -514,7 +514,7 @@ def write_environment(out: Path, stages: Sequence[str], budget: float) -> None:
     there = torch.cuda.is_available()
     clocks = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,memory.total,persistence_mode"
     content = {
-        **rows.provenance("jax", "torchebm", "blackjax"),
+        **rows.provenance("jax", "torchebm", "ebmkit", "blackjax"),
         "driver": nvidia_smi("driver_version"),
         "cuda": torch.version.cuda or "none",
         "capability": launches.capability(device()),
@@ -551,7 +551,9 @@ def write_rows(folders: Sequence[Path]) -> int:
                 timed[key].update(rows.rounded(columns))
         if kept:
             common = [*PROVENANCE]
-            last = [{k: v for k, v in row.items() if k not in common} | {k: row[k] for k in common} for row in kept]
+            last = [
+                {k: v for k, v in row.items() if k not in common} | {k: row.get(k, "") for k in common} for row in kept
+            ]
             rows.write(rows.RESULTS / f"{name}.csv", last, common={})
             print(f"{rows.RESULTS / name}.csv: {len(kept)} rows")
     tests = [row for row in found.values() if row["what"].startswith("tests")]

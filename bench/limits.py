@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastebm.bench.problem import MM_BF16, Problem, matmul
+from fastebm.bench.problem import MM_BF16, Problem, cpu_multiplies_bf16, matmul
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastebm.energies import Energy
@@ -37,8 +37,11 @@ class Yardstick:
 
 
 def yardsticks(device: torch.device, precisions: set[str]) -> list[Yardstick]:
-    """A product a precision, the normal generators of the contestants, a copy."""
-    found = [_product(device, precision) for precision in sorted({_operands(p)[0] for p in precisions})]
+    """A product a precision that the device multiplies, the normal generators of the contestants, a copy."""
+    operands = {_operands(p)[0] for p in precisions}
+    if device.type == "cpu" and not cpu_multiplies_bf16():
+        operands.discard("bf16")
+    found = [_product(device, precision) for precision in sorted(operands)]
     n = NUMBERS[device.type]
     out = torch.empty(n, device=device)
     found.append(Yardstick("normals", "torch.randn", n, lambda: out.normal_()))

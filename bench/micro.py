@@ -61,7 +61,7 @@ def test_gradient(benchmark: Any, how: str, energy: tuple[int, tuple[int, ...]])
     assert torch.allclose(g, module.gradient(p.x0), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["eager", "closed-form", "jax", "fastebm-torch", "fastebm-triton"])
+@pytest.mark.parametrize("name", ["eager", "closed-form", "jax", "fastebm", "fastebm-triton"])
 def test_one_step(benchmark: Any, name: str) -> None:
     """What a call costs beside its steps: one step of the table energy."""
     contestant = next(c for c in CONTESTANTS if c.name == name)

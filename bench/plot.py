@@ -66,11 +66,19 @@ def _figure(width: float, height: float, rows: Sequence[Row]) -> Any:
     return figure
 
 
+def _legend(figure: Any) -> None:
+    """Beside the axes, where it hides nothing; of the names in any of them."""
+    there = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(there.values(), there.keys(), fontsize=8, loc="outside right center")
+
+
 def speedups(rows: Sequence[Row]) -> Any:
     """Bars: median seconds of the eager loop over a contestant's, a group a case; quartiles of the latter."""
     palette, rows = colours(rows), [row for row in rows if row["times_eager"] != ""]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = _figure(max(6.0, 1.6 * len(cases)), 4.5, rows)
+    figure = _figure(max(6.0, 2.0 + len(cases)), 4.5, rows)
     axes = figure.add_subplot()
     width = 0.8 / len(palette)
     for i, (name, colour) in enumerate(palette.items()):
@@ -83,7 +91,8 @@ def speedups(rows: Sequence[Row]) -> Any:
     axes.axhline(1.0, color="#666666", linewidth=0.8)
     axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=8)
     axes.set_ylabel("times the eager loop")
-    axes.legend(fontsize=7, ncols=2)
+    axes.margins(x=0.01)
+    _legend(figure)
     return figure
 
 
@@ -106,8 +115,7 @@ def throughput(rows: Sequence[Row]) -> Any:
         axes.set_xticks(sizes[energy], [f"{n:,.0f}" for n in sizes[energy]])
         axes.set_xticks([], minor=True)
         axes.title.set_fontsize(9)
-        if i == 0:
-            axes.legend(fontsize=6)
+    _legend(figure)
     return figure
 
 
@@ -117,8 +125,9 @@ def roofline(rows: Sequence[Row]) -> Any:
     P: rate of products (of the precision), N: of normal numbers. Dashed: memory, if a step read and wrote the state
     once (8 bytes a normal number). The rates are medians over the rows.
     """
-    palette, rows = colours(rows), [row for row in rows if row["of_limit"] != ""]
-    figure = _figure(6.5, 4.8, rows)
+    palette = colours(rows)
+    rows = [row for row in rows if row["of_limit"] != "" and row["flops_per_chain_step"] > 0]  # a mixture has none
+    figure = _figure(8.5, 4.8, rows)
     axes = figure.add_subplot()
     at = [row["flops_per_chain_step"] / row["dim"] for row in rows]
     x = np.geomspace(min(at) / 2, max(at) * 2, 200)
@@ -133,7 +142,7 @@ def roofline(rows: Sequence[Row]) -> Any:
         rate = [row["chain_steps_per_s"] * row["flops_per_chain_step"] for row in own]
         axes.plot([row["flops_per_chain_step"] / row["dim"] for row in own], rate, "o", color=colour, label=name)
     axes.set(xscale="log", yscale="log", xlabel="product FLOPs a normal number", ylabel="product FLOP/s")
-    axes.legend(fontsize=7)
+    _legend(figure)
     return figure
 
 

@@ -4,8 +4,8 @@
     python bench/pool.py --quick         1k and 10k, fewer steps: a minute; writes runs/bench/pool.csv
 
 One row a number of chains and contestant, in bench/results/pool.csv: those of ``training.py``, fastebm's pool, the
-tutorials' list and torchebm's buffer, on one recipe, and fastebm with its states stored in 8 bits. The batch is that of
-the UvA tutorial, 128 images of 28 x 28. All contestants and sizes take turns.
+tutorials' list, torchebm's and ebmkit's buffers, on one recipe, and fastebm with its states stored in 8 bits. The batch
+is that of the UvA tutorial, 128 images of 28 x 28. All contestants and sizes take turns.
 
 - draw and write-back: ROUND times draw a batch, restarts and all, and put it back, without steps between; of the times
   that this takes, one ROUND-th (fastebm works out as many draws at once).
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = seconds if options.seconds is None else options.seconds
     out = options.out or (Path("runs/bench") if options.quick else rows.RESULTS)
     with on_threads(options.threads) as threads:
-        common = rows.provenance("torchebm")
+        common = rows.provenance("torchebm", "ebmkit")
         found = [{"threads": threads, **row, **common} for row in race(cases, device, seconds)]
     rows.replace(out / "pool.csv", map(rows.rounded, found), ("n_chains", "steps", "device"))
     for row in found:

@@ -250,6 +250,11 @@ def law_p_value(x: Tensor, copies: Tensor) -> float:
 MM_BF16 = "mm-bf16"
 
 
+def cpu_multiplies_bf16() -> bool:
+    """It has instructions for it; without them such a product takes many times longer than one in float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 @contextmanager
 def matmul(precision: str) -> Iterator[None]:
     """Matrix products of PyTorch in tf32, or not (on CUDA)."""

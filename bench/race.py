@@ -37,6 +37,7 @@ from fastebm.bench.problem import (
 )
 from torch import Tensor
 
+from fastebm import langevin_sample
 from fastebm.backends.choose import choose
 
 CORRECTNESS = ("correct", "error", "allowed", "error_over_allowed", "law_p")
@@ -174,7 +175,7 @@ def race(
             row |= prepared(c, lambda c=c: gate(p, c)) or {}
             if row["correct"] == "no":
                 row |= {"status": "FAILED", "note": "failed its gate: its time is not to be trusted"}
-            if c.name.startswith("fastebm-") and row["correct"] == "yes":
+            if c.ours and row["correct"] == "yes":
                 row["note"] = path_of(p, c) or ""
         timed = [c for c in group if results[c]["status"] in ("ok", "FAILED")]
         share = budget / max(1, len(timed))
@@ -225,7 +226,12 @@ def key_of(case: Case, c: Contestant) -> str:
 
 
 def path_of(p: Problem, c: Contestant) -> str | None:
-    """Which path of the Triton backend a contestant of fastebm's takes; None if another backend."""
+    """Which path a contestant of fastebm's takes; None if its name says it."""
+    if c.name == "fastebm":  # as the call itself says, which knows the number of chains
+        precision = "bf16" if c.precision == MM_BF16 else None
+        return langevin_sample(
+            p.energy, init=p.x0, steps=1, precision=precision, on_nonfinite="ignore", return_info=True
+        )[1].path
     if c.name not in ("fastebm-triton", "fastebm-graph"):
         return None
     return choose(p.energy, p.device, torch.float32, "triton", c.precision).path

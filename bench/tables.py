@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fastebm.bench.cases import SHOWN
+from fastebm.bench.problem import MM_BF16
 from fastebm.bench.rows import RESULTS, most_threads, read
 
 ROOT = Path(__file__).parent.parent
@@ -153,18 +155,22 @@ def _timed(name: str) -> list[dict[str, str]]:
 
 def _runs(rows: list[dict[str, str]], name: str) -> str:
     """What was measured, where and when: one line a machine, version and commit."""
-    seen = dict.fromkeys(
-        (
-            row["gpu"] if row["device"] == "cuda" else f"{row['threads']} threads of {row['cpu']}",
-            *(row[k] for k in ("torch", "jax", "torchebm", "blackjax", "date", "commit")),
-        )
+    lines = dict.fromkeys(
+        f"{row['gpu'] if row['device'] == 'cuda' else _threads(row)}, {_versions(row)}, {row['date']}, commit "
+        f"{row['commit']}"
         for row in rows
     )
-    lines = [
-        f"{machine}, torch {torch}, jax {jax}, torchebm {torchebm}, blackjax {blackjax}, {date}, commit {commit}"
-        for machine, torch, jax, torchebm, blackjax, date, commit in seen
-    ]
     return f"Measured by `python bench/run.py` on {'; '.join(lines)} (`bench/results/{name}`)."
+
+
+def _threads(row: dict[str, str]) -> str:
+    return f"{row['threads']} threads of {row['cpu']}"
+
+
+def _versions(row: dict[str, str], *more: str) -> str:
+    """Of torch, of ``more``, and of the peers that were there."""
+    names = ("torch", *more, "jax", "torchebm", "ebmkit", "blackjax")
+    return ", ".join(f"{name} {row[name]}" for name in names if row.get(name) not in (None, "", "absent"))
 
 
 def _not_timed(rows: list[dict[str, str]]) -> str:
@@ -184,7 +190,7 @@ def _timings(name: str, columns: list[tuple[str, str, Callable[[str], str]]], fi
         return _NONE
     body = [
         [row["case"], f"{row['contestant']} {row.get('precision', '')}".strip()]
-        + [form(row[column]) if row[column] else "" for _, column, form in columns]
+        + [form(row[column]) if row.get(column) else "" for _, column, form in columns]
         for row in rows
         if row["status"] == "ok"
     ]
@@ -198,6 +204,10 @@ def _number(text: str) -> str:
 
 def _milliseconds(text: str) -> str:
     return f"{1e3 * float(text):.3g}"
+
+
+def _times(text: str) -> str:
+    return f"{float(text):.2f}" if text else ""
 
 
 def _percent(text: str) -> str:
@@ -225,68 +235,69 @@ def steps() -> str:
 
 
 def speed() -> str:
-    """For the README: the cases of a training batch and more on a CPU, each path of fastebm beside the fastest peer."""
+    """For the README: the default call on a CPU beside the eager loop and the fastest contestant that is not ours."""
     rows = [row for row in most_threads(_timed("steps.csv")) if row["device"] == "cpu" and row["status"] == "ok"]
-    paths = [("fastebm-torch", "float32"), ("fastebm-compiled", "float32"), ("fastebm-compiled", "mm-bf16")]
-    body = []
-    for case in (
-        *("toy-4096", "table-4096", "digits-4096", "photographs-512"),
-        *("toy-256", "table-256", "digits-256"),  # the batch of a training step
-    ):
-        of_case = {(row["contestant"], row["precision"]): row for row in rows if row["case"] == case}
-        if not of_case:
-            continue
-        ours = [of_case.get(path) for path in paths]
-        peer = next(iter(of_case.values()))["peer"].removesuffix(" float32")
-        eager, best = (float(next(iter(of_case.values()))[k]) for k in ("eager_seconds", "peer_seconds"))
-        times = [f"{float(row['times_eager']):.2f}" if row else "" for row in ours]
-        limit = f"{100 * float(ours[1]['of_limit']):.0f} %" if ours[1] else ""
-        chains, energy = case.split("-")[1], next(iter(of_case.values()))["energy"].replace(" ", "")
-        body.append([energy, chains, *times, f"{eager / best:.2f} ({peer})", limit])
-    if not body:
+    ours, bf16 = (
+        {row["case"]: row for row in rows if (row["contestant"], row["precision"]) == ("fastebm", precision)}
+        for precision in ("float32", MM_BF16)
+    )
+    shown = [ours[case] for case in SHOWN if case in ours]
+    if not shown:
         return _NONE
-    headings = ("default", "`compile=True`", '`precision="bf16"` too')
+    headings = ["energy", "chains", "times eager", "fastest peer", "times the fastest peer", "of the limit"]
+    body = [
+        [
+            row["energy"].replace(", ", ","),
+            _chains(row),
+            _times(row["times_eager"]),
+            row["peer"].removesuffix(" float32"),
+        ]
+        + [_times(row["times_peer"]), _percent(row["of_limit"])]
+        for row in shown
+    ]
+    if bf16:
+        headings.append('`precision="bf16"`, times eager')
+        for line, row in zip(body, shown, strict=True):
+            line.append(_times(bf16[row["case"]]["times_eager"]) if row["case"] in bf16 else "")
     return (
-        f"{_table(['energy', 'chains', *headings, 'fastest peer', 'of the limit'], body)}\n\nTimes the eager autograd "
-        "loop, 60 steps, medians of interleaved runs. *Of the limit*: with `compile=True`, of what the machine's "
-        "products and normal numbers leave. "
-        f"{_runs([row for row in rows if row['case'] in ('toy-4096', 'digits-4096')], 'steps.csv')}"
+        f"{_table(headings, body)}\n\nWhole calls of `langevin_sample` with nothing asked for, 60 steps, medians of "
+        "interleaved runs. *Times eager*: the eager autograd loop, which counts as a peer too. *Of the limit*: of what "
+        f"the machine's products and normal numbers leave. {_runs(shown, 'steps.csv')}"
     )
 
 
 def cores() -> str:
-    """The cases that were run on one thread too."""
-    rows = [row for row in _timed("steps.csv") if row["device"] == "cpu" and row["status"] == "ok"]
-    most = {(row["case"], row["contestant"], row["precision"]): row for row in most_threads(rows)}
-    body = []
-    for row in rows:
-        many = most.get((row["case"], row["contestant"], row["precision"]))
-        if many is None or row["threads"] != "1" or many["threads"] == "1":
-            continue
-        rates = [float(r["chain_steps_per_s"]) for r in (row, many)]
-        way = f"{row['contestant']} {row['precision']}"
-        body.append([row["case"], way, *(f"{r:.3g}" for r in rates), f"{rates[1] / rates[0]:.2f}"])
-    if not body:
+    """The default call in the cases that were run on one thread too."""
+    rows = [row for row in _timed("steps.csv") if (row["device"], row["status"]) == ("cpu", "ok")]
+    ours = [row for row in rows if (row["contestant"], row["precision"]) == ("fastebm", "float32")]
+    rates = {(row["case"], int(row["threads"])): float(row["chain_steps_per_s"]) for row in ours}
+    n = max((threads for _, threads in rates), default=1)
+    cases = [case for case, threads in rates if threads == n > 1 and (case, 1) in rates]
+    if not cases:
         return _NONE
-    n = max(int(row["threads"]) for row in most.values())
-    return _table(["case", "contestant", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
+    body = [
+        [case, f"{rates[case, 1]:.3g}", f"{rates[case, n]:.3g}", f"{rates[case, n] / rates[case, 1]:.2f}"]
+        for case in cases
+    ]
+    return _table(["case", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
 
 
 def breakdown() -> str:
     rows = _timed("breakdown.csv")
     if not rows:
         return "No rows are committed yet: `python bench/breakdown.py` makes them."
-    headings = ["case", "contestant", "ns a chain-step", "products", "noise", "elementwise", "rest", "limit, ns"]
-    body = [
-        [row["case"], f"{row['contestant']} {row['precision']}", f"{float(row['ns_a_chain_step']):.0f}"]
-        + [_percent(row[kind]) for kind in ("products", "noise", "elementwise", "rest")]
-        + [f"{float(row['limit_products_ns']):.0f} + {float(row['limit_normals_ns']):.0f}"]
-        for row in rows
-    ]
+    headings = ["case", "ns a chain-step", "products", "normals", "PyTorch's gradient", "rest"]
+    body = []
+    for row in rows:
+        whole = float(row["seconds"])
+        shares = [float(row[f"{part}_seconds"]) / whole for part in ("products", "normals", "gradient", "rest")]
+        nanoseconds = 1e9 * whole / (int(row["n_chains"]) * int(row["steps"]))
+        body.append([row["case"], f"{nanoseconds:.0f}", *(_percent(str(share)) if share else "" for share in shares)])
     first = rows[0]
     return (
-        f"{_table(headings, body)}\n\nBy `python bench/breakdown.py` on {first['threads']} threads of {first['cpu']}, "
-        f"torch {first['torch']}, {first['date']}, commit {first['commit']} (`bench/results/breakdown.csv`)."
+        f"{_table(headings, body)}\n\nThe default call on one core. Parts were run alone, in turns with the whole; the "
+        f"rest is the whole without them. By `python bench/breakdown.py` on {first['cpu']}, torch {first['torch']}, "
+        f"{first['date']}, commit {first['commit']} (`bench/results/breakdown.csv`)."
     )
 
 
@@ -320,11 +331,11 @@ def pool() -> str:
     ]
     table = _table(["chains", "contestant", *(heading for heading, _, _ in columns)], body)
     first = rows[0]
-    where = first["gpu"] if first["device"] == "cuda" else f"{first['threads']} threads of {first['cpu']}"
+    where = first["gpu"] if first["device"] == "cuda" else _threads(first)
     return (
         f"{table}\n\n{first['energy']}, batches of {first['batch_size']}, {first['steps']} steps. Measured by "
-        f"`python bench/pool.py` on {where}, torch {first['torch']}, torchebm {first['torchebm']}, {first['date']}, "
-        f"commit {first['commit']} (`bench/results/pool.csv`, with quartiles)."
+        f"`python bench/pool.py` on {where}, {_versions(first)}, {first['date']}, commit {first['commit']} "
+        "(`bench/results/pool.csv`, with quartiles)."
     )
 
 
@@ -342,6 +353,8 @@ def compilation() -> str:
         ("first call, s", "first_call_seconds", _number),
         ("in a second process, s", "second_process_seconds", _number),
         ("a later call, s", "later_call_seconds", _number),
+        ("first call, more than a later one", "first_call_more", _number),
+        ("in a second process, more", "second_process_more", _number),
     ]
     return _timings("compilation.csv", columns)
 
@@ -360,8 +373,7 @@ def _of_visit(rows: list[dict[str, str]], name: str = "gpu.csv") -> str:
     runs = "; ".join(dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows))
     return (
         f"Measured by `bash bench/on_gpu.sh` on one {first['gpu']} (driver {first['driver']}, {first['cores']} cores "
-        f"of {first['cpu']}), torch {first['torch']}, triton {first['triton']}, jax {first['jax']}, torchebm "
-        f"{first['torchebm']}, blackjax {first['blackjax']}, {runs} (`bench/results/{name}`)."
+        f"of {first['cpu']}), {_versions(first, 'triton')}, {runs} (`bench/results/{name}`)."
     )
 
 

@@ -1,10 +1,11 @@
-"""A training step by persistent contrastive divergence: fastebm's pool, the tutorials' list, torchebm's buffer.
+"""A training step by persistent contrastive divergence: fastebm's pool, the tutorials' list, the buffers of peers.
 
 One recipe for all: draw a batch of persistent chains, restart some, move them K Langevin steps, put them back,
 contrastive divergence with a regulariser (``contrastive_divergence_loss``), Adam. How chains are drawn, restarted and
 put back is each one's own: fastebm draws distinct rows, restarts them uniformly and writes them back in place; the
 tutorials' list draws with replacement, starts anew likewise and keeps the newest; torchebm draws one row a stratum,
-adds noise of 0.01 instead of a restart and overwrites the oldest.
+adds noise of 0.01 instead of a restart and overwrites the oldest; ebmkit draws with replacement, restarts uniformly and
+writes back in place.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def fresh_model(case: TrainingCase, device: torch.device) -> nn.Module:
 
 
 def _finish(model: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, negatives: Tensor) -> Tensor:
-    """Loss, gradients, Adam: the same for the first two contestants."""
+    """Loss, gradients, Adam, of the contestants that bring no loss of their own."""
     loss = contrastive_divergence_loss(model(real), model(negatives), REGULARISER)
     optimizer.zero_grad()
     loss.backward()
@@ -203,9 +204,49 @@ def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
     return Trainer(layers, step, lambda: objective.replay_buffer, fill, draw, objective.update_buffer, sample)
 
 
+def ebmkit_buffer(case: TrainingCase, device: torch.device) -> Trainer:
+    try:
+        from ebm import ContrastiveDivergence, EnergyModel, LangevinDynamics, ReplayBuffer
+    except ImportError:
+        raise Missing("ebmkit is not installed") from None
+    layers = fresh_model(case, device)
+    model = EnergyModel(layers)
+    lo, hi = case.clamp
+    buffer = ReplayBuffer(
+        case.n_chains,
+        (case.dim,),
+        reinit_prob=case.restart_prob,
+        init_fn=lambda size: torch.rand(size) * (hi - lo) + lo,
+    )
+    sampler = LangevinDynamics(case.drift, case.steps, noise_scale=case.noise_std, clamp=case.clamp)
+    objective = ContrastiveDivergence(sampler, buffer, energy_reg=REGULARISER)
+    optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE)
+
+    def draw() -> Tensor:
+        return buffer.sample(case.batch_size, device)  # type: ignore[no-any-return]
+
+    def sample() -> Tensor:
+        negatives = sampler.sample(model, draw())
+        buffer.push(negatives)
+        return negatives  # type: ignore[no-any-return]
+
+    def step(real: Tensor) -> Tensor:
+        done = objective(model, real)
+        optimizer.zero_grad()
+        done.loss.backward()
+        optimizer.step()
+        return done.x_neg  # type: ignore[no-any-return]
+
+    def fill(x: Tensor) -> None:
+        buffer.data.copy_(x.expand(case.n_chains, -1))
+
+    return Trainer(layers, step, lambda: buffer.data.to(device), fill, draw, buffer.push, sample)
+
+
 TRAINERS: dict[str, Callable[[TrainingCase, torch.device], Trainer]] = {
     TUTORIAL: list_buffer,
     "torchebm": torchebm_buffer,
+    "ebmkit": ebmkit_buffer,
     "fastebm": fastebm_pool,
 }
 

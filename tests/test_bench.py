@@ -14,20 +14,20 @@ import pytest
 import torch
 from fastebm.bench import breakdown, compilation, efficiency, limits, plot, race, rows, run, tables, training
 from fastebm.bench import pool as pools
-from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SUITE, TABLE, Case, TrainingCase
+from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SHOWN, SUITE, TABLE, Case, TrainingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, quartiles
 from fastebm.bench.contestants import CONTESTANTS, Contestant, eager, taking_part
 from fastebm.bench.problem import LAW_ALPHA, Missing, Problem, law_case, law_p_value, law_problem
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastebm import cli
 
 CPU = torch.device("cpu")
 TINY = Case(3, (16,), 70, 4)
-HERE = [
-    c for c in taking_part(CPU) if c.name in ("eager", "closed-form", "compile", "fastebm-torch", "fastebm-reference")
-]
+NAMES = ("eager", "closed-form", "compile", "fastebm", "fastebm-reference")
+HERE = [c for c in taking_part(CPU) if c.name in NAMES and c.precision == "float32"]
 # peers that are installed; the test environment needs none
-for _name, _package in (("torchebm", "torchebm"), ("jax", "jax"), ("blackjax", "blackjax")):
+for _name, _package in (("torchebm", "torchebm"), ("ebmkit", "ebm"), ("jax", "jax"), ("blackjax", "blackjax")):
     if importlib.util.find_spec(_package) is not None:
         HERE.append(next(c for c in CONTESTANTS if c.name == _name))
 
@@ -166,13 +166,13 @@ def test_ratios():
     ours = race._timed(case, [2.0, 1.0, 2.0], "ok", [4.0, 8.0, 6.0])
     assert (ours["seconds"], ours["rounds"], ours["chain_steps_per_s"]) == (2.0, 3, 500.0)
     assert (ours["eager_seconds"], ours["times_eager"]) == (6.0, 3.0)
-    seconds = {("eager", "float32"): 6.0, ("jax", "float32"): 3.0, ("fastebm-torch", "float32"): 2.0}
+    seconds = {("eager", "float32"): 6.0, ("jax", "float32"): 3.0, ("fastebm", "float32"): 2.0}
     beside = race.beside_peers(seconds)
-    assert beside["fastebm-torch", "float32"] == {"peer": "jax float32", "peer_seconds": 3.0, "times_peer": 1.5}
+    assert beside["fastebm", "float32"] == {"peer": "jax float32", "peer_seconds": 3.0, "times_peer": 1.5}
     assert beside["eager", "float32"]["times_peer"] == 0.5
     # without the eager loop there is nothing to compare with, and without peers none is named
     assert "times_eager" not in race._timed(case, [2.0], "ok", None)
-    assert race.beside_peers({("fastebm-torch", "float32"): 2.0}) == {("fastebm-torch", "float32"): {}}
+    assert race.beside_peers({("fastebm", "float32"): 2.0}) == {("fastebm", "float32"): {}}
 
 
 def test_the_limit_of_a_case():
@@ -221,18 +221,18 @@ def test_a_contestant_past_its_share_is_skipped():
 
 
 def test_missing_peers_are_reported(monkeypatch):
-    for package in ("jax", "torchebm.core", "torchebm.losses", "blackjax", "arviz_stats.base"):
+    for package in ("jax", "torchebm.core", "torchebm.losses", "ebm", "blackjax", "arviz_stats.base"):
         monkeypatch.setitem(sys.modules, package, None)
-    names = [c.name for c in named("eager", "graph", "torchebm", "jax", "blackjax")]
+    names = [c.name for c in named("eager", "graph", "torchebm", "ebmkit", "jax", "blackjax")]
     found = race.race(TINY, named(*names), CPU, seconds=0.0)
     assert [row["contestant"] for row in found] == names
     notes = {row["contestant"]: row["note"] for row in found if row["status"] == "missing"}
     assert list(notes) == names[1:]
-    assert (notes["jax"], notes["torchebm"]) == ("jax is not installed", "torchebm is not installed")
+    assert all(notes[name] == f"{name} is not installed" for name in ("jax", "torchebm", "ebmkit"))
     assert "missing: jax is not installed" in race.brief(next(row for row in found if row["contestant"] == "jax"))
 
     found = training.race(TrainingCase(40, 3, (16,), 8, 2), list(training.TRAINERS), CPU, seconds=0.0)
-    assert {row["contestant"]: row["status"] for row in found}["torchebm"] == "missing"
+    assert [row["contestant"] for row in found if row["status"] == "missing"] == ["torchebm", "ebmkit"]
     found = efficiency.race(EFFICIENCY["mixture"], named("eager"), CPU)
     assert found[0]["note"] == "arviz-stats is not installed"
 
@@ -294,7 +294,8 @@ def test_a_training_race():
 
 
 def test_a_race_of_pools(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchebm.losses", None)
+    for package in ("torchebm.losses", "ebm"):
+        monkeypatch.setitem(sys.modules, package, None)
     asked = []
 
     def memory(*arguments):
@@ -308,7 +309,8 @@ def test_a_race_of_pools(tmp_path, monkeypatch):
         )
     assert pools.main(["--quick", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)]) == 0
     found = {(int(row["n_chains"]), row["contestant"]): row for row in read(tmp_path / "pool.csv")}
-    assert [key for key, row in found.items() if row["status"] == "missing"] == [(600, "torchebm"), (900, "torchebm")]
+    missing = [key for key, row in found.items() if row["status"] == "missing"]
+    assert missing == [(n, name) for n in (600, 900) for name in ("torchebm", "ebmkit")]
     ours, listed = found[900, "fastebm"], found[900, "list-buffer"]
     assert (listed["times_list"], found[600, "fastebm"]["times_smallest"]) == ("1", "1")
     cost = "draw_and_write_seconds"
@@ -378,7 +380,7 @@ def test_two_processes_share_their_caches_and_no_others(monkeypatch):
     seen = []
 
     def pretended(command, *, env, **options):
-        seen.append((command, env["TORCHINDUCTOR_CACHE_DIR"]))
+        seen.append((command, env["NUMBA_CACHE_DIR"]))
         first = 9.0 if len(seen) % 2 else 1.0
         return subprocess.CompletedProcess(command, 0, json.dumps({"first": first, "later": 0.5}), "")
 
@@ -386,9 +388,16 @@ def test_two_processes_share_their_caches_and_no_others(monkeypatch):
     found = list(compilation.measure("compile-table", [("eager", "float32"), ("jax", "float32")], "cpu", 1))
     assert [row["first_call_seconds"] for row in found] == [9.0, 9.0]
     assert [row["second_process_seconds"] for row in found] == [1.0, 1.0]
+    assert [(row["first_call_more"], row["second_process_more"]) for row in found] == [(8.5, 0.5)] * 2
     caches = [folder for _, folder in seen]
     assert caches[0] == caches[1] != caches[2] == caches[3]
     assert seen[0][0][1:] == ["-m", "fastebm.bench.compilation", "compile-table", "eager", "float32", "cpu", "1"]
+
+
+@pytest.mark.parametrize("device", list(compilation.WAYS))
+def test_first_calls_are_of_contestants_there_are(device):
+    there = {(c.name, c.precision) for c in taking_part(torch.device(device))}
+    assert set(compilation.WAYS[device]) <= there
 
 
 # --- the command, its rows, its figures ---
@@ -409,26 +418,34 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_time_is_told_apart_by_kind():
-    p = Problem(Case(64, (128, 128), 512, steps=3), torch.device("cpu"))
-    x, w = torch.rand(512, 512), torch.rand(512, 512)
-    for work, kind in (
-        (lambda: torch.mm(x, w), "products"),
-        (lambda: torch.randn_like(x), "noise"),
-        (lambda: breakdown.seen_as_one(torch.mm)(x, w), "noise"),  # whatever is within
-        (lambda: x.exp(), "elementwise"),
-    ):
-        work()
-        found = breakdown.shares(lambda work=work: [work() for _ in range(20)])
-        assert max(found, key=found.get) == kind
-    found = breakdown.shares(eager(p, 3, 0.1))
-    assert min(found["products"], found["noise"], found["elementwise"]) > 0.0
-    assert sum(found.values()) == pytest.approx(1.0)
+def steps_of(folder):
+    """Without the rows of bf16, which not every CPU multiplies."""
+    return [row for row in read(folder / "steps.csv") if row["precision"] == "float32"]
+
+
+def test_the_parts_of_a_call_are_those_of_its_case(tmp_path, monkeypatch):
+    case = Case(6, (16, 8), 96, 3)
+    with FlopCounterMode(display=False) as counter:
+        breakdown.parts_of(Problem(case, CPU))["products"]()
+    # all but the head's, whose gradient is its weight
+    assert counter.get_total_flops() == 96 * 3 * (limits.flops_per_chain_step(Problem(case, CPU)) - 4 * 8)
+    module = dataclasses.replace(EFFICIENCY["mixture"], n_chains=96, steps=3)
+    found = [breakdown.row_of(key, c, seconds=0.0) for key, c in (("mlp", case), ("module", module))]
+    assert [(row["products_seconds"] > 0, row["gradient_seconds"] > 0) for row in found] == [
+        (True, False),
+        (False, True),
+    ]
+    for row in found:
+        parts = [row[f"{name}_seconds"] for name in (*breakdown.PARTS, "rest")]
+        assert sum(parts) == pytest.approx(row["seconds"])
+    rows.write(tmp_path / "breakdown.csv", found)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert [line.split(" | ")[4] != "" for line in tables.breakdown().splitlines()[2:4]] == [False, True]
 
 
 def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_path, capsys, monkeypatch):
     threads = torch.get_num_threads()
-    options = ["--contestants", "eager", "fastebm-torch", "graph", "--out", str(tmp_path), "--threads", "1"]
+    options = ["--contestants", "eager", "fastebm", "graph", "--out", str(tmp_path), "--threads", "1"]
     assert run.main(["--cases", "tiny-*", "--budget", "60", "--device", "cpu", *options]) == 0
     assert torch.get_num_threads() == threads
     said = capsys.readouterr()
@@ -436,9 +453,9 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
     assert "chain-steps/s" in said.out
     assert "missing: graph in tiny-70, tiny-90: CUDA graphs need a CUDA device" in said.out
 
-    found = read(tmp_path / "steps.csv")
+    found = steps_of(tmp_path)
     assert [(row["case"], row["contestant"]) for row in found] == [
-        (case, name) for case in ("tiny-70", "tiny-90") for name in ("eager", "fastebm-torch", "graph")
+        (case, name) for case in ("tiny-70", "tiny-90") for name in ("eager", "fastebm", "graph")
     ]
     ok = [row for row in found if row["status"] == "ok"]
     assert len(ok) == 4
@@ -453,19 +470,19 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
 
     # one case again: its rows are replaced, the other's stay
     assert run.main(["--cases", "tiny-70", "--device", "cpu", "--budget", "60", *options]) == 0
-    again = read(tmp_path / "steps.csv")
+    again = steps_of(tmp_path)
     assert len(again) == len(found)
     assert [row for row in again if row["case"] == "tiny-90"] == [row for row in found if row["case"] == "tiny-90"]
 
     # those of one thread beside those of two: the tables and figures of a case take the most threads
     more = [{**row, "threads": "2", "chain_steps_per_s": "1e9"} for row in again if row["case"] == "tiny-90"]
     rows.replace(tmp_path / "steps.csv", more, ("case", "device", "threads"))
-    both = read(tmp_path / "steps.csv")
+    both = steps_of(tmp_path)
     assert len(both) == len(again) + len(more)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    ours = next(row for row in again if (row["case"], row["contestant"]) == ("tiny-90", "fastebm-torch"))
+    ours = next(row for row in again if (row["case"], row["contestant"]) == ("tiny-90", "fastebm"))
     rate = float(ours["chain_steps_per_s"])
-    assert f"| tiny-90 | fastebm-torch float32 | {rate:.3g} | 1e+09 | {1e9 / rate:.2f} |" in tables.cores()
+    assert f"| tiny-90 | {rate:.3g} | 1e+09 | {1e9 / rate:.2f} |" in tables.cores()
     assert {row["threads"] for row in rows.most_threads(both) if row["case"] == "tiny-90"} == {"2"}
 
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
@@ -473,8 +490,14 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "SHOWN", ("tiny-70", "not run"))
+    ours = next(row for row in both if (row["case"], row["contestant"]) == ("tiny-70", "fastebm"))
+    times, limit = float(ours["times_eager"]), float(ours["of_limit"])
+    line = f"| 3-[16] | 70 | {times:.2f} | eager | {times:.2f} | {100 * limit:.0f} % |"  # of peers only eager took part
+    assert line in tables.speed()
+
     text = tables.steps()
-    assert "| tiny-70 | fastebm-torch float32 |" in text
+    assert "| tiny-70 | fastebm float32 |" in text
     assert "- graph, missing in tiny-70, tiny-90: CUDA graphs need a CUDA device" in text
     assert tables.training() == tables._NONE
 
@@ -495,7 +518,7 @@ def test_a_wrong_contestant_ends_in_status_1_and_has_no_time(tiny_suite, tmp_pat
     ("options", "message"),
     [
         (["--cases", "nope"], "no case is called 'nope'; there are toy-4096, table-4096"),
-        (["--contestants", "nope"], "no contestant is called 'nope'; there are eager, fastebm-triton"),
+        (["--contestants", "nope"], "no contestant is called 'nope'; there are eager, fastebm"),
         (["--threads", "0", "--cases", "toy-256"], "--threads must be from 1 to"),
         (["--budget", "0", "--cases", "toy-256"], "--budget must be > 0 seconds, got 0"),
     ],
@@ -532,6 +555,7 @@ def test_the_list_names_every_case_and_contestant(capsys):
 def test_the_suite_holds_the_cases_of_gpu_sessions_and_a_quick_set():
     assert set(CASES) <= set(run.STEPS.values())
     assert set(QUICK) <= set(SUITE)
+    assert set(SHOWN) <= set(run.STEPS)
     kinds = [run.describe(key).split(",")[0] for key in QUICK]
     assert set(kinds) == {"steps", "training", "effective samples", "first calls"}
 
