@@ -3,7 +3,7 @@
 Its parts are run alone, in turns with the whole, since a profiler does not see into compiled code:
 
 - products: the library's products of an MLP's gradient, on as many tiles of as many rows.
-- normals: as many normal numbers, by ``fastebm.noise``, of several steps at once where a step has few.
+- normals: as many normal numbers, by ``fastebm.noise``, tile by tile.
 - gradient: PyTorch's own, of an energy that is a module.
 - rest: the whole without these, which is activations, updates, and what a call costs.
 
@@ -25,9 +25,9 @@ from fastebm.bench.problem import SEED, Problem
 from fastebm.bench.rows import RESULTS, rounded, write
 from fastebm.bench.run import on_threads
 
-from fastebm.backends.torch_tiles import tile_rows
+from fastebm.backends.torch_tiles import tiles
 from fastebm.energies import Energy
-from fastebm.noise import Stream, normals_of_steps
+from fastebm.noise import Stream, normal
 
 SECONDS = 10.0  # of timed runs a case, or three rounds
 PARTS = ("products", "normals", "gradient")
@@ -36,14 +36,14 @@ PARTS = ("products", "normals", "gradient")
 def parts_of(p: Problem) -> dict[str, Callable[[], object]]:
     """What of PARTS a run of the case has, each alone."""
     case = p.case
-    rows = min(tile_rows(case.dim, p.device), case.n_chains)
-    tiles, numbers = -(-case.n_chains // rows), torch.arange(rows)
-    drawn = (SEED, Stream.LANGEVIN, numbers, torch.zeros_like(numbers), case.steps, case.dim)
+    parts = tiles(case.n_chains, torch.get_num_threads())
+    rows = parts[0].stop
+    numbers = torch.arange(rows)
 
     def normals() -> None:
-        for _ in range(tiles):
-            for _ in normals_of_steps(*drawn, dtype=torch.float32):
-                pass
+        for t in range(case.steps):
+            for _ in parts:
+                normal(SEED, Stream.LANGEVIN, numbers, t, case.dim)
 
     if p.mlp is None:
         energy, x = Energy(p.energy, case.shape, torch.float32), p.x0.flatten(1)
@@ -60,7 +60,7 @@ def parts_of(p: Problem) -> dict[str, Callable[[], object]]:
 
     def products() -> None:
         with torch.inference_mode():
-            for _ in range(tiles * case.steps):
+            for _ in range(len(parts) * case.steps):
                 for a, w, out in operands:
                     torch.mm(a, w, out=out)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -262,17 +263,28 @@ class Energy:
         """dE/dx of each chain: (n, dim). The gradient of the sum, so no chain's is divided by their number."""
         if len(x) == 0:
             return x
-        # Sampling inside torch.inference_mode or no_grad still needs this one graph.
+        with self.differentiating():
+            return self.pulled_back(x.detach().clone().requires_grad_(), labels)
+
+    @staticmethod
+    @contextmanager
+    def differentiating() -> Iterator[None]:
+        """Within, graphs are made: sampling inside torch.inference_mode or no_grad still needs those of the energy."""
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            total = self._energy(x, labels).sum()
-            (grad,) = torch.autograd.grad(total, x, allow_unused=True) if total.requires_grad else (None,)
-        if grad is None:
-            raise ValueError(
-                "the energy does not depend on x through differentiable operations "
-                "(is there a detach() or torch.no_grad() in its forward?)"
-            )
-        return grad
+            yield
+
+    def pulled_back(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``gradient`` of a leaf that requires grad, within ``differentiating``: for loops, which enter that once."""
+        value = self._energy(x, labels)
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(value, x, torch.ones_like(value), allow_unused=True)
+            if grad is not None:
+                return grad
+        raise ValueError(
+            "the energy does not depend on x through differentiable operations "
+            "(is there a detach() or torch.no_grad() in its forward?)"
+        )
 
     def _energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        # A view even of the same shape: hooks that trackers of modules put on inputs do not take a leaf.
         return energy(self.module, x.reshape(len(x), *self.shape), self._params, labels=labels)

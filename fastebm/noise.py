@@ -1,8 +1,9 @@
-"""The one noise stream of fastebm: counter-based Philox4x32-10, in PyTorch.
+"""The one noise stream of fastebm: counter-based Philox4x32-10.
 
 Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on
-the device, on how chains are split into batches or processes, or on what was drawn before. The Triton twin
-is ``kernels/philox.py``; both are held to the known answers of Random123.
+the device, on how chains are split into batches or processes, or on what was drawn before. Here it is in PyTorch, which
+runs everywhere and is the truth for its twins ``kernels/philox.py`` (Triton) and ``kernels/cpu/philox.py`` (Numba); all
+are held to the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` take the latter where they can.
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (chain & 0xffffffff, chain >> 32, step, stream << 24 | block),   block = dim // 4
@@ -21,6 +22,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .kernels import cpu as kernels
+from .threads import share
+
 __all__ = [
     "Stream",
     "blocks_at_once",
@@ -28,6 +32,7 @@ __all__ = [
     "normal",
     "normals_of_steps",
     "philox4x32",
+    "seed_words",
     "uniform",
     "words",
 ]
@@ -39,6 +44,10 @@ _MASK = 0xFFFFFFFF
 # Counters that a thread of a CPU works on at once: the fastest of 4,096 to 131,072 on Zen 4 cores, where fewer pay for
 # PyTorch's cost per operation, or are too few for it to take a second thread, and more leave the cache.
 _CHUNK = 65536
+
+
+# Counters that a thread of a CPU draws before a second pays for itself.
+_COUNTERS_PER_THREAD = 16384
 
 
 class Stream(IntEnum):
@@ -116,6 +125,10 @@ def words(
     Returns:
         Four int64 tensors (rows, n_blocks).
     """
+    if scratch is None and _has_kernels(chains):
+        out = torch.empty(4, len(chains), n_blocks, dtype=torch.int64)
+        _draw(kernels.WORDS, seed, stream, chains, steps, first_block, n_blocks, out)
+        return out[0], out[1], out[2], out[3]
     rows = chains.reshape(-1, 1)
     seed = seed.to(chains.device) if isinstance(seed, Tensor) else seed
     if not isinstance(steps, Tensor):  # made on the device: a copy from the host would wait for it
@@ -138,6 +151,9 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers u(w) in (0, 1]: (rows, dim). Word j of block b belongs to dim 4 b + j."""
     out = torch.empty(len(chains), _n_blocks(dim), 4, dtype=dtype, device=chains.device)
+    if dtype == torch.float32 and _has_kernels(chains):
+        _draw(kernels.UNIFORM, seed, stream, chains, steps, 0, _n_blocks(dim), out)
+        return out.flatten(1)[:, :dim]
     for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out):
         for j in range(4):
             part[..., j] = _unit(w[j], u)
@@ -160,10 +176,14 @@ def normal(
     that the float32 ones round.
 
     Args:
-        out: optional (rows, n_blocks, 4) buffer of ``dtype``; the result is then a view into it.
+        out: optional (rows, n_blocks, 4) buffer of ``dtype``; the result is then a view into it, and computed by
+            PyTorch everywhere.
     """
     if out is None:
         out = torch.empty(len(chains), _n_blocks(dim), 4, dtype=dtype, device=chains.device)
+        if dtype == torch.float32 and _has_kernels(chains):
+            _draw(kernels.NORMAL, seed, stream, chains, steps, 0, _n_blocks(dim), out)
+            return out.flatten(1)[:, :dim]
     for part, w, (radius, angle, cos) in _chunks(seed, stream, chains, steps, out):
         for j in (0, 2):
             _unit(w[j], radius).log_().mul_(-2.0).sqrt_()
@@ -176,7 +196,7 @@ def normal(
 def normals_of_steps(
     seed: int, stream: Stream, chains: Tensor, first_steps: Tensor, steps: int, dim: int, *, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """``normal`` of each of some steps in turn, (n, dim), until the next is asked for.
+    """``normal`` of each of some steps in turn, (n, dim), until the next is asked for: by PyTorch, everywhere.
 
     Few numbers of several steps are drawn together, so that the many small operations pay.
 
@@ -211,6 +231,52 @@ def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int
 def blocks_at_once(device: torch.device) -> int:
     """Blocks of four normals that are drawn together, at least, for PyTorch's cost per operation to be small."""
     return _CHUNK * torch.get_num_threads() if device.type == "cpu" else 0
+
+
+def seed_words(seed: int | Tensor) -> tuple[int, int]:
+    """The low and the high word of 64 bits. A tensor is waited for."""
+    seed = int(seed)
+    return seed & _MASK, (seed >> 32) & _MASK
+
+
+def _has_kernels(chains: Tensor) -> bool:
+    """Whether Numba's kernels can draw for these chains; what traces (torch.compile, fake tensors) sees PyTorch."""
+    return (
+        chains.device.type == "cpu"
+        and type(chains) is Tensor
+        and not torch.compiler.is_compiling()
+        and kernels.why_not() is None
+    )
+
+
+def _draw(
+    kind: int, seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, first_block: int, n_blocks: int,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """out: (rows, n_blocks, 4) float32, or for words (4, rows, n_blocks) int64."""
+    n = len(chains)
+    if n == 0 or n_blocks == 0:
+        return
+    draw = kernels.load("update.draw")
+    chains = chains.to(torch.int64).contiguous()
+    step_tensor = torch.as_tensor(steps, dtype=torch.int64).reshape(-1).contiguous()
+    key = seed_words(seed)
+    words = kind == kernels.WORDS
+    zero = torch.zeros(1, dtype=torch.int64)
+    not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
+    at_once = max(1, _COUNTERS_PER_THREAD // n_blocks)
+
+    def work(rows: slice, interrupted: object) -> None:
+        (w, r, _), _owner = kernels.scratch(0)
+        draw(
+            kind, rows.start, rows.stop, n, first_block, n_blocks, int(stream), *key, chains, step_tensor,
+            int(len(step_tensor) > 1), zero, w, r, None if words else out, out if words else None, *not_a_step,
+        )  # fmt: skip
+
+    if n <= at_once:
+        work(slice(0, n), None)
+    else:
+        share((slice(i, min(i + at_once, n)) for i in range(0, n, at_once)), work, torch.get_num_threads())
 
 
 def _n_blocks(dim: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .backends import Advanced, Chains, reference, run
+from .backends import Advanced, Chains, cpu, reference, run
 from .backends.choose import Choice, choose
 from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
@@ -33,7 +33,8 @@ class SampleInfo:
     """What a sampling call did.
 
     backend: "triton", "torch" or "reference". path: what ran in it ("resident" or "streaming": the fused
-    kernel; "tiles" or "products": closed-form gradient; "autograd"). why_not_fused: why the fused kernel did not run,
+    kernel; "tiles" or "products": closed-form gradient; "autograd"). kernels: what noise, update and activations
+    were computed by: "triton", "numba" or "torch" (plain PyTorch). why_not_fused: why the fused kernel did not run,
     or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
     the call is compiled). temperature: implied, noise_scale^2. cuda_graph: with ``cuda_graph=True``, "recorded" or in
     words why no step was; else None.
@@ -46,6 +47,7 @@ class SampleInfo:
 
     backend: str
     path: str
+    kernels: str
     why_not_fused: str | None
     precision: str
     seed: int | Tensor
@@ -259,6 +261,7 @@ def advance_chains(
     info = SampleInfo(
         backend=choice.backend,
         path=choice.path,
+        kernels=choice.kernels,
         why_not_fused=choice.why_not_fused,
         precision=choice.precision,
         seed=chains.seed,
@@ -315,6 +318,8 @@ def _advance(
             from .backends import fused  # only here: it imports triton
 
             done = fused.advance_module(module, chains, rule, steps, recorder=recorder, thin=thin, telemetry=telemetry)
+        elif choice.kernels == "numba":
+            done = cpu.advance_module(module, chains, rule, steps, thin=thin, telemetry=telemetry)
         else:
             done = reference.advance(module, chains, rule, steps, thin=thin, telemetry=telemetry)
         if why_not_recorded is not None:

@@ -1,25 +1,31 @@
-"""PyTorch's threads: how many an operation may use."""
+"""Threads: how many PyTorch's operations may use, and work that is shared among some."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-__all__ = ["survives_fork", "threads"]
+__all__ = ["share", "survives_fork", "threads"]
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
+_Item = TypeVar("_Item")
 
 _forked = False
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
 
 
 def _note_fork() -> None:
-    global _forked
+    global _forked, _pool, _pool_lock
     _forked = True
+    _pool, _pool_lock = None, threading.Lock()  # its threads did not come along
 
 
 if hasattr(os, "register_at_fork"):
@@ -35,6 +41,54 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], None], n_threads: int) -> None:
+    """``work`` on every item, by n_threads Python threads at most, this one among them; PyTorch's operations within use
+    one thread each. For work that spends its time without Python's lock.
+
+    work: takes an item, and a function that tells whether to stop early: another has raised, which is raised here.
+    """
+    left, lock, stop = iter(items), threading.Lock(), threading.Event()
+    before = torch.get_num_threads()
+
+    def take() -> None:
+        try:
+            # For this thread; but PyTorch also takes it as the number for threads that are yet to start, so it is put
+            # back to what the caller had, not to what a new thread finds.
+            torch.set_num_threads(1)
+            while not stop.is_set():
+                with lock:
+                    item = next(left, None)
+                if item is None:
+                    return
+                work(item, stop.is_set)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            torch.set_num_threads(before)
+
+    others = [other for _ in range(n_threads - 1) if (other := _submit(take)) is not None]
+    try:
+        take()
+    finally:
+        errors = [other.exception() for other in others]  # waits for them
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _submit(work: Callable[[], None]) -> Future[None] | None:
+    """None where no thread can be started any more: at the end of the process."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="fastebm")
+        try:
+            return _pool.submit(work)
+        except RuntimeError:
+            return None
 
 
 def survives_fork(function: _Function) -> _Function:

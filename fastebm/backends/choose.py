@@ -12,6 +12,7 @@ from torch import nn
 
 from ..description import Description, describe
 from ..mlp import NotAnMLP
+from . import cpu
 
 __all__ = [
     "BACKENDS",
@@ -35,6 +36,7 @@ class Choice:
     path: what runs in that backend: "resident" or "streaming" (the fused kernel), "tiles" (closed-form
     gradient), "products" (the same by the library's products, for MLPs too wide for the fused kernel) and "autograd";
     the last two with the fused update kernel if the backend is "triton".
+    kernels: what noise, update and activations are computed by: "triton", "numba" (on a CPU, in float32) or "torch".
     why_not_fused: why the fused kernel does not run, or None if it does.
     """
 
@@ -44,6 +46,7 @@ class Choice:
     launch: Any
     precision: str
     why_not_fused: str | None
+    kernels: str = "triton"
 
 
 def interpreted() -> bool:
@@ -88,7 +91,7 @@ def choose(
     # The paths in plain PyTorch compute at full precision, which satisfies any wish for less.
     full = "float64" if dtype == torch.float64 else "ieee"
     if backend == "reference":
-        return Choice("reference", "autograd", None, None, full, 'backend="reference" was asked for')
+        return Choice("reference", "autograd", None, None, full, 'backend="reference" was asked for', "torch")
 
     description, launch, why_not = None, None, None
     try:
@@ -111,7 +114,10 @@ def choose(
     elif no_triton is None:
         path = "autograd" if description is None else "products"
         return Choice("triton", path, description, None, full, why_not)
-    return Choice("torch", "autograd" if description is None else "tiles", description, None, full, why_not)
+    path, by = ("autograd" if description is None else "tiles"), "numba" if cpu.why_not(device, dtype) is None else "torch"
+    if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
+        full = "bf16"
+    return Choice("torch", path, description, None, full, why_not, by)
 
 
 def multiplies_bf16() -> bool:

@@ -205,7 +205,7 @@ def advance_products(
     """
     n_chains, dim = chains.x.shape
     n_rows = rows_of_products(chains.x.device)
-    evaluator = Evaluator(description, n_rows, n_rows)
+    evaluator = Evaluator(description, n_rows)
     tile, tile_grad = matrix(n_rows, dim, chains.x).zero_(), matrix(n_rows, dim, chains.x)
     tile_labels = None if chains.labels is None else chains.labels.new_zeros(n_rows)
     grad, energy = torch.empty_like(chains.x), chains.x.new_empty(n_chains)

@@ -14,7 +14,7 @@ from ..langevin import Bounds, Langevin
 from ..noise import Stream, uniform
 from ..threads import survives_fork
 from ..tracing import readable
-from . import Advanced, Chains, torch_tiles
+from . import Advanced, Chains, cpu, torch_tiles
 from .graphs import Recorder
 
 __all__ = [
@@ -104,7 +104,10 @@ def advance(
         from . import fused  # only here: it imports triton
     if path in FUSED:
         return fused.advance_mlp(description, chains, rule, steps, precision=precision, launch=launch, **options)
-    description = description.to(chains.x.device, chains.x.dtype)
+    x = chains.x
+    description = description.to(x.device, x.dtype)
+    if path == "tiles" and cpu.why_not(x.device, x.dtype) is None:
+        return cpu.advance(description, chains, rule, steps, precision=precision, **options)
     if path == "tiles":
         return torch_tiles.advance(description, chains, rule, steps, **options)
     return fused.advance_products(description, chains, rule, steps, recorder=recorder, **options)

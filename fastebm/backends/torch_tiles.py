@@ -1,7 +1,7 @@
-"""The fast pure-PyTorch path for MLP energies: closed-form gradient, all K steps of a tile before the next.
+"""The closed-form gradient of an MLP energy in plain PyTorch, on tiles of chains, all K steps of a tile before the next.
 
-A tile's buffers are reused, so extra memory is O(tile), not O(chains x width). Threads work within an operation:
-Python threads, one a tile, gave no second core's worth, for every operation waits for Python's lock.
+It runs where Numba's kernels (cpu.py) do not: in float64, without Numba, and on devices without kernels. Extra memory is
+O(tile), not O(chains x width).
 
 Bits do not depend on the batch: a matrix product may round a row differently for another number of rows or threads, so
 every product has, or rounds like one that has, the same few rows on one thread (the last tile is padded).
@@ -9,7 +9,7 @@ every product has, or rounds like one that has, the same few rows on one thread 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -19,21 +19,20 @@ from ..description import Description
 from ..langevin import Langevin
 from ..mlp import MLP
 from ..noise import Stream, normals_of_steps
-from ..threads import threads
+from ..threads import share, threads
 from . import Advanced, Chains, Telemetry
 
-__all__ = ["Evaluator", "advance", "matrix", "padded_rows", "rounds_alike", "rows_of_products", "stride"]
+__all__ = ["Evaluator", "advance", "matrix", "padded_rows", "product", "rows_of", "rows_of_products", "stride", "tiles"]
 
 # Rows of one matrix product on a CPU: a call with few chains is padded to no more than this.
 _PRODUCT_ROWS = 64
 
-# Rows of one tile on a CPU, of up to 256 dims and of more: large enough for PyTorch's cost per operation to be small
-# and for threads to share it, small enough for the buffers to stay in cache. Powers of two times the above.
-_TILE_ROWS, _WIDE_TILE_ROWS = 2048, 512
+# Rows of one tile on a CPU: large enough for PyTorch's cost per operation to be small, small enough for the buffers to
+# stay in cache. A power of two times the above.
+_TILE_ROWS = 512
 
-# How PyTorch's elementwise loops share out a tensor: at least so many numbers a thread (at::internal::GRAIN_SIZE), and
-# vectors of at most so many in a round of a loop (two of AVX-512, and a factor of 2 to be safe).
-_GRAIN, _VECTOR = 32768, 64
+# What a tile costs beside its rows, in rows.
+_TILE_COST = 16
 
 # Rows of both on any other device, where a launch costs more than the padding.
 _DEVICE_ROWS = 4096
@@ -44,35 +43,34 @@ def advance(
 ) -> Advanced:
     """chains.x is moved in place."""
     x = chains.x
-    n_chains, dim = x.shape
+    n_chains = len(x)
     a, b = (c.expand(-1, steps) for c in rule.coefficients(n_chains, steps, dtype=x.dtype, device=x.device))
     done = Advanced.blank(x, steps, thin, telemetry)
-    product_rows = rows_of_products(x.device)
-    widths = {dim, *(width for mlp in description.mlps for width in mlp.widths)}
-    at_most = torch.get_num_threads()
-    for rows in _tiles(n_chains, tile_rows(dim, x.device), product_rows):
-        tile = _Tile(description, rule, rows.stop - rows.start, product_rows)
-        a_rows, b_rows = (c[rows] if len(c) > 1 else c for c in (a, b))
-        with torch.inference_mode(), threads(_even_threads(tile.n_rows, widths, at_most)):
-            tile.advance(chains.rows(rows), a_rows, b_rows, thin, _rows_of(done, rows))
+
+    def move(rows: slice, interrupted: Callable[[], bool]) -> None:
+        with torch.inference_mode():
+            a_rows, b_rows = (c[rows] if len(c) > 1 else c for c in (a, b))
+            tile = _Tile(description, rule, rows.stop - rows.start, rows_of_products(x.device))
+            tile.advance(chains.rows(rows), a_rows, b_rows, thin, rows_of(done, rows), interrupted)
+
+    if x.device.type == "cpu":
+        n_threads = torch.get_num_threads()
+        share(tiles(n_chains, n_threads), move, n_threads)
+    else:
+        for first in range(0, n_chains, _DEVICE_ROWS):
+            move(slice(first, min(first + _DEVICE_ROWS, n_chains)), lambda: False)
     return done
 
 
-def tile_rows(dim: int, device: torch.device) -> int:
-    """Rows that are worked on at once."""
-    if device.type != "cpu":
-        return _DEVICE_ROWS
-    return _TILE_ROWS if dim <= 256 else _WIDE_TILE_ROWS
-
-
-def _tiles(n_chains: int, most: int, least: int) -> Iterator[slice]:
-    """Halves, quarters, ... of a tile for the rest of the chains: few sizes, as each is tried by ``rounds_alike``."""
-    first, size = 0, most
-    while first < n_chains:
-        while size > max(least, n_chains - first):
-            size //= 2
-        yield slice(first, min(first + size, n_chains))
-        first += size
+def tiles(n_chains: int, n_threads: int) -> list[slice]:
+    """Rows of a CPU's tiles: of the sizes that are a power of two times a product's rows, the one that keeps all threads
+    busy for the shortest time."""
+    sizes, size = [], _TILE_ROWS
+    while size >= _PRODUCT_ROWS:
+        sizes.append(size)
+        size //= 2
+    size = min(sizes, key=lambda size: -(-n_chains // (size * n_threads)) * (min(size, n_chains) + _TILE_COST))
+    return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]
 
 
 def rows_of_products(device: torch.device) -> int:
@@ -80,7 +78,7 @@ def rows_of_products(device: torch.device) -> int:
     return _PRODUCT_ROWS if device.type == "cpu" else _DEVICE_ROWS
 
 
-def _rows_of(done: Advanced, rows: slice) -> Advanced:
+def rows_of(done: Advanced, rows: slice) -> Advanced:
     """Views of some chains' results."""
     return Advanced(
         done.x[rows],
@@ -89,18 +87,6 @@ def _rows_of(done: Advanced, rows: slice) -> Advanced:
         None if done.trajectory is None else done.trajectory[rows],
         None if done.telemetry is None else Telemetry(*(v[rows] for v in done.telemetry)),
     )
-
-
-def _even_threads(n_rows: int, widths: Iterable[int], at_most: int) -> int:
-    """Most threads among which PyTorch splits (n_rows, width) buffers so that every part is whole vectors, and whole
-    rows where those are padded: what is left of a vector goes to scalar code, where activations round differently."""
-
-    def even(width: int, n_threads: int) -> bool:
-        size = n_rows * width
-        part = -(-size // min(n_threads, -(-size // _GRAIN)))
-        return part % (_VECTOR if stride(width) == width else width) == 0
-
-    return max(n for n in range(1, at_most + 1) if all(even(width, n) for width in widths))
 
 
 def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
@@ -116,27 +102,33 @@ def stride(width: int) -> int:
     return width if width <= 4 else -(-width // 4) * 4
 
 
-def rounds_alike(n_in: int, n_out: int, transposed: bool, few: int, many: int, dtype: torch.dtype) -> bool:
-    """Whether this machine's product of many rows has the bits of products of few rows each on one thread: then it is
-    taken, being up to twice as fast. Found out by trying, once for each shape; a library promises neither."""
-    n_threads = torch.get_num_threads()
-    return (few, n_threads) == (many, 1) or _tried_alike(n_in, n_out, transposed, few, many, dtype, n_threads)
-
-
 @cache
-def _tried_alike(
-    n_in: int, n_out: int, transposed: bool, few: int, many: int, dtype: torch.dtype, n_threads: int
-) -> bool:
+def _rounds_alike(n_in: int, n_out: int, transposed: bool, few: int, many: int, dtype: torch.dtype) -> bool:
+    """Whether this machine's product of many rows has the bits of products of few rows each, on one thread: then it is
+    taken, being faster. Found out by trying, once for each shape: a library does not promise it."""
+    if few == many:
+        return True
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(n_out, n_in, dtype=dtype, generator=generator)
     w = w.t() if transposed else w.t().contiguous()
     a, whole, parts = (matrix(many, width, w) for width in (n_in, n_out, n_out))
     a.copy_(torch.randn(many, n_in, dtype=dtype, generator=generator))
-    torch.mm(a, w, out=whole)
     with threads(1):
+        torch.mm(a, w, out=whole)
         for i in range(0, many, few):
             torch.mm(a[i : i + few], w, out=parts[i : i + few])
     return torch.equal(whole, parts)
+
+
+def product(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> Tensor:
+    """out = a @ w (+ bias) (+ out), in products of a fixed number of rows, or what rounds like them. On a CPU of one
+    thread, and rows in a multiple of ``rows_of_products``."""
+    few = rows_of_products(a.device)
+    if a.device.type != "cpu" or _rounds_alike(*w.shape, w.stride(0) == 1, few, len(a), a.dtype):
+        return _multiply(a, w, bias, out, add)
+    for i in range(0, len(a), few):
+        _multiply(a[i : i + few], w, bias, out[i : i + few], add)
+    return out
 
 
 def _multiply(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> Tensor:
@@ -148,8 +140,8 @@ def _multiply(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, add: bool)
 class _Network:
     """One MLP of the sum, on a tile: its buffers, forward and backward."""
 
-    def __init__(self, mlp: MLP, scale: Tensor, n_rows: int, product_rows: int) -> None:
-        self.mlp, self.scale, self.product_rows = mlp, scale, product_rows
+    def __init__(self, mlp: MLP, scale: Tensor, n_rows: int) -> None:
+        self.mlp, self.scale = mlp, scale
         weight = mlp.weights[0]
         # The way down to few dims is a slow product in the library (fivefold at 2) unless the weight is laid out so.
         self.down = weight.t().contiguous().t()
@@ -157,27 +149,16 @@ class _Network:
         self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations going up, gradients coming down
         self.top = None if mlp.head == "scalar" else matrix(n_rows, len(mlp.weights[-1]), weight)
 
-    def product(self, a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> Tensor:
-        """out = a @ w (+ bias) (+ out), in products of a fixed number of rows, or what rounds like them."""
-        n_in, n_out = w.shape
-        if a.device.type != "cpu" or rounds_alike(n_in, n_out, w.stride(0) == 1, self.product_rows, len(a), a.dtype):
-            return _multiply(a, w, bias, out, add)
-        with threads(1):
-            for i in range(0, len(a), self.product_rows):
-                rows = slice(i, i + self.product_rows)
-                _multiply(a[rows], w, bias, out[rows], add)
-        return out
-
     def forward(self, x: Tensor) -> Tensor:
         """The activation of the last hidden layer."""
         below = x
         for i, activation in enumerate(self.mlp.activations):
-            self.product(below, self.mlp.weights[i].t(), self.mlp.biases[i], self.z[i])
+            product(below, self.mlp.weights[i].t(), self.mlp.biases[i], self.z[i])
             below = activation.forward(self.z[i], self.h[i])
         return below
 
     def logits(self, last: Tensor, out: Tensor) -> Tensor:
-        return self.product(last, self.mlp.weights[-1].t(), self.mlp.biases[-1], out)
+        return product(last, self.mlp.weights[-1].t(), self.mlp.biases[-1], out)
 
     def gradient(self, x: Tensor, labels: Tensor | None, out: Tensor, *, add: bool) -> None:
         """out (+)= dE_k/dx. Each layer's gradient overwrites its activation, which is spent."""
@@ -189,13 +170,13 @@ class _Network:
             above = weight[labels]
         else:
             torch.softmax(self.logits(last, self.top), dim=1, out=self.top)
-            above = self.product(self.top.mul_(-self.scale), weight, None, self.h[-1])
+            above = product(self.top.mul_(-self.scale), weight, None, self.h[-1])
         for i in reversed(range(len(self.z))):
             self.mlp.activations[i].backward(above, self.z[i], self.h[i])
             if i == 0:
-                self.product(self.h[0], self.down, None, out, add=add)
+                product(self.h[0], self.down, None, out, add=add)
             else:
-                above = self.product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
+                above = product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
 
     def energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """(rows,) w_k E_k(x)."""
@@ -211,15 +192,15 @@ class _Network:
 class Evaluator:
     """Energy and gradient of a description in closed form, on tiles of n_rows states, in buffers of its own.
 
-    A state's values do not depend on the others: every product has product_rows rows.
+    n_rows: a multiple of ``rows_of_products``. A state's values do not depend on the others.
     """
 
-    def __init__(self, description: Description, n_rows: int, product_rows: int) -> None:
+    def __init__(self, description: Description, n_rows: int) -> None:
         assert description.scales is not None  # nor is the constant: it is not bare
         assert description.constant is not None
         self.description, self.constant = description, description.constant
         self.networks = [
-            _Network(mlp, scale, n_rows, product_rows)
+            _Network(mlp, scale, n_rows)
             for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
         ]
 
@@ -250,12 +231,14 @@ class _Tile:
 
     def __init__(self, description: Description, rule: Langevin, n_chains: int, product_rows: int) -> None:
         self.rule, self.n_rows = rule, -(-n_chains // product_rows) * product_rows
-        self.evaluator = Evaluator(description, self.n_rows, product_rows)
+        self.evaluator = Evaluator(description, self.n_rows)
         dim, weight = description.dim, description.mlps[0].weights[0]
         self.x, self.moved, self.grad = (matrix(self.n_rows, dim, weight) for _ in range(3))
         self.bounds = rule.bounds(dim, dtype=weight.dtype, device=weight.device)
 
-    def advance(self, chains: Chains, a: Tensor, b: Tensor, thin: int, done: Advanced) -> None:
+    def advance(
+        self, chains: Chains, a: Tensor, b: Tensor, thin: int, done: Advanced, interrupted: Callable[[], bool]
+    ) -> None:
         """All steps of one tile; everything in ``done`` is written."""
         n, dim = chains.x.shape
         steps = a.shape[1]
@@ -269,6 +252,8 @@ class _Tile:
             int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps, steps, dim, dtype=self.x.dtype
         )
         for t, noise in enumerate(noises):
+            if interrupted():
+                return
             grad = self.evaluator.gradient(self.x, labels, self.grad)
             if frozen is not None:
                 grad.masked_fill_(frozen, 0.0)

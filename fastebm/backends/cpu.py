@@ -1,0 +1,396 @@
+"""The fast path on a CPU: library products and autograd, and Numba's kernels (kernels/cpu) for all else. In float32.
+
+An MLP energy moves on tiles of chains, all K steps of a tile before the next, one thread per tile: no thread waits for
+another, and a tile's buffers stay in cache. A step is a list of calls, written down once and run without Python.
+
+Any other energy has PyTorch's own gradient of all chains at once, and one pass for the rest of a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..description import Description
+from ..energies import Energy
+from ..kernels import cpu as kernels
+from ..kernels.cpu import Call
+from ..langevin import Langevin
+from ..mlp import MLP
+from ..noise import seed_words
+from ..threads import share, threads
+from . import Advanced, Chains
+from .torch_tiles import Evaluator, matrix, padded_rows, product, rows_of, rows_of_products, tiles
+
+__all__ = ["advance", "advance_module", "why_not"]
+
+# Up to as many dims, the products with the first weight are part of the loops around them: the library's are slow there.
+_FEW_DIMS = 4
+
+# Numbers that one thread updates before a second pays for itself: it takes some 20 microseconds to wake up.
+_NUMBERS_PER_THREAD = 65_536
+
+# Steps of a tile after which it looks whether to go on: another thread may have raised.
+_STEPS_AT_ONCE = 16
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not run for such states, in words; None if they do."""
+    if device.type != "cpu":
+        return f"Numba's kernels are for a CPU, and the state is on {device}"
+    if dtype != torch.float32:
+        return f"Numba's kernels compute in float32, and the state is {dtype}"
+    return kernels.why_not()
+
+
+# -- the update ----------------------------------------------------------------------------------------------------
+
+
+class _Update:
+    """Noise, update and clamp of some chains: what the kernels are given in every step, made ready once.
+
+    told: (3, n) what a ``Telemetry`` adds up, or None. t: (1,) int64, the step.
+    """
+
+    def __init__(
+        self, chains: Chains, rule: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
+    ) -> None:
+        n, self.dim = chains.x.shape
+        self.t = torch.zeros(1, dtype=torch.int64)
+        self.told = chains.x.new_zeros(3, n) if telemetry else None
+        numbers, first_steps = chains.numbers.contiguous(), chains.first_steps.contiguous()
+        a, b = (c.contiguous() for c in coefficients)
+        both = [v for c in (a, b) for v in (c, c.shape[1] if len(c) > 1 else 0, int(c.shape[1] > 1))]
+        lo, hi = rule.bounds(self.dim) or (-math.inf, math.inf)
+        key, frozen = seed_words(chains.seed), None if chains.frozen is None else chains.frozen.contiguous()
+        self.plain = not (
+            telemetry or frozen is not None or isinstance(lo, Tensor) or rule.grad_clip is not None
+            or rule.grad_norm_clip is not None
+        )  # fmt: skip
+        if self.plain:
+            self.kernel = kernels.load("update.draw")
+            self.front = [n, 0, (self.dim + 3) // 4, 0, *key, numbers, first_steps, 1, self.t]
+            self.back = [first_bad, *both, lo, hi]
+        else:
+            self.kernel = kernels.load("update.update")
+            lo, hi = (torch.as_tensor(bound, dtype=torch.float32) for bound in (lo, hi))
+            clips = [math.inf if clip is None else clip for clip in (rule.grad_clip, rule.grad_norm_clip)]
+            self.front = [n if telemetry else 0, *key, numbers, first_steps, self.t]
+            self.back = [first_bad, self.told, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
+            self.back += [*both, *clips, lo, int(lo.numel() > 1), hi, int(hi.numel() > 1)]
+
+    def call(self, new: Tensor, x: Tensor, grad: Tensor, first: int, last: int, scratch: _Scratch) -> Call:
+        """new = the state after step t of chains first to last - 1. float32, with rows x.stride(0) apart."""
+        states = [new, x, grad, self.dim, x.stride(0)]
+        if self.plain:
+            arguments = [kernels.LANGEVIN, first, last, *self.front, *scratch.draw, None, *states, *self.back]
+        else:
+            arguments = [first, last, *self.front, *scratch.draw, *states, *self.back, scratch.clips]
+        return self.kernel.prepared(*arguments)
+
+    def tell(self, done: Advanced, steps: int) -> None:
+        if done.telemetry is None or self.told is None:
+            return
+        for value, told in zip(done.telemetry, self.told, strict=True):
+            value.copy_(told)
+        if steps == 0:
+            done.telemetry.grad_norm.fill_(math.nan)
+        done.telemetry.clipped.div_(max(steps, 1))
+        done.telemetry.clamped.div_(max(steps, 1))
+
+
+class _Scratch:
+    """What an update works in; one for each thread."""
+
+    def __init__(self, dim: int) -> None:
+        self.draw, self.owner = kernels.scratch((dim + 3) // 4)
+        self.clips = torch.empty(2 * dim)
+
+
+# -- an MLP energy -------------------------------------------------------------------------------------------------
+
+
+def advance(
+    description: Description,
+    chains: Chains,
+    rule: Langevin,
+    steps: int,
+    *,
+    precision: str = "ieee",
+    thin: int = 0,
+    telemetry: bool = False,
+) -> Advanced:
+    """chains.x: moved in place. precision: "ieee", or "bf16" for products of operands in bf16."""
+    x = chains.x
+    coefficients = rule.coefficients(len(x), steps)
+    done = Advanced.blank(x, steps, thin, telemetry)
+    assert description.scales is not None  # it is not bare
+    mlps = [
+        _Weights(mlp, float(scale), torch.bfloat16 if precision == "bf16" else torch.float32)
+        for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
+    ]
+
+    idle: dict[int, list[_Tile]] = {}  # tiles that no thread works on, by their rows
+
+    def move(rows: slice, interrupted: Callable[[], bool]) -> None:
+        a, b = (c[rows] if len(c) > 1 else c for c in coefficients)
+        part, here = rows_of(done, rows), chains.rows(rows)
+        update = _Update(here, rule, (a, b), part.first_bad, telemetry)
+        few = rows_of_products(x.device)
+        n_rows = -(-len(here.x) // few) * few
+        with torch.inference_mode():
+            alike = idle.setdefault(n_rows, [])
+            tile = alike.pop() if alike else _Tile(description, mlps, n_rows, here.labels is not None)
+            tile.advance(here, update, steps, thin, part, interrupted)
+            alike.append(tile)
+
+    n_threads = torch.get_num_threads()
+    share(tiles(len(x), n_threads), move, n_threads)
+    return done
+
+
+class _Tile:
+    """Buffers of so many chains, and the calls of a step's gradient: made once, and used for one tile after another."""
+
+    def __init__(self, description: Description, mlps: list[_Weights], n_rows: int, with_labels: bool) -> None:
+        dim, like = description.dim, mlps[0].first
+        self.x, self.new, self.grad = (matrix(n_rows, dim, like) for _ in range(3))
+        self.labels = torch.empty(n_rows, dtype=torch.int64) if with_labels else None
+        self.evaluator = Evaluator(description, n_rows)
+        self.scratch = _Scratch(dim)
+        networks = [_Network(weights, n_rows, self.labels) for weights in mlps]
+        d, grad = description, self.grad
+        terms = [d.curvature, d.mean, int(d.curvature is not None), d.linear, int(d.linear is not None)]
+        self.gradients: list[list[Callable[[], object]]] = []
+        for x in (self.x, self.new):
+            calls = [call for k, network in enumerate(networks) for call in network.gradient(x, grad, add=k > 0)]
+            if d.curvature is not None or d.linear is not None:
+                quadratic = kernels.load("mlp.quadratic")
+                calls.append(quadratic.prepared(grad, x, n_rows, dim, grad.stride(0), *terms))
+            self.gradients.append(calls)
+        self.kept = networks, terms  # what the calls point to
+
+    def advance(
+        self, chains: Chains, update: _Update, steps: int, thin: int, done: Advanced, interrupted: Callable[[], bool]
+    ) -> None:
+        """All steps; everything in ``done`` is written."""
+        n, x, new = len(chains.x), self.x, self.new
+        x.copy_(padded_rows(chains.x, len(x)))
+        new.copy_(x)  # rows of padding stay what they are
+        if self.labels is not None and chains.labels is not None:
+            self.labels.copy_(padded_rows(chains.labels, len(x)))
+        moves = [update.call(*pair, self.grad, 0, n, self.scratch) for pair in ((new, x), (x, new))]
+        program = _Program(*([*gradient, move] for gradient, move in zip(self.gradients, moves, strict=True)), update.t)
+        at_once = thin or _STEPS_AT_ONCE
+        for first in range(0, steps, at_once):
+            if interrupted():
+                return
+            last = min(first + at_once, steps)
+            program.run(first, last)
+            if done.trajectory is not None:
+                done.trajectory[:, first // thin] = (new if last % 2 else x)[:n]
+        x = new if steps % 2 else x
+        done.x.copy_(x[:n])
+        done.energy.copy_(self.evaluator.energy(x, self.labels)[:n])
+        update.tell(done, steps)
+
+
+class _Program:
+    """Steps as lists of calls, of an even and of an odd one; t: (1,) int64, becomes the step."""
+
+    def __init__(self, even: Sequence[Callable[[], object]], odd: Sequence[Callable[[], object]], t: Tensor) -> None:
+        self.steps, self.t = (even, odd), t
+        self.lists: list[Any] = []
+        for calls in self.steps:
+            pairs = [v for c in calls if isinstance(c, Call) for v in (c.address, ctypes.addressof(c.block))]
+            self.lists.append(torch.tensor(pairs, dtype=torch.int64))
+        self.compiled = all(len(pairs) == 2 * len(calls) for pairs, calls in zip(self.lists, self.steps, strict=True))
+
+    def run(self, first: int, last: int) -> None:
+        if self.compiled:
+            kernels.load("program.run")(*self.lists, len(self.steps[0]), self.t, first, last)
+            return
+        for t in range(first, last):  # a product of PyTorch's is among the calls
+            self.t.fill_(t)
+            for call in self.steps[t % 2]:
+                call()
+
+
+class _Weights:
+    """An MLP of the sum, as all tiles read it."""
+
+    def __init__(self, mlp: MLP, scale: float, operand: torch.dtype) -> None:
+        self.mlp, self.scale = mlp, scale
+        self.few = mlp.dim if mlp.dim <= _FEW_DIMS else 0
+        first = mlp.weights[0]
+        self.first = first.t().contiguous()  # (dim, width)
+        down = [w.contiguous().to(operand) for w in mlp.weights]
+        self.up = [w.t() for w in down]
+        # The library's way down to a few dims is the faster one with the weight laid out so.
+        self.down = [self.first.to(operand).t(), *down[1:]]
+        self.biases = [
+            first.new_zeros(len(w)) if bias is None else bias.contiguous()
+            for w, bias in zip(mlp.weights, mlp.biases, strict=True)
+        ]
+        # What the slopes of a layer are multiplied by: of the last one the head's weights.
+        self.heads = [first.new_ones(1, width) for width in mlp.widths]
+        if mlp.head != "logsumexp":
+            self.heads[-1] = mlp.weights[-1].contiguous()
+
+
+class _Network:
+    """An MLP of the sum on a tile: its buffers, and the calls of its gradient."""
+
+    def __init__(self, weights: _Weights, n_rows: int, labels: Tensor | None) -> None:
+        mlp, like = weights.mlp, weights.first
+        self.weights, self.n_rows = weights, n_rows
+        self.labels = labels if mlp.head == "class" else None
+        self.z = [matrix(n_rows, width, like) for width in mlp.widths]  # then the slopes
+        self.h = [matrix(n_rows, width, like) for width in mlp.widths]  # activations going up, gradients coming down
+        self.logits = matrix(n_rows, len(mlp.weights[-1]), like)
+
+    def gradient(self, x: Tensor, out: Tensor, *, add: bool) -> list[Callable[[], object]]:
+        """out (+)= dE_k/dx."""
+        w, mlp, n, below = self.weights, self.weights.mlp, self.n_rows, x
+        top = len(mlp.activations) - 1
+        calls: list[Callable[[], object]] = []
+        for i, (activation, z, h) in enumerate(zip(mlp.activations, self.z, self.h, strict=True)):
+            few = w.few if i == 0 else 0
+            if few == 0:
+                calls += _product(below, w.up[i], z)
+            labels = self.labels if i == top else None
+            calls.append(
+                kernels.load(f"mlp.up_{activation.name}").prepared(
+                    z, h, n, z.shape[1], z.stride(0), w.biases[i], activation.parameter, w.heads[i], labels,
+                    int(labels is not None), x, x.stride(0), few, w.first,
+                )  # fmt: skip
+            )
+            below = h
+        above, slope = self.z[-1], None
+        if mlp.head == "logsumexp":
+            shape = n, self.logits.shape[1], self.logits.stride(0)
+            calls += _product(below, w.up[-1], self.logits)
+            calls.append(kernels.load("mlp.softmax").prepared(self.logits, *shape, w.biases[-1], -w.scale))
+            calls += _product(self.logits, w.down[-1], self.h[-1])
+            above, slope = self.h[-1], self.z[-1]
+        for i in reversed(range(top + 1)):
+            few = w.few if i == 0 else 0
+            if slope is not None or few > 0:
+                shape = n, above.shape[1], above.stride(0)
+                slopes, dims = (slope, int(slope is not None)), (out, out.stride(0), few, w.first, int(add))
+                calls.append(kernels.load("mlp.down").prepared(above, *slopes, *shape, *dims))
+            if i > 0:
+                calls += _product(above, w.down[i], self.h[i - 1])
+                above, slope = self.h[i - 1], self.z[i - 1]
+            elif few == 0:
+                calls += _product(above, w.down[0], out, add=add)
+        return calls
+
+
+# -- products ------------------------------------------------------------------------------------------------------
+
+
+def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Callable[[], object]]:
+    """The calls of out (+)= a w."""
+    if w.dtype != a.dtype:
+
+        def in_bf16() -> None:
+            narrow = product(a.to(w.dtype), w, None, torch.empty(out.shape, dtype=w.dtype))
+            _ = out.add_(narrow) if add else out.copy_(narrow)
+
+        return [in_bf16]
+    if _sgemm() is None:
+        return [lambda: product(a, w, None, out, add=add)]
+    few, many = rows_of_products(a.device), len(a)
+    if not _rounds_alike(*w.shape, w.stride(0) == 1, a.stride(0), out.stride(0), few, many):
+        many = few
+    return [_Gemm(a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
+
+
+class _Gemm(Call):
+    """out (+)= a w by BLAS' sgemm."""
+
+    __slots__ = ("memory",)
+
+    def __init__(self, a: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
+        (n, n_in), n_out = a.shape, out.shape[1]
+        transposed = w.stride(0) == 1
+        # BLAS counts columns first, so it is given out^T = w^T a^T.
+        numbers = [n_out, n, n_in, w.stride(1) if transposed else w.stride(0), a.stride(0), out.stride(0)]
+        columns, rows, inner, w_stride, a_stride, out_stride = (torch.tensor([v]) for v in numbers)  # int64: its low half
+        # is the int32 that most builds of BLAS read
+        letters, scales = torch.tensor(list(b"TN" if transposed else b"NN"), dtype=torch.uint8), torch.tensor([1.0, float(add)])
+        arguments = [
+            letters, letters[1:], columns, rows, inner, scales, w, w_stride, a, a_stride, scales[1:], out, out_stride,
+        ]  # fmt: skip
+        addresses = torch.tensor([v.data_ptr() for v in arguments])
+        self.memory = arguments, addresses
+        super().__init__(kernels.load("program.blas"), [_sgemm() or 0, addresses.data_ptr()])
+
+
+@cache
+def _rounds_alike(
+    n_in: int, n_out: int, transposed: bool, a_stride: int, out_stride: int, few: int, many: int
+) -> bool:
+    """Whether this machine's product of many rows has the bits of products of few rows each: then it is taken, being
+    faster. Found out by trying, once for each shape: a library does not promise it."""
+    if few == many:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(n_out, n_in, generator=generator).t()
+    w = w if transposed else w.contiguous()
+    a = torch.randn(many, a_stride, generator=generator)[:, :n_in]
+    whole, parts = torch.zeros(many, out_stride)[:, :n_out], torch.zeros(many, out_stride)[:, :n_out]
+    _Gemm(a, w, whole, False)()
+    for i in range(0, many, few):
+        _Gemm(a[i : i + few], w, parts[i : i + few], False)()
+    return torch.equal(whole, parts)
+
+
+@cache
+def _sgemm() -> int | None:
+    """The address of BLAS' sgemm in the library that PyTorch itself multiplies with; None where it can't be had."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(folder / name)).sgemm_, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+# -- any other energy ----------------------------------------------------------------------------------------------
+
+
+def advance_module(
+    energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
+) -> Advanced:
+    n, dim = chains.x.shape
+    done = Advanced.blank(chains.x, steps, thin, telemetry)
+    update = _Update(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
+    n_threads = torch.get_num_threads()
+    at_once = max(1, -(-n // n_threads), _NUMBERS_PER_THREAD // dim)
+    parts = [(i, min(i + at_once, n), _Scratch(dim)) for i in range(0, n, at_once)]
+    with energy.differentiating():
+        x = chains.x.clone()  # inference tensors can't be differentiated
+        for t in range(steps if n > 0 else 0):
+            grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).contiguous()
+            new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
+            update.t.fill_(t)
+            calls = [update.call(new, x, grad, *part) for part in parts]
+            if len(calls) == 1:
+                calls[0]()
+            else:
+                share(calls, lambda call, interrupted: call(), n_threads)
+            x = new
+            if done.trajectory is not None and (t + 1) % thin == 0:
+                done.trajectory[:, t // thin] = x
+    update.tell(done, steps)
+    return done._replace(x=x, energy=energy(x, chains.labels))

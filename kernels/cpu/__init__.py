@@ -1,0 +1,178 @@
+"""Numba kernels of fastebm for a CPU, imported as ``fastebm.kernels.cpu``: the operations of the Triton kernels.
+
+philox.py   the noise stream: words, uniforms, normals
+update.py   noise, update and clamp in one pass
+mlp.py      activations with their slopes, heads, and the way down
+program.py  many steps of calls of these and of BLAS, without Python between them
+jit.py      how they are compiled
+
+A kernel is a C function of one argument, the address of a block of 64-bit values (addresses, whole numbers, float32 in
+the low half), which ``Kernel`` fills. It runs on one thread and without Python's lock. Its machine code is kept on
+disk, so that only the first process on a machine imports Numba and compiles, which takes seconds; the next ones load it
+within hundredths of one. That is why this is not Numba's own cache, which needs all of Numba.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import struct
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CHUNK", "LANGEVIN", "NORMAL", "UNIFORM", "WORDS", "Call", "Kernel", "load", "scratch", "why_not"]
+
+# Counters that a kernel draws from at once: their words and normals take 32 KiB, the first cache of most cores.
+CHUNK = 1024
+
+# What ``update.draw`` draws, or does with it.
+WORDS, UNIFORM, NORMAL, LANGEVIN = range(4)
+
+_lock = threading.RLock()
+_kept: list[Any] = []  # engines that own machine code in use
+
+
+@cache
+def why_not() -> str | None:
+    """Why these kernels can't run in this process, in words; None if they can. Looks by loading one."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
+    if importlib.util.find_spec("numba") is None:
+        return "the package numba is not installed"
+    try:
+        load("update.draw")
+    except Exception as error:  # a numpy that is too new for Numba, a broken llvmlite, no executable memory, ...
+        return f"numba does not work here: {type(error).__name__}: {error}"
+    return None
+
+
+class Call:
+    """A kernel with its arguments, to be run any number of times. Who makes it keeps the memory that it points to."""
+
+    __slots__ = ("_run", "address", "block")
+
+    def __init__(self, kernel: Kernel, values: list[int]) -> None:
+        self._run, self.address, self.block = kernel.run, kernel.address, (ctypes.c_int64 * len(values))(*values)
+
+    def __call__(self) -> None:
+        self._run(self.block)
+
+
+class Kernel:
+    """A C function, and the types of its arguments: "int", "float", or something else for an address."""
+
+    def __init__(self, address: int, kinds: list[str]) -> None:
+        self.address, self.kinds = address, kinds
+        self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)  # releases Python's lock
+
+    def prepared(self, *arguments: Any) -> Call:
+        """arguments: numbers, and for arrays tensors, addresses, or None."""
+        values = []
+        for kind, value in zip(self.kinds, arguments, strict=True):
+            if kind == "float":
+                values.append(struct.unpack("<q", struct.pack("<fi", value, 0))[0])
+            elif value is None:
+                values.append(0)
+            else:
+                values.append(value if isinstance(value, int) else value.data_ptr())
+        return Call(self, values)
+
+    def __call__(self, *arguments: Any) -> None:
+        self.prepared(*arguments)()
+
+
+def load(name: str) -> Kernel:
+    """A kernel, as "module.function": from memory, from disk, or compiled and put there."""
+    return _loaded.get(name) or _load(name)
+
+
+def scratch(n_blocks: int) -> tuple[list[int], Any]:
+    """Addresses of what a kernel needs to draw rows of n_blocks blocks (its arguments w, r and out), and their owner.
+    One for each thread."""
+    import torch
+
+    owner = torch.empty(8 * CHUNK + 4 * max(CHUNK, n_blocks), dtype=torch.float32)
+    start = owner.data_ptr()
+    return [start, start + 16 * CHUNK, start + 32 * CHUNK], owner
+
+
+_loaded: dict[str, Kernel] = {}
+
+
+def _load(name: str) -> Kernel:
+    with _lock:
+        if name not in _loaded:
+            file = f"{name}-{_stamp()}.kernel"
+            kept = next((found for folder in _folders() if (found := _read(folder / file)) is not None), None)
+            if kept is None:
+                module, function = name.split(".")
+                kept = importlib.import_module(f".{module}", __name__).compiled(function)
+                _write(file, *kept)
+            _loaded[name] = _function(*kept)
+        return _loaded[name]
+
+
+def _function(header: dict[str, Any], code: bytes) -> Kernel:
+    """header: "symbol", and "arguments", their types."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _kept.append(engine)
+    return Kernel(engine.get_function_address(header["symbol"]), header["arguments"])
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _stamp() -> str:
+    """What machine code depends on: the sources of all kernels (one is compiled into another), Numba, and the CPU."""
+    import llvmlite.binding as llvm
+
+    sources = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+    machine = [llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    return hashlib.sha256(b"\0".join([*sources, *(s.encode() for s in versions + machine)])).hexdigest()[:32]
+
+
+def _folders() -> list[Path]:
+    """Where kernels may lie, first choice first: never a folder that others can write to, as what is in it is run."""
+    named, home = os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    folders = [Path(named)] if named else [Path(__file__).parent / "__pycache__"]
+    return [*folders, Path(home or os.path.expanduser("~/.cache")) / "fastebm"]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], bytes] | None:
+    """None if there is no such file, or it is damaged."""
+    try:
+        first, code = file.read_bytes().split(b"\n", 1)
+        header = json.loads(first)
+        return (header, code) if header["sha256"] == hashlib.sha256(code).hexdigest() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: str, header: dict[str, Any], code: bytes) -> None:
+    """To the first folder that takes it; to none if none does."""
+    whole = json.dumps({**header, "sha256": hashlib.sha256(code).hexdigest()}).encode() + b"\n" + code
+    for folder in _folders():
+        part = folder / f"{file}.{os.getpid()}.{threading.get_ident()}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(whole)
+            os.replace(part, folder / file)  # at once: other processes may write and read the same file
+            return
+        except OSError:
+            part.unlink(missing_ok=True) if os.access(folder, os.W_OK) else None

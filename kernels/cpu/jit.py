@@ -1,0 +1,153 @@
+"""How kernels are compiled: the decorators, and the bits of a float.
+
+A kernel's arguments are addresses and numbers, told by their annotations. Loops over them vectorise where they are
+plain: the smallest number of branches, no calls of libm, int32 and float32 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from numpy import float32
+
+__all__ = [
+    "bits_of",
+    "call",
+    "call_blas",
+    "compiled",
+    "device",
+    "dot",
+    "f32s",
+    "float_of",
+    "i32s",
+    "i64s",
+    "u8s",
+    "u32s",
+]
+
+# What a caller passes for an array: its address, as Tensor.data_ptr() gives it; 0 where there is none.
+f32s = i32s = i64s = u8s = u32s = int
+
+_TYPES = {
+    "int": types.int64,
+    "float": types.float32,
+    "f32s": types.CPointer(types.float32),
+    "i32s": types.CPointer(types.int32),
+    "i64s": types.CPointer(types.int64),
+    "u8s": types.CPointer(types.uint8),
+    "u32s": types.CPointer(types.uint32),
+}
+
+# A product and a sum may become one instruction, and -0 may be 0. Sums keep their order, unless ``device`` is told
+# otherwise: where the compiler may choose it ("reassoc"), it may choose otherwise in another loop.
+_FAST = frozenset({"contract", "nsz"})
+
+
+def device(function: Callable[..., Any], *, reorder: bool = False) -> Any:
+    """Decorator: for kernels to call. Always inlined, as a loop with a call in it does not vectorise.
+
+    reorder: sums in the order that is the fastest here. It must depend on nothing but the number of terms.
+    """
+    return numba.njit(
+        function, fastmath={*_FAST, "reassoc"} if reorder else set(_FAST), error_model="numpy", forceinline=True,
+        no_cpython_wrapper=True, no_cfunc_wrapper=True,
+    )  # fmt: skip
+
+
+def compiled(function: Callable[..., None]) -> tuple[dict[str, Any], bytes]:
+    """A kernel's header (see ``_function`` of the package) and machine code. All its arguments are annotated."""
+    kinds = [kind for name, kind in function.__annotations__.items() if name != "return"]
+    unpacked, body = _unpacker(kinds), device(function)
+
+    def entry(block):  # type: ignore[no-untyped-def]
+        body(*unpacked(block))
+
+    entry.__qualname__ = entry.__name__ = function.__name__
+    signature = types.void(types.CPointer(types.int64))
+    done = numba.cfunc(signature, fastmath=set(_FAST), error_model="numpy")(entry)
+    return {"symbol": done.native_name, "arguments": kinds}, done._library._get_compiled_object()
+
+
+def _unpacker(kinds: list[str]) -> Any:
+    """The arguments out of the block."""
+    found = types.Tuple([_TYPES[kind] for kind in kinds])
+
+    @intrinsic
+    def unpacked(typing_context, block):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            values = []
+            for i, kind in enumerate(found.types):
+                value = builder.load(builder.gep(arguments[0], [ir.Constant(ir.IntType(64), i)]))
+                if kind == types.float32:
+                    value = builder.bitcast(builder.trunc(value, ir.IntType(32)), ir.FloatType())
+                elif kind != types.int64:
+                    value = builder.inttoptr(value, context.get_value_type(kind))
+                values.append(value)
+            return context.make_tuple(builder, found, values)
+
+        return found(types.CPointer(types.int64)), generate
+
+    return unpacked
+
+
+@intrinsic
+def call(typing_context, address, block):  # type: ignore[no-untyped-def]
+    """The kernel at an address."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def call_blas(typing_context, address, arguments):  # type: ignore[no-untyped-def]
+    """The Fortran function at an address, of thirteen arguments, which are addresses."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word] * 13)
+        loaded = [builder.load(builder.gep(values[1], [ir.Constant(word, i)])) for i in range(13)]
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), loaded)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.CPointer(types.int64)), generate
+
+
+def _dot(a, at, b, to, n):  # type: ignore[no-untyped-def]
+    """Sum of a[at + j] b[to + j] over n."""
+    total = float32(0.0)
+    for j in range(n):
+        total += a[at + j] * b[to + j]
+    return total
+
+
+dot = device(_dot, reorder=True)
+
+
+@intrinsic
+def bits_of(typing_context, x):  # type: ignore[no-untyped-def]
+    """float32 -> the int32 of the same bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def float_of(typing_context, bits):  # type: ignore[no-untyped-def]
+    """int32 -> the float32 of the same bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
