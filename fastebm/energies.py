@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrizations
 
 from .mlp import ACTIVATIONS, Activation
@@ -227,12 +228,17 @@ def energy(
     Raises:
         ValueError: if the model puts out another shape.
     """
+    return _values(model, x, params, labels).reshape(len(x))
+
+
+def _values(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, labels: Tensor | None) -> Tensor:
+    """(batch,) or (batch, 1), as the model puts them out."""
     arguments = (x,) if labels is None else (x, labels)
     value: Any = model(*arguments) if params is None else torch.func.functional_call(model, dict(params), arguments)
     if not isinstance(value, Tensor) or value.shape not in ((len(x),), (len(x), 1)):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"an energy maps ({len(x)}, ...) to ({len(x)},) or ({len(x)}, 1), got {got}")
-    return value.reshape(len(x))
+    return value
 
 
 class Energy:
@@ -257,7 +263,7 @@ class Energy:
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """(n, dim) -> (n,), without a graph."""
         with torch.no_grad():
-            return self._energy(x, labels)
+            return energy(self.module, self._shaped(x), self._params, labels=labels)
 
     def gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """dE/dx of each chain: (n, dim). The gradient of the sum, so no chain's is divided by their number."""
@@ -275,9 +281,10 @@ class Energy:
 
     def pulled_back(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """``gradient`` of a leaf that requires grad, within ``differentiating``: for loops, which enter that once."""
-        value = self._energy(x, labels)
+        # No view that is not needed: each costs as much as the smallest operations of an energy do.
+        value = _values(self.module, self._shaped(x), self._params, labels)
         if value.requires_grad:
-            (grad,) = torch.autograd.grad(value, x, torch.ones_like(value), allow_unused=True)
+            (grad,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
             if grad is not None:
                 return grad
         raise ValueError(
@@ -285,6 +292,8 @@ class Energy:
             "(is there a detach() or torch.no_grad() in its forward?)"
         )
 
-    def _energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        # A view even of the same shape: hooks that trackers of modules put on inputs do not take a leaf.
-        return energy(self.module, x.reshape(len(x), *self.shape), self._params, labels=labels)
+    def _shaped(self, x: Tensor) -> Tensor:
+        # Trackers that hook all modules, such as PyTorch's FlopCounterMode, can't be given a leaf of the graph.
+        if len(self.shape) == 1 and not _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return x
+        return x.reshape(len(x), *self.shape)

@@ -1,9 +1,9 @@
 """The one noise stream of fastebm: counter-based Philox4x32-10.
 
-Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on
-the device, on how chains are split into batches or processes, or on what was drawn before. Here it is in PyTorch, which
-runs everywhere and is the truth for its twins ``kernels/philox.py`` (Triton) and ``kernels/cpu/philox.py`` (Numba); all
-are held to the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` take the latter where they can.
+Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on the device,
+on how chains are split into batches or processes, or on what was drawn before. Here it is in PyTorch, which runs
+everywhere and is the truth for its twins, kernels/philox.py (Triton) and kernels/cpu/philox.py (Numba); all are held
+to the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` take the latter where they can.
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (chain & 0xffffffff, chain >> 32, step, stream << 24 | block),   block = dim // 4
@@ -267,7 +267,7 @@ def _draw(
     at_once = max(1, _COUNTERS_PER_THREAD // n_blocks)
 
     def work(rows: slice, interrupted: object) -> None:
-        (w, r, _), _owner = kernels.scratch(0)
+        w, r, _ = kernels.scratch(0)
         draw(
             kind, rows.start, rows.stop, n, first_block, n_blocks, int(stream), *key, chains, step_tensor,
             int(len(step_tensor) > 1), zero, w, r, None if words else out, out if words else None, *not_a_step,

@@ -25,13 +25,13 @@ from ..kernels.cpu import Call
 from ..langevin import Langevin
 from ..mlp import MLP
 from ..noise import seed_words
-from ..threads import share, threads
+from ..threads import share
 from . import Advanced, Chains
 from .torch_tiles import Evaluator, matrix, padded_rows, product, rows_of, rows_of_products, tiles
 
 __all__ = ["advance", "advance_module", "why_not"]
 
-# Up to as many dims, the products with the first weight are part of the loops around them: the library's are slow there.
+# Up to as many dims, the products with the first weight are part of the loops around them: BLAS is slow there.
 _FEW_DIMS = 4
 
 # Numbers that one thread updates before a second pays for itself: it takes some 20 microseconds to wake up.
@@ -47,7 +47,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"Numba's kernels are for a CPU, and the state is on {device}"
     if dtype != torch.float32:
         return f"Numba's kernels compute in float32, and the state is {dtype}"
-    return kernels.why_not()
+    found: str | None = kernels.why_not()
+    return found
 
 
 # -- the update ----------------------------------------------------------------------------------------------------
@@ -68,7 +69,8 @@ class _Update:
         numbers, first_steps = chains.numbers.contiguous(), chains.first_steps.contiguous()
         a, b = (c.contiguous() for c in coefficients)
         both = [v for c in (a, b) for v in (c, c.shape[1] if len(c) > 1 else 0, int(c.shape[1] > 1))]
-        lo, hi = rule.bounds(self.dim) or (-math.inf, math.inf)
+        bounds: tuple[Any, Any] = rule.bounds(self.dim) or (-math.inf, math.inf)
+        lo, hi = bounds
         key, frozen = seed_words(chains.seed), None if chains.frozen is None else chains.frozen.contiguous()
         self.plain = not (
             telemetry or frozen is not None or isinstance(lo, Tensor) or rule.grad_clip is not None
@@ -86,14 +88,23 @@ class _Update:
             self.back = [first_bad, self.told, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
             self.back += [*both, *clips, lo, int(lo.numel() > 1), hi, int(hi.numel() > 1)]
 
-    def call(self, new: Tensor, x: Tensor, grad: Tensor, first: int, last: int, scratch: _Scratch) -> Call:
-        """new = the state after step t of chains first to last - 1. float32, with rows x.stride(0) apart."""
+    def call(
+        self, new: Tensor | None, x: Tensor, grad: Tensor | None, first: int, last: int, scratch: _Scratch
+    ) -> Call:
+        """new = the state after step t of chains first to last - 1. float32, with rows x.stride(0) apart. None: ``aim``
+        will tell."""
         states = [new, x, grad, self.dim, x.stride(0)]
         if self.plain:
             arguments = [kernels.LANGEVIN, first, last, *self.front, *scratch.draw, None, *states, *self.back]
         else:
             arguments = [first, last, *self.front, *scratch.draw, *states, *self.back, scratch.clips]
         return self.kernel.prepared(*arguments)
+
+    def aim(self, call: Call, new: Tensor, x: Tensor, grad: Tensor) -> None:
+        """Other tensors for a call, which the caller keeps: quicker than another call."""
+        place = self.kernel.place
+        for name, value in (("new", new), ("x", x), ("grad", grad)):
+            call.block[place[name]] = value.data_ptr()
 
     def tell(self, done: Advanced, steps: int) -> None:
         if done.telemetry is None or self.told is None:
@@ -110,7 +121,7 @@ class _Scratch:
     """What an update works in; one for each thread."""
 
     def __init__(self, dim: int) -> None:
-        self.draw, self.owner = kernels.scratch((dim + 3) // 4)
+        self.draw = kernels.scratch((dim + 3) // 4)
         self.clips = torch.empty(2 * dim)
 
 
@@ -175,7 +186,6 @@ class _Tile:
                 quadratic = kernels.load("mlp.quadratic")
                 calls.append(quadratic.prepared(grad, x, n_rows, dim, grad.stride(0), *terms))
             self.gradients.append(calls)
-        self.kept = networks, terms  # what the calls point to
 
     def advance(
         self, chains: Chains, update: _Update, steps: int, thin: int, done: Advanced, interrupted: Callable[[], bool]
@@ -187,7 +197,8 @@ class _Tile:
         if self.labels is not None and chains.labels is not None:
             self.labels.copy_(padded_rows(chains.labels, len(x)))
         moves = [update.call(*pair, self.grad, 0, n, self.scratch) for pair in ((new, x), (x, new))]
-        program = _Program(*([*gradient, move] for gradient, move in zip(self.gradients, moves, strict=True)), update.t)
+        even, odd = ([*gradient, move] for gradient, move in zip(self.gradients, moves, strict=True))
+        program = _Program(even, odd, update.t)
         at_once = thin or _STEPS_AT_ONCE
         for first in range(0, steps, at_once):
             if interrupted():
@@ -266,12 +277,9 @@ class _Network:
             if few == 0:
                 calls += _product(below, w.up[i], z)
             labels = self.labels if i == top else None
-            calls.append(
-                kernels.load(f"mlp.up_{activation.name}").prepared(
-                    z, h, n, z.shape[1], z.stride(0), w.biases[i], activation.parameter, w.heads[i], labels,
-                    int(labels is not None), x, x.stride(0), few, w.first,
-                )  # fmt: skip
-            )
+            up = kernels.load(f"mlp.up_{activation.name}")
+            layer = [z, h, n, z.shape[1], z.stride(0), w.biases[i], activation.parameter, w.heads[i]]
+            calls.append(up.prepared(*layer, labels, int(labels is not None), x, x.stride(0), few, w.first))
             below = h
         above, slope = self.z[-1], None
         if mlp.head == "logsumexp":
@@ -314,31 +322,32 @@ def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Ca
     return [_Gemm(a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
 
 
-class _Gemm(Call):
+class _Gemm(Call):  # type: ignore[misc]
     """out (+)= a w by BLAS' sgemm."""
-
-    __slots__ = ("memory",)
 
     def __init__(self, a: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
         (n, n_in), n_out = a.shape, out.shape[1]
         transposed = w.stride(0) == 1
         # BLAS counts columns first, so it is given out^T = w^T a^T.
         numbers = [n_out, n, n_in, w.stride(1) if transposed else w.stride(0), a.stride(0), out.stride(0)]
-        columns, rows, inner, w_stride, a_stride, out_stride = (torch.tensor([v]) for v in numbers)  # int64: its low half
+        columns, rows, inner, w_stride, a_stride, out_stride = (
+            torch.tensor([v]) for v in numbers
+        )  # int64: its low half
         # is the int32 that most builds of BLAS read
-        letters, scales = torch.tensor(list(b"TN" if transposed else b"NN"), dtype=torch.uint8), torch.tensor([1.0, float(add)])
+        letters, scales = (
+            torch.tensor(list(b"TN" if transposed else b"NN"), dtype=torch.uint8),
+            torch.tensor([1.0, float(add)]),
+        )
         arguments = [
             letters, letters[1:], columns, rows, inner, scales, w, w_stride, a, a_stride, scales[1:], out, out_stride,
         ]  # fmt: skip
         addresses = torch.tensor([v.data_ptr() for v in arguments])
-        self.memory = arguments, addresses
-        super().__init__(kernels.load("program.blas"), [_sgemm() or 0, addresses.data_ptr()])
+        kept = arguments, addresses
+        super().__init__(kernels.load("program.blas"), [_sgemm() or 0, addresses.data_ptr()], kept)
 
 
 @cache
-def _rounds_alike(
-    n_in: int, n_out: int, transposed: bool, a_stride: int, out_stride: int, few: int, many: int
-) -> bool:
+def _rounds_alike(n_in: int, n_out: int, transposed: bool, a_stride: int, out_stride: int, few: int, many: int) -> bool:
     """Whether this machine's product of many rows has the bits of products of few rows each: then it is taken, being
     faster. Found out by trying, once for each shape: a library does not promise it."""
     if few == many:
@@ -378,13 +387,15 @@ def advance_module(
     n_threads = torch.get_num_threads()
     at_once = max(1, -(-n // n_threads), _NUMBERS_PER_THREAD // dim)
     parts = [(i, min(i + at_once, n), _Scratch(dim)) for i in range(0, n, at_once)]
+    calls = [update.call(None, chains.x, None, *part) for part in parts]
     with energy.differentiating():
         x = chains.x.clone()  # inference tensors can't be differentiated
         for t in range(steps if n > 0 else 0):
             grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).contiguous()
             new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
             update.t.fill_(t)
-            calls = [update.call(new, x, grad, *part) for part in parts]
+            for call in calls:
+                update.aim(call, new, x, grad)
             if len(calls) == 1:
                 calls[0]()
             else:

@@ -1,7 +1,7 @@
-"""The closed-form gradient of an MLP energy in plain PyTorch, on tiles of chains, all K steps of a tile before the next.
+"""The closed-form gradient of an MLP energy in plain PyTorch, on tiles of chains, all K steps of one before the next.
 
-It runs where Numba's kernels (cpu.py) do not: in float64, without Numba, and on devices without kernels. Extra memory is
-O(tile), not O(chains x width).
+It runs where Numba's kernels (cpu.py) do not: in float64, without Numba, and on devices without kernels. Extra memory
+is O(tile), not O(chains x width).
 
 Bits do not depend on the batch: a matrix product may round a row differently for another number of rows or threads, so
 every product has, or rounds like one that has, the same few rows on one thread (the last tile is padded).
@@ -63,8 +63,8 @@ def advance(
 
 
 def tiles(n_chains: int, n_threads: int) -> list[slice]:
-    """Rows of a CPU's tiles: of the sizes that are a power of two times a product's rows, the one that keeps all threads
-    busy for the shortest time."""
+    """Rows of a CPU's tiles: of the powers of two times a product's rows, the size with which all threads are done
+    first."""
     sizes, size = [], _TILE_ROWS
     while size >= _PRODUCT_ROWS:
         sizes.append(size)

@@ -54,26 +54,28 @@ def why_not() -> str | None:
 
 
 class Call:
-    """A kernel with its arguments, to be run any number of times. Who makes it keeps the memory that it points to."""
+    """A kernel with its arguments, to be run any number of times. kept: owners of the memory that they point to."""
 
-    __slots__ = ("_run", "address", "block")
+    __slots__ = ("_run", "address", "block", "kept")
 
-    def __init__(self, kernel: Kernel, values: list[int]) -> None:
+    def __init__(self, kernel: Kernel, values: list[int], kept: object) -> None:
         self._run, self.address, self.block = kernel.run, kernel.address, (ctypes.c_int64 * len(values))(*values)
+        self.kept = kept
 
     def __call__(self) -> None:
         self._run(self.block)
 
 
 class Kernel:
-    """A C function, and the types of its arguments: "int", "float", or something else for an address."""
+    """A C function. arguments: names and types: "int", "float", or something else for an address."""
 
-    def __init__(self, address: int, kinds: list[str]) -> None:
-        self.address, self.kinds = address, kinds
+    def __init__(self, address: int, arguments: dict[str, str]) -> None:
+        self.address, self.kinds = address, list(arguments.values())
+        self.place = {name: i for i, name in enumerate(arguments)}  # of an argument in the block
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)  # releases Python's lock
 
     def prepared(self, *arguments: Any) -> Call:
-        """arguments: numbers, and for arrays tensors, addresses, or None."""
+        """arguments: numbers, and for arrays tensors, which the call keeps, or None."""
         values = []
         for kind, value in zip(self.kinds, arguments, strict=True):
             if kind == "float":
@@ -82,7 +84,7 @@ class Kernel:
                 values.append(0)
             else:
                 values.append(value if isinstance(value, int) else value.data_ptr())
-        return Call(self, values)
+        return Call(self, values, arguments)
 
     def __call__(self, *arguments: Any) -> None:
         self.prepared(*arguments)()
@@ -93,14 +95,14 @@ def load(name: str) -> Kernel:
     return _loaded.get(name) or _load(name)
 
 
-def scratch(n_blocks: int) -> tuple[list[int], Any]:
-    """Addresses of what a kernel needs to draw rows of n_blocks blocks (its arguments w, r and out), and their owner.
-    One for each thread."""
+def scratch(n_blocks: int) -> list[Any]:
+    """Tensors that a kernel works in when it draws rows of n_blocks blocks: its arguments w, r and out. One for each
+    thread."""
     import torch
 
-    owner = torch.empty(8 * CHUNK + 4 * max(CHUNK, n_blocks), dtype=torch.float32)
-    start = owner.data_ptr()
-    return [start, start + 16 * CHUNK, start + 32 * CHUNK], owner
+    return list(
+        torch.empty(8 * CHUNK + 4 * max(CHUNK, n_blocks)).split([4 * CHUNK, 4 * CHUNK, 4 * max(CHUNK, n_blocks)])
+    )
 
 
 _loaded: dict[str, Kernel] = {}
@@ -120,7 +122,7 @@ def _load(name: str) -> Kernel:
 
 
 def _function(header: dict[str, Any], code: bytes) -> Kernel:
-    """header: "symbol", and "arguments", their types."""
+    """header: "symbol", and "arguments", their names and types."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()

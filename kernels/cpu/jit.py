@@ -61,8 +61,8 @@ def device(function: Callable[..., Any], *, reorder: bool = False) -> Any:
 
 def compiled(function: Callable[..., None]) -> tuple[dict[str, Any], bytes]:
     """A kernel's header (see ``_function`` of the package) and machine code. All its arguments are annotated."""
-    kinds = [kind for name, kind in function.__annotations__.items() if name != "return"]
-    unpacked, body = _unpacker(kinds), device(function)
+    arguments = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+    unpacked, body = _unpacker(list(arguments.values())), device(function)
 
     def entry(block):  # type: ignore[no-untyped-def]
         body(*unpacked(block))
@@ -70,7 +70,7 @@ def compiled(function: Callable[..., None]) -> tuple[dict[str, Any], bytes]:
     entry.__qualname__ = entry.__name__ = function.__name__
     signature = types.void(types.CPointer(types.int64))
     done = numba.cfunc(signature, fastmath=set(_FAST), error_model="numpy")(entry)
-    return {"symbol": done.native_name, "arguments": kinds}, done._library._get_compiled_object()
+    return {"symbol": done.native_name, "arguments": arguments}, done._library._get_compiled_object()
 
 
 def _unpacker(kinds: list[str]) -> Any:

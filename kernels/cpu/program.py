@@ -1,4 +1,4 @@
-"""Many steps of calls without Python between them: its lock would make two threads wait for each other at every call."""
+"""Many steps of calls without Python between them, for whose lock two threads would wait at every call."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Random numbers; and noise, update and clamp in one pass: the twin of kernels/triton's update.py.
 
-    x' = clamp(x - a clip(g) + b xi)
+x' = clamp(x - a clip(g) + b xi)
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def draw(
         while c < n_blocks:
             width = CHUNK if CHUNK < n_blocks - c else n_blocks - c
             at = 4 * c if kind == LANGEVIN else 4 * (i * n_blocks + c)
-            draw_rows(kind, i, n_rows, block + c, width, stream, k0, k1, chains, steps, step_stride, at_step, w, r, out, at)
+            draw_rows(
+                kind, i, n_rows, block + c, width, stream, k0, k1, chains, steps, step_stride, at_step, w, r, out, at
+            )
             if kind == WORDS:
                 store_words(w, words, n_total, i, n_rows, c, width, n_blocks)
             c += CHUNK
