@@ -125,7 +125,7 @@ def words(
     Returns:
         Four int64 tensors (rows, n_blocks).
     """
-    if scratch is None and _has_kernels(chains):
+    if scratch is None and _has_kernels(seed, chains):
         out = torch.empty(4, len(chains), n_blocks, dtype=torch.int64)
         _draw(kernels.WORDS, seed, stream, chains, steps, first_block, n_blocks, out)
         return out[0], out[1], out[2], out[3]
@@ -151,7 +151,7 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers u(w) in (0, 1]: (rows, dim). Word j of block b belongs to dim 4 b + j."""
     out = torch.empty(len(chains), _n_blocks(dim), 4, dtype=dtype, device=chains.device)
-    if dtype == torch.float32 and _has_kernels(chains):
+    if dtype == torch.float32 and _has_kernels(seed, chains):
         _draw(kernels.UNIFORM, seed, stream, chains, steps, 0, _n_blocks(dim), out)
         return out.flatten(1)[:, :dim]
     for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out):
@@ -176,21 +176,25 @@ def normal(
     that the float32 ones round.
 
     Args:
-        out: optional (rows, n_blocks, 4) buffer of ``dtype``; the result is then a view into it, and computed by
-            PyTorch everywhere.
+        out: optional (rows, n_blocks, 4) buffer of ``dtype``; the result is then a view into it.
     """
     if out is None:
         out = torch.empty(len(chains), _n_blocks(dim), 4, dtype=dtype, device=chains.device)
-        if dtype == torch.float32 and _has_kernels(chains):
-            _draw(kernels.NORMAL, seed, stream, chains, steps, 0, _n_blocks(dim), out)
-            return out.flatten(1)[:, :dim]
+    if dtype == torch.float32 and out.is_contiguous() and _has_kernels(seed, chains):
+        _draw(kernels.NORMAL, seed, stream, chains, steps, 0, _n_blocks(dim), out)
+    else:
+        _normal(seed, stream, chains, steps, out)
+    return out.flatten(1)[:, :dim]
+
+
+def _normal(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
+    """``normal`` by PyTorch. out: (rows, n_blocks, 4)."""
     for part, w, (radius, angle, cos) in _chunks(seed, stream, chains, steps, out):
         for j in (0, 2):
             _unit(w[j], radius).log_().mul_(-2.0).sqrt_()
             _unit(w[j + 1], angle).mul_(2.0 * math.pi)
             torch.mul(radius, torch.cos(angle, out=cos), out=part[..., j])
             torch.mul(radius, angle.sin_(), out=part[..., j + 1])
-    return out.flatten(1)[:, :dim]
 
 
 def normals_of_steps(
@@ -209,8 +213,8 @@ def normals_of_steps(
     for t in range(0, steps, at_once):
         ahead = torch.arange(t, min(t + at_once, steps), device=device)[:, None]
         rows = chains.expand(len(ahead), n).reshape(-1)
-        drawn = normal(seed, stream, rows, (first_steps + ahead).reshape(-1), dim, dtype=dtype, out=out[: len(rows)])
-        yield from drawn.reshape(len(ahead), n, dim)
+        _normal(seed, stream, rows, (first_steps + ahead).reshape(-1), out[: len(rows)])
+        yield from out[: len(rows)].flatten(1)[:, :dim].reshape(len(ahead), n, dim)
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
@@ -234,16 +238,15 @@ def blocks_at_once(device: torch.device) -> int:
 
 
 def seed_words(seed: int | Tensor) -> tuple[int, int]:
-    """The low and the high word of 64 bits. A tensor is waited for."""
-    seed = int(seed)
+    """The low and the high word of 64 bits. A tensor is on the CPU."""
+    seed = int(seed.numpy().item()) if isinstance(seed, Tensor) else seed  # no operation: nothing waits
     return seed & _MASK, (seed >> 32) & _MASK
 
 
-def _has_kernels(chains: Tensor) -> bool:
-    """Whether Numba's kernels can draw for these chains; what traces (torch.compile, fake tensors) sees PyTorch."""
+def _has_kernels(seed: int | Tensor, chains: Tensor) -> bool:
+    """Whether Numba's kernels can draw for these chains. What traces (torch.compile, fake tensors) sees PyTorch."""
     return (
-        chains.device.type == "cpu"
-        and type(chains) is Tensor
+        all(type(v) is Tensor and v.device.type == "cpu" for v in (seed, chains) if isinstance(v, Tensor))
         and not torch.compiler.is_compiling()
         and kernels.why_not() is None
     )
@@ -259,7 +262,8 @@ def _draw(
         return
     draw = kernels.load("update.draw")
     chains = chains.to(torch.int64).contiguous()
-    step_tensor = torch.as_tensor(steps, dtype=torch.int64).reshape(-1).contiguous()
+    step_tensor = steps if isinstance(steps, Tensor) else torch.full((1,), steps)
+    step_tensor = step_tensor.to(torch.int64).reshape(-1).contiguous()
     key = seed_words(seed)
     words = kind == kernels.WORDS
     zero = torch.zeros(1, dtype=torch.int64)

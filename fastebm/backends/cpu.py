@@ -178,7 +178,8 @@ class _Tile:
         self.scratch = _Scratch(dim)
         networks = [_Network(weights, n_rows, self.labels) for weights in mlps]
         d, grad = description, self.grad
-        terms = [d.curvature, d.mean, int(d.curvature is not None), d.linear, int(d.linear is not None)]
+        curvature, mean, linear = (None if v is None else v.contiguous() for v in (d.curvature, d.mean, d.linear))
+        terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
         self.gradients: list[list[Callable[[], object]]] = []
         for x in (self.x, self.new):
             calls = [call for k, network in enumerate(networks) for call in network.gradient(x, grad, add=k > 0)]
@@ -381,15 +382,16 @@ def _sgemm() -> int | None:
 def advance_module(
     energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
 ) -> Advanced:
+    """Its gradient by autograd. chains.x is left as it is."""
     n, dim = chains.x.shape
-    done = Advanced.blank(chains.x, steps, thin, telemetry)
-    update = _Update(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
     n_threads = torch.get_num_threads()
     at_once = max(1, -(-n // n_threads), _NUMBERS_PER_THREAD // dim)
-    parts = [(i, min(i + at_once, n), _Scratch(dim)) for i in range(0, n, at_once)]
-    calls = [update.call(None, chains.x, None, *part) for part in parts]
-    with energy.differentiating():
-        x = chains.x.clone()  # inference tensors can't be differentiated
+    with energy.differentiating():  # also what is made here: inference tensors could not be changed within
+        x = chains.x.clone()
+        done = Advanced.blank(x, steps, thin, telemetry)
+        update = _Update(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
+        parts = [(i, min(i + at_once, n), _Scratch(dim)) for i in range(0, n, at_once)]
+        calls = [update.call(None, x, None, *part) for part in parts]
         for t in range(steps if n > 0 else 0):
             grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).contiguous()
             new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
@@ -403,5 +405,5 @@ def advance_module(
             x = new
             if done.trajectory is not None and (t + 1) % thin == 0:
                 done.trajectory[:, t // thin] = x
-    update.tell(done, steps)
+        update.tell(done, steps)
     return done._replace(x=x, energy=energy(x, chains.labels))

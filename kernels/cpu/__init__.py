@@ -80,14 +80,31 @@ class Kernel:
         for kind, value in zip(self.kinds, arguments, strict=True):
             if kind == "float":
                 values.append(struct.unpack("<q", struct.pack("<fi", value, 0))[0])
-            elif value is None:
-                values.append(0)
+            elif kind == "int":
+                values.append(int(value))
             else:
-                values.append(value if isinstance(value, int) else value.data_ptr())
+                values.append(0 if value is None else _address(kind, value))
         return Call(self, values, arguments)
 
     def __call__(self, *arguments: Any) -> None:
         self.prepared(*arguments)()
+
+
+_DTYPES = {
+    "f32s": ("torch.float32",),
+    "i32s": ("torch.int32",),
+    "i64s": ("torch.int64",),
+    "u8s": ("torch.uint8", "torch.bool"),
+    "u32s": ("torch.float32",),  # a place to work in
+}
+
+
+def _address(kind: str, value: Any) -> int:
+    """Of a tensor with whole rows; anything else would be read as what it is not, without a word."""
+    if str(value.dtype) not in _DTYPES[kind] or (value.numel() > 1 and value.stride(-1) != 1):
+        raise TypeError(f"a kernel takes {kind} with a last stride of 1, got {value.dtype}, strides {value.stride()}")
+    address: int = value.data_ptr()
+    return address
 
 
 def load(name: str) -> Kernel:
