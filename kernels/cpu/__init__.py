@@ -23,6 +23,7 @@ import json
 import os
 import struct
 import threading
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,31 @@ def _function(header: dict[str, Any], code: bytes) -> Kernel:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+    def engine_of(source: str) -> Any:
+        machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
+        _kept.append(llvm.create_mcjit_compiler(llvm.parse_assembly(source), machine))
+        return _kept[-1]
+
+    engine = engine_of("")
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _kept.append(engine)
-    return Kernel(engine.get_function_address(header["symbol"]), header["arguments"])
+    source = _unpacking(engine.get_function_address(header["symbol"]), header["arguments"].values())
+    engine = engine_of(source)
+    engine.finalize_object()
+    return Kernel(engine.get_function_address("unpacking"), header["arguments"])
+
+
+def _unpacking(address: int, kinds: Iterable[str]) -> str:
+    """A function in LLVM's language that calls another with what a block holds."""
+    lines, values = [], []
+    for i, kind in enumerate(kinds):
+        lines += [f"%p{i} = getelementptr i64, ptr %block, i64 {i}", f"%v{i} = load i64, ptr %p{i}"]
+        if kind == "float":
+            lines += [f"%h{i} = trunc i64 %v{i} to i32", f"%f{i} = bitcast i32 %h{i} to float"]
+        values.append(f"float %f{i}" if kind == "float" else f"i64 %v{i}")
+    lines += [f"%function = inttoptr i64 {address} to ptr", f"call void %function({', '.join(values)})", "ret void"]
+    return "define void @unpacking(ptr %block) {\n" + "\n".join(lines) + "\n}"
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------

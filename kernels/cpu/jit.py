@@ -49,50 +49,25 @@ _FAST = frozenset({"contract", "nsz"})
 
 
 def device(function: Callable[..., Any], *, reorder: bool = False) -> Any:
-    """Decorator: for kernels to call. Always inlined, as a loop with a call in it does not vectorise.
+    """Decorator: for kernels to call. Always inlined, as a loop with a call in it does not vectorise: by Numba, since
+    what LLVM inlines is compiled by itself as well, and that takes as long again.
 
     reorder: sums in the order that is the fastest here. It must depend on nothing but the number of terms.
     """
-    return numba.njit(
-        function, fastmath={*_FAST, "reassoc"} if reorder else set(_FAST), error_model="numpy", forceinline=True,
-        no_cpython_wrapper=True, no_cfunc_wrapper=True,
-    )  # fmt: skip
+    if reorder:
+        return numba.njit(
+            function, fastmath={*_FAST, "reassoc"}, error_model="numpy", forceinline=True, no_cpython_wrapper=True,
+            no_cfunc_wrapper=True,
+        )  # fmt: skip
+    return numba.njit(function, error_model="numpy", inline="always")
 
 
 def compiled(function: Callable[..., None]) -> tuple[dict[str, Any], bytes]:
     """A kernel's header (see ``_function`` of the package) and machine code. All its arguments are annotated."""
     arguments = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
-    unpacked, body = _unpacker(list(arguments.values())), device(function)
-
-    def entry(block):  # type: ignore[no-untyped-def]
-        body(*unpacked(block))
-
-    entry.__qualname__ = entry.__name__ = function.__name__
-    signature = types.void(types.CPointer(types.int64))
-    done = numba.cfunc(signature, fastmath=set(_FAST), error_model="numpy")(entry)
+    signature = types.void(*(_TYPES[kind] for kind in arguments.values()))
+    done = numba.cfunc(signature, fastmath=set(_FAST), error_model="numpy")(function)
     return {"symbol": done.native_name, "arguments": arguments}, done._library._get_compiled_object()
-
-
-def _unpacker(kinds: list[str]) -> Any:
-    """The arguments out of the block."""
-    found = types.Tuple([_TYPES[kind] for kind in kinds])
-
-    @intrinsic
-    def unpacked(typing_context, block):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            values = []
-            for i, kind in enumerate(found.types):
-                value = builder.load(builder.gep(arguments[0], [ir.Constant(ir.IntType(64), i)]))
-                if kind == types.float32:
-                    value = builder.bitcast(builder.trunc(value, ir.IntType(32)), ir.FloatType())
-                elif kind != types.int64:
-                    value = builder.inttoptr(value, context.get_value_type(kind))
-                values.append(value)
-            return context.make_tuple(builder, found, values)
-
-        return found(types.CPointer(types.int64)), generate
-
-    return unpacked
 
 
 @intrinsic
