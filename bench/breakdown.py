@@ -7,12 +7,12 @@ Its parts are run alone, in turns with the whole, since a profiler does not see 
 - gradient: PyTorch's own, of an energy that is a module.
 - rest: the whole without these, which is activations, updates, and what a call costs.
 
-What runs alone may find more of its data in cache, so the rest has that too.
+The fastest round of each, as nothing makes a machine too fast. What runs alone may find more of its data in cache, or
+less; the rest has that too.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +73,7 @@ def row_of(key: str, case: Case, seconds: float = SECONDS) -> dict[str, Any]:
     runs = {"whole": whole, **parts_of(p)}
     for run in runs.values():
         run()
-    took = {name: statistics.median(times) for name, times in interleaved(runs, seconds, p.device).items()}
+    took = {name: min(times) for name, times in interleaved(runs, seconds, p.device).items()}
     spent = {name: took.get(name, 0.0) for name in PARTS}
     return {
         "case": key,

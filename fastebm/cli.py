@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
+from .backends import cpu
 from .backends.choose import BACKENDS, choose
 from .bench import run as suite
 from .checkpoint import write_atomically
@@ -459,9 +460,11 @@ def _info(arguments: argparse.Namespace) -> int:
     sizes = _DEFAULTS.hidden_sizes if arguments.hidden_sizes is None else _flat(arguments.hidden_sizes)
     print(f"fastebm {_version('fastebm')}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
-    for package in ("triton", "numpy", "scikit-learn", "matplotlib", "safetensors", "tqdm"):
+    for package in ("triton", "numba", "numpy", "scikit-learn", "matplotlib", "safetensors", "tqdm"):
         print(f"{package} {_version(package)}")
     print(f"device cpu: {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    no_numba = cpu.why_not(torch.device("cpu"), torch.float32)
+    print(f"  kernels: {'by Numba' if no_numba is None else f'plain PyTorch, because {no_numba}'}")
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         print(f"device cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor}")

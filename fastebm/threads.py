@@ -73,7 +73,7 @@ def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], No
     try:
         take()
     finally:
-        errors = [other.exception() for other in others]  # waits for them
+        errors = [other.exception() for other in others if not other.cancel()]  # waits for those that began
     for error in errors:
         if error is not None:
             raise error

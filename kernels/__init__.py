@@ -1,4 +1,4 @@
-"""Triton kernels of fastebm, imported as ``fastebm.kernels``.
+"""Kernels of fastebm, imported as ``fastebm.kernels``: in Triton here, and in Numba for a CPU in ``cpu``.
 
 philox.py    the noise stream on the device
 mlp.py       activations with their slopes, and the way through the layers

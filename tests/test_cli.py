@@ -177,6 +177,7 @@ def test_info_says_what_would_run(capsys):
     assert f"numpy {np.__version__}" in text
     assert re.search(r"^triton \S+", text, re.MULTILINE)
     assert "MLP energy 5 -> 6 -> 7 -> 1 (tanh) on cpu:" in text
+    assert "kernels: by Numba" in text
     assert "backend: torch (tiles)" in text
     assert "fused kernel: no, because" in text
 

@@ -1,7 +1,8 @@
 """Backends: ways to advance chains by K Langevin steps. Each module has one function ``advance``.
 
 reference.py    the definition of correct: plain PyTorch, autograd, any energy
-torch_tiles.py  the fast pure-PyTorch path for MLP energies
+cpu.py          the fast path on a CPU: library products and autograd, and Numba's kernels for all else
+torch_tiles.py  the closed-form gradient of MLP energies in plain PyTorch, where those do not run
 fused.py        the fused Triton kernel for MLP energies, and the fused update for all others
 choose.py       which of them runs, and why not the fused one
 run.py          the start, an MLP energy on the path that was chosen, and chains that are not finite

@@ -315,40 +315,45 @@ def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Ca
             _ = out.add_(narrow) if add else out.copy_(narrow)
 
         return [in_bf16]
-    if _sgemm() is None:
+    if (sgemm := _sgemm()) is None:
         return [lambda: product(a, w, None, out, add=add)]
     few, many = rows_of_products(a.device), len(a)
-    if not _rounds_alike(*w.shape, w.stride(0) == 1, a.stride(0), out.stride(0), few, many):
+    if not _rounds_alike(sgemm, *w.shape, _is_transposed(w), a.stride(0), out.stride(0), few, many):
         many = few
-    return [_Gemm(a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
+    return [_Gemm(sgemm, a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
+
+
+def _is_transposed(w: Tensor) -> bool:
+    """Whether columns, not rows, are whole."""
+    return w.stride(0) == 1 and w.stride(1) >= len(w)
 
 
 class _Gemm(Call):  # type: ignore[misc]
     """out (+)= a w by BLAS' sgemm."""
 
-    def __init__(self, a: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
+    def __init__(self, sgemm: int, a: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
         (n, n_in), n_out = a.shape, out.shape[1]
-        transposed = w.stride(0) == 1
-        # BLAS counts columns first, so it is given out^T = w^T a^T.
-        numbers = [n_out, n, n_in, w.stride(1) if transposed else w.stride(0), a.stride(0), out.stride(0)]
-        columns, rows, inner, w_stride, a_stride, out_stride = (
-            torch.tensor([v]) for v in numbers
-        )  # int64: its low half
-        # is the int32 that most builds of BLAS read
-        letters, scales = (
-            torch.tensor(list(b"TN" if transposed else b"NN"), dtype=torch.uint8),
-            torch.tensor([1.0, float(add)]),
-        )
+        transposed = _is_transposed(w)
+        # BLAS counts columns first, so it is given out^T = w^T a^T. A stride is no less than what it steps over, also
+        # where there is one row only.
+        w_stride = max(w.stride(1), n_in) if transposed else max(w.stride(0), n_out)
+        numbers = [n_out, n, n_in, w_stride, a.stride(0), out.stride(0)]
+        # int64, in whose low half is the int32 that most builds of BLAS read
+        columns, rows, inner, w_step, a_step, out_step = (torch.tensor([v]) for v in numbers)
+        letters = torch.tensor(list(b"TN" if transposed else b"NN"), dtype=torch.uint8)
+        scales = torch.tensor([1.0, float(add)])
         arguments = [
-            letters, letters[1:], columns, rows, inner, scales, w, w_stride, a, a_stride, scales[1:], out, out_stride,
+            letters, letters[1:], columns, rows, inner, scales, w, w_step, a, a_step, scales[1:], out, out_step,
         ]  # fmt: skip
         addresses = torch.tensor([v.data_ptr() for v in arguments])
         kept = arguments, addresses
-        super().__init__(kernels.load("program.blas"), [_sgemm() or 0, addresses.data_ptr()], kept)
+        super().__init__(kernels.load("program.blas"), [sgemm, addresses.data_ptr()], kept)
 
 
 @cache
-def _rounds_alike(n_in: int, n_out: int, transposed: bool, a_stride: int, out_stride: int, few: int, many: int) -> bool:
+def _rounds_alike(
+    sgemm: int, n_in: int, n_out: int, transposed: bool, a_stride: int, out_stride: int, few: int, many: int
+) -> bool:
     """Whether this machine's product of many rows has the bits of products of few rows each: then it is taken, being
     faster. Found out by trying, once for each shape: a library does not promise it."""
     if few == many:
@@ -358,9 +363,9 @@ def _rounds_alike(n_in: int, n_out: int, transposed: bool, a_stride: int, out_st
     w = w if transposed else w.contiguous()
     a = torch.randn(many, a_stride, generator=generator)[:, :n_in]
     whole, parts = torch.zeros(many, out_stride)[:, :n_out], torch.zeros(many, out_stride)[:, :n_out]
-    _Gemm(a, w, whole, False)()
+    _Gemm(sgemm, a, w, whole, False)()
     for i in range(0, many, few):
-        _Gemm(a[i : i + few], w, parts[i : i + few], False)()
+        _Gemm(sgemm, a[i : i + few], w, parts[i : i + few], False)()
     return torch.equal(whole, parts)
 
 
@@ -370,9 +375,17 @@ def _sgemm() -> int | None:
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         try:
-            return ctypes.cast(ctypes.CDLL(str(folder / name)).sgemm_, ctypes.c_void_p).value
+            address = ctypes.cast(ctypes.CDLL(str(folder / name)).sgemm_, ctypes.c_void_p).value
         except (OSError, AttributeError):
             continue
+        # That it is what it is called: small whole numbers, whose products are exact.
+        a, w, out = (
+            torch.arange(n, dtype=torch.float32).reshape(shape) for n, shape in ((6, (2, 3)), (12, (3, 4)), (8, (2, 4)))
+        )
+        if address is not None:
+            expected = out + a @ w
+            _Gemm(address, a, w, out, True)()
+            return address if torch.equal(out, expected) else None
     return None
 
 

@@ -1,0 +1,381 @@
+"""Numba's kernels beside plain PyTorch, and what a process is like in which they run, are kept, or can't be had."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from fastebm.kernels import cpu as kernels
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastebm
+from fastebm import langevin_sample, noise
+from fastebm.backends import choose, cpu
+from fastebm.mlp import ACTIVATIONS
+from fastebm.noise import Stream
+from fastebm.threads import share
+
+STEP = {"step_size": 0.1, "noise_scale": 0.3, "seed": 5}
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """A function without Numba: plain PyTorch's result of the same call."""
+
+    def result(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "why_not", lambda: "off for this test")
+            return function(*arguments, **options)
+
+    return result
+
+
+def mlp(dim, widths=(32, 16), **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return fastebm.build(dim, hidden_sizes=widths, **options)
+
+
+class Square(nn.Module):
+    """No MLP: E(x) = |x - c|^4 / 4."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.centre = nn.Parameter(torch.linspace(-0.5, 0.5, dim))
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return (x - self.centre).flatten(1).square().sum(dim=1).square() / 4
+
+
+# -- the noise -------------------------------------------------------------------------------------------------
+
+CHAINS = torch.tensor([0, 1, 2**32 - 1, 2**32, 5 * 2**40 + 3, 2**63 - 1])
+STEPS = torch.tensor([0, 1, 2, 2**31, 2**32 - 1, 7])
+
+
+@pytest.mark.parametrize("stream", list(Stream))
+@pytest.mark.parametrize(("n_blocks", "first_block"), [(1, 0), (7, 0xFFFFF0), (1024, 0), (1500, 3)])
+def test_words_are_those_of_pytorch(plain, stream, n_blocks, first_block):
+    for steps in (STEPS, 11):
+        arguments = (2**63 + 17, stream, CHAINS, steps, n_blocks, first_block)
+        for ours, theirs in zip(noise.words(*arguments), plain(noise.words, *arguments), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_known_answers(counter, key, expected):
+    """Random123's, through the kernel itself."""
+    c0, c1, c2, c3 = (int(word, 16) for word in counter.split())
+    low, high = (int(word, 16) for word in key.split())
+    signed = (c1 << 32 | c0) - (2**64 if c1 >> 31 else 0)
+    out = torch.zeros(4, 1, 1, dtype=torch.int64)
+    w, r, _ = kernels.scratch(0)
+    kernels.load("update.draw")(
+        kernels.WORDS, 0, 1, 1, c3 & 0xFFFFFF, 1, c3 >> 24, low, high, torch.tensor([signed]), torch.tensor([c2]), 1,
+        torch.zeros(1, dtype=torch.int64), w, r, None, out, None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0,
+        0.0,
+    )  # fmt: skip
+    assert out.flatten().tolist() == [int(word, 16) for word in expected.split()]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 16, 63, 4097, 5000])
+def test_numbers_are_those_of_pytorch(plain, dim):
+    arguments = (3, Stream.MOMENTUM, CHAINS, STEPS, dim)
+    assert torch.equal(noise.uniform(*arguments), plain(noise.uniform, *arguments))
+    exact = noise.normal(*arguments, dtype=torch.float64)
+    assert (noise.normal(*arguments) - exact).abs().max() < 1e-6
+    assert (plain(noise.normal, *arguments) - exact).abs().max() < 2e-6  # PyTorch's own
+
+
+def test_normals_of_many_words():
+    """The tails and every quarter of the circle are met among a million."""
+    x = noise.normal(9, Stream.LANGEVIN, torch.arange(1000), 0, 1000)
+    exact = noise.normal(9, Stream.LANGEVIN, torch.arange(1000), 0, 1000, dtype=torch.float64)
+    assert x.abs().max() > 4.5
+    assert (x - exact).abs().max() < 1.5e-6
+
+
+def test_draws_do_not_depend_on_threads_or_rows():
+    chains = torch.arange(40_000)
+    whole = noise.normal(1, Stream.LANGEVIN, chains, 0, 5)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(noise.normal(1, Stream.LANGEVIN, chains, 0, 5), whole)
+    finally:
+        torch.set_num_threads(before)
+    for rows in (slice(0, 1), slice(37, 300), slice(39_990, 40_000)):
+        assert torch.equal(noise.normal(1, Stream.LANGEVIN, chains[rows], 0, 5), whole[rows])
+
+
+# -- activations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 8, 37])
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_activations_and_slopes(name, width):
+    """At most twice as far from float64 as PyTorch's float32, and a few units of the last place."""
+    rule = ACTIVATIONS[name]
+    parameter = {"softplus": 2.0, "elu": 0.7}.get(name, rule.default)
+    z = torch.cat(
+        [torch.linspace(-30, 30, 4000), torch.linspace(-1, 1, 4000), torch.tensor([0.0, -0.0, 1e-30, -90, 90])]
+    )
+    z = z[: len(z) // width * width].reshape(-1, width)
+    slope, value, bias, head = z.clone(), torch.empty_like(z), torch.zeros(width), torch.ones(1, width)
+    kernels.load(f"mlp.up_{name}")(slope, value, len(z), width, width, bias, parameter, head, None, 0, None, 0, 0, None)
+    for ours, of in ((value, 0), (slope, 1)):
+        truth, theirs = (
+            (
+                rule.forward(x, parameter, torch.empty_like(x)),
+                rule.backward(torch.ones_like(x), x, parameter, torch.empty_like(x)),
+            )[of]
+            for x in (z.double(), z)
+        )
+        allowed = 2 * (theirs - truth).abs().max() + 4 * 2**-24 * truth.abs().clamp(min=1.0)
+        kinks = (z == 0) if name in ("relu", "leaky_relu", "elu") else torch.zeros_like(z, dtype=torch.bool)
+        assert bool(((ours - truth).abs() <= allowed)[~kinks].all()), (ours - truth).abs().max()
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_what_is_not_finite_stays_so(name):
+    """A NaN in the weights must not become a number on the way."""
+    z = torch.full((1, 8), torch.nan)
+    value = torch.empty_like(z)
+    kernels.load(f"mlp.up_{name}")(z, value, 1, 8, 8, torch.zeros(8), 1.0, torch.ones(1, 8), None, 0, None, 0, 0, None)
+    assert value.isnan().all()
+
+
+# -- whole calls -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "dim"), [(mlp, 3), (mlp, 40), (Square, 7)])
+def test_default_call_is_numbas(plain, make, dim):
+    energy, options = make(dim), {"input_size": dim, "batch_size": 150, "steps": 6, "clamp": (-1.0, 1.0), **STEP}
+    x, info = langevin_sample(energy, return_info=True, **options)
+    y, without = plain(langevin_sample, energy, return_info=True, **options)
+    assert (info.backend, info.kernels, without.kernels) == ("torch", "numba", "torch")
+    assert (x - y).abs().max() < 1e-5
+    assert torch.equal(x, langevin_sample(energy, **options))  # the kernel that tells nothing, with the same bits
+
+
+@pytest.mark.parametrize("widths", [(1,), (5, 1), (1, 1, 7), (130, 3)])
+@pytest.mark.parametrize("dim", [1, 4, 5, 9])
+def test_narrow_layers(plain, dim, widths):
+    options = {"batch_size": 70, "steps": 4, **STEP}
+    x = langevin_sample(mlp(dim, widths), **options)
+    assert (x - plain(langevin_sample, mlp(dim, widths), **options)).abs().max() < 1e-5
+
+
+def test_float64_and_the_reference_are_pytorchs():
+    for energy, options in ((mlp(3).double(), {}), (mlp(3), {"backend": "reference"}), (Square(3).double(), {})):
+        _, info = langevin_sample(energy, 3, steps=1, return_info=True, **options, **STEP)
+        assert info.kernels == "torch"
+
+
+def test_states_that_an_energy_keeps_stay_what_they_were():
+    energy = Square(5)
+    x0 = torch.zeros(4, 5)
+    trajectory = langevin_sample(energy, init=x0, steps=6, return_trajectory=True, **STEP)
+    kept = [x.detach() for x in energy.seen if x.requires_grad]
+    assert len(kept) == 6
+    assert torch.equal(torch.stack(kept, dim=1)[:, 1:], trajectory[:, :-1])
+
+
+def test_trackers_of_modules_may_look():
+    with FlopCounterMode(display=False) as counter:
+        langevin_sample(nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1), nn.Linear(3, 1)), 4, steps=2, **STEP)
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("energy", [mlp(6), Square(6)], ids=["mlp", "module"])
+def test_inference_mode_and_no_grad_change_nothing(energy):
+    x = langevin_sample(energy, 6, steps=3, **STEP)
+    for context in (torch.inference_mode(), torch.no_grad()):
+        with context:
+            assert torch.equal(langevin_sample(energy, 6, steps=3, **STEP), x)
+
+
+def test_products_in_bf16(monkeypatch):
+    """Where the machine multiplies bf16, and it is asked for; any machine can, slowly."""
+    energy, options = mlp(20, (64, 64)), {"batch_size": 90, "steps": 4, "return_info": True, **STEP}
+    x, info = langevin_sample(energy, **options)
+    assert info.precision == "ieee"
+    monkeypatch.setattr(choose, "multiplies_bf16", lambda: True)
+    y, info = langevin_sample(energy, precision="bf16", **options)
+    assert info.precision == "bf16"
+    assert 1e-6 < (x - y).abs().max() < 1e-2
+    assert langevin_sample(energy, **options)[1].precision == "ieee"
+
+
+def test_without_the_librarys_product_the_steps_go_through_python(monkeypatch):
+    energy, options = mlp(20, (64, 64)), {"batch_size": 90, "steps": 4, **STEP}
+    x = langevin_sample(energy, **options)
+    monkeypatch.setattr(cpu, "_sgemm", lambda: None)
+    assert (langevin_sample(energy, **options) - x).abs().max() < 1e-5
+
+
+def test_products_of_few_rows_have_the_same_bits(monkeypatch):
+    """What ``_rounds_alike`` has found out is so."""
+    energy, options = mlp(50, (96, 33)), {"batch_size": 400, "steps": 4, **STEP}
+    x = langevin_sample(energy, **options)
+    monkeypatch.setattr(cpu, "_rounds_alike", lambda *shape: False)
+    assert torch.equal(langevin_sample(energy, **options), x)
+
+
+def test_kernels_refuse_what_they_would_misread():
+    kernel = kernels.load("mlp.softmax")
+    z, bias = torch.zeros(4, 8), torch.zeros(8)
+    for bad in (z.double(), z.t(), bias.expand(8, 8).t()):
+        with pytest.raises(TypeError, match="a kernel takes f32s"):
+            kernel.prepared(bad, 4, 8, 8, bias, 1.0)
+
+
+# -- threads ---------------------------------------------------------------------------------------------------
+
+
+def threads_of_a_new_one():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_pytorchs_threads_are_left_as_they_were(n):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n)
+        for make in (mlp, Square):
+            langevin_sample(make(40), 40, batch_size=2000, steps=2, **STEP)
+            assert torch.get_num_threads() == n
+            assert threads_of_a_new_one() == n
+        with pytest.raises(ZeroDivisionError):
+            share(range(8), lambda item, interrupted: item // 0, n)
+        assert torch.get_num_threads() == n
+        assert threads_of_a_new_one() == n
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_shared_work_is_done_once_each_and_stops_at_an_error():
+    done = []
+    share(range(100), lambda item, interrupted: done.append(item), 3)
+    assert sorted(done) == list(range(100))
+    started = threading.Barrier(2, timeout=60)
+
+    def work(item, interrupted):
+        started.wait()
+        if item == 0:
+            raise KeyboardInterrupt
+        while not interrupted():
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        share(range(50), work, 2)
+
+
+def test_calls_in_several_threads_at_once():
+    energy = mlp(40)
+    expected = langevin_sample(energy, batch_size=300, steps=5, **STEP)
+    found = [None] * 4
+
+    def call(i):
+        found[i] = langevin_sample(energy, batch_size=300, steps=5, **STEP)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(torch.equal(x, expected) for x in found)
+
+
+# -- processes -------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch, fastebm
+torch.manual_seed(0)
+energy = fastebm.build(3, hidden_sizes=(8, 8))
+options = {"step_size": 0.1, "noise_scale": 0.3, "seed": 1, "return_info": True}
+x, info = fastebm.langevin_sample(energy, batch_size=5, steps=3, **options)
+print(info.kernels, "numba" in sys.modules, x.double().sum().item())
+"""
+
+
+def run(script=SCRIPT, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+    )
+
+
+def result(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return out.split()
+
+
+def test_the_cache_is_filled_used_and_mended(tmp_path):
+    """Two processes at once find none; a later one loads it without Numba; a damaged file is made anew."""
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path / "new")}
+    both = [run(**folder), run(**folder)]
+    first, second = map(result, both)
+    assert first == second
+    assert first[:2] == ["numba", "True"]
+    later = result(run(**folder))
+    assert later == ["numba", "False", first[2]]
+    files = sorted((tmp_path / "new").iterdir())
+    assert files
+    assert not [file for file in files if file.suffix != ".kernel"]
+    draw = next(file for file in files if file.name.startswith("update.draw"))
+    whole = draw.read_bytes()
+    draw.write_bytes(whole[:-100] + bytes(100))
+    assert result(run(**folder))[2] == first[2]
+    assert kernels._read(draw) is not None
+
+
+def test_without_a_folder_to_keep_them_in(tmp_path):
+    nowhere = tmp_path / "file"
+    nowhere.touch()
+    where = {"NUMBA_CACHE_DIR": str(nowhere / "a"), "XDG_CACHE_HOME": str(nowhere / "b")}
+    assert result(run(**where))[:2] == ["numba", "True"]
+
+
+def test_without_numba():
+    without = "import sys; sys.modules['numba'] = None" + SCRIPT
+    found = result(run(without))
+    assert found[0] == "torch"
+    assert float(found[2]) == pytest.approx(float(result(run())[2]), abs=1e-4)
+    assert result(run(NUMBA_DISABLE_JIT="1"))[0] == "torch"
+
+
+FORKED = """
+import os, torch, fastebm
+torch.set_num_threads(2)
+torch.manual_seed(0)
+energy = fastebm.build(40, hidden_sizes=(32, 32))
+sample = lambda: fastebm.langevin_sample(energy, batch_size=600, steps=4, step_size=0.1, noise_scale=0.3, seed=1)
+x = sample()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(sample(), x) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(sample(), x))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_samples_too():
+    """Its parent's threads did not come along."""
+    assert result(run(FORKED)) == ["0", "True"]
