@@ -180,13 +180,13 @@ class _Tile:
         d, grad = description, self.grad
         curvature, mean, linear = (None if v is None else v.contiguous() for v in (d.curvature, d.mean, d.linear))
         terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
-        self.gradients: list[list[Callable[[], object]]] = []
-        for x in (self.x, self.new):
-            calls = [call for k, network in enumerate(networks) for call in network.gradient(x, grad, add=k > 0)]
-            if d.curvature is not None or d.linear is not None:
-                quadratic = kernels.load("mlp.quadratic")
-                calls.append(quadratic.prepared(grad, x, n_rows, dim, grad.stride(0), *terms))
-            self.gradients.append(calls)
+        states = self.x, self.new
+        parts = [network.gradients(states, grad, add=k > 0) for k, network in enumerate(networks)]
+        if curvature is not None or linear is not None:
+            quadratic = kernels.load("mlp.quadratic")
+            parts.append([[quadratic.prepared(grad, x, n_rows, dim, grad.stride(0), *terms)] for x in states])
+        # of an even step, which starts in x, and of an odd one, which starts in new
+        self.gradients = [[call for part in parts for call in part[k]] for k in range(2)]
 
     def advance(
         self, chains: Chains, update: _Update, steps: int, thin: int, done: Advanced, interrupted: Callable[[], bool]
@@ -268,28 +268,33 @@ class _Network:
         self.h = [matrix(n_rows, width, like) for width in mlp.widths]  # activations going up, gradients coming down
         self.logits = matrix(n_rows, len(mlp.weights[-1]), like)
 
-    def gradient(self, x: Tensor, out: Tensor, *, add: bool) -> list[Callable[[], object]]:
-        """out (+)= dE_k/dx."""
-        w, mlp, n, below = self.weights, self.weights.mlp, self.n_rows, x
-        top = len(mlp.activations) - 1
-        calls: list[Callable[[], object]] = []
-        for i, (activation, z, h) in enumerate(zip(mlp.activations, self.z, self.h, strict=True)):
-            few = w.few if i == 0 else 0
-            if few == 0:
-                calls += _product(below, w.up[i], z)
-            labels = self.labels if i == top else None
-            up = kernels.load(f"mlp.up_{activation.name}")
-            layer = [z, h, n, z.shape[1], z.stride(0), w.biases[i], activation.parameter, w.heads[i]]
-            calls.append(up.prepared(*layer, labels, int(labels is not None), x, x.stride(0), few, w.first))
-            below = h
+    def gradients(self, states: Sequence[Tensor], out: Tensor, *, add: bool) -> list[list[Callable[[], object]]]:
+        """Of each x of states, the calls of out (+)= dE_k/dx."""
+        rest = [call for i in range(1, len(self.z)) for call in self._up(i, self.h[i - 1])] + self._down(out, add)
+        return [[*self._up(0, x), *rest] for x in states]
+
+    def _up(self, i: int, below: Tensor) -> list[Callable[[], object]]:
+        """Layer i, from what is below it."""
+        w, activation, z = self.weights, self.weights.mlp.activations[i], self.z[i]
+        few = w.few if i == 0 else 0
+        labels = self.labels if i == len(self.z) - 1 else None
+        layer = [z, self.h[i], self.n_rows, z.shape[1], z.stride(0), w.biases[i], activation.parameter, w.heads[i]]
+        up = kernels.load(f"mlp.up_{activation.name}")
+        call = up.prepared(*layer, labels, int(labels is not None), below, below.stride(0), few, w.first)
+        return [call] if few > 0 else [*_product(below, w.up[i], z), call]
+
+    def _down(self, out: Tensor, add: bool) -> list[Callable[[], object]]:
+        """From the head down to out."""
+        w, n = self.weights, self.n_rows
         above, slope = self.z[-1], None
-        if mlp.head == "logsumexp":
+        calls: list[Callable[[], object]] = []
+        if w.mlp.head == "logsumexp":
             shape = n, self.logits.shape[1], self.logits.stride(0)
-            calls += _product(below, w.up[-1], self.logits)
+            calls += _product(self.h[-1], w.up[-1], self.logits)
             calls.append(kernels.load("mlp.softmax").prepared(self.logits, *shape, w.biases[-1], -w.scale))
             calls += _product(self.logits, w.down[-1], self.h[-1])
             above, slope = self.h[-1], self.z[-1]
-        for i in reversed(range(top + 1)):
+        for i in reversed(range(len(self.z))):
             few = w.few if i == 0 else 0
             if slope is not None or few > 0:
                 shape = n, above.shape[1], above.stride(0)
@@ -339,15 +344,18 @@ class _Gemm(Call):  # type: ignore[misc]
         w_stride = max(w.stride(1), n_in) if transposed else max(w.stride(0), n_out)
         numbers = [n_out, n, n_in, w_stride, a.stride(0), out.stride(0)]
         # int64, in whose low half is the int32 that most builds of BLAS read
-        columns, rows, inner, w_step, a_step, out_step = (torch.tensor([v]) for v in numbers)
-        letters = torch.tensor(list(b"TN" if transposed else b"NN"), dtype=torch.uint8)
-        scales = torch.tensor([1.0, float(add)])
-        arguments = [
-            letters, letters[1:], columns, rows, inner, scales, w, w_step, a, a_step, scales[1:], out, out_step,
-        ]  # fmt: skip
-        addresses = torch.tensor([v.data_ptr() for v in arguments])
-        kept = arguments, addresses
-        super().__init__(kernels.load("program.blas"), [sgemm, addresses.data_ptr()], kept)
+        counts, letters = (ctypes.c_int64 * 6)(*numbers), ctypes.create_string_buffer(b"TN" if transposed else b"NN")
+        scales = (ctypes.c_float * 2)(1.0, float(add))
+        columns, rows, inner, w_step, a_step, out_step = range(
+            ctypes.addressof(counts), ctypes.addressof(counts) + 48, 8
+        )
+        letter, scale = ctypes.addressof(letters), ctypes.addressof(scales)
+        addresses = (ctypes.c_int64 * 13)(
+            letter, letter + 1, columns, rows, inner, scale, w.data_ptr(), w_step, a.data_ptr(), a_step, scale + 4,
+            out.data_ptr(), out_step,
+        )  # fmt: skip
+        kept = a, w, out, counts, letters, scales, addresses
+        super().__init__(kernels.load("program.blas"), [sgemm, ctypes.addressof(addresses)], kept)
 
 
 @cache
