@@ -9,7 +9,7 @@ import math
 
 from numpy import float32, int32, int64, uint32, uint64
 
-from . import CHUNK, UNIFORM, WORDS
+from . import CHUNK
 from .jit import bits_of, device, float_of
 
 _1, _2, _3, _4 = CHUNK, 2 * CHUNK, 3 * CHUNK, 4 * CHUNK
@@ -97,9 +97,8 @@ def box_muller(w, r, n):
 
 
 @device
-def draw_rows(kind, row, n_rows, block, n_blocks, stream, k0, k1, chains, steps, step_stride, t, w, r, out, at):
-    """n_blocks blocks, from ``block`` on, of n_rows rows: their words in w; and but for WORDS, in out[at:] four
-    numbers a block, in the order of the dims. At most CHUNK counters. w, r: (4, CHUNK), to work in."""
+def count(w, row, n_rows, block, n_blocks, stream, chains, steps, step_stride, t):
+    """w = the counters of n_blocks blocks, from ``block`` on, of n_rows rows: at most CHUNK. w: (4, CHUNK) uint32."""
     n = 0
     high_block = uint32(stream << 24)
     for i in range(row, row + n_rows):
@@ -109,15 +108,19 @@ def draw_rows(kind, row, n_rows, block, n_blocks, stream, k0, k1, chains, steps,
             w[n + b], w[_1 + n + b], w[_2 + n + b] = low, high, step
             w[_3 + n + b] = uint32(block + b) | high_block
         n += n_blocks
-    philox4x32(w, n, k0, k1)
-    if kind == WORDS:
-        return
-    if kind == UNIFORM:
-        for word in range(0, _4, _1):
-            for j in range(n):
-                r[word + j] = unit(w[word + j])
-    else:
-        box_muller(w, r, n)
+
+
+@device
+def uniform(w, r, n):
+    """r: (4, CHUNK) float32, u of the words w."""
+    for word in range(0, _4, _1):
+        for j in range(n):
+            r[word + j] = unit(w[word + j])
+
+
+@device
+def spread(r, n, out, at):
+    """out[at:] = r, four numbers of a block after each other: the order of the dims."""
     for j in range(n):
         q = at + 4 * j
         out[q], out[q + 1], out[q + 2], out[q + 3] = r[j], r[_1 + j], r[_2 + j], r[_3 + j]

@@ -10,9 +10,9 @@ import sys
 
 from numpy import float32, int32, uint32
 
-from . import CHUNK, LANGEVIN, NORMAL, WORDS, jit
+from . import CHUNK, LANGEVIN, UNIFORM, WORDS, jit
 from .jit import bits_of, dot, f32s, i32s, i64s, u8s, u32s
-from .philox import draw_rows, store_words
+from .philox import box_muller, count, philox4x32, spread, store_words, uniform
 
 _MAGNITUDE, _INFINITY = int32(0x7FFFFFFF), int32(0x7F800000)
 _ZERO, _ONE, _NO_BOUND = float32(0.0), float32(1.0), float32(math.inf)
@@ -51,12 +51,17 @@ def draw(
         c = 0
         while c < n_blocks:
             width = CHUNK if CHUNK < n_blocks - c else n_blocks - c
-            at = 4 * c if kind == LANGEVIN else 4 * (i * n_blocks + c)
-            draw_rows(
-                kind, i, n_rows, block + c, width, stream, k0, k1, chains, steps, step_stride, at_step, w, r, out, at
-            )
+            n = n_rows * width
+            count(w, i, n_rows, block + c, width, stream, chains, steps, step_stride, at_step)
+            philox4x32(w, n, k0, k1)
             if kind == WORDS:
                 store_words(w, words, n_total, i, n_rows, c, width, n_blocks)
+            else:
+                if kind == UNIFORM:
+                    uniform(w, r, n)
+                else:
+                    box_muller(w, r, n)
+                spread(r, n, out, 4 * c if kind == LANGEVIN else 4 * (i * n_blocks + c))
             c += CHUNK
         if kind == LANGEVIN:
             for row in range(i, i + n_rows):
@@ -100,7 +105,10 @@ def update(
         c = 0
         while c < n_blocks:
             width = CHUNK if CHUNK < n_blocks - c else n_blocks - c
-            draw_rows(NORMAL, i, n_rows, c, width, 0, k0, k1, chains, steps, 1, at_step, w, r, out, 4 * c)
+            count(w, i, n_rows, c, width, 0, chains, steps, 1, at_step)
+            philox4x32(w, n_rows * width, k0, k1)
+            box_muller(w, r, n_rows * width)
+            spread(r, n_rows * width, out, 4 * c)
             c += CHUNK
         for row in range(i, i + n_rows):
             to, at = row * stride, (row - i) * n_blocks * 4
