@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..description import check_shape, describe
 from ..langevin import Langevin
 from ..mlp import NotAnMLP
-from . import Advanced, Chains, op
+from . import Advanced, Chains, cpu, op
 from . import choose as choosing
 
 __all__ = ["advance", "can_compile", "uncompiled"]
@@ -19,7 +19,7 @@ __all__ = ["advance", "can_compile", "uncompiled"]
 
 # What they say of a machine stays true, and what torch.set_float32_matmul_precision said is taken when compiling. (This
 # marks them in place; torch can't trace them.)
-for _function in (choosing._has_triton, choosing._capability, choosing.default_precision):
+for _function in (choosing._has_triton, choosing._capability, choosing.default_precision, cpu.why_not):
     torch.compiler.assume_constant_result(_function)  # type: ignore[no-untyped-call]
 
 
