@@ -27,7 +27,6 @@ from .threads import share
 
 __all__ = [
     "Stream",
-    "blocks_at_once",
     "draw_seed",
     "normal",
     "normals_of_steps",
@@ -208,7 +207,7 @@ def normals_of_steps(
         chains, first_steps: (n,) int64.
     """
     n, device = len(chains), chains.device
-    at_once = max(1, blocks_at_once(device) // max(1, n * _n_blocks(dim)))
+    at_once = max(1, _blocks_at_once(device) // max(1, n * _n_blocks(dim)))
     out = torch.empty(min(at_once, steps) * n, _n_blocks(dim), 4, dtype=dtype, device=device)
     for t in range(0, steps, at_once):
         ahead = torch.arange(t, min(t + at_once, steps), device=device)[:, None]
@@ -232,7 +231,7 @@ def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int
     return int(high) << 32 | int(low)
 
 
-def blocks_at_once(device: torch.device) -> int:
+def _blocks_at_once(device: torch.device) -> int:
     """Blocks of four normals that are drawn together, at least, for PyTorch's cost per operation to be small."""
     return _CHUNK * torch.get_num_threads() if device.type == "cpu" else 0
 
@@ -303,7 +302,7 @@ def _chunks(
     n_rows, n_blocks, _ = out.shape
     size = n_rows
     if out.device.type == "cpu":
-        most = max(1, blocks_at_once(out.device) // max(1, n_blocks))
+        most = max(1, _blocks_at_once(out.device) // max(1, n_blocks))
         size = -(-n_rows // max(1, -(-n_rows // most)))  # chunks of equal size: a small rest would have one thread
     ints = torch.empty(6, size, n_blocks, dtype=torch.int64, device=out.device)
     floats = torch.empty(3, size, n_blocks, dtype=out.dtype, device=out.device)

@@ -227,10 +227,10 @@ def test_without_the_librarys_product_the_steps_go_through_python(monkeypatch):
 
 
 def test_products_of_few_rows_have_the_same_bits(monkeypatch):
-    """What ``_rounds_alike`` has found out is so."""
+    """What ``rounds_alike`` has found out is so."""
     energy, options = mlp(50, (96, 33)), {"batch_size": 400, "steps": 4, **STEP}
     x = langevin_sample(energy, **options)
-    monkeypatch.setattr(cpu, "_rounds_alike", lambda *shape: False)
+    monkeypatch.setattr(cpu, "rounds_alike", lambda *shape: False)
     assert torch.equal(langevin_sample(energy, **options), x)
 
 

@@ -59,6 +59,13 @@ class Telemetry(NamedTuple):
     clipped: Tensor
     clamped: Tensor
 
+    def averaged(self, steps: int) -> None:
+        """In place: numbers of steps become fractions of them, and after none there is no norm."""
+        if steps == 0:
+            self.grad_norm.fill_(torch.nan)
+        self.clipped.div_(max(steps, 1))
+        self.clamped.div_(max(steps, 1))
+
 
 class Advanced(NamedTuple):
     """What ``advance`` returns.

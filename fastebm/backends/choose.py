@@ -114,10 +114,8 @@ def choose(
     elif no_triton is None:
         path = "autograd" if description is None else "products"
         return Choice("triton", path, description, None, full, why_not)
-    path, by = (
-        ("autograd" if description is None else "tiles"),
-        "numba" if cpu.why_not(device, dtype) is None else "torch",
-    )
+    path = "autograd" if description is None else "tiles"
+    by = "numba" if cpu.why_not(device, dtype) is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
         full = "bf16"
     return Choice("torch", path, description, None, full, why_not, by)

@@ -27,7 +27,16 @@ from ..mlp import MLP
 from ..noise import seed_words
 from ..threads import share
 from . import Advanced, Chains
-from .torch_tiles import Evaluator, matrix, padded_rows, product, rows_of, rows_of_products, tiles
+from .torch_tiles import (
+    Evaluator,
+    matrix,
+    padded_rows,
+    product,
+    rounds_alike,
+    rows_of,
+    rows_of_products,
+    tiles,
+)
 
 __all__ = ["advance", "advance_module", "why_not"]
 
@@ -111,10 +120,7 @@ class _Update:
             return
         for value, told in zip(done.telemetry, self.told, strict=True):
             value.copy_(told)
-        if steps == 0:
-            done.telemetry.grad_norm.fill_(math.nan)
-        done.telemetry.clipped.div_(max(steps, 1))
-        done.telemetry.clamped.div_(max(steps, 1))
+        done.telemetry.averaged(steps)
 
 
 class _Scratch:
@@ -323,7 +329,7 @@ def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Ca
     if (sgemm := _sgemm()) is None:
         return [lambda: product(a, w, None, out, add=add)]
     few, many = rows_of_products(a.device), len(a)
-    if not _rounds_alike(sgemm, *w.shape, _is_transposed(w), a.stride(0), out.stride(0), few, many):
+    if not rounds_alike(_multiply, *w.shape, _is_transposed(w), few, many, a.dtype):
         many = few
     return [_Gemm(sgemm, a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
 
@@ -358,23 +364,10 @@ class _Gemm(Call):  # type: ignore[misc]
         super().__init__(kernels.load("program.blas"), [sgemm, ctypes.addressof(addresses)], kept)
 
 
-@cache
-def _rounds_alike(
-    sgemm: int, n_in: int, n_out: int, transposed: bool, a_stride: int, out_stride: int, few: int, many: int
-) -> bool:
-    """Whether this machine's product of many rows has the bits of products of few rows each: then it is taken, being
-    faster. Found out by trying, once for each shape: a library does not promise it."""
-    if few == many:
-        return True
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(n_out, n_in, generator=generator).t()
-    w = w if transposed else w.contiguous()
-    a = torch.randn(many, a_stride, generator=generator)[:, :n_in]
-    whole, parts = torch.zeros(many, out_stride)[:, :n_out], torch.zeros(many, out_stride)[:, :n_out]
-    _Gemm(sgemm, a, w, whole, False)()
-    for i in range(0, many, few):
-        _Gemm(sgemm, a[i : i + few], w, parts[i : i + few], False)()
-    return torch.equal(whole, parts)
+def _multiply(a: Tensor, w: Tensor, out: Tensor) -> None:
+    sgemm = _sgemm()
+    assert sgemm is not None  # or there is nothing to try
+    _Gemm(sgemm, a, w, out, False)()
 
 
 @cache

@@ -281,11 +281,10 @@ def _advance_by_gradient(
             trajectory[:, t // thin] = x
 
     how = run_steps(step, steps if n_chains > 0 else 0, recorder, keep)
-    if told is not None:
-        told[1:] /= max(steps, 1)
-        if steps == 0:
-            told[0] = torch.nan
-    return Advanced(x, x, first_bad, trajectory, None if told is None else Telemetry(*told), how)
+    telemetry_of = None if told is None else Telemetry(*told)
+    if telemetry_of is not None:
+        telemetry_of.averaged(steps)
+    return Advanced(x, x, first_bad, trajectory, telemetry_of, how)
 
 
 def _rule_arguments(

@@ -22,7 +22,17 @@ from ..noise import Stream, normals_of_steps
 from ..threads import share, threads
 from . import Advanced, Chains, Telemetry
 
-__all__ = ["Evaluator", "advance", "matrix", "padded_rows", "product", "rows_of", "rows_of_products", "stride", "tiles"]
+__all__ = [
+    "Evaluator",
+    "advance",
+    "matrix",
+    "padded_rows",
+    "product",
+    "rounds_alike",
+    "rows_of",
+    "rows_of_products",
+    "tiles",
+]
 
 # Rows of one matrix product on a CPU: a call with few chains is padded to no more than this.
 _PRODUCT_ROWS = 64
@@ -95,36 +105,47 @@ def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
     MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place in the
     tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
     """
-    return like.new_empty(n_rows, stride(width))[:, :width]
+    return like.new_empty(n_rows, _stride(width))[:, :width]
 
 
-def stride(width: int) -> int:
+def _stride(width: int) -> int:
     return width if width <= 4 else -(-width // 4) * 4
 
 
 @cache
-def _rounds_alike(n_in: int, n_out: int, transposed: bool, few: int, many: int, dtype: torch.dtype) -> bool:
-    """Whether this machine's product of many rows has the bits of products of few rows each, on one thread: then it is
-    taken, being faster. Found out by trying, once for each shape: a library does not promise it."""
+def rounds_alike(
+    multiply: Callable[[Tensor, Tensor, Tensor], object], n_in: int, n_out: int, transposed: bool, few: int, many: int,
+    dtype: torch.dtype,
+) -> bool:  # fmt: skip
+    """Whether a product of many rows has the bits of products of few rows each, here and on one thread: then it is
+    taken, being faster. Found out by trying, once for each shape: a library does not promise it.
+
+    multiply: makes its third argument, (rows, n_out), the product of the first two. transposed: of w, (n_in, n_out),
+    columns are whole.
+    """
     if few == many:
         return True
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(n_out, n_in, dtype=dtype, generator=generator)
-    w = w.t() if transposed else w.t().contiguous()
+    w = torch.randn(n_out, n_in, dtype=dtype, generator=generator).t()
+    w = w if transposed else w.contiguous()
     a, whole, parts = (matrix(many, width, w) for width in (n_in, n_out, n_out))
     a.copy_(torch.randn(many, n_in, dtype=dtype, generator=generator))
     with threads(1):
-        torch.mm(a, w, out=whole)
+        multiply(a, w, whole)
         for i in range(0, many, few):
-            torch.mm(a[i : i + few], w, out=parts[i : i + few])
+            multiply(a[i : i + few], w, parts[i : i + few])
     return torch.equal(whole, parts)
+
+
+def _mm(a: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, w, out=out)
 
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> Tensor:
     """out = a @ w (+ bias) (+ out), in products of a fixed number of rows, or what rounds like them. On a CPU of one
     thread, and rows in a multiple of ``rows_of_products``."""
     few = rows_of_products(a.device)
-    if a.device.type != "cpu" or _rounds_alike(*w.shape, w.stride(0) == 1, few, len(a), a.dtype):
+    if a.device.type != "cpu" or rounds_alike(_mm, *w.shape, w.stride(0) == 1, few, len(a), a.dtype):
         return _multiply(a, w, bias, out, add)
     for i in range(0, len(a), few):
         _multiply(a[i : i + few], w, bias, out[i : i + few], add)
@@ -292,10 +313,7 @@ class _Tile:
         done.energy.copy_(self.evaluator.energy(self.x, labels)[:n])
         done.first_bad.copy_(bad_at[:n])
         if done.telemetry is not None:
-            if steps == 0:
-                done.telemetry.grad_norm.fill_(torch.nan)
-            done.telemetry.clipped.div_(max(steps, 1))
-            done.telemetry.clamped.div_(max(steps, 1))
+            done.telemetry.averaged(steps)
 
 
 def _add_product(x: Tensor, v: Tensor, c: Tensor, sign: float, *, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How kernels are compiled: the decorators, and the bits of a float.
+"""How kernels are compiled, and the bits of a float.
 
 A kernel's arguments are addresses and numbers, told by their annotations. Loops over them vectorise where they are
 plain: the smallest number of branches, no calls of libm, int32 and float32 throughout.
@@ -30,7 +30,7 @@ __all__ = [
     "u32s",
 ]
 
-# What a caller passes for an array: its address, as Tensor.data_ptr() gives it; 0 where there is none.
+# Arrays of numbers: an address here, and a tensor, or None, for who calls (``Kernel.prepared``).
 f32s = i32s = i64s = u8s = u32s = int
 
 _TYPES = {

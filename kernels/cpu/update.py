@@ -88,7 +88,8 @@ def update(
     frozen_chain: int, a: f32s, a_chain: int, a_step: int, b: f32s, b_chain: int, b_step: int, grad_clip: float,
     norm_clip: float, lo: f32s, lo_dim: int, hi: f32s, hi_dim: int, g: f32s,
 ):  # fmt: skip
-    """``draw`` of LANGEVIN with all options.
+    """``draw`` of LANGEVIN with all options. Apart, and the loop over rows written once more: compiled into ``draw`` it
+    would make every first call wait for options that few calls have, and a function for the loop's head a third longer.
 
     Args:
         told: (3, n_told) float32, in and out: the gradient's norm, steps clipped, steps clamped. n_told: 0 without it.
