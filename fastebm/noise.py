@@ -31,6 +31,7 @@ __all__ = [
     "normal",
     "normals_of_steps",
     "philox4x32",
+    "random_bytes",
     "seed_words",
     "uniform",
     "words",
@@ -125,9 +126,10 @@ def words(
         Four int64 tensors (rows, n_blocks).
     """
     if scratch is None and _has_kernels(seed, chains):
-        out = torch.empty(4, len(chains), n_blocks, dtype=torch.int64)
-        _draw(kernels.WORDS, seed, stream, chains, steps, first_block, n_blocks, out)
-        return out[0], out[1], out[2], out[3]
+        w0, w1, w2, w3 = (
+            _word_bits(seed, stream, chains, steps, n_blocks, first_block).long().bitwise_and_(_MASK).unbind(2)
+        )
+        return w0, w1, w2, w3
     rows = chains.reshape(-1, 1)
     seed = seed.to(chains.device) if isinstance(seed, Tensor) else seed
     if not isinstance(steps, Tensor):  # made on the device: a copy from the host would wait for it
@@ -137,6 +139,17 @@ def words(
     block = block | (int(stream) << 24)
     counter = (rows & _MASK, (rows >> 32) & _MASK, step & _MASK, block)
     return philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK), scratch=scratch)
+
+
+def random_bytes(
+    seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, n: int, first_block: int = 0
+) -> Tensor:
+    """(rows, n) uint8: the bytes of ``words``, 16 of a block, the low ones of a word first."""
+    arguments = seed, stream, chains, steps, (n + 15) // 16, first_block
+    if _has_kernels(seed, chains):
+        return _word_bits(*arguments).view(torch.uint8).flatten(1)[:, :n]
+    low = torch.stack(words(*arguments), dim=2)[..., None].view(torch.uint8)[..., :4]
+    return low.flatten(1)[:, :n]
 
 
 def uniform(
@@ -251,11 +264,20 @@ def _has_kernels(seed: int | Tensor, chains: Tensor) -> bool:
     )
 
 
+def _word_bits(
+    seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, n_blocks: int, first_block: int
+) -> Tensor:
+    """``words`` as the kernel has them: (rows, n_blocks, 4) int32 of their bits."""
+    out = torch.empty(len(chains), n_blocks, 4)
+    _draw(kernels.WORDS, seed, stream, chains, steps, first_block, n_blocks, out)
+    return out.view(torch.int32)
+
+
 def _draw(
     kind: int, seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, first_block: int, n_blocks: int,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """out: (rows, n_blocks, 4) float32, or for words (4, rows, n_blocks) int64."""
+    """out: (rows, n_blocks, 4) float32."""
     n = len(chains)
     if n == 0 or n_blocks == 0:
         return
@@ -264,7 +286,6 @@ def _draw(
     step_tensor = steps if isinstance(steps, Tensor) else torch.full((1,), steps)
     step_tensor = step_tensor.to(torch.int64).reshape(-1).contiguous()
     key = seed_words(seed)
-    words = kind == kernels.WORDS
     zero = torch.zeros(1, dtype=torch.int64)
     not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
     at_once = max(1, _COUNTERS_PER_THREAD // n_blocks)
@@ -273,7 +294,7 @@ def _draw(
         w, r, _ = kernels.scratch(0)
         draw(
             kind, rows.start, rows.stop, n, first_block, n_blocks, int(stream), *key, chains, step_tensor,
-            int(len(step_tensor) > 1), zero, w, r, None if words else out, out if words else None, *not_a_step,
+            int(len(step_tensor) > 1), zero, w, w if kind == kernels.WORDS else r, out, *not_a_step,
         )  # fmt: skip
 
     if n <= at_once:

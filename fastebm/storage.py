@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .langevin import Langevin
-from .noise import Stream, words
+from .noise import Stream, random_bytes
 
 __all__ = ["Storage"]
 
@@ -133,9 +133,7 @@ class Storage:
         size = max(1, _COUNTERS // n_blocks) if x.device.type == "cpu" else max(1, len(x))
         for i in range(0, len(x), size):
             part = slice(i, i + size)
-            w = words(self.seed, Stream.POOL, chains[part], steps[part], n_blocks, _ROUNDING_BLOCK)
-            # the low 4 of 8 bytes of each word: 16 dims a block
-            noise = torch.stack(w, dim=2)[..., None].view(torch.uint8)[..., :4].flatten(1)[:, : self.dim]
+            noise = random_bytes(self.seed, Stream.POOL, chains[part], steps[part], self.dim, _ROUNDING_BLOCK)
             out[part] = self._rounded(x[part], noise)
         return out
 

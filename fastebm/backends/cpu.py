@@ -104,7 +104,7 @@ class _Update:
         will tell."""
         states = [new, x, grad, self.dim, x.stride(0)]
         if self.plain:
-            arguments = [kernels.LANGEVIN, first, last, *self.front, *scratch.draw, None, *states, *self.back]
+            arguments = [kernels.LANGEVIN, first, last, *self.front, *scratch.draw, *states, *self.back]
         else:
             arguments = [first, last, *self.front, *scratch.draw, *states, *self.back, scratch.clips]
         return self.kernel.prepared(*arguments)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from numpy import float32, int32, int64, uint32, uint64
+from numpy import float32, int32, uint32, uint64
 
 from . import CHUNK
 from .jit import bits_of, device, float_of
@@ -124,13 +124,3 @@ def spread(r, n, out, at):
     for j in range(n):
         q = at + 4 * j
         out[q], out[q + 1], out[q + 2], out[q + 3] = r[j], r[_1 + j], r[_2 + j], r[_3 + j]
-
-
-@device
-def store_words(w, out, n_total, row, n_rows, block, width, n_blocks):
-    """w as rows of out, (4, n_total, n_blocks) int64."""
-    for word in range(4):
-        for i in range(n_rows):
-            to = (word * n_total + row + i) * n_blocks + block
-            for b in range(width):
-                out[to + b] = int64(w[word * CHUNK + i * width + b])

@@ -12,7 +12,7 @@ from numpy import float32, int32, uint32
 
 from . import CHUNK, LANGEVIN, UNIFORM, WORDS, jit
 from .jit import bits_of, dot, f32s, i32s, i64s, u8s, u32s
-from .philox import box_muller, count, philox4x32, spread, store_words, uniform
+from .philox import box_muller, count, philox4x32, spread, uniform
 
 _MAGNITUDE, _INFINITY = int32(0x7FFFFFFF), int32(0x7F800000)
 _ZERO, _ONE, _NO_BOUND = float32(0.0), float32(1.0), float32(math.inf)
@@ -24,13 +24,13 @@ def compiled(name: str):
 
 def draw(
     kind: int, first: int, last: int, n_total: int, block: int, n_blocks: int, stream: int, key0: int, key1: int,
-    chains: i64s, steps: i64s, step_stride: int, t: i64s, w: u32s, r: f32s, out: f32s, words: i64s,
-    new: f32s, x: f32s, grad: f32s, dim: int, stride: int, first_bad: i32s, a: f32s, a_chain: int, a_step: int,
-    b: f32s, b_chain: int, b_step: int, lo: float, hi: float,
+    chains: i64s, steps: i64s, step_stride: int, t: i64s, w: u32s, r: f32s, out: f32s, new: f32s,
+    x: f32s, grad: f32s, dim: int, stride: int, first_bad: i32s, a: f32s, a_chain: int, a_step: int, b: f32s,
+    b_chain: int, b_step: int, lo: float, hi: float,
 ):  # fmt: skip
     """Rows first to last - 1 of n_total: what ``kind`` says of blocks block to block + n_blocks - 1.
 
-    WORDS: words, (4, n_total, n_blocks) int64. UNIFORM, NORMAL: out, (n_total, 4 n_blocks) float32.
+    UNIFORM, NORMAL: out, (n_total, 4 n_blocks) float32. WORDS: the same of their bits, with w itself as r.
 
     LANGEVIN: new = clamp(x - a grad + b xi), three (n_total, stride) float32 arrays of dim columns; a, b at a chain and
     step are a_chain and a_step apart. first_bad: (n_total,) int32, -1 or the first step whose new state was not
@@ -54,14 +54,11 @@ def draw(
             n = n_rows * width
             count(w, i, n_rows, block + c, width, stream, chains, steps, step_stride, at_step)
             philox4x32(w, n, k0, k1)
-            if kind == WORDS:
-                store_words(w, words, n_total, i, n_rows, c, width, n_blocks)
-            else:
-                if kind == UNIFORM:
-                    uniform(w, r, n)
-                else:
-                    box_muller(w, r, n)
-                spread(r, n, out, 4 * c if kind == LANGEVIN else 4 * (i * n_blocks + c))
+            if kind == UNIFORM:
+                uniform(w, r, n)
+            elif kind != WORDS:
+                box_muller(w, r, n)
+            spread(r, n, out, 4 * c if kind == LANGEVIN else 4 * (i * n_blocks + c))
             c += CHUNK
         if kind == LANGEVIN:
             for row in range(i, i + n_rows):
