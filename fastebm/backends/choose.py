@@ -157,16 +157,16 @@ def _has_triton() -> bool:
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, *, asked: bool) -> str | None:
-    if not _has_triton():
-        return "the package triton is not installed"
     if dtype != torch.float32:
         return f"kernels keep their state in float32, and this one is {dtype}"
-    if interpreted():
-        if device.type != "cpu":
-            return f"the interpreter (TRITON_INTERPRET=1) works on CPU tensors, and the state is on {device}"
-        return None if asked else 'the interpreter is for tests: it runs only where backend="triton" asks for it'
-    if device.type != "cuda":
+    if interpreted() and device.type != "cpu":
+        return f"the interpreter (TRITON_INTERPRET=1) works on CPU tensors, and the state is on {device}"
+    if not interpreted() and device.type != "cuda":
         return f"kernels run on CUDA devices, and the state is on {device}"
+    if not _has_triton():  # looks through folders, so where nothing else is in the way
+        return "the package triton is not installed"
+    if interpreted():
+        return None if asked else 'the interpreter is for tests: it runs only where backend="triton" asks for it'
     if _capability(device) == 0:
         return "PyTorch finds no CUDA device here"
     if _capability(device) < 80:
