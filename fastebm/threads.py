@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import threading
@@ -44,15 +45,17 @@ def threads(n: int) -> Iterator[None]:
 
 
 def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], None], n_threads: int) -> None:
-    """``work`` on every item, by n_threads Python threads at most, this one among them; PyTorch's operations within use
-    one thread each. For work that spends its time without Python's lock.
+    """``work`` on every item, by n_threads threads at most, this one among them; PyTorch's operations within use one
+    thread each. For work that spends its time without Python's lock.
 
     work: takes an item, and a function that tells whether to stop early: another has raised, which is raised here.
     """
     left, lock, stop = iter(items), threading.Lock(), threading.Event()
     before = torch.get_num_threads()
 
-    def take() -> None:
+    errors: list[BaseException] = []
+
+    def take(_: object = None) -> None:
         try:
             # For this thread; but PyTorch also takes it as the number for threads that are yet to start, so it is put
             # back to what the caller had, not to what a new thread finds.
@@ -63,20 +66,42 @@ def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], No
                 if item is None:
                     return
                 work(item, stop.is_set)
-        except BaseException:
+        except BaseException as error:  # none may leave a function that C calls
             stop.set()
-            raise
+            errors.append(error)
         finally:
             torch.set_num_threads(before)
 
-    others = [other for _ in range(n_threads - 1) if (other := _submit(take)) is not None]
-    try:
+    if n_threads == 1:
         take()
-    finally:
-        errors = [other.exception() for other in others if not other.cancel()]  # waits for those that began
-    for error in errors:
-        if error is not None:
-            raise error
+    elif not _forked and (in_parallel := _openmp()) is not None:
+        in_parallel(_TeamFunction(take), None, n_threads, 0)
+    else:
+        others = [other for _ in range(n_threads - 1) if (other := _submit(take)) is not None]
+        take()
+        for other in others:
+            if not other.cancel():
+                other.result()
+    if errors:
+        raise errors[0]
+
+
+_TeamFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """``GOMP_parallel``, which runs a function on the threads of PyTorch's own OpenMP library. They start at once, and
+    no thread of ours fits beside them: after an operation they wait for the next by spinning, for milliseconds.
+
+    None where there is no function of that name (macOS, Windows).
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError, TypeError):
+        return None
+    parallel.argtypes, parallel.restype = [_TeamFunction, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
 
 
 def _submit(work: Callable[[], None]) -> Future[None] | None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastebm
-from fastebm import langevin_sample, noise
+from fastebm import langevin_sample, noise, threads
 from fastebm.backends import choose, cpu
 from fastebm.mlp import ACTIVATIONS
 from fastebm.noise import Stream
@@ -262,8 +262,17 @@ def threads_of_a_new_one():
     return found[0]
 
 
+@pytest.fixture(params=["OpenMP's threads", "Python's threads"])
+def team(request, monkeypatch):
+    """Where work is shared by each."""
+    if request.param == "Python's threads":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("no GOMP_parallel here")
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_pytorchs_threads_are_left_as_they_were(n):
+def test_pytorchs_threads_are_left_as_they_were(team, n):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(n)
@@ -279,7 +288,7 @@ def test_pytorchs_threads_are_left_as_they_were(n):
         torch.set_num_threads(before)
 
 
-def test_shared_work_is_done_once_each_and_stops_at_an_error():
+def test_shared_work_is_done_once_each_and_stops_at_an_error(team):
     done = []
     share(range(100), lambda item, interrupted: done.append(item), 3)
     assert sorted(done) == list(range(100))
@@ -296,7 +305,24 @@ def test_shared_work_is_done_once_each_and_stops_at_an_error():
         share(range(50), work, 2)
 
 
-def test_calls_in_several_threads_at_once():
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch has another OpenMP")
+def test_work_is_shared_by_the_threads_that_pytorch_has_already():
+    """Both work at once, and the next call finds the same two."""
+    both = threading.Barrier(2, timeout=60)
+    seen = set()
+
+    def work(item, interrupted):
+        both.wait()
+        seen.add(threading.get_native_id())
+
+    share(range(2), work, 2)
+    before = seen.copy()
+    share(range(2), work, 2)
+    assert len(before) == 2
+    assert seen == before
+
+
+def test_calls_in_several_threads_at_once(team):
     energy = mlp(40)
     expected = langevin_sample(energy, batch_size=300, steps=5, **STEP)
     found = [None] * 4

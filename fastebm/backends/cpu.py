@@ -28,6 +28,7 @@ from ..noise import seed_words
 from ..threads import share
 from . import Advanced, Chains
 from .torch_tiles import (
+    NARROW,
     Evaluator,
     matrix,
     padded_rows,
@@ -177,7 +178,7 @@ class _Tile:
     """Buffers of so many chains, and the calls of a step's gradient: made once, and used for one tile after another."""
 
     def __init__(self, description: Description, mlps: list[_Weights], n_rows: int, with_labels: bool) -> None:
-        dim, like = description.dim, mlps[0].first
+        dim, like = description.dim, mlps[0].heads[0]
         self.x, self.new, self.grad = (matrix(n_rows, dim, like) for _ in range(3))
         self.labels = torch.empty(n_rows, dtype=torch.int64) if with_labels else None
         self.evaluator = Evaluator(description, n_rows)
@@ -248,11 +249,11 @@ class _Weights:
         self.mlp, self.scale = mlp, scale
         self.few = mlp.dim if mlp.dim <= _FEW_DIMS else 0
         first = mlp.weights[0]
-        self.first = first.t().contiguous()  # (dim, width)
-        down = [w.contiguous().to(operand) for w in mlp.weights]
-        self.up = [w.t() for w in down]
-        # The library's way down to a few dims is the faster one with the weight laid out so.
-        self.down = [self.first.to(operand).t(), *down[1:]]
+        self.first = first.t().contiguous() if mlp.dim <= NARROW else None  # (dim, width)
+        self.down = [w.contiguous().to(operand) for w in mlp.weights]
+        self.up = [w.t() for w in self.down]
+        if self.first is not None:
+            self.down[0] = self.first.to(operand).t()
         self.biases = [
             first.new_zeros(len(w)) if bias is None else bias.contiguous()
             for w, bias in zip(mlp.weights, mlp.biases, strict=True)
@@ -267,7 +268,7 @@ class _Network:
     """An MLP of the sum on a tile: its buffers, and the calls of its gradient."""
 
     def __init__(self, weights: _Weights, n_rows: int, labels: Tensor | None) -> None:
-        mlp, like = weights.mlp, weights.first
+        mlp, like = weights.mlp, weights.heads[0]
         self.weights, self.n_rows = weights, n_rows
         self.labels = labels if mlp.head == "class" else None
         self.z = [matrix(n_rows, width, like) for width in mlp.widths]  # then the slopes

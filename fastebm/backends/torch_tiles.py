@@ -41,6 +41,10 @@ _PRODUCT_ROWS = 64
 # stay in cache. A power of two times the above.
 _TILE_ROWS = 512
 
+# Up to as many dims, a CPU's library is slow on the way down to them (fivefold at 2) unless the first weight is laid
+# out transposed. Beyond them that gains nothing, and takes long.
+NARROW = 16
+
 # What a tile costs beside its rows, in rows.
 _TILE_COST = 16
 
@@ -164,8 +168,7 @@ class _Network:
     def __init__(self, mlp: MLP, scale: Tensor, n_rows: int) -> None:
         self.mlp, self.scale = mlp, scale
         weight = mlp.weights[0]
-        # The way down to few dims is a slow product in the library (fivefold at 2) unless the weight is laid out so.
-        self.down = weight.t().contiguous().t()
+        self.down = weight.t().contiguous().t() if mlp.dim <= NARROW else weight
         self.z = [matrix(n_rows, width, weight) for width in mlp.widths]
         self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations going up, gradients coming down
         self.top = None if mlp.head == "scalar" else matrix(n_rows, len(mlp.weights[-1]), weight)
