@@ -3,7 +3,7 @@
 Its parts are run alone, in turns with the whole, since a profiler does not see into compiled code:
 
 - products: the library's products of an MLP's gradient, on as many tiles of as many rows.
-- normals: as many normal numbers, by ``fastebm.noise``, tile by tile.
+- normals: as many normal numbers, by ``fastebm.noise``.
 - gradient: PyTorch's own, of an energy that is a module.
 - rest: the whole without these, which is activations, updates, and what a call costs.
 
@@ -25,6 +25,7 @@ from fastebm.bench.problem import SEED, Problem
 from fastebm.bench.rows import RESULTS, rounded, write
 from fastebm.bench.run import on_threads
 
+from fastebm.backends.cpu import FEW_DIMS
 from fastebm.backends.torch_tiles import tiles
 from fastebm.energies import Energy
 from fastebm.noise import Stream, normal
@@ -32,18 +33,24 @@ from fastebm.noise import Stream, normal
 SECONDS = 10.0  # of timed runs a case, or three rounds
 PARTS = ("products", "normals", "gradient")
 
+_BLOCKS = 2**16  # of four normals drawn in one call: 1 MiB
+
 
 def parts_of(p: Problem) -> dict[str, Callable[[], object]]:
     """What of PARTS a run of the case has, each alone."""
     case = p.case
     parts = tiles(case.n_chains, torch.get_num_threads())
-    rows = parts[0].stop
-    numbers = torch.arange(rows)
+    rows, n_blocks = parts[0].stop, (case.dim + 3) // 4
+    at_once = max(1, min(case.steps, _BLOCKS // (rows * n_blocks)))  # steps: a call of its own would be most of a few
+    numbers = torch.arange(rows).repeat(at_once)
+    steps = torch.arange(at_once).repeat_interleave(rows)
+    out = torch.empty(len(numbers), n_blocks, 4)
 
     def normals() -> None:
-        for t in range(case.steps):
-            for _ in parts:
-                normal(SEED, Stream.LANGEVIN, numbers, t, case.dim)
+        for _ in parts:
+            for first in range(0, case.steps, at_once):
+                n = rows * min(at_once, case.steps - first)
+                normal(SEED, Stream.LANGEVIN, numbers[:n], steps[:n] + first, case.dim, out=out[:n])
 
     if p.mlp is None:
         energy, x = Energy(p.energy, case.shape, torch.float32), p.x0.flatten(1)
@@ -54,7 +61,8 @@ def parts_of(p: Problem) -> dict[str, Callable[[], object]]:
 
         return {"normals": normals, "gradient": gradient}
 
-    hidden = p.mlp.weights[:-1]  # the last has one row
+    # The last weight has one row, and those of few dims are multiplied within other loops.
+    hidden = [w for w in p.mlp.weights[:-1] if min(w.shape) > FEW_DIMS]
     ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
     operands = [(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways]
 

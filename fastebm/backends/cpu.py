@@ -39,10 +39,10 @@ from .torch_tiles import (
     tiles,
 )
 
-__all__ = ["advance", "advance_module", "why_not"]
+__all__ = ["FEW_DIMS", "advance", "advance_module", "why_not"]
 
 # Up to as many dims, the products with the first weight are part of the loops around them: BLAS is slow there.
-_FEW_DIMS = 4
+FEW_DIMS = 4
 
 # Numbers that one thread updates before a second pays for itself: it takes some 20 microseconds to wake up.
 _NUMBERS_PER_THREAD = 65_536
@@ -247,7 +247,7 @@ class _Weights:
 
     def __init__(self, mlp: MLP, scale: float, operand: torch.dtype) -> None:
         self.mlp, self.scale = mlp, scale
-        self.few = mlp.dim if mlp.dim <= _FEW_DIMS else 0
+        self.few = mlp.dim if mlp.dim <= FEW_DIMS else 0
         first = mlp.weights[0]
         self.first = first.t().contiguous() if mlp.dim <= NARROW else None  # (dim, width)
         self.down = [w.contiguous().to(operand) for w in mlp.weights]
