@@ -368,6 +368,7 @@ def test_precisions(device, dim, widths, activation, precision, regime):
     check_precision(device, make_energy(dim, widths, activation), 130, precision, regime)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "widths"), [(1024, [512]), (1000, [512, 10])])
 def test_wide(device, dim, widths):
     """At bf16x3, for which sm_90 has room; at full precision it has none."""

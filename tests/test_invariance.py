@@ -106,7 +106,7 @@ def test_any_batch_on_torch(dim, widths, activation):
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16x3"])
 @pytest.mark.parametrize("regime", ["resident", "streaming"])
-@pytest.mark.parametrize(("dim", "widths"), [(2, [16, 16]), (63, [100, 37, 5])])
+@pytest.mark.parametrize(("dim", "widths"), [(2, [16, 16]), pytest.param(63, [100, 37, 5], marks=pytest.mark.slow)])
 def test_any_batch_on_triton(device, dim, widths, regime, precision):
     run = on_triton(make_mlp(dim, widths), regime, device, precision)
     check_any_batch(run, make_chains(130, dim), sizes=(65,))

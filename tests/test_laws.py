@@ -292,6 +292,7 @@ def test_law_of_a_module(law, sampler):
     assert not rejected(law(function, n_chains))
 
 
+@pytest.mark.slow
 def test_bias_is_of_first_order_in_the_step():
     """1-D, E = x^2 / 2: stationary variance 1 / (1 - eps / 4), so halving eps halves its distance from 1."""
     n_chains, p_values, bias, error = 200_000, [], [], []

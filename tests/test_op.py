@@ -411,7 +411,7 @@ def test_a_hook_added_later_is_seen():
         same(g(), f())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_fresh_noise_without_a_seed(backend):
     energy = MLPEnergy(2, (8,))
 
