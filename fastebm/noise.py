@@ -268,7 +268,7 @@ def _word_bits(
     seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, n_blocks: int, first_block: int
 ) -> Tensor:
     """``words`` as the kernel has them: (rows, n_blocks, 4) int32 of their bits."""
-    out = torch.empty(len(chains), n_blocks, 4)
+    out = torch.empty(len(chains), n_blocks, 4, dtype=torch.float32, device=chains.device)
     _draw(kernels.WORDS, seed, stream, chains, steps, first_block, n_blocks, out)
     return out.view(torch.int32)
 
@@ -283,10 +283,10 @@ def _draw(
         return
     draw = kernels.load("update.draw")
     chains = chains.to(torch.int64).contiguous()
-    step_tensor = steps if isinstance(steps, Tensor) else torch.full((1,), steps)
+    step_tensor = steps if isinstance(steps, Tensor) else torch.full((1,), steps, device=chains.device)
     step_tensor = step_tensor.to(torch.int64).reshape(-1).contiguous()
     key = seed_words(seed)
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64, device=chains.device)
     not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
     at_once = max(1, _COUNTERS_PER_THREAD // n_blocks)
 

@@ -143,7 +143,7 @@ class ChainPool:
                 self._steps = torch.zeros(self.n_local, dtype=torch.int64, device=self.device)
                 self._started = torch.zeros_like(self._steps)
                 self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
-                self._energy = torch.full((self.n_local,), math.nan, device=self.device)
+                self._energy = torch.full((self.n_local,), math.nan, dtype=torch.float32, device=self.device)
                 with self._bar("start", None) as bar:
                     for rows in self._parts(None):
                         steps = self._steps[rows]

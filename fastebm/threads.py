@@ -52,7 +52,6 @@ def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], No
     """
     left, lock, stop = iter(items), threading.Lock(), threading.Event()
     before = torch.get_num_threads()
-
     errors: list[BaseException] = []
 
     def take(_: object = None) -> None:
@@ -118,7 +117,7 @@ def _submit(work: Callable[[], None]) -> Future[None] | None:
 
 def survives_fork(function: _Function) -> _Function:
     """In a process that was forked, on one thread: OpenMP's do not survive, and an operation would wait for them for
-    ever. (PyTorch's own operations do.)"""
+    ever. PyTorch's operations on many numbers do, where no one sees to it."""
 
     @functools.wraps(function)
     def call(*arguments: object, **options: object) -> object:

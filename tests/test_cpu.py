@@ -251,6 +251,26 @@ def test_kernels_refuse_what_they_would_misread():
             kernel.prepared(bad, 4, 8, 8, bias, 1.0)
 
 
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("make", [mlp, Square])
+def test_pytorchs_defaults_change_nothing(make, clip):
+    """A default dtype or device of the caller's is not that of what kernels work in."""
+    energy, init = make(40), torch.rand(300, 40)
+    options = {"init": init, "steps": 3, "grad_clip": clip, **STEP}
+    pool = {"storage_dtype": torch.uint8, "clamp": (0.0, 1.0), "device": "cpu"}
+    rule = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
+    expected = langevin_sample(energy, **options)
+    drawn, _ = fastebm.ChainPool(50, 40, **pool).sample(energy, 8, rule, 3)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(langevin_sample(energy, **options), expected)
+        assert torch.equal(fastebm.ChainPool(50, 40, **pool).sample(energy, 8, rule, 3)[0], drawn)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(langevin_sample(energy, **options), expected)
+
+
 # -- threads ---------------------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ __all__ = ["FEW_DIMS", "advance", "advance_module", "why_not"]
 # Up to as many dims, the products with the first weight are part of the loops around them: BLAS is slow there.
 FEW_DIMS = 4
 
-# Numbers that one thread updates before a second pays for itself: it takes some 20 microseconds to wake up.
+# Numbers that one thread updates before a second pays for itself: to start it takes some 100 microseconds.
 _NUMBERS_PER_THREAD = 65_536
 
 # Steps of a tile after which it looks whether to go on: another thread may have raised.
@@ -74,7 +74,7 @@ class _Update:
         self, chains: Chains, rule: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
     ) -> None:
         n, self.dim = chains.x.shape
-        self.t = torch.zeros(1, dtype=torch.int64)
+        self.t = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.told = chains.x.new_zeros(3, n) if telemetry else None
         numbers, first_steps = chains.numbers.contiguous(), chains.first_steps.contiguous()
         a, b = (c.contiguous() for c in coefficients)
@@ -92,7 +92,7 @@ class _Update:
             self.back = [first_bad, *both, lo, hi]
         else:
             self.kernel = kernels.load("update.update")
-            lo, hi = (torch.as_tensor(bound, dtype=torch.float32) for bound in (lo, hi))
+            lo, hi = (torch.as_tensor(bound, dtype=torch.float32, device="cpu") for bound in (lo, hi))
             clips = [math.inf if clip is None else clip for clip in (rule.grad_clip, rule.grad_norm_clip)]
             self.front = [n if telemetry else 0, *key, numbers, first_steps, self.t]
             self.back = [first_bad, self.told, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
@@ -129,7 +129,7 @@ class _Scratch:
 
     def __init__(self, dim: int) -> None:
         self.draw = kernels.scratch((dim + 3) // 4)
-        self.clips = torch.empty(2 * dim)
+        self.clips = torch.empty(2 * dim, dtype=torch.float32, device="cpu")
 
 
 # -- an MLP energy -------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class _Tile:
     def __init__(self, description: Description, mlps: list[_Weights], n_rows: int, with_labels: bool) -> None:
         dim, like = description.dim, mlps[0].heads[0]
         self.x, self.new, self.grad = (matrix(n_rows, dim, like) for _ in range(3))
-        self.labels = torch.empty(n_rows, dtype=torch.int64) if with_labels else None
+        self.labels = torch.empty(n_rows, dtype=torch.int64, device=like.device) if with_labels else None
         self.evaluator = Evaluator(description, n_rows)
         self.scratch = _Scratch(dim)
         networks = [_Network(weights, n_rows, self.labels) for weights in mlps]
@@ -229,7 +229,7 @@ class _Program:
         self.lists: list[Any] = []
         for calls in self.steps:
             pairs = [v for c in calls if isinstance(c, Call) for v in (c.address, ctypes.addressof(c.block))]
-            self.lists.append(torch.tensor(pairs, dtype=torch.int64))
+            self.lists.append(torch.tensor(pairs, dtype=torch.int64, device="cpu"))
         self.compiled = all(len(pairs) == 2 * len(calls) for pairs, calls in zip(self.lists, self.steps, strict=True))
 
     def run(self, first: int, last: int) -> None:
@@ -323,7 +323,7 @@ def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Ca
     if w.dtype != a.dtype:
 
         def in_bf16() -> None:
-            narrow = product(a.to(w.dtype), w, None, torch.empty(out.shape, dtype=w.dtype))
+            narrow = product(a.to(w.dtype), w, None, torch.empty_like(out, dtype=w.dtype))
             _ = out.add_(narrow) if add else out.copy_(narrow)
 
         return [in_bf16]
@@ -382,7 +382,8 @@ def _sgemm() -> int | None:
             continue
         # That it is what it is called: small whole numbers, whose products are exact.
         a, w, out = (
-            torch.arange(n, dtype=torch.float32).reshape(shape) for n, shape in ((6, (2, 3)), (12, (3, 4)), (8, (2, 4)))
+            torch.arange(n, dtype=torch.float32, device="cpu").reshape(shape)
+            for n, shape in ((6, (2, 3)), (12, (3, 4)), (8, (2, 4)))
         )
         if address is not None:
             expected = out + a @ w

@@ -130,10 +130,10 @@ def rounds_alike(
     if few == many:
         return True
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(n_out, n_in, dtype=dtype, generator=generator).t()
+    w = torch.randn(n_out, n_in, dtype=dtype, device="cpu", generator=generator).t()
     w = w if transposed else w.contiguous()
     a, whole, parts = (matrix(many, width, w) for width in (n_in, n_out, n_out))
-    a.copy_(torch.randn(many, n_in, dtype=dtype, generator=generator))
+    a.copy_(torch.randn(many, n_in, dtype=dtype, device="cpu", generator=generator))
     with threads(1):
         multiply(a, w, whole)
         for i in range(0, many, few):

@@ -102,10 +102,13 @@ _DTYPES = {
 
 
 def _address(kind: str, value: Any) -> int:
-    """Of a tensor with whole rows; anything else would be read as what it is not, without a word."""
+    """Of a tensor on the CPU with whole rows; anything else would be read as what it is not, without a word."""
     in_pieces = value.numel() > 1 and value.shape[-1] > 1 and value.stride(-1) != 1
-    if str(value.dtype) not in _DTYPES[kind] or in_pieces:
-        raise TypeError(f"a kernel takes {kind} with a last stride of 1, got {value.dtype}, strides {value.stride()}")
+    if str(value.dtype) not in _DTYPES[kind] or in_pieces or value.device.type != "cpu":
+        raise TypeError(
+            f"a kernel takes {kind} on the CPU with a last stride of 1, got {value.dtype} on {value.device}, strides "
+            f"{value.stride()}"
+        )
     address: int = value.data_ptr()
     return address
 
@@ -120,9 +123,8 @@ def scratch(n_blocks: int) -> list[Any]:
     thread."""
     import torch
 
-    return list(
-        torch.empty(8 * CHUNK + 4 * max(CHUNK, n_blocks)).split([4 * CHUNK, 4 * CHUNK, 4 * max(CHUNK, n_blocks)])
-    )
+    sizes = [4 * CHUNK, 4 * CHUNK, 4 * max(CHUNK, n_blocks)]
+    return list(torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes))
 
 
 _loaded: dict[str, Kernel] = {}
