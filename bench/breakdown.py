@@ -1,56 +1,111 @@
-"""Where the time of the default call goes, on one core: python bench/breakdown.py [CASE ...]
+"""Where the time goes on a CPU: python bench/breakdown.py
 
-Its parts are run alone, in turns with the whole, since a profiler does not see into compiled code:
+Parts are run alone, in turns with the whole, since a profiler does not see into compiled code. The fastest round of
+each counts, as nothing makes a machine too fast. The rest is the whole without its parts. What runs alone may find more
+of its data in cache, or less, and takes its turn at another moment of a noisy machine; the rest has that too.
+
+STEPS, the default call on one thread and on all:
 
 - products: the library's products of an MLP's gradient, on as many tiles of as many rows.
 - normals: as many normal numbers, by ``fastebm.noise``.
 - gradient: PyTorch's own, of an energy that is a module.
-- rest: the whole without these, which is activations, updates, and what a call costs.
+- call: a call without steps: checks, what is made ready for the steps, the last energies.
+- The rest is activations and updates.
 
-The fastest round of each, as nothing makes a machine too fast. What runs alone may find more of its data in cache, or
-less; the rest has that too.
+POOLS, a batch drawn and written back (``pool.py``):
+
+- copies: its states, by PyTorch's ``index_select`` and ``index_copy_``.
+- draws: which chains, which of them start anew, and where.
+- The rest is all else that is known of a chain, such as its steps and restarts.
+
+FIRST CALLS, in a process whose cache is empty (``compilation.py``), in the order in which things happen:
+
+- import: of Numba. registries: what Numba sets up before its first function, here an empty one.
+- kernels, each by its name. later call: the same call once more.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from fastebm.bench.cases import SHOWN, STEPS, Case
-from fastebm.bench.clock import interleaved
+from fastebm.bench.cases import COMPILATION, POOL, SHOWN, STEPS, Case, TrainingCase
+from fastebm.bench.clock import interleaved, seconds_of
 from fastebm.bench.contestants import CONTESTANTS
+from fastebm.bench.pool import ROUND
 from fastebm.bench.problem import SEED, Problem
-from fastebm.bench.rows import RESULTS, rounded, write
+from fastebm.bench.rows import RESULTS, provenance, rounded, write
 from fastebm.bench.run import on_threads
+from fastebm.kernels import cpu as kernels
 
+from fastebm import ChainPool
+from fastebm.backends import Advanced
 from fastebm.backends.cpu import FEW_DIMS
 from fastebm.backends.torch_tiles import tiles
 from fastebm.energies import Energy
 from fastebm.noise import Stream, normal
+from fastebm.threads import share
 
 SECONDS = 10.0  # of timed runs a case, or three rounds
-PARTS = ("products", "normals", "gradient")
+PROCESSES = 3  # of a first call: the fastest counts
 
+_CPU = torch.device("cpu")
 _BLOCKS = 2**16  # of four normals drawn in one call: 1 MiB
 
+Row = dict[str, Any]
+Runs = Mapping[str, Callable[[], object]]
 
-def parts_of(p: Problem) -> dict[str, Callable[[], object]]:
-    """What of PARTS a run of the case has, each alone."""
-    case = p.case
-    parts = tiles(case.n_chains, torch.get_num_threads())
+DEFAULT = next(c for c in CONTESTANTS if c.name == "fastebm")
+
+
+def rows_of(kind: str, key: str, case: Case | TrainingCase, parts: Mapping[str, float]) -> list[Row]:
+    """One row a part, the whole first, and the rest. parts: seconds."""
+    rest = parts["whole"] - sum(seconds for name, seconds in parts.items() if name != "whole")
+    about = {"kind": kind, "case": key, "energy": case.energy, "n_chains": case.n_chains, "steps": case.steps}
+    about["threads"] = torch.get_num_threads()
+    return [rounded({**about, "part": name, "seconds": value}) for name, value in {**parts, "rest": rest}.items()]
+
+
+def fastest(runs: Runs, seconds: float) -> dict[str, float]:
+    for run in runs.values():
+        run()
+    return {name: min(times) for name, times in interleaved(runs, seconds, _CPU).items()}
+
+
+# -- steps ---------------------------------------------------------------------------------------------------------
+
+
+def steps(key: str, case: Case, seconds: float = SECONDS) -> list[Row]:
+    p = Problem(case, _CPU)
+    whole = DEFAULT.prepare(p, case.steps, case.noise_std)
+    return rows_of("steps", key, case, fastest({"whole": whole, **parts_of_steps(p)}, seconds))
+
+
+def parts_of_steps(p: Problem) -> Runs:
+    """Each alone, on as many threads."""
+    case, n_threads = p.case, torch.get_num_threads()
+    call = DEFAULT.prepare(p, 0, case.noise_std)
+    parts = tiles(case.n_chains, n_threads)
     rows, n_blocks = parts[0].stop, (case.dim + 3) // 4
     at_once = max(1, min(case.steps, _BLOCKS // (rows * n_blocks)))  # steps: a call of its own would be most of a few
     numbers = torch.arange(rows).repeat(at_once)
     steps = torch.arange(at_once).repeat_interleave(rows)
-    out = torch.empty(len(numbers), n_blocks, 4)
+    drawn = [torch.empty(len(numbers), n_blocks, 4) for _ in parts]
 
     def normals() -> None:
-        for _ in parts:
+        def draw(out: torch.Tensor, _: object) -> None:
             for first in range(0, case.steps, at_once):
                 n = rows * min(at_once, case.steps - first)
                 normal(SEED, Stream.LANGEVIN, numbers[:n], steps[:n] + first, case.dim, out=out[:n])
+
+        share(drawn, draw, n_threads)
 
     if p.mlp is None:
         energy, x = Energy(p.energy, case.shape, torch.float32), p.x0.flatten(1)
@@ -59,51 +114,129 @@ def parts_of(p: Problem) -> dict[str, Callable[[], object]]:
             for _ in range(case.steps):
                 energy.gradient(x)
 
-        return {"normals": normals, "gradient": gradient}
+        return {"normals": normals, "gradient": gradient, "call": call}
 
     # The last weight has one row, and those of few dims are multiplied within other loops.
     hidden = [w for w in p.mlp.weights[:-1] if min(w.shape) > FEW_DIMS]
     ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
-    operands = [(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways]
+    operands = [[(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways] for _ in range(n_threads)]
 
     def products() -> None:
-        with torch.inference_mode():
-            for _ in range(len(parts) * case.steps):
-                for a, w, out in operands:
-                    torch.mm(a, w, out=out)
+        idle = list(operands)
 
-    return {"products": products, "normals": normals}
+        def multiply(_: object, __: object) -> None:
+            mine = idle.pop()
+            with torch.inference_mode():
+                for _ in range(case.steps):
+                    for a, w, out in mine:
+                        torch.mm(a, w, out=out)
+            idle.append(mine)
+
+        share(parts, multiply, n_threads)
+
+    return {"products": products, "normals": normals, "call": call}
 
 
-def row_of(key: str, case: Case, seconds: float = SECONDS) -> dict[str, Any]:
-    p = Problem(case, torch.device("cpu"))
-    whole = next(c for c in CONTESTANTS if c.name == "fastebm").prepare(p, case.steps, case.noise_std)
-    runs = {"whole": whole, **parts_of(p)}
-    for run in runs.values():
+# -- pools ---------------------------------------------------------------------------------------------------------
+
+
+def pools(key: str, case: TrainingCase, seconds: float = SECONDS) -> list[Row]:
+    """Of one draw and write-back; ROUND are worked out, and timed, at once."""
+    found = fastest(parts_of_pools(case), seconds)
+    return rows_of("pools", key, case, {name: value / ROUND for name, value in found.items()})
+
+
+def parts_of_pools(case: TrainingCase) -> Runs:
+    pool = ChainPool(case.n_chains, case.dim, clamp=case.clamp, seed=SEED, reinit_prob=case.restart_prob)
+    energies = torch.zeros(case.batch_size)
+    drawn = [pool._draws.draw(i, case.batch_size, case.restart_prob).rows for i in range(ROUND)]
+    first = 0
+
+    def whole() -> None:
+        for _ in range(ROUND):
+            draw = pool._next_draw(case.batch_size)
+            x, before = pool._taken(draw)
+            pool._put_back(draw, before, before + case.steps, Advanced(x, energies, energies))
+
+    def copies() -> None:
+        for rows in drawn:
+            pool.states.index_copy_(0, rows, pool.states.index_select(0, rows))
+
+    def draws() -> None:
+        nonlocal first
+        for i in range(first, first + ROUND):
+            pool._draws.draw(i, case.batch_size, case.restart_prob)
+        first += ROUND
+
+    return {"whole": whole, "copies": copies, "draws": draws}
+
+
+# -- first calls ---------------------------------------------------------------------------------------------------
+
+
+def first_calls(key: str, processes: int = PROCESSES) -> list[Row]:
+    found = []
+    for _ in range(processes):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            command = [sys.executable, "-m", "fastebm.bench.breakdown", key, str(torch.get_num_threads())]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows_of("first calls", key, COMPILATION[key], min(found, key=lambda parts: parts["whole"]))
+
+
+def parts_of_a_first_call(key: str) -> dict[str, float]:
+    """Seconds, in this process."""
+    case = COMPILATION[key]
+    run = DEFAULT.prepare(Problem(case, _CPU), case.steps, case.noise_std)
+    parts = {"import": 0.0, "registries": 0.0}
+    load = kernels._load
+
+    def timed(name: str) -> Any:
+        start = time.perf_counter()
+        kernel = load(name)
+        parts[name] = time.perf_counter() - start
+        return kernel
+
+    def first() -> None:
+        def import_() -> None:
+            import numba  # noqa: F401
+
+        def empty() -> None:
+            import numba
+
+            numba.cfunc("void(int64)")(lambda block: None)
+
+        parts["import"], parts["registries"] = seconds_of(import_, _CPU), seconds_of(empty, _CPU)
         run()
-    took = {name: min(times) for name, times in interleaved(runs, seconds, p.device).items()}
-    spent = {name: took.get(name, 0.0) for name in PARTS}
-    return {
-        "case": key,
-        "energy": case.energy,
-        "n_chains": case.n_chains,
-        "steps": case.steps,
-        "threads": torch.get_num_threads(),
-        "seconds": took["whole"],
-        **{f"{name}_seconds": value for name, value in spent.items()},
-        "rest_seconds": took["whole"] - sum(spent.values()),
-    }
+
+    kernels._load = timed
+    try:
+        whole = seconds_of(first, _CPU)
+    finally:
+        kernels._load = load
+    return {"whole": whole, **parts, "later call": min(seconds_of(run, _CPU) for _ in range(3))}
 
 
 def main() -> int:
     rows = []
-    with on_threads(1):
-        for key in sys.argv[1:] or SHOWN:
-            rows.append(rounded(row_of(key, STEPS[key])))
-            print(*rows[-1].values(), flush=True)
-    write(RESULTS / "breakdown.csv", rows)
+    for n_threads in (1, None):
+        with on_threads(n_threads):
+            for key in SHOWN:
+                rows += steps(key, STEPS[key])
+    with on_threads(None):
+        for n, case in POOL.items():
+            rows += pools(f"pool-{n}", case)
+        for key in COMPILATION:
+            rows += first_calls(key)
+    for row in rows:
+        print(*row.values())
+    write(RESULTS / "breakdown.csv", rows, provenance("numba"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) == 1:
+        sys.exit(main())
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(parts_of_a_first_call(sys.argv[1])))

@@ -282,23 +282,67 @@ def cores() -> str:
     return _table(["case", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
 
 
-def breakdown() -> str:
-    rows = _timed("breakdown.csv")
+# Headings of the parts of a step.
+_PARTS = {"products": "products", "normals": "normals", "gradient": "PyTorch's gradient", "call": "call"}
+
+_Breakdown = dict[tuple[str, int], dict[str, float]]
+
+
+def _breakdown(kind: str) -> tuple[_Breakdown, str]:
+    """Of each case and number of threads, the seconds of its parts; and what to say below a table of them."""
+    rows = [row for row in _timed("breakdown.csv") if row["kind"] == kind]
     if not rows:
-        return "No rows are committed yet: `python bench/breakdown.py` makes them."
-    headings = ["case", "ns a chain-step", "products", "normals", "PyTorch's gradient", "rest"]
-    body = []
+        return {}, _NONE.replace("run.py --out bench/results", "breakdown.py")
+    found: _Breakdown = {}
     for row in rows:
-        whole = float(row["seconds"])
-        shares = [float(row[f"{part}_seconds"]) / whole for part in ("products", "normals", "gradient", "rest")]
-        nanoseconds = 1e9 * whole / (int(row["n_chains"]) * int(row["steps"]))
-        body.append([row["case"], f"{nanoseconds:.0f}", *(_percent(str(share)) if share else "" for share in shares)])
+        found.setdefault((row["case"], int(row["threads"])), {})[row["part"]] = float(row["seconds"])
     first = rows[0]
-    return (
-        f"{_table(headings, body)}\n\nThe default call on one core. Parts were run alone, in turns with the whole; the "
-        f"rest is the whole without them. By `python bench/breakdown.py` on {first['cpu']}, torch {first['torch']}, "
+    return found, (
+        f"By `python bench/breakdown.py` on {first['cpu']}, torch {first['torch']}, numba {first['numba']}, "
         f"{first['date']}, commit {first['commit']} (`bench/results/breakdown.csv`)."
     )
+
+
+def _with_note(headings: list[str], body: list[list[str]], note: str) -> str:
+    return f"{_table(headings, body)}\n\n{note}" if body else note
+
+
+def breakdown() -> str:
+    found, note = _breakdown("steps")
+    sizes = {row["case"]: int(row["n_chains"]) * int(row["steps"]) for row in _timed("breakdown.csv")}
+    body = []
+    for (case, threads), parts in found.items():
+        if threads == 1:
+            shares = [
+                f"{100 * parts[part] / parts['whole']:.0f} %" if part in parts else "" for part in (*_PARTS, "rest")
+            ]
+            body.append([case, f"{1e9 * parts['whole'] / sizes[case]:.0f}", *shares])
+    return _with_note(["case", "ns per chain-step", *_PARTS.values(), "rest"], body, note)
+
+
+def breakdown_threads() -> str:
+    found, note = _breakdown("steps")
+    body = []
+    for (case, threads), parts in found.items():
+        one = found.get((case, 1), {})
+        if threads > 1 and one:
+            times = [f"{one[part] / parts[part]:.2f}" if part in parts else "" for part in ("whole", *_PARTS)]
+            body.append([case, str(threads), *times, f"{100 * parts['call'] / parts['whole']:.0f} %"])
+    return _with_note(["case", "threads", "whole", *_PARTS.values(), "the call's share of the whole"], body, note)
+
+
+def breakdown_pools() -> str:
+    found, note = _breakdown("pools")
+    parts = ["whole", "copies", "draws", "rest"]
+    body = [[case, *(f"{1e6 * seconds[part]:.0f}" for part in parts)] for (case, _), seconds in found.items()]
+    return _with_note(["pool", *(f"{part}, us" for part in parts)], body, note)
+
+
+def breakdown_first_calls() -> str:
+    found, note = _breakdown("first calls")
+    parts = dict.fromkeys(part for seconds in found.values() for part in seconds)
+    body = [[part, *(f"{seconds.get(part, 0.0):.2f}" for seconds in found.values())] for part in parts]
+    return _with_note(["part", *(f"{case}, s" for case, _ in found)], body, note)
 
 
 def training() -> str:
@@ -535,6 +579,9 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "steps", steps),
     ("docs/performance.md", "cores", cores),
     ("docs/performance.md", "breakdown", breakdown),
+    ("docs/performance.md", "breakdown-threads", breakdown_threads),
+    ("docs/performance.md", "breakdown-pools", breakdown_pools),
+    ("docs/performance.md", "breakdown-first-calls", breakdown_first_calls),
     ("docs/performance.md", "training", training),
     ("docs/performance.md", "pool", pool),
     ("docs/performance.md", "efficiency", efficiency),

@@ -20,6 +20,7 @@ from fastebm.bench.contestants import CONTESTANTS, Contestant, eager, taking_par
 from fastebm.bench.problem import LAW_ALPHA, Missing, Problem, law_case, law_p_value, law_problem
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastebm
 from fastebm import cli
 
 CPU = torch.device("cpu")
@@ -423,24 +424,71 @@ def steps_of(folder):
     return [row for row in read(folder / "steps.csv") if row["precision"] == "float32"]
 
 
-def test_the_parts_of_a_call_are_those_of_its_case(tmp_path, monkeypatch):
+def test_the_parts_of_a_step_are_those_of_its_case():
     case = Case(6, (16, 8), 96, 3)
     with FlopCounterMode(display=False) as counter:
-        breakdown.parts_of(Problem(case, CPU))["products"]()
+        breakdown.parts_of_steps(Problem(case, CPU))["products"]()
     # all but the head's, whose gradient is its weight
     assert counter.get_total_flops() == 96 * 3 * (limits.flops_per_chain_step(Problem(case, CPU)) - 4 * 8)
+
+
+def test_the_parts_of_a_draw_and_write_back(monkeypatch):
+    built = []
+    monkeypatch.setattr(breakdown, "ChainPool", lambda *a, **o: built.append(fastebm.ChainPool(*a, **o)) or built[0])
+    case = TrainingCase(300, dim=5, batch_size=8)
+    runs = breakdown.parts_of_pools(case)
+    (pool,) = built
+    before = pool.state_dict()
+    for part in ("copies", "draws"):
+        runs[part]()
+        after = pool.state_dict()
+        # bytes, as energies are NaN
+        assert all(v.numpy().tobytes() == after[k].numpy().tobytes() for k, v in before.items() if torch.is_tensor(v))
+    runs["whole"]()
+    assert int(pool.steps.sum()) == breakdown.ROUND * case.batch_size * case.steps
+
+
+def test_the_parts_of_a_first_call(monkeypatch):
+    monkeypatch.setattr(breakdown.kernels, "_loaded", {})
+    load = breakdown.kernels._load
+    parts = breakdown.parts_of_a_first_call("compile-table")
+    assert breakdown.kernels._load is load
+    assert {"update.draw", "mlp.up_silu", "mlp.down"} < set(parts)
+    assert sum(v for k, v in parts.items() if k not in ("whole", "later call")) < parts["whole"]
+
+
+def test_a_breakdown_adds_up_and_becomes_tables(tmp_path, monkeypatch):
     module = dataclasses.replace(EFFICIENCY["mixture"], n_chains=96, steps=3)
-    found = [breakdown.row_of(key, c, seconds=0.0) for key, c in (("mlp", case), ("module", module))]
-    assert [(row["products_seconds"] > 0, row["gradient_seconds"] > 0) for row in found] == [
-        (True, False),
-        (False, True),
-    ]
+    with run.on_threads(1):
+        found = breakdown.steps("mlp", Case(6, (16, 8), 96, 3), seconds=0.0)
+        found += breakdown.steps("module", module, seconds=0.0)
+        found += [{**row, "threads": 2} for row in found]
+        found += breakdown.pools("pool-300", TrainingCase(300, dim=5, batch_size=8), seconds=0.0)
+        told = json.dumps({"whole": 4.0, "import": 0.5, "update.draw": 2.0, "later call": 0.25})
+        monkeypatch.setattr(breakdown.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 0, told, ""))
+        found += breakdown.first_calls("compile-table")
+    cases = {}
     for row in found:
-        parts = [row[f"{name}_seconds"] for name in (*breakdown.PARTS, "rest")]
-        assert sum(parts) == pytest.approx(row["seconds"])
-    rows.write(tmp_path / "breakdown.csv", found)
+        cases.setdefault((row["kind"], row["case"], row["threads"]), []).append(float(row["seconds"]))
+    assert len(cases) == 6
+    assert all(sum(parts) == pytest.approx(whole, rel=1e-4) for whole, *parts in cases.values())
+
+    rows.write(tmp_path / "breakdown.csv", found, rows.provenance("numba"))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert [line.split(" | ")[4] != "" for line in tables.breakdown().splitlines()[2:4]] == [False, True]
+
+    def body(table):
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        return [cells for cells in lines if len(cells) > 1][2:]
+
+    assert [(row[0], row[2] == "", row[4] == "") for row in body(tables.breakdown())] == [
+        ("mlp", False, True),
+        ("module", True, False),
+    ]
+    assert [row[:3] for row in body(tables.breakdown_threads())] == [["mlp", "2", "1.00"], ["module", "2", "1.00"]]
+    assert [row[0] for row in body(tables.breakdown_pools())] == ["pool-300"]
+    assert body(tables.breakdown_first_calls()) == [
+        ["whole", "4.00"], ["import", "0.50"], ["update.draw", "2.00"], ["later call", "0.25"], ["rest", "1.25"],
+    ]  # fmt: skip
 
 
 def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_path, capsys, monkeypatch):

@@ -30,6 +30,7 @@ from . import Advanced, Chains
 from .torch_tiles import (
     NARROW,
     Evaluator,
+    Network,
     matrix,
     padded_rows,
     product,
@@ -155,22 +156,30 @@ def advance(
         for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
     ]
 
+    few = rows_of_products(x.device)
     idle: dict[int, list[_Tile]] = {}  # tiles that no thread works on, by their rows
 
-    def move(rows: slice, interrupted: Callable[[], bool]) -> None:
-        a, b = (c[rows] if len(c) > 1 else c for c in coefficients)
-        part, here = rows_of(done, rows), chains.rows(rows)
-        update = _Update(here, rule, (a, b), part.first_bad, telemetry)
-        few = rows_of_products(x.device)
+    def begun(rows: slice) -> _Tile:
+        here, (a, b) = chains.rows(rows), (c[rows] if len(c) > 1 else c for c in coefficients)
+        update = _Update(here, rule, (a, b), done.first_bad[rows], telemetry)
         n_rows = -(-len(here.x) // few) * few
         with torch.inference_mode():
             alike = idle.setdefault(n_rows, [])
             tile = alike.pop() if alike else _Tile(description, mlps, n_rows, here.labels is not None)
-            tile.advance(here, update, steps, thin, part, interrupted)
-            alike.append(tile)
+            tile.begin(here, update)
+        return tile
+
+    def move(rows: slice, interrupted: Callable[[], bool]) -> None:
+        tile = ahead.pop(rows.start, None) or begun(rows)
+        with torch.inference_mode():
+            tile.advance(steps, thin, rows_of(done, rows), interrupted)
+        idle[tile.n_rows].append(tile)
 
     n_threads = torch.get_num_threads()
-    share(tiles(len(x), n_threads), move, n_threads)
+    parts = tiles(len(x), n_threads)
+    # Every thread's first: this is Python, in which they would stand in each other's way.
+    ahead = {rows.start: begun(rows) for rows in parts[:n_threads]}
+    share(parts, move, n_threads)
     return done
 
 
@@ -179,11 +188,13 @@ class _Tile:
 
     def __init__(self, description: Description, mlps: list[_Weights], n_rows: int, with_labels: bool) -> None:
         dim, like = description.dim, mlps[0].heads[0]
+        self.n_rows = n_rows
         self.x, self.new, self.grad = (matrix(n_rows, dim, like) for _ in range(3))
         self.labels = torch.empty(n_rows, dtype=torch.int64, device=like.device) if with_labels else None
         self.evaluator = Evaluator(description, n_rows)
         self.scratch = _Scratch(dim)
-        networks = [_Network(weights, n_rows, self.labels) for weights in mlps]
+        pairs = zip(mlps, self.evaluator.networks, strict=True)
+        networks = [_Network(weights, evaluated, self.labels) for weights, evaluated in pairs]
         d, grad = description, self.grad
         curvature, mean, linear = (None if v is None else v.contiguous() for v in (d.curvature, d.mean, d.linear))
         terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
@@ -195,30 +206,33 @@ class _Tile:
         # of an even step, which starts in x, and of an odd one, which starts in new
         self.gradients = [[call for part in parts for call in part[k]] for k in range(2)]
 
-    def advance(
-        self, chains: Chains, update: _Update, steps: int, thin: int, done: Advanced, interrupted: Callable[[], bool]
-    ) -> None:
-        """All steps; everything in ``done`` is written."""
-        n, x, new = len(chains.x), self.x, self.new
-        x.copy_(padded_rows(chains.x, len(x)))
-        new.copy_(x)  # rows of padding stay what they are
+    def begin(self, chains: Chains, update: _Update) -> None:
+        """At the start of these chains, for ``advance``."""
+        self.n_chains, self.update = len(chains.x), update
+        self.x.copy_(padded_rows(chains.x, self.n_rows))
+        self.new.copy_(self.x)  # rows of padding stay what they are
         if self.labels is not None and chains.labels is not None:
-            self.labels.copy_(padded_rows(chains.labels, len(x)))
-        moves = [update.call(*pair, self.grad, 0, n, self.scratch) for pair in ((new, x), (x, new))]
+            self.labels.copy_(padded_rows(chains.labels, self.n_rows))
+        pairs = (self.new, self.x), (self.x, self.new)
+        moves = [update.call(*pair, self.grad, 0, self.n_chains, self.scratch) for pair in pairs]
         even, odd = ([*gradient, move] for gradient, move in zip(self.gradients, moves, strict=True))
-        program = _Program(even, odd, update.t)
+        self.program = _Program(even, odd, update.t)
+
+    def advance(self, steps: int, thin: int, done: Advanced, interrupted: Callable[[], bool]) -> None:
+        """All steps; everything in ``done`` is written."""
+        n, x, new = self.n_chains, self.x, self.new
         at_once = thin or _STEPS_AT_ONCE
         for first in range(0, steps, at_once):
             if interrupted():
                 return
             last = min(first + at_once, steps)
-            program.run(first, last)
+            self.program.run(first, last)
             if done.trajectory is not None:
                 done.trajectory[:, first // thin] = (new if last % 2 else x)[:n]
         x = new if steps % 2 else x
         done.x.copy_(x[:n])
         done.energy.copy_(self.evaluator.energy(x, self.labels)[:n])
-        update.tell(done, steps)
+        self.update.tell(done, steps)
 
 
 class _Program:
@@ -265,15 +279,15 @@ class _Weights:
 
 
 class _Network:
-    """An MLP of the sum on a tile: its buffers, and the calls of its gradient."""
+    """An MLP of the sum on a tile: the calls of its gradient, in the buffers of ``evaluated``, which tells its energy.
 
-    def __init__(self, weights: _Weights, n_rows: int, labels: Tensor | None) -> None:
-        mlp, like = weights.mlp, weights.heads[0]
-        self.weights, self.n_rows = weights, n_rows
-        self.labels = labels if mlp.head == "class" else None
-        self.z = [matrix(n_rows, width, like) for width in mlp.widths]  # then the slopes
-        self.h = [matrix(n_rows, width, like) for width in mlp.widths]  # activations going up, gradients coming down
-        self.logits = matrix(n_rows, len(mlp.weights[-1]), like)
+    z: of each layer, then the slopes. h: activations going up, gradients coming down.
+    """
+
+    def __init__(self, weights: _Weights, evaluated: Network, labels: Tensor | None) -> None:
+        self.weights, self.n_rows = weights, len(evaluated.z[0])
+        self.labels = labels if weights.mlp.head == "class" else None
+        self.z, self.h, self.logits = evaluated.z, evaluated.h, evaluated.top
 
     def gradients(self, states: Sequence[Tensor], out: Tensor, *, add: bool) -> list[list[Callable[[], object]]]:
         """Of each x of states, the calls of out (+)= dE_k/dx."""
@@ -296,6 +310,7 @@ class _Network:
         above, slope = self.z[-1], None
         calls: list[Callable[[], object]] = []
         if w.mlp.head == "logsumexp":
+            assert self.logits is not None
             shape = n, self.logits.shape[1], self.logits.stride(0)
             calls += _product(self.h[-1], w.up[-1], self.logits)
             calls.append(kernels.load("mlp.softmax").prepared(self.logits, *shape, w.biases[-1], -w.scale))

@@ -24,6 +24,7 @@ from . import Advanced, Chains, Telemetry
 
 __all__ = [
     "Evaluator",
+    "Network",
     "advance",
     "matrix",
     "padded_rows",
@@ -162,7 +163,7 @@ def _multiply(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, add: bool)
     return torch.mm(a, w, out=out) if bias is None else torch.addmm(bias, a, w, out=out)
 
 
-class _Network:
+class Network:
     """One MLP of the sum, on a tile: its buffers, forward and backward."""
 
     def __init__(self, mlp: MLP, scale: Tensor, n_rows: int) -> None:
@@ -224,7 +225,7 @@ class Evaluator:
         assert description.constant is not None
         self.description, self.constant = description, description.constant
         self.networks = [
-            _Network(mlp, scale, n_rows)
+            Network(mlp, scale, n_rows)
             for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
         ]
 

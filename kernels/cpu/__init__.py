@@ -103,8 +103,8 @@ _DTYPES = {
 
 def _address(kind: str, value: Any) -> int:
     """Of a tensor on the CPU with whole rows; anything else would be read as what it is not, without a word."""
-    in_pieces = value.numel() > 1 and value.shape[-1] > 1 and value.stride(-1) != 1
-    if str(value.dtype) not in _DTYPES[kind] or in_pieces or value.device.type != "cpu":
+    whole = value.is_contiguous() or value.numel() <= 1 or value.shape[-1] <= 1 or value.stride(-1) == 1
+    if not (whole and value.is_cpu and str(value.dtype) in _DTYPES[kind]):
         raise TypeError(
             f"a kernel takes {kind} on the CPU with a last stride of 1, got {value.dtype} on {value.device}, strides "
             f"{value.stride()}"
