@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,9 @@ from fastebm.backends.cpu import FEW_DIMS
 from fastebm.backends.torch_tiles import tiles
 from fastebm.energies import Energy
 from fastebm.noise import Stream, normal
-from fastebm.threads import share
+from fastebm.threads import share, threads
 
-SECONDS = 10.0  # of timed runs a case, or three rounds
+SECONDS = 10.0  # of timed runs per case, or three rounds
 PROCESSES = 3  # of a first call: the fastest counts
 
 _CPU = torch.device("cpu")
@@ -65,15 +66,15 @@ Runs = Mapping[str, Callable[[], object]]
 DEFAULT = next(c for c in CONTESTANTS if c.name == "fastebm")
 
 
-def rows_of(kind: str, key: str, case: Case | TrainingCase, parts: Mapping[str, float]) -> list[Row]:
-    """One row a part, the whole first, and the rest. parts: seconds."""
+def rows_of(kind: str, key: str, case: Case | TrainingCase, parts: Mapping[str, float], n_threads: int) -> list[Row]:
+    """One row per part, the whole first, and the rest. parts: seconds."""
     rest = parts["whole"] - sum(seconds for name, seconds in parts.items() if name != "whole")
     about = {"kind": kind, "case": key, "energy": case.energy, "n_chains": case.n_chains, "steps": case.steps}
-    about["threads"] = torch.get_num_threads()
+    about["threads"] = n_threads
     return [rounded({**about, "part": name, "seconds": value}) for name, value in {**parts, "rest": rest}.items()]
 
 
-def fastest(runs: Runs, seconds: float) -> dict[str, float]:
+def fastest(runs: Mapping[Any, Callable[[], object]], seconds: float) -> dict[Any, float]:
     for run in runs.values():
         run()
     return {name: min(times) for name, times in interleaved(runs, seconds, _CPU).items()}
@@ -83,9 +84,23 @@ def fastest(runs: Runs, seconds: float) -> dict[str, float]:
 
 
 def steps(key: str, case: Case, seconds: float = SECONDS) -> list[Row]:
-    p = Problem(case, _CPU)
-    whole = DEFAULT.prepare(p, case.steps, case.noise_std)
-    return rows_of("steps", key, case, fastest({"whole": whole, **parts_of_steps(p)}, seconds))
+    """On one thread and on all, in the same rounds."""
+    p, counts = Problem(case, _CPU), sorted({1, torch.get_num_threads()})
+    runs: dict[tuple[int, str], Callable[[], object]] = {}
+    for n in counts:
+        with threads(n):
+            whole = DEFAULT.prepare(p, case.steps, case.noise_std)
+            runs |= {(n, part): partial(_on, n, run) for part, run in {"whole": whole, **parts_of_steps(p)}.items()}
+    found = fastest(runs, seconds)
+    rows: list[Row] = []
+    for n in counts:
+        rows += rows_of("steps", key, case, {part: took for (m, part), took in found.items() if m == n}, n)
+    return rows
+
+
+def _on(n: int, run: Callable[[], object]) -> None:
+    with threads(n):
+        run()
 
 
 def parts_of_steps(p: Problem) -> Runs:
@@ -143,14 +158,14 @@ def parts_of_steps(p: Problem) -> Runs:
 def pools(key: str, case: TrainingCase, seconds: float = SECONDS) -> list[Row]:
     """Of one draw and write-back; ROUND are worked out, and timed, at once."""
     found = fastest(parts_of_pools(case), seconds)
-    return rows_of("pools", key, case, {name: value / ROUND for name, value in found.items()})
+    return rows_of("pools", key, case, {name: value / ROUND for name, value in found.items()}, torch.get_num_threads())
 
 
 def parts_of_pools(case: TrainingCase) -> Runs:
     pool = ChainPool(case.n_chains, case.dim, clamp=case.clamp, seed=SEED, reinit_prob=case.restart_prob)
     energies = torch.zeros(case.batch_size)
     drawn = [pool._draws.draw(i, case.batch_size, case.restart_prob).rows for i in range(ROUND)]
-    first = 0
+    first = 2**20  # of draws that the pool itself does not come to, and so has not worked out
 
     def whole() -> None:
         for _ in range(ROUND):
@@ -182,7 +197,9 @@ def first_calls(key: str, processes: int = PROCESSES) -> list[Row]:
             command = [sys.executable, "-m", "fastebm.bench.breakdown", key, str(torch.get_num_threads())]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
-    return rows_of("first calls", key, COMPILATION[key], min(found, key=lambda parts: parts["whole"]))
+    return rows_of(
+        "first calls", key, COMPILATION[key], min(found, key=lambda parts: parts["whole"]), torch.get_num_threads()
+    )
 
 
 def parts_of_a_first_call(key: str) -> dict[str, float]:
@@ -220,11 +237,9 @@ def parts_of_a_first_call(key: str) -> dict[str, float]:
 
 def main() -> int:
     rows = []
-    for n_threads in (1, None):
-        with on_threads(n_threads):
-            for key in SHOWN:
-                rows += steps(key, STEPS[key])
     with on_threads(None):
+        for key in SHOWN:
+            rows += steps(key, STEPS[key])
         for n, case in POOL.items():
             rows += pools(f"pool-{n}", case)
         for key in COMPILATION:

@@ -462,7 +462,7 @@ def test_a_breakdown_adds_up_and_becomes_tables(tmp_path, monkeypatch):
     with run.on_threads(1):
         found = breakdown.steps("mlp", Case(6, (16, 8), 96, 3), seconds=0.0)
         found += breakdown.steps("module", module, seconds=0.0)
-        found += [{**row, "threads": 2} for row in found]
+        found += [{**row, "threads": 2} for row in found]  # as on a machine of two
         found += breakdown.pools("pool-300", TrainingCase(300, dim=5, batch_size=8), seconds=0.0)
         told = json.dumps({"whole": 4.0, "import": 0.5, "update.draw": 2.0, "later call": 0.25})
         monkeypatch.setattr(breakdown.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 0, told, ""))

@@ -3,8 +3,18 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fastebm import Activation, MLPEnergy, build, build_energy_fn, contrastive_divergence_loss, energy, why_not_fused
+from fastebm import (
+    Activation,
+    MLPEnergy,
+    build,
+    build_energy_fn,
+    contrastive_divergence_loss,
+    energies,
+    energy,
+    why_not_fused,
+)
 from fastebm.energies import Energy
 from fastebm.mlp import ACTIVATIONS, read_mlp
 
@@ -187,6 +197,58 @@ def test_gradient_is_of_the_sum_so_no_chain_sees_the_batch():
     with torch.no_grad():
         torch.testing.assert_close(module.gradient(x[:1]), 2 * x[:1])
     assert module.gradient(x[:0]).shape == (0, 3)
+
+
+class Named(torch.Tensor):
+    """A subclass, as an energy may put out."""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x.pow(3).flatten(1).sum(1),
+        lambda x: x.sin().flatten(1).prod(dim=1, keepdim=True),
+        lambda x: x.flatten(1)[:, 0].exp() + 0 * x.detach().sum(),
+        lambda x: x.mean().expand(len(x)),
+        lambda x: x.flatten(1).norm(dim=1).as_subclass(Named),
+        lambda x: checkpoint(lambda y: y.tanh().flatten(1).sum(1), x, use_reentrant=False),
+        lambda x: x.double().flatten(1).square().sum(1),
+        lambda x: torch.autograd.grad(x.pow(4).sum(), x, create_graph=True)[0].flatten(1).sum(1),
+    ],
+)
+def test_gradient_is_that_of_autograd_grad(forward, ours, monkeypatch):
+    assert energies._engine() is not None  # PyTorch's own still is as it is called there
+    if not ours:
+        monkeypatch.setattr(energies, "_engine", lambda: None)
+    x = torch.randn(4, 2, 3)
+    weight = nn.Parameter(torch.ones(()))
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(forward(leaf).sum(), leaf)
+    found = Energy(Of(lambda x: forward(x) * weight), (2, 3), torch.float32).gradient(x.flatten(1))
+    assert torch.equal(found.reshape(x.shape), expected)
+    assert weight.grad is None
+    assert not found.requires_grad
+
+
+def test_an_engine_of_another_kind_is_not_used(monkeypatch):
+    class Engine:
+        def run_backward(self, tensors, grads):
+            raise AssertionError("never called")
+
+    class Other:
+        _execution_engine = Engine()
+
+    energies._engine.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(energies, "Variable", Other)
+            assert energies._engine() is None
+            x = torch.randn(4, 3)
+            found = Energy(Of(lambda x: x.square().sum(1)), (3,), torch.float32).gradient(x)
+            torch.testing.assert_close(found, 2 * x)
+    finally:
+        energies._engine.cache_clear()
 
 
 def test_gradient_in_float64_of_a_float32_model():
