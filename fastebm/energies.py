@@ -253,8 +253,8 @@ def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
 
 @cache
 def _engine() -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
-    """What ``torch.autograd.grad`` calls in the end. Its own Python before that, for arguments of many kinds, takes a
-    third of the time of a small energy's gradient. None where PyTorch has another: it is not public."""
+    """What ``torch.autograd.grad`` calls in the end. Its own Python before that, for arguments of many kinds, takes a good
+    part of a small energy's gradient. None where PyTorch has another: it is not public."""
 
     def gradient(value: Tensor, x: Tensor, ones: Tensor) -> Tensor | None:
         found = Variable._execution_engine.run_backward(
