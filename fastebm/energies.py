@@ -253,7 +253,7 @@ def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
 
 @cache
 def _engine() -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
-    """What ``torch.autograd.grad`` calls in the end. Its own Python before that, for arguments of many kinds, takes a good
+    """What ``torch.autograd.grad`` calls in the end. Its own Python before that, for arguments of many kinds, is a good
     part of a small energy's gradient. None where PyTorch has another: it is not public."""
 
     def gradient(value: Tensor, x: Tensor, ones: Tensor) -> Tensor | None:
