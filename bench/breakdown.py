@@ -48,17 +48,17 @@ from fastebm.kernels import cpu as kernels
 
 from fastebm import ChainPool
 from fastebm.backends import Advanced
-from fastebm.backends.cpu import FEW_DIMS
+from fastebm.backends.cpu import FEW_DIMS, parts_of_update
 from fastebm.backends.torch_tiles import tiles
 from fastebm.energies import Energy
 from fastebm.noise import Stream, normal
 from fastebm.threads import share, threads
 
-SECONDS = 10.0  # of timed runs per case, or three rounds
+SECONDS = 20.0  # of timed runs per case, or three rounds
 PROCESSES = 3  # of a first call: the fastest counts
 
 _CPU = torch.device("cpu")
-_BLOCKS = 2**16  # of four normals drawn in one call: 1 MiB
+_BLOCKS = 2**15  # of four normals drawn in one call: 512 KiB, as a call of its own would be most of a few
 
 Row = dict[str, Any]
 Runs = Mapping[str, Callable[[], object]]
@@ -104,48 +104,51 @@ def _on(n: int, run: Callable[[], object]) -> None:
 
 
 def parts_of_steps(p: Problem) -> Runs:
-    """Each alone, on as many threads."""
+    """Each alone, on as many threads, in the parts that the call has."""
     case, n_threads = p.case, torch.get_num_threads()
     call = DEFAULT.prepare(p, 0, case.noise_std)
-    parts = tiles(case.n_chains, n_threads)
+    if p.mlp is None:
+        parts = parts_of_update(case.n_chains, case.dim, n_threads)
+    else:
+        parts = tiles(case.n_chains, n_threads)
     rows, n_blocks = parts[0].stop, (case.dim + 3) // 4
-    at_once = max(1, min(case.steps, _BLOCKS // (rows * n_blocks)))  # steps: a call of its own would be most of a few
-    numbers = torch.arange(rows).repeat(at_once)
-    steps = torch.arange(at_once).repeat_interleave(rows)
-    drawn = [torch.empty(len(numbers), n_blocks, 4) for _ in parts]
+    numbers, steps = torch.arange(rows).repeat(case.steps), torch.arange(case.steps).repeat_interleave(rows)
+    at_once = max(1, _BLOCKS // n_blocks)
+    outs = [torch.empty(at_once, n_blocks, 4) for _ in range(n_threads)]
 
     def normals() -> None:
-        def draw(out: torch.Tensor, _: object) -> None:
-            for first in range(0, case.steps, at_once):
-                n = rows * min(at_once, case.steps - first)
-                normal(SEED, Stream.LANGEVIN, numbers[:n], steps[:n] + first, case.dim, out=out[:n])
+        def draw(_: object, __: object) -> None:
+            out = outs.pop()
+            for first in range(0, len(numbers), at_once):
+                some = slice(first, min(first + at_once, len(numbers)))
+                normal(SEED, Stream.LANGEVIN, numbers[some], steps[some], case.dim, out=out[: some.stop - first])
+            outs.append(out)
 
-        share(drawn, draw, n_threads)
+        share(parts, draw, n_threads)
 
     if p.mlp is None:
         energy, x = Energy(p.energy, case.shape, torch.float32), p.x0.flatten(1)
 
         def gradient() -> None:
-            for _ in range(case.steps):
-                energy.gradient(x)
+            with energy.differentiating():
+                for _ in range(case.steps):
+                    energy.pulled_back(x.detach().requires_grad_())
 
         return {"normals": normals, "gradient": gradient, "call": call}
 
     # The last weight has one row, and those of few dims are multiplied within other loops.
     hidden = [w for w in p.mlp.weights[:-1] if min(w.shape) > FEW_DIMS]
     ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
-    operands = [[(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways] for _ in range(n_threads)]
+    idle = [[(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways] for _ in range(n_threads)]
 
     def products() -> None:
-        idle = list(operands)
-
         def multiply(_: object, __: object) -> None:
-            mine = idle.pop()
+            operands = idle.pop()
             with torch.inference_mode():
                 for _ in range(case.steps):
-                    for a, w, out in mine:
+                    for a, w, out in operands:
                         torch.mm(a, w, out=out)
-            idle.append(mine)
+            idle.append(operands)
 
         share(parts, multiply, n_threads)
 
@@ -193,7 +196,7 @@ def first_calls(key: str, processes: int = PROCESSES) -> list[Row]:
     found = []
     for _ in range(processes):
         with tempfile.TemporaryDirectory() as folder:
-            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "XDG_CACHE_HOME": folder}
             command = [sys.executable, "-m", "fastebm.bench.breakdown", key, str(torch.get_num_threads())]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))

@@ -17,7 +17,10 @@ from typing import Any
 from fastebm.bench.cases import COMPILATION, Case
 
 # Empty at first, full for the second process. JAX keeps only compilations of over a second unless told otherwise.
-CACHES = ("NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")
+CACHES = (
+    *("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    "JAX_COMPILATION_CACHE_DIR",
+)
 KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 SECONDS = ("first_call_seconds", "second_process_seconds", "later_call_seconds")
 COLUMNS = (*SECONDS, "first_call_more", "second_process_more", "note")

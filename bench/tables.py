@@ -327,8 +327,10 @@ def breakdown_threads() -> str:
         one = found.get((case, 1), {})
         if threads > 1 and one:
             times = [f"{one[part] / parts[part]:.2f}" if part in parts else "" for part in ("whole", *_PARTS)]
-            body.append([case, str(threads), *times, f"{100 * parts['call'] / parts['whole']:.0f} %"])
-    return _with_note(["case", "threads", "whole", *_PARTS.values(), "the call's share of the whole"], body, note)
+            shares = [f"{100 * parts[part] / parts['whole']:.0f} %" for part in ("call", "rest")]
+            body.append([case, str(threads), *times, *shares])
+    headings = ["case", "threads", "whole", *_PARTS.values(), "the call's share", "the rest's"]
+    return _with_note(headings, body, note)
 
 
 def breakdown_pools() -> str:

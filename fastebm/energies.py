@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrizations
 
@@ -240,13 +239,15 @@ def _values(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, la
     if not isinstance(value, Tensor) or value.shape not in ((len(x),), (len(x), 1)):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"an energy maps ({len(x)}, ...) to ({len(x)},) or ({len(x)}, 1), got {got}")
+    if value.is_complex():
+        raise ValueError(f"an energy is real, got {value.dtype}: take .real, or .abs(), of what the model puts out")
     return value
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
     """Of the sum of value; None if that does not depend on x."""
     ones = torch.ones_like(value)  # in place of a sum, and of its gradient
-    if value.is_cpu and type(value) is Tensor and (engine := _engine()) is not None:
+    if value.is_cpu and x.is_cpu and type(value) is Tensor and (engine := _engine()) is not None:
         return engine(value, x, ones)
     return torch.autograd.grad(value, x, ones, allow_unused=True)[0]
 
@@ -257,7 +258,7 @@ def _engine() -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
     part of a small energy's gradient. None where PyTorch has another: it is not public."""
 
     def gradient(value: Tensor, x: Tensor, ones: Tensor) -> Tensor | None:
-        found = Variable._execution_engine.run_backward(
+        found = torch.autograd.Variable._execution_engine.run_backward(
             (value,), (ones,), False, False, (x,), allow_unreachable=True, accumulate_grad=False
         )
         return found[0]

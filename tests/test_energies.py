@@ -231,6 +231,20 @@ def test_gradient_is_that_of_autograd_grad(forward, ours, monkeypatch):
     assert not found.requires_grad
 
 
+def test_subclasses_are_left_to_autograd_grad(monkeypatch):
+    monkeypatch.setattr(energies, "_engine", lambda: pytest.fail("asked for a subclass"))
+    x = torch.randn(4, 3)
+    found = Energy(Of(lambda x: x.square().sum(1).as_subclass(Named)), (3,), torch.float32).gradient(x)
+    torch.testing.assert_close(found, 2 * x)
+
+
+@pytest.mark.parametrize("forward", [lambda x: torch.fft.fft(x).sum(1), lambda x: ((x * (1 + 2j)) ** 2).sum(1)])
+def test_complex_energies_raise(forward):
+    for call in (energy, lambda model, x: Energy(model, (3,), torch.float32).gradient(x)):
+        with pytest.raises(ValueError, match=r"an energy is real, got torch\.complex64: take \.real"):
+            call(Of(forward), torch.randn(4, 3))
+
+
 def test_an_engine_of_another_kind_is_not_used(monkeypatch):
     class Engine:
         def run_backward(self, tensors, grads):
@@ -242,7 +256,7 @@ def test_an_engine_of_another_kind_is_not_used(monkeypatch):
     energies._engine.cache_clear()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(energies, "Variable", Other)
+            patch.setattr(torch.autograd, "Variable", Other)
             assert energies._engine() is None
             x = torch.randn(4, 3)
             found = Energy(Of(lambda x: x.square().sum(1)), (3,), torch.float32).gradient(x)

@@ -40,7 +40,7 @@ from .torch_tiles import (
     tiles,
 )
 
-__all__ = ["FEW_DIMS", "advance", "advance_module", "why_not"]
+__all__ = ["FEW_DIMS", "advance", "advance_module", "parts_of_update", "why_not"]
 
 # Up to as many dims, the products with the first weight are part of the loops around them: BLAS is slow there.
 FEW_DIMS = 4
@@ -410,19 +410,24 @@ def _sgemm() -> int | None:
 # -- any other energy ----------------------------------------------------------------------------------------------
 
 
+def parts_of_update(n_chains: int, dim: int, n_threads: int) -> list[slice]:
+    """Chains that threads update apart: one part where a second thread would not pay for itself."""
+    size = max(1, -(-n_chains // n_threads), _NUMBERS_PER_THREAD // dim)
+    return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]
+
+
 def advance_module(
     energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
 ) -> Advanced:
     """Its gradient by autograd. chains.x is left as it is."""
     n, dim = chains.x.shape
     n_threads = torch.get_num_threads()
-    at_once = max(1, -(-n // n_threads), _NUMBERS_PER_THREAD // dim)
     with energy.differentiating():  # also what is made here: inference tensors could not be changed within
         x = chains.x.clone()
         done = Advanced.blank(x, steps, thin, telemetry)
         update = _Update(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
-        parts = [(i, min(i + at_once, n), _Scratch(dim)) for i in range(0, n, at_once)]
-        calls = [update.call(None, x, None, *part) for part in parts]
+        parts = parts_of_update(n, dim, n_threads)
+        calls = [update.call(None, x, None, part.start, part.stop, _Scratch(dim)) for part in parts]
         for t in range(steps if n > 0 else 0):
             grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).contiguous()
             new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
