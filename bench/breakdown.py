@@ -7,7 +7,7 @@ of its data in cache, or less, and takes its turn at another moment of a noisy m
 STEPS, the default call on one thread and on all:
 
 - products: the library's products of an MLP's gradient, on as many tiles of as many rows.
-- normals: as many normal numbers, by ``fastebm.noise``.
+- normals: as many normal numbers, by the kernel that draws them.
 - gradient: PyTorch's own, of an energy that is a module.
 - call: a call without steps: checks, what is made ready for the steps, the last energies.
 - The rest is activations and updates.
@@ -51,14 +51,13 @@ from fastebm.backends import Advanced
 from fastebm.backends.cpu import FEW_DIMS, parts_of_update
 from fastebm.backends.torch_tiles import tiles
 from fastebm.energies import Energy
-from fastebm.noise import Stream, normal
+from fastebm.noise import Stream, seed_words
 from fastebm.threads import share, threads
 
 SECONDS = 20.0  # of timed runs per case, or three rounds
 PROCESSES = 3  # of a first call: the fastest counts
 
 _CPU = torch.device("cpu")
-_BLOCKS = 2**15  # of four normals drawn in one call: 512 KiB, as a call of its own would be most of a few
 
 Row = dict[str, Any]
 Runs = Mapping[str, Callable[[], object]]
@@ -112,17 +111,15 @@ def parts_of_steps(p: Problem) -> Runs:
     else:
         parts = tiles(case.n_chains, n_threads)
     rows, n_blocks = parts[0].stop, (case.dim + 3) // 4
-    numbers, steps = torch.arange(rows).repeat(case.steps), torch.arange(case.steps).repeat_interleave(rows)
-    at_once = max(1, _BLOCKS // n_blocks)
-    outs = [torch.empty(at_once, n_blocks, 4) for _ in range(n_threads)]
+    at_once = max(1, kernels.CHUNK // n_blocks)  # rows, as within a step's update
+    draws = [draw_of(at_once, n_blocks) for _ in range(n_threads)]
 
     def normals() -> None:
         def draw(_: object, __: object) -> None:
-            out = outs.pop()
-            for first in range(0, len(numbers), at_once):
-                some = slice(first, min(first + at_once, len(numbers)))
-                normal(SEED, Stream.LANGEVIN, numbers[some], steps[some], case.dim, out=out[: some.stop - first])
-            outs.append(out)
+            call = draws.pop()
+            for _ in range(-(-rows * case.steps // at_once)):
+                call()
+            draws.append(call)
 
         share(parts, draw, n_threads)
 
@@ -153,6 +150,15 @@ def parts_of_steps(p: Problem) -> Runs:
         share(parts, multiply, n_threads)
 
     return {"products": products, "normals": normals, "call": call}
+
+
+def draw_of(rows: int, n_blocks: int) -> kernels.Call:
+    """Of rows times n_blocks times four normal numbers, by the kernel of a step's update."""
+    numbers, zero, out = torch.arange(rows), torch.zeros(1, dtype=torch.int64), torch.empty(rows, n_blocks, 4)
+    counter = (0, n_blocks, int(Stream.LANGEVIN), *seed_words(SEED), numbers, zero, 0, zero)
+    not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
+    w, r, _ = kernels.scratch(n_blocks)
+    return kernels.load("update.draw").prepared(kernels.NORMAL, 0, rows, rows, *counter, w, r, out, *not_a_step)
 
 
 # -- pools ---------------------------------------------------------------------------------------------------------

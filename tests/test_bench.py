@@ -17,11 +17,11 @@ from fastebm.bench import pool as pools
 from fastebm.bench.cases import CASES, CLAMP, EFFICIENCY, QUICK, SHOWN, SUITE, TABLE, Case, TrainingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, quartiles
 from fastebm.bench.contestants import CONTESTANTS, Contestant, eager, taking_part
-from fastebm.bench.problem import LAW_ALPHA, Missing, Problem, law_case, law_p_value, law_problem
+from fastebm.bench.problem import LAW_ALPHA, SEED, Missing, Problem, law_case, law_p_value, law_problem
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastebm
-from fastebm import cli
+from fastebm import cli, noise
 
 CPU = torch.device("cpu")
 TINY = Case(3, (16,), 70, 4)
@@ -431,6 +431,13 @@ def test_the_parts_of_a_step_are_those_of_its_case():
         breakdown.parts_of_steps(Problem(case, CPU))["products"]()
     # all but the head's, whose gradient is its weight
     assert counter.get_total_flops() == 96 * 3 * (limits.flops_per_chain_step(Problem(case, CPU)) - 4 * 8)
+
+
+def test_the_normals_of_a_step_are_normals():
+    call = breakdown.draw_of(5, 3)
+    call()
+    (out,) = (v for v in call.kept if torch.is_tensor(v) and v.ndim == 3)
+    assert torch.equal(out.flatten(1), noise.normal(SEED, noise.Stream.LANGEVIN, torch.arange(5), 0, 12))
 
 
 def test_the_parts_of_a_draw_and_write_back(monkeypatch):
