@@ -382,6 +382,7 @@ def result(process):
     return out.split()
 
 
+@pytest.mark.slow
 def test_the_cache_is_filled_used_and_mended(tmp_path):
     """Two processes at once find none; a later one loads it without Numba; a damaged file is made anew."""
     folder = {"NUMBA_CACHE_DIR": str(tmp_path / "new")}
@@ -401,6 +402,7 @@ def test_the_cache_is_filled_used_and_mended(tmp_path):
     assert kernels._read(draw) is not None
 
 
+@pytest.mark.slow
 def test_without_a_folder_to_keep_them_in(tmp_path):
     nowhere = tmp_path / "file"
     nowhere.touch()
