@@ -16,7 +16,7 @@ POOLS, a batch drawn and written back (``pool.py``):
 
 - copies: its states, by PyTorch's ``index_select`` and ``index_copy_``.
 - draws: which chains, which of them start anew, and where.
-- The rest is all else that is known of a chain, such as its steps and restarts.
+- The rest is what else the pool keeps for each chain, such as its steps and restarts.
 
 FIRST CALLS, in a process whose cache is empty (``compilation.py``), in the order in which things happen:
 
@@ -26,32 +26,35 @@ FIRST CALLS, in a process whose cache is empty (``compilation.py``), in the orde
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from fastebm.bench.cases import COMPILATION, POOL, SHOWN, STEPS, Case, TrainingCase
 from fastebm.bench.clock import interleaved, seconds_of
+from fastebm.bench.compilation import CACHES
 from fastebm.bench.contestants import CONTESTANTS
-from fastebm.bench.pool import ROUND
+from fastebm.bench.pool import ROUND, draws_and_writes
 from fastebm.bench.problem import SEED, Problem
 from fastebm.bench.rows import RESULTS, provenance, rounded, write
 from fastebm.bench.run import on_threads
+from fastebm.bench.training import fastebm_pool
 from fastebm.kernels import cpu as kernels
 
-from fastebm import ChainPool
-from fastebm.backends import Advanced
 from fastebm.backends.cpu import FEW_DIMS, parts_of_update
 from fastebm.backends.torch_tiles import tiles
+from fastebm.draws import Draws
 from fastebm.energies import Energy
-from fastebm.noise import Stream, seed_words
+from fastebm.noise import Stream, drawing, seed_words
+from fastebm.starts import Starts
 from fastebm.threads import share, threads
 
 SECONDS = 20.0  # of timed runs per case, or three rounds
@@ -114,15 +117,11 @@ def parts_of_steps(p: Problem) -> Runs:
     at_once = max(1, kernels.CHUNK // n_blocks)  # rows, as within a step's update
     draws = [draw_of(at_once, n_blocks) for _ in range(n_threads)]
 
-    def normals() -> None:
-        def draw(_: object, __: object) -> None:
-            call = draws.pop()
-            for _ in range(-(-rows * case.steps // at_once)):
-                call()
-            draws.append(call)
+    def draw(call: kernels.Call) -> None:
+        for _ in range(-(-rows * case.steps // at_once)):
+            call()
 
-        share(parts, draw, n_threads)
-
+    normals = partial(_shared, parts, draws, draw)
     if p.mlp is None:
         energy, x = Energy(p.energy, case.shape, torch.float32), p.x0.flatten(1)
 
@@ -136,29 +135,34 @@ def parts_of_steps(p: Problem) -> Runs:
     # The last weight has one row, and those of few dims are multiplied within other loops.
     hidden = [w for w in p.mlp.weights[:-1] if min(w.shape) > FEW_DIMS]
     ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
-    idle = [[(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways] for _ in range(n_threads)]
+    operands = [[(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways] for _ in range(n_threads)]
 
-    def products() -> None:
-        def multiply(_: object, __: object) -> None:
-            operands = idle.pop()
-            with torch.inference_mode():
-                for _ in range(case.steps):
-                    for a, w, out in operands:
-                        torch.mm(a, w, out=out)
-            idle.append(operands)
+    def multiply(mine: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        with torch.inference_mode():
+            for _ in range(case.steps):
+                for a, w, out in mine:
+                    torch.mm(a, w, out=out)
 
-        share(parts, multiply, n_threads)
-
+    products = partial(_shared, parts, operands, multiply)
     return {"products": products, "normals": normals, "call": call}
 
 
+def _shared(parts: Sequence[slice], tools: list[Any], work: Callable[[Any], None]) -> None:
+    """``work`` once per part, each time with one of the tools, of which there is one per thread."""
+
+    def take(_: slice, __: object) -> None:
+        tool = tools.pop()
+        work(tool)
+        tools.append(tool)
+
+    share(parts, take, len(tools))
+
+
 def draw_of(rows: int, n_blocks: int) -> kernels.Call:
-    """Of rows times n_blocks times four normal numbers, by the kernel of a step's update."""
-    numbers, zero, out = torch.arange(rows), torch.zeros(1, dtype=torch.int64), torch.empty(rows, n_blocks, 4)
-    counter = (0, n_blocks, int(Stream.LANGEVIN), *seed_words(SEED), numbers, zero, 0, zero)
-    not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
-    w, r, _ = kernels.scratch(n_blocks)
-    return kernels.load("update.draw").prepared(kernels.NORMAL, 0, rows, rows, *counter, w, r, out, *not_a_step)
+    """The call that draws (rows, n_blocks, 4) normal numbers, by the kernel of a step's update."""
+    out = torch.empty(rows, n_blocks, 4)
+    counter = seed_words(SEED), Stream.LANGEVIN, torch.arange(rows), torch.zeros(1, dtype=torch.int64), 0
+    return drawing(kernels.NORMAL, slice(0, rows), *counter, n_blocks, out)
 
 
 # -- pools ---------------------------------------------------------------------------------------------------------
@@ -171,28 +175,21 @@ def pools(key: str, case: TrainingCase, seconds: float = SECONDS) -> list[Row]:
 
 
 def parts_of_pools(case: TrainingCase) -> Runs:
-    pool = ChainPool(case.n_chains, case.dim, clamp=case.clamp, seed=SEED, reinit_prob=case.restart_prob)
-    energies = torch.zeros(case.batch_size)
-    drawn = [pool._draws.draw(i, case.batch_size, case.restart_prob).rows for i in range(ROUND)]
-    first = 2**20  # of draws that the pool itself does not come to, and so has not worked out
-
-    def whole() -> None:
-        for _ in range(ROUND):
-            draw = pool._next_draw(case.batch_size)
-            x, before = pool._taken(draw)
-            pool._put_back(draw, before, before + case.steps, Advanced(x, energies, energies))
+    trainer, n = fastebm_pool(case, _CPU), case.n_chains
+    ahead = Draws(Starts("uniform", SEED, (case.dim,), case.clamp, _CPU), n, 0, n)
+    drawn = [ahead.draw(i, case.batch_size, case.restart_prob).rows for i in range(ROUND)]
+    numbers = itertools.count(ROUND)
 
     def copies() -> None:
+        states = trainer.states()
         for rows in drawn:
-            pool.states.index_copy_(0, rows, pool.states.index_select(0, rows))
+            states.index_copy_(0, rows, states.index_select(0, rows))
 
     def draws() -> None:
-        nonlocal first
-        for i in range(first, first + ROUND):
-            pool._draws.draw(i, case.batch_size, case.restart_prob)
-        first += ROUND
+        for i in itertools.islice(numbers, ROUND):
+            ahead.draw(i, case.batch_size, case.restart_prob)
 
-    return {"whole": whole, "copies": copies, "draws": draws}
+    return {"whole": partial(draws_and_writes, trainer), "copies": copies, "draws": draws}
 
 
 # -- first calls ---------------------------------------------------------------------------------------------------
@@ -202,7 +199,7 @@ def first_calls(key: str, processes: int = PROCESSES) -> list[Row]:
     found = []
     for _ in range(processes):
         with tempfile.TemporaryDirectory() as folder:
-            environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "XDG_CACHE_HOME": folder}
+            environment = {**os.environ, **dict.fromkeys(CACHES, folder)}
             command = [sys.executable, "-m", "fastebm.bench.breakdown", key, str(torch.get_num_threads())]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))

@@ -66,7 +66,7 @@ def race(cases: dict[int, Any], device: Any, seconds: float) -> list[Row]:
                 row |= {"status": "missing", "note": str(why)}
                 continue
             batches = itertools.cycle(data)
-            runs[n, name, "draw_and_write"] = partial(_draws_and_writes, trainer)
+            runs[n, name, "draw_and_write"] = partial(draws_and_writes, trainer)
             runs[n, name, "sample"] = trainer.sample
             runs[n, name, "training_step"] = lambda trainer=trainer, batches=batches: trainer.step(next(batches))
     for run in runs.values():
@@ -88,7 +88,7 @@ def race(cases: dict[int, Any], device: Any, seconds: float) -> list[Row]:
     return list(rows.values())
 
 
-def _draws_and_writes(trainer: Any) -> None:
+def draws_and_writes(trainer: Any) -> None:
     for _ in range(ROUND):
         trainer.put(trainer.draw())
 

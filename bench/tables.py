@@ -282,7 +282,7 @@ def cores() -> str:
     return _table(["case", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
 
 
-# Headings of the parts of a step.
+# What the parts of a step are called in the tables.
 _PARTS = {"products": "products", "normals": "normals", "gradient": "PyTorch's gradient", "call": "call"}
 
 _Breakdown = dict[tuple[str, int], dict[str, float]]

@@ -281,26 +281,33 @@ def _draw(
     n = len(chains)
     if n == 0 or n_blocks == 0:
         return
-    draw = kernels.load("update.draw")
     chains = chains.to(torch.int64).contiguous()
     step_tensor = steps if isinstance(steps, Tensor) else torch.full((1,), steps, device=chains.device)
     step_tensor = step_tensor.to(torch.int64).reshape(-1).contiguous()
-    key = seed_words(seed)
-    zero = torch.zeros(1, dtype=torch.int64, device=chains.device)
-    not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
+    arguments = (seed_words(seed), stream, chains, step_tensor, first_block, n_blocks, out)
     at_once = max(1, _COUNTERS_PER_THREAD // n_blocks)
 
     def work(rows: slice, interrupted: object) -> None:
-        w, r, _ = kernels.scratch(0)
-        draw(
-            kind, rows.start, rows.stop, n, first_block, n_blocks, int(stream), *key, chains, step_tensor,
-            int(len(step_tensor) > 1), zero, w, w if kind == kernels.WORDS else r, out, *not_a_step,
-        )  # fmt: skip
+        drawing(kind, rows, *arguments)()
 
     if n <= at_once:
         work(slice(0, n), None)
     else:
         share((slice(i, min(i + at_once, n)) for i in range(0, n, at_once)), work, torch.get_num_threads())
+
+
+def drawing(
+    kind: int, rows: slice, key: tuple[int, int], stream: Stream, chains: Tensor, steps: Tensor, first_block: int,
+    n_blocks: int, out: Tensor,
+) -> kernels.Call:  # fmt: skip
+    """The call that draws some rows of out, (len(chains), n_blocks, 4) float32. steps: (1,) or one per chain, int64."""
+    w, r, _ = kernels.scratch(0)
+    t = torch.zeros(1, dtype=torch.int64, device=chains.device)
+    not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
+    return kernels.load("update.draw").prepared(
+        kind, rows.start, rows.stop, len(chains), first_block, n_blocks, int(stream), *key, chains, steps,
+        int(len(steps) > 1), t, w, w if kind == kernels.WORDS else r, out, *not_a_step,
+    )  # fmt: skip
 
 
 def _n_blocks(dim: int) -> int:

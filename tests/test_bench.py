@@ -442,7 +442,7 @@ def test_the_normals_of_a_step_are_normals():
 
 def test_the_parts_of_a_draw_and_write_back(monkeypatch):
     built = []
-    monkeypatch.setattr(breakdown, "ChainPool", lambda *a, **o: built.append(fastebm.ChainPool(*a, **o)) or built[0])
+    monkeypatch.setattr(training, "ChainPool", lambda *a, **o: built.append(fastebm.ChainPool(*a, **o)) or built[0])
     case = TrainingCase(300, dim=5, batch_size=8)
     runs = breakdown.parts_of_pools(case)
     (pool,) = built
