@@ -59,7 +59,7 @@ def first_calls(key: str, name: str, precision: str, device: str, threads: str) 
 def measure(
     key: str, contestants: Iterable[tuple[str, str]], device: str, threads: int, limit: float = 300.0
 ) -> Iterable[dict[str, Any]]:
-    """One row a (name, precision): two processes after each other, with caches of their own.
+    """One row per (name, precision): two processes after each other, with caches of their own.
 
     first_call_seconds: from preparing to the end of the first run, packages of the contestant imported within, but for
     torch and fastebm. second_process_seconds: the same with the first one's caches on disk. later_call_seconds: a warm

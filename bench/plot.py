@@ -62,7 +62,8 @@ def _figure(width: float, height: float, rows: Sequence[Row]) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     first = rows[0]
     machine = first["gpu"] if first["device"] == "cuda" else f"{first['threads']:.0f} threads, {first['cpu']}"
-    figure.suptitle(f"{machine}, torch {first['torch']}, {first['date']}, {first['commit']}", fontsize=9)
+    runs = "; ".join(dict.fromkeys(f"{row['date']}, {row['commit']}" for row in rows))
+    figure.suptitle(f"{machine}, torch {first['torch']}, {runs}", fontsize=9)
     return figure
 
 
@@ -75,7 +76,7 @@ def _legend(figure: Any) -> None:
 
 
 def speedups(rows: Sequence[Row]) -> Any:
-    """Bars: median seconds of the eager loop over a contestant's, a group a case; quartiles of the latter."""
+    """Bars: median seconds of the eager loop over a contestant's, one group per case; quartiles of the latter."""
     palette, rows = colours(rows), [row for row in rows if row["times_eager"] != ""]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure = _figure(max(6.0, 2.0 + len(cases)), 4.5, rows)
@@ -120,10 +121,10 @@ def throughput(rows: Sequence[Row]) -> Any:
 
 
 def roofline(rows: Sequence[Row]) -> Any:
-    """Product FLOP/s against product FLOPs a normal number, under what was measured beside: 1/(1/P + 1/(x N)).
+    """Product FLOP/s against product FLOPs per normal number, under what was measured beside: 1/(1/P + 1/(x N)).
 
     P: rate of products (of the precision), N: of normal numbers. Dashed: memory, if a step read and wrote the state
-    once (8 bytes a normal number). The rates are medians over the rows.
+    once (8 bytes per normal number). The rates are medians over the rows.
     """
     palette = colours(rows)
     rows = [row for row in rows if row["of_limit"] != "" and row["flops_per_chain_step"] > 0]  # a mixture has none
@@ -141,7 +142,7 @@ def roofline(rows: Sequence[Row]) -> Any:
         own = [row for row in rows if row["name"] == name]
         rate = [row["chain_steps_per_s"] * row["flops_per_chain_step"] for row in own]
         axes.plot([row["flops_per_chain_step"] / row["dim"] for row in own], rate, "o", color=colour, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="product FLOPs a normal number", ylabel="product FLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="product FLOPs per normal number", ylabel="product FLOP/s")
     _legend(figure)
     return figure
 

@@ -3,7 +3,7 @@
     python bench/pool.py                 10k, 100k and 1M chains of 784 dims: minutes, and some 15 GB of memory
     python bench/pool.py --quick         1k and 10k, fewer steps: a minute; writes runs/bench/pool.csv
 
-One row a number of chains and contestant, in bench/results/pool.csv: those of ``training.py``, fastebm's pool, the
+One row per number of chains and contestant, in bench/results/pool.csv: those of ``training.py``, fastebm's pool, the
 tutorials' list, torchebm's and ebmkit's buffers, on one recipe, and fastebm with its states stored in 8 bits. The batch
 is that of the UvA tutorial, 128 images of 28 x 28. All contestants and sizes take turns.
 
@@ -42,7 +42,7 @@ def trainers() -> dict[str, Callable[..., Any]]:
 
 
 def race(cases: dict[int, Any], device: Any, seconds: float) -> list[Row]:
-    """One row a case and contestant: gate, then all of them in turns."""
+    """One row per case and contestant: gate, then all of them in turns."""
     import torch
     from fastebm.bench.clock import interleaved, quartiles
     from fastebm.bench.problem import Missing

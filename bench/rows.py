@@ -48,11 +48,16 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], common: Mapping[str, An
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]], same: tuple[str, ...]) -> None:
-    """Write self-sufficient rows; those in the file already stay, unless a new one has the same values of ``same``."""
-    rows = list(rows)
-    new = {tuple(str(row[name]) for name in same) for row in rows}
-    kept = [row for row in (read(path) if path.exists() else []) if tuple(row.get(name) for name in same) not in new]
-    write(path, [*kept, *rows], common={})
+    """Write self-sufficient rows, in place of those in the file that have the same values of ``same``; others stay."""
+
+    def grouped(some: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
+        groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+        for row in some:
+            groups.setdefault(tuple(str(row.get(name)) for name in same), []).append(row)
+        return groups
+
+    groups = grouped(read(path) if path.exists() else []) | grouped(rows)  # a group that is known keeps its place
+    write(path, [row for group in groups.values() for row in group], common={})
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def resources() -> str:
             "registers",
             "shared KiB",
             "spills (loads + stores)",
-            "instructions a chain-step",
+            "instructions per chain-step",
             "issue bound",
             "roofline",
             "binds",
@@ -154,7 +154,7 @@ def _timed(name: str) -> list[dict[str, str]]:
 
 
 def _runs(rows: list[dict[str, str]], name: str) -> str:
-    """What was measured, where and when: one line a machine, version and commit."""
+    """What was measured, where and when: one line per machine, version and commit."""
     lines = dict.fromkeys(
         f"{row['gpu'] if row['device'] == 'cuda' else _threads(row)}, {_versions(row)}, {row['date']}, commit "
         f"{row['commit']}"
@@ -349,7 +349,7 @@ def breakdown_first_calls() -> str:
 
 def training() -> str:
     columns = [
-        ("ms a training step", "seconds", _milliseconds),
+        ("ms per training step", "seconds", _milliseconds),
         ("quartile 1", "seconds_q1", _milliseconds),
         ("quartile 3", "seconds_q3", _milliseconds),
         ("times the list", "times_tutorial", _number),
@@ -365,7 +365,7 @@ def pool() -> str:
         ("draw + write-back, us", "draw_and_write_seconds", lambda text: f"{1e6 * float(text):.3g}"),
         ("times the list", "times_list", _number),
         ("chain-steps/s", "chain_steps_per_s", _number),
-        ("ms a training step", "training_step_seconds", _milliseconds),
+        ("ms per training step", "training_step_seconds", _milliseconds),
         ("of the smallest pool's", "times_smallest", lambda text: f"{float(text):.2f}"),
         ("peak memory, MiB", "peak_bytes", lambda text: f"{float(text) / 2**20:.0f}"),
     ]
@@ -388,7 +388,7 @@ def pool() -> str:
 def efficiency() -> str:
     columns = [
         ("effective samples/s", "ess_per_s", _number),
-        ("a chain-step", "ess_per_step", _number),
+        ("per chain-step", "ess_per_step", _number),
         ("times eager", "times_eager", _number),
     ]
     return _timings("efficiency.csv", columns)

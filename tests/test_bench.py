@@ -528,6 +528,7 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
     assert run.main(["--cases", "tiny-70", "--device", "cpu", "--budget", "60", *options]) == 0
     again = steps_of(tmp_path)
     assert len(again) == len(found)
+    assert [row["case"] for row in again] == [row["case"] for row in found]  # in their place
     assert [row for row in again if row["case"] == "tiny-90"] == [row for row in found if row["case"] == "tiny-90"]
 
     # those of one thread beside those of two: the tables and figures of a case take the most threads
