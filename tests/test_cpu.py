@@ -418,6 +418,26 @@ def test_without_numba():
     assert result(run(NUMBA_DISABLE_JIT="1"))[0] == "torch"
 
 
+THREADS = """
+import threading, torch, fastebm
+from fastebm.backends import cpu
+seen, advance = set(), cpu._Tile.advance
+cpu._Tile.advance = lambda *arguments: seen.add(threading.get_ident()) or advance(*arguments)
+torch.manual_seed(0)
+energy = fastebm.build(40, hidden_sizes=(32, 32))
+x = fastebm.langevin_sample(energy, batch_size=2000, steps=20, step_size=0.1, noise_scale=0.3, seed=1)
+print(torch.get_num_threads(), len(seen), x.numpy().tobytes().hex()[:4000])
+"""
+
+
+def test_omp_num_threads_says_how_many_work():
+    one, two = (result(run(THREADS, OMP_NUM_THREADS=n)) for n in "12")
+    assert one[:2] == ["1", "1"]
+    assert two[0] == "2"
+    assert int(two[1]) <= 2
+    assert one[2] == two[2]
+
+
 FORKED = """
 import os, torch, fastebm
 torch.set_num_threads(2)
