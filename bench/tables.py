@@ -335,7 +335,7 @@ def breakdown_threads() -> str:
 
 def breakdown_pools() -> str:
     found, note = _breakdown("pools")
-    parts = ["whole", "copies", "draws", "rest"]
+    parts = ["whole", "draws", "take", "put", "rest"]
     body = [[case, *(f"{1e6 * seconds[part]:.0f}" for part in parts)] for (case, _), seconds in found.items()]
     return _with_note(["pool", *(f"{part}, us" for part in parts)], body, note)
 

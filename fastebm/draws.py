@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .noise import Stream, words
+from .kernels import cpu as kernels
+from .noise import Stream, seed_words, words
 from .starts import Starts, scaled
 
 __all__ = ["Draw", "Draws", "draw_distinct"]
@@ -21,12 +25,17 @@ _AHEAD, _MAX_AHEAD = 32768, 64
 
 
 class Draw(NamedTuple):
-    """A draw, as one process has it: rows (n,) of its chains; restart (m,), places among them of those that start
-    anew, and their states fresh (m, dim); places (n,) in the batch of all processes, or None if it has all chains."""
+    """A draw, as one process has it.
+
+    rows: (n,) of its chains. restart: (m,), places among them of those that start anew; fresh: (m, dim), their states;
+    source: (n,), each chain's row of fresh, or -1. places: (n,) in the batch of all processes, or None if it has all
+    chains.
+    """
 
     rows: Tensor
     restart: Tensor
     fresh: Tensor
+    source: Tensor
     places: Tensor | None
 
 
@@ -55,30 +64,36 @@ class Draws:
 
     def _draws(self, first: int, count: int, batch_size: int, reinit_prob: float) -> dict[int, Draw]:
         starts, device = self.starts, self.starts.device
-        drawn = _distinct(starts.seed, first, count, self.n_chains, batch_size, device)
-        chains, sizes = drawn.flatten(), [batch_size] * count
-        places: list[Tensor | None] = [None] * count
+        threshold = math.ceil(reinit_prob * 2**32)  # coins are whole numbers
+        drawn, restarts = _drawn(starts.seed, first, count, self.n_chains, batch_size, threshold, device)
+        rows, sizes = drawn.flatten() - self.first_chain, [batch_size] * count
+        draws = torch.arange(count, device=device).repeat_interleave(batch_size)
+        restarts = restarts.flatten()
+        places: Sequence[Tensor | None] = [None] * count
         if self.n_local < self.n_chains:
-            mine = (drawn >= self.first_chain) & (drawn < self.first_chain + self.n_local)
-            chains, sizes = chains[mine.flatten()], mine.sum(dim=1).tolist()
-            places = list(torch.split(mine.nonzero()[:, 1], sizes))
-        numbers = torch.arange(first, first + count, device=device)
-        numbers = numbers.repeat_interleave(torch.tensor(sizes, device=device))
-        coins = words(starts.seed, Stream.POOL, chains, numbers, 1, _COIN_BLOCK)[0][:, 0]
-        restart = (coins < reinit_prob * 2**32).nonzero().flatten()
-        n_restarts = torch.bincount(numbers[restart] - first, minlength=count).tolist()
+            mine = (rows >= 0) & (rows < self.n_local)
+            rows, draws, restarts = rows[mine], draws[mine], restarts[mine]
+            sizes = torch.bincount(draws, minlength=count).tolist()
+            places = torch.split(mine.nonzero().flatten() % batch_size, sizes)
+        at = restarts.nonzero().flatten()
+        of, again = draws[at], rows[at]
+        n_restarts = torch.bincount(of, minlength=count).tolist()
         # Restarts are in the stream of first starts, whose step is 0, at the number of the draw, from 1.
-        counter = chains[restart], numbers[restart] + 1
-        fresh = starts.states(Stream.INITIAL, *counter) if starts.early else torch.empty(len(restart), 0, device=device)
-        parts = zip(
-            torch.split(chains - self.first_chain, sizes), torch.split(restart, n_restarts),
-            torch.split(fresh, n_restarts), places, strict=True,
+        counter = again + self.first_chain, of + (first + 1)
+        fresh = starts.states(Stream.INITIAL, *counter) if starts.early else torch.empty(len(at), 0, device=device)
+        source = torch.full_like(rows, -1)
+        source[at] = torch.arange(len(at), device=device) - _starts_of(n_restarts, device)[of]
+        at -= _starts_of(sizes, device)[of]
+        parts = (
+            torch.split(rows, sizes), torch.split(at, n_restarts), torch.split(fresh, n_restarts),
+            torch.split(source, sizes), places,
         )  # fmt: skip
-        draws, before = {}, 0
-        for number, (rows, at, states, place) in enumerate(parts, first):
-            draws[number] = Draw(rows, at - before, states, place)
-            before += len(rows)
-        return draws
+        return {first + i: Draw(*draw) for i, draw in enumerate(zip(*parts, strict=True))}
+
+
+def _starts_of(sizes: list[int], device: torch.device) -> Tensor:
+    """Where parts of these sizes begin."""
+    return torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=device)
 
 
 def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -88,6 +103,27 @@ def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device 
     candidates without the repeated ones, in O(k log k) whatever n is; many from sorting a random key each.
     """
     return _distinct(seed, draw, 1, n, k, torch.device("cpu" if device is None else device))[0]
+
+
+def _drawn(
+    seed: int, first: int, count: int, n: int, k: int, threshold: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Of count draws, both (count, k): their chains, and whether a chain starts anew: its coin is below threshold."""
+    if device.type == "cpu" and 2 * k <= n and kernels.why_not() is None:
+        bits = (2 * k).bit_length()  # of a table that is half full at most
+        table = torch.empty(2**bits, dtype=torch.int32, device=device)
+        w, _, _ = kernels.scratch(0)
+        chains = torch.empty(count, k, dtype=torch.int64, device=device)
+        restarts = torch.empty(count, k, dtype=torch.bool, device=device)
+        blocks = (Stream.POOL << 24 | block for block in (_DRAW_BLOCK, _COIN_BLOCK))
+        kernels.load("pool.draw")(
+            first, count, n, k, *seed_words(seed), *blocks, threshold, table, bits, w, chains, restarts
+        )
+        return chains, restarts
+    chains = _distinct(seed, first, count, n, k, device)
+    draws = torch.arange(first, first + count, device=device).repeat_interleave(k)
+    coins = words(seed, Stream.POOL, chains.flatten(), draws, 1, _COIN_BLOCK)[0]
+    return chains, coins.view(count, k) < threshold
 
 
 def _distinct(seed: int, first: int, count: int, n: int, k: int, device: torch.device) -> Tensor:

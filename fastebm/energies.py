@@ -292,9 +292,9 @@ class Energy:
         )
 
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(n, dim) -> (n,), without a graph."""
+        """(n, dim) -> (n,) of x's dtype, without a graph."""
         with torch.no_grad():
-            return energy(self.module, self._shaped(x), self._params, labels=labels)
+            return energy(self.module, self._shaped(x), self._params, labels=labels).to(x.dtype)
 
     def gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """dE/dx of each chain: (n, dim). The gradient of the sum, so no chain's is divided by their number."""

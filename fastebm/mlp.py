@@ -190,12 +190,25 @@ _at_rest: dict[nn.Module, tuple[int, bool]] = {}
 _at_rest_lock = threading.Lock()
 
 
+class _Mine(threading.local):
+    """Modules in eval mode by uses of this thread, all of which end after what begins now."""
+
+    modules: frozenset[nn.Module] = frozenset()
+
+
+_mine = _Mine()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode (dropout off, spectral norm's power iteration at rest), then each submodule's own mode again.
 
     Uses may nest, and overlap in several threads.
     """
+    before = _mine.modules
+    if module in before:
+        yield
+        return
     modules = list(module.modules())
     with _at_rest_lock:
         for m in modules:
@@ -203,9 +216,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             _at_rest[m] = (uses + 1, mode)
             if m.training:  # a module's attribute is slow to set
                 m.training = False
+    _mine.modules = before.union(modules)
     try:
         yield
     finally:
+        _mine.modules = before
         with _at_rest_lock:
             for m in modules:
                 uses, mode = _at_rest.pop(m)

@@ -16,6 +16,7 @@ Source: Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu as kernels
-from .threads import share
+from .threads import Team
 
 __all__ = [
     "Stream",
@@ -47,7 +48,9 @@ _CHUNK = 65536
 
 
 # Counters that a thread of a CPU draws before a second pays for itself.
-_COUNTERS_PER_THREAD = 16384
+_COUNTERS_PER_THREAD = 8192
+
+_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # what ``steps`` are counted from
 
 
 class Stream(IntEnum):
@@ -165,11 +168,11 @@ def uniform(
     out = torch.empty(len(chains), _n_blocks(dim), 4, dtype=dtype, device=chains.device)
     if dtype == torch.float32 and _has_kernels(seed, chains):
         _draw(kernels.UNIFORM, seed, stream, chains, steps, 0, _n_blocks(dim), out)
-        return out.flatten(1)[:, :dim]
+        return _rows(out, dim)
     for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out):
         for j in range(4):
             part[..., j] = _unit(w[j], u)
-    return out.flatten(1)[:, :dim]
+    return _rows(out, dim)
 
 
 def normal(
@@ -196,7 +199,7 @@ def normal(
         _draw(kernels.NORMAL, seed, stream, chains, steps, 0, _n_blocks(dim), out)
     else:
         _normal(seed, stream, chains, steps, out)
-    return out.flatten(1)[:, :dim]
+    return _rows(out, dim)
 
 
 def _normal(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
@@ -281,33 +284,59 @@ def _draw(
     n = len(chains)
     if n == 0 or n_blocks == 0:
         return
-    chains = chains.to(torch.int64).contiguous()
-    step_tensor = steps if isinstance(steps, Tensor) else torch.full((1,), steps, device=chains.device)
-    step_tensor = step_tensor.to(torch.int64).reshape(-1).contiguous()
-    arguments = (seed_words(seed), stream, chains, step_tensor, first_block, n_blocks, out)
-    at_once = max(1, _COUNTERS_PER_THREAD // n_blocks)
-
-    def work(rows: slice, interrupted: object) -> None:
-        drawing(kind, rows, *arguments)()
-
-    if n <= at_once:
-        work(slice(0, n), None)
-    else:
-        share((slice(i, min(i + at_once, n)) for i in range(0, n, at_once)), work, torch.get_num_threads())
+    if not isinstance(steps, Tensor):
+        steps = torch.full((1,), steps, dtype=torch.int64, device=chains.device)
+    chains, steps = _whole(chains), _whole(steps)
+    n_threads = torch.get_num_threads()
+    # More parts than threads: one that the machine keeps from its work has others take it over.
+    n_parts = min(n, -(-n * n_blocks // _COUNTERS_PER_THREAD), 1 if n_threads == 1 else 4 * n_threads)
+    size = -(-n // n_parts)
+    arguments = seed_words(seed), int(stream), chains, steps, first_block, n_blocks, out
+    calls = [drawing(kind, slice(i, min(i + size, n)), *arguments, part=i // size) for i in range(0, n, size)]
+    Team(calls, n_threads)()
 
 
 def drawing(
-    kind: int, rows: slice, key: tuple[int, int], stream: Stream, chains: Tensor, steps: Tensor, first_block: int,
-    n_blocks: int, out: Tensor,
+    kind: int, rows: slice, key: tuple[int, int], stream: int, chains: Tensor, steps: Tensor, first_block: int,
+    n_blocks: int, out: Tensor, *, part: int = 0,
 ) -> kernels.Call:  # fmt: skip
-    """The call that draws some rows of out, (len(chains), n_blocks, 4) float32. steps: (1,) or one per chain, int64."""
-    w, r, _ = kernels.scratch(0)
-    t = torch.zeros(1, dtype=torch.int64, device=chains.device)
-    not_a_step = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
+    """The call that draws some rows of out, (len(chains), n_blocks, 4) float32. steps: (1,) or one per chain, int64.
+
+    part: parts that are drawn at the same time have different ones.
+    """
+    w, r = _scratch.of(part)
     return kernels.load("update.draw").prepared(
-        kind, rows.start, rows.stop, len(chains), first_block, n_blocks, int(stream), *key, chains, steps,
-        int(len(steps) > 1), t, w, w if kind == kernels.WORDS else r, out, *not_a_step,
+        kind, rows.start, rows.stop, chains.shape[0], first_block, n_blocks, stream, *key, chains, steps,
+        int(steps.shape[0] > 1), _FIRST, w, w if kind == kernels.WORDS else r, out, *_NOT_A_STEP,
     )  # fmt: skip
+
+
+def _whole(v: Tensor) -> Tensor:
+    """As the kernel reads it; mostly it is so already, and the operations would take longer than a look."""
+    return v if v.dtype is torch.int64 and v.ndim == 1 and v.is_contiguous() else v.long().flatten().contiguous()
+
+
+class _Scratch(threading.local):
+    """What a thread's draws work in: kept, as memory that is still in its cache takes half the time."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, part: int) -> tuple[Tensor, Tensor]:
+        while part >= len(self._kept):
+            w, r, _ = kernels.scratch(0)
+            self._kept.append((w, r))
+        return self._kept[part]
+
+
+_scratch = _Scratch()
+_NOT_A_STEP = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
+
+
+def _rows(out: Tensor, dim: int) -> Tensor:
+    """(rows, dim), of blocks of four."""
+    rows = out.flatten(1)
+    return rows if rows.shape[1] == dim else rows[:, :dim]
 
 
 def _n_blocks(dim: int) -> int:

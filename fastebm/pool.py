@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backends import Advanced, Chains
+from .copies import copies_of
 from .draws import Draw, Draws
 from .langevin import Bounds, Langevin
 from .noise import Stream, draw_seed, words
@@ -28,6 +29,7 @@ from .sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
 from .starts import LAWS, Start, Starts, checked_states
 from .stats import PoolStats, statistics
 from .storage import Storage
+from .threads import survives_fork
 
 __all__ = ["ChainPool", "PoolCall", "PoolStats"]
 
@@ -96,6 +98,7 @@ class ChainPool:
     CPU and 2.5 GiB on a GPU; ``sample`` the same of its batch.
     """
 
+    @survives_fork
     def __init__(
         self,
         n_chains: int,
@@ -144,6 +147,7 @@ class ChainPool:
                 self._started = torch.zeros_like(self._steps)
                 self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
                 self._energy = torch.full((self.n_local,), math.nan, dtype=torch.float32, device=self.device)
+                self._copies = copies_of(self._storage)
                 with self._bar("start", None) as bar:
                     for rows in self._parts(None):
                         steps = self._steps[rows]
@@ -162,6 +166,7 @@ class ChainPool:
     # -- what is known of every chain of this process -----------------------------------------------------------
 
     @property
+    @survives_fork
     def states(self) -> Tensor:
         """(n_local, *shape) float32: the pool's own memory, not a copy, where that is float32; else a copy."""
         stored = self._storage.data
@@ -218,6 +223,7 @@ class ChainPool:
 
     # -- calls that move chains ---------------------------------------------------------------------------------
 
+    @survives_fork
     def sample(
         self,
         energy: nn.Module,
@@ -283,22 +289,29 @@ class ChainPool:
 
     def _taken(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """Where the drawn chains begin, and their lifetime steps."""
+        if self._copies is not None:
+            return self._copies.take(draw, self._storage.data, self._steps)
         x, steps = self._storage.read(draw.rows), self._steps.index_select(0, draw.rows)
         if len(draw.restart) > 0:
             x.index_copy_(0, draw.restart, draw.fresh)
         return x, steps
 
     def _put_back(self, draw: Draw, before: Tensor, after: Tensor, done: Advanced) -> None:
-        self._storage.write(draw.rows, done.x, after)
-        self._steps.index_copy_(0, draw.rows, after)
-        self._energy.index_copy_(0, draw.rows, done.energy)
-        if len(draw.restart) > 0:
-            self._restarted(draw.rows[draw.restart], before[draw.restart])
+        if self._copies is not None:
+            story = (self._steps, self._energy, self._started, self._restarts)
+            self._copies.put(draw, done.x, before, after, done.energy, self._storage.data, *story)
+        else:
+            self._storage.write(draw.rows, done.x, after)
+            self._steps.index_copy_(0, draw.rows, after)
+            self._energy.index_copy_(0, draw.rows, done.energy)
+            if len(draw.restart) > 0:
+                self._restarted(draw.rows[draw.restart], before[draw.restart])
         self.draws += 1
 
     def _next_draw(self, batch_size: int) -> Draw:
         return self._draws.draw(self.draws, batch_size, self.reinit_prob)
 
+    @survives_fork
     def advance(
         self,
         energy: nn.Module,
@@ -428,6 +441,7 @@ class ChainPool:
 
     # -- the replay buffer --------------------------------------------------------------------------------------
 
+    @survives_fork
     def add(self, samples: Tensor, labels: Tensor | None = None, *, policy: str = "fifo") -> None:
         """Put states from outside in place of chains, which then go on from there.
 
@@ -476,6 +490,7 @@ class ChainPool:
 
     # -- what the pool is like ----------------------------------------------------------------------------------
 
+    @survives_fork
     def stats(self) -> PoolStats:
         """Numbers of all chains, computed where they are and then fetched at once; states are not looked at.
 
@@ -487,6 +502,7 @@ class ChainPool:
 
     # -- save and resume ----------------------------------------------------------------------------------------
 
+    @survives_fork
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """All that the pool is, but for the rows or the callable of ``init``.
 
@@ -523,6 +539,7 @@ class ChainPool:
         }
         return story if self._labels is None else {**story, "labels": self._labels}
 
+    @survives_fork
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become the saved pool, on this pool's device and in its memory. Checked first: a bad state changes nothing.
 

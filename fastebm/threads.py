@@ -6,14 +6,16 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-__all__ = ["share", "survives_fork", "threads"]
+from .kernels import cpu as kernels
+
+__all__ = ["Team", "share", "survives_fork", "threads", "together"]
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _Item = TypeVar("_Item")
@@ -83,6 +85,37 @@ def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], No
                 other.result()
     if errors:
         raise errors[0]
+
+
+def together(call: kernels.Call, n_threads: int) -> None:
+    """One call of a kernel by n_threads threads at once, which take their parts of its work by a counter: like
+    ``share``, but without Python between them, so that a few microseconds of work pay."""
+    if n_threads > 1 and not _forked and (in_parallel := _openmp()) is not None:
+        in_parallel(call.kernel.run, call.block, n_threads, 0)
+    elif n_threads > 1:
+        share(range(n_threads), lambda _, interrupted: call(), n_threads)
+    else:
+        call()
+
+
+class Team:
+    """Calls of kernels, each made once by n_threads threads at most, ``together``. To be run any number of times, by
+    one caller at a time."""
+
+    def __init__(self, calls: Sequence[kernels.Call], n_threads: int) -> None:
+        self._calls, self._n_threads = calls, min(len(calls), n_threads)
+        if self._n_threads > 1:
+            self._taken = torch.zeros(1, dtype=torch.int64, device="cpu")
+            arguments = kernels.listed(calls), len(calls), self._taken
+            self._shared = kernels.load("program.share").prepared(*arguments)
+
+    def __call__(self) -> None:
+        if self._n_threads > 1:
+            self._taken.zero_()
+            together(self._shared, self._n_threads)
+        else:
+            for call in self._calls:
+                call()
 
 
 _TeamFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

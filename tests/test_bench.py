@@ -447,7 +447,7 @@ def test_the_parts_of_a_draw_and_write_back(monkeypatch):
     runs = breakdown.parts_of_pools(case)
     (pool,) = built
     before = pool.state_dict()
-    for part in ("copies", "draws"):
+    for part in ("draws", "take", "put"):
         runs[part]()
         after = pool.state_dict()
         # bytes, as energies are NaN

@@ -1,6 +1,9 @@
 """Numba's kernels beside plain PyTorch, and what a process is like in which they run, are kept, or can't be had."""
 
+import copy
+import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -12,8 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastebm
-from fastebm import langevin_sample, noise, threads
-from fastebm.backends import choose, cpu
+from fastebm import draws, langevin_sample, noise, threads
+from fastebm.backends import Advanced, choose, cpu
 from fastebm.mlp import ACTIVATIONS
 from fastebm.noise import Stream
 from fastebm.threads import share
@@ -31,6 +34,15 @@ def plain(monkeypatch):
             return function(*arguments, **options)
 
     return result
+
+
+@pytest.fixture(params=["OpenMP's threads", "Python's threads"])
+def team(request, monkeypatch):
+    """Where work is shared by each."""
+    if request.param == "Python's threads":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("no GOMP_parallel here")
 
 
 def mlp(dim, widths=(32, 16), **options):
@@ -116,7 +128,7 @@ def test_normals_of_many_words():
     assert (x - exact).abs().max() < 1.5e-6
 
 
-def test_draws_do_not_depend_on_threads_or_rows():
+def test_draws_do_not_depend_on_threads_or_rows(team):
     chains = torch.arange(40_000)
     whole = noise.normal(1, Stream.LANGEVIN, chains, 0, 5)
     before = torch.get_num_threads()
@@ -271,6 +283,78 @@ def test_pytorchs_defaults_change_nothing(make, clip):
         assert torch.equal(langevin_sample(energy, **options), expected)
 
 
+# -- pools -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "probability"),
+    [(10_000, 128, 0.05), (256, 128, 0.5), (1000, 1, 1.0), (2**31 - 1, 2000, 0.0), (5000, 2500, 0.3), (2, 1, 0.2)],
+)
+def test_drawn_chains_and_restarts_are_those_of_pytorch(plain, n, k, probability):
+    arguments = 2**63 + 5, 2**31 + 7, 9, n, k, math.ceil(probability * 2**32), torch.device("cpu")
+    chains, restarts = draws._drawn(*arguments)
+    assert all(len(row.unique()) == k for row in chains)
+    for ours, theirs in zip((chains, restarts), plain(draws._drawn, *arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def tensors_of(pool):
+    return {name: value for name, value in pool.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def rows_that_share_memory(seed, stream, chains, steps):
+    return noise.uniform(seed, stream, chains, steps, 1).expand(-1, 6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 17, 400])  # the last sorts keys, and has work for two threads
+@pytest.mark.parametrize("init", ["uniform", rows_that_share_memory, torch.linspace(0, 1, 60).reshape(10, 6)])
+def test_pools_are_those_of_pytorch(plain, team, init, batch_size):
+    """All that is kept of every chain, after draws, restarts and states put back."""
+
+    def kept():
+        pool = fastebm.ChainPool(500, 6, clamp=(0.0, 1.0), seed=3, reinit_prob=0.3, init=init)
+        for i in range(70):  # more than are worked out at once
+            draw = pool._next_draw(batch_size)
+            x, before = pool._taken(draw)
+            energies = x.sum(dim=1)
+            pool._put_back(draw, before, before + i, Advanced((x + 0.01 * i).clamp(0, 1), energies, energies))
+        return tensors_of(pool)
+
+    ours, theirs = kept(), plain(kept)
+    assert ours["restarts"].sum() > 0
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
+def test_a_copied_pool_moves_chains_of_its_own(copied_by):
+    energy, rule = mlp(6), fastebm.Langevin(step_size=0.1)
+    pool, same = (fastebm.ChainPool(50, 6, seed=1) for _ in range(2))
+    pool.sample(energy, 8, rule, 2)  # what it keeps for the next draw is copied too
+    same.sample(energy, 8, rule, 2)
+    copied = copied_by(pool)
+    before = tensors_of(copied)
+    pool.sample(energy, 8, rule, 2)
+    torch.testing.assert_close(tensors_of(copied), before, rtol=0, atol=0, equal_nan=True)
+    for other in (same, copied):
+        assert torch.equal(other.sample(energy, 8, rule, 2)[0], pool.states[pool.last.chains])
+        assert torch.equal(other.states, pool.states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_energies_of_another_dtype(dtype):
+    """A module may put out what is not the states' dtype."""
+
+    class Other(Square):
+        def forward(self, x):
+            return super().forward(x).to(dtype)
+
+    pool = fastebm.ChainPool(50, 6, seed=1)
+    _, energies = pool.sample(Other(6), 8, fastebm.Langevin(step_size=0.01), 2)
+    assert energies.dtype == pool.energies.dtype == torch.float32
+    assert torch.equal(pool.energies[pool.last.chains], energies)
+    assert (energies - Square(6)(pool.states[pool.last.chains])).abs().max() < (1e-6 if dtype == torch.float64 else 0.1)
+
+
 # -- threads ---------------------------------------------------------------------------------------------------
 
 
@@ -280,15 +364,6 @@ def threads_of_a_new_one():
     thread.start()
     thread.join()
     return found[0]
-
-
-@pytest.fixture(params=["OpenMP's threads", "Python's threads"])
-def team(request, monkeypatch):
-    """Where work is shared by each."""
-    if request.param == "Python's threads":
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
-        pytest.skip("no GOMP_parallel here")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -439,16 +514,27 @@ def test_omp_num_threads_says_how_many_work():
 
 
 FORKED = """
-import os, torch, fastebm
+import os, numpy, torch, fastebm
 torch.set_num_threads(2)
 torch.manual_seed(0)
 energy = fastebm.build(40, hidden_sizes=(32, 32))
-sample = lambda: fastebm.langevin_sample(energy, batch_size=600, steps=4, step_size=0.1, noise_scale=0.3, seed=1)
+rule = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
+
+def sample():
+    x = fastebm.langevin_sample(energy, batch_size=600, steps=4, step_size=0.1, noise_scale=0.3, seed=1)
+    pool = fastebm.ChainPool(3000, 40, seed=1)
+    pool.sample(energy, 1200, rule, 2)
+    pool.advance(energy, rule, 1)
+    pool.load_state_dict(pool.state_dict())
+    pool.add(x.clamp(-1, 1))
+    assert pool.stats().n_chains == 3000
+    return [v.numpy() for v in (x, pool.states)]  # PyTorch's own operations on many numbers would hang
+
 x = sample()
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(sample(), x) else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(sample(), x))
+    os._exit(0 if all(map(numpy.array_equal, sample(), x)) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), all(map(numpy.array_equal, sample(), x)))
 """
 
 

@@ -25,7 +25,7 @@ from ..kernels.cpu import Call
 from ..langevin import Langevin
 from ..mlp import MLP
 from ..noise import seed_words
-from ..threads import share
+from ..threads import Team, share
 from . import Advanced, Chains
 from .torch_tiles import (
     NARROW,
@@ -45,8 +45,8 @@ __all__ = ["FEW_DIMS", "advance", "advance_module", "parts_of_update", "why_not"
 # Up to as many dims, the products with the first weight are part of the loops around them: BLAS is slow there.
 FEW_DIMS = 4
 
-# Numbers that one thread updates before a second pays for itself: to start it takes some 100 microseconds.
-_NUMBERS_PER_THREAD = 65_536
+# Numbers that one thread updates before a second pays for itself.
+_NUMBERS_PER_THREAD = 16_384
 
 # Steps of a tile after which it looks whether to go on: another thread may have raised.
 _STEPS_AT_ONCE = 16
@@ -102,20 +102,14 @@ class _Update:
     def call(
         self, new: Tensor | None, x: Tensor, grad: Tensor | None, first: int, last: int, scratch: _Scratch
     ) -> Call:
-        """new = the state after step t of chains first to last - 1. float32, with rows x.stride(0) apart. None: ``aim``
-        will tell."""
+        """new = the state after step t of chains first to last - 1. float32, with rows x.stride(0) apart. None:
+        the call's ``aim`` will tell."""
         states = [new, x, grad, self.dim, x.stride(0)]
         if self.plain:
             arguments = [kernels.LANGEVIN, first, last, *self.front, *scratch.draw, *states, *self.back]
         else:
             arguments = [first, last, *self.front, *scratch.draw, *states, *self.back, scratch.clips]
         return self.kernel.prepared(*arguments)
-
-    def aim(self, call: Call, new: Tensor, x: Tensor, grad: Tensor) -> None:
-        """Other tensors for a call, which the caller keeps: quicker than another call."""
-        place = self.kernel.place
-        for name, value in (("new", new), ("x", x), ("grad", grad)):
-            call.block[place[name]] = value.data_ptr()
 
     def tell(self, done: Advanced, steps: int) -> None:
         if done.telemetry is None or self.told is None:
@@ -191,7 +185,7 @@ class _Tile:
         self.n_rows = n_rows
         self.x, self.new, self.grad = (matrix(n_rows, dim, like) for _ in range(3))
         self.labels = torch.empty(n_rows, dtype=torch.int64, device=like.device) if with_labels else None
-        self.evaluator = Evaluator(description, n_rows)
+        self.evaluator = Evaluator(description, n_rows, [weights.mlp for weights in mlps])
         self.scratch = _Scratch(dim)
         pairs = zip(mlps, self.evaluator.networks, strict=True)
         networks = [_Network(weights, evaluated, self.labels) for weights, evaluated in pairs]
@@ -213,8 +207,8 @@ class _Tile:
         self.new.copy_(self.x)  # rows of padding stay what they are
         if self.labels is not None and chains.labels is not None:
             self.labels.copy_(padded_rows(chains.labels, self.n_rows))
-        pairs = (self.new, self.x), (self.x, self.new)
-        moves = [update.call(*pair, self.grad, 0, self.n_chains, self.scratch) for pair in pairs]
+        move = update.call(self.new, self.x, self.grad, 0, self.n_chains, self.scratch)
+        moves = move, move.again(new=self.x, x=self.new)
         even, odd = ([*gradient, move] for gradient, move in zip(self.gradients, moves, strict=True))
         self.program = _Program(even, odd, update.t)
 
@@ -242,8 +236,7 @@ class _Program:
         self.steps, self.t = (even, odd), t
         self.lists: list[Any] = []
         for calls in self.steps:
-            pairs = [v for c in calls if isinstance(c, Call) for v in (c.address, ctypes.addressof(c.block))]
-            self.lists.append(torch.tensor(pairs, dtype=torch.int64, device="cpu"))
+            self.lists.append(kernels.listed([call for call in calls if isinstance(call, Call)]))
         self.compiled = all(len(pairs) == 2 * len(calls) for pairs, calls in zip(self.lists, self.steps, strict=True))
 
     def run(self, first: int, last: int) -> None:
@@ -347,7 +340,9 @@ def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Ca
     few, many = rows_of_products(a.device), len(a)
     if not rounds_alike(_multiply, *w.shape, _is_transposed(w), few, many, a.dtype):
         many = few
-    return [_Gemm(sgemm, a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
+    if many == len(a):
+        return [_gemm(sgemm, a, w, out, add)]
+    return [_gemm(sgemm, a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
 
 
 def _is_transposed(w: Tensor) -> bool:
@@ -355,35 +350,25 @@ def _is_transposed(w: Tensor) -> bool:
     return w.stride(0) == 1 and w.stride(1) >= len(w)
 
 
-class _Gemm(Call):  # type: ignore[misc]
-    """out (+)= a w by BLAS' sgemm."""
-
-    def __init__(self, sgemm: int, a: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
-        (n, n_in), n_out = a.shape, out.shape[1]
-        transposed = _is_transposed(w)
-        # BLAS counts columns first, so it is given out^T = w^T a^T. A stride is no less than what it steps over, also
-        # where there is one row only.
-        w_stride = max(w.stride(1), n_in) if transposed else max(w.stride(0), n_out)
-        numbers = [n_out, n, n_in, w_stride, a.stride(0), out.stride(0)]
-        # int64, in whose low half is the int32 that most builds of BLAS read
-        counts, letters = (ctypes.c_int64 * 6)(*numbers), ctypes.create_string_buffer(b"TN" if transposed else b"NN")
-        scales = (ctypes.c_float * 2)(1.0, float(add))
-        columns, rows, inner, w_step, a_step, out_step = range(
-            ctypes.addressof(counts), ctypes.addressof(counts) + 48, 8
-        )
-        letter, scale = ctypes.addressof(letters), ctypes.addressof(scales)
-        addresses = (ctypes.c_int64 * 13)(
-            letter, letter + 1, columns, rows, inner, scale, w.data_ptr(), w_step, a.data_ptr(), a_step, scale + 4,
-            out.data_ptr(), out_step,
-        )  # fmt: skip
-        kept = a, w, out, counts, letters, scales, addresses
-        super().__init__(kernels.load("program.blas"), [sgemm, ctypes.addressof(addresses)], kept)
+def _gemm(sgemm: int, a: Tensor, w: Tensor, out: Tensor, add: bool) -> Call:
+    """The call of out (+)= a w by BLAS' sgemm."""
+    (n, n_in), n_out = a.shape, out.shape[1]
+    transposed = _is_transposed(w)
+    # A stride is no less than what it steps over, also where there is one row only.
+    w_stride = max(w.stride(1), n_in) if transposed else max(w.stride(0), n_out)
+    letters = int.from_bytes(b"TN" if transposed else b"NN", "little")
+    call = kernels.load("program.gemm").prepared(
+        sgemm, w.data_ptr(), a.data_ptr(), out.data_ptr(), letters, n_out, n, n_in, 1.0, w_stride, a.stride(0),
+        float(add), out.stride(0),
+    )  # fmt: skip
+    call.kept = a, w, out
+    return call
 
 
 def _multiply(a: Tensor, w: Tensor, out: Tensor) -> None:
     sgemm = _sgemm()
     assert sgemm is not None  # or there is nothing to try
-    _Gemm(sgemm, a, w, out, False)()
+    _gemm(sgemm, a, w, out, False)()
 
 
 @cache
@@ -402,7 +387,7 @@ def _sgemm() -> int | None:
         )
         if address is not None:
             expected = out + a @ w
-            _Gemm(address, a, w, out, True)()
+            _gemm(address, a, w, out, True)()
             return address if torch.equal(out, expected) else None
     return None
 
@@ -428,16 +413,14 @@ def advance_module(
         update = _Update(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
         parts = parts_of_update(n, dim, n_threads)
         calls = [update.call(None, x, None, part.start, part.stop, _Scratch(dim)) for part in parts]
+        move = Team(calls, n_threads)
         for t in range(steps if n > 0 else 0):
             grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).contiguous()
             new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
             update.t.fill_(t)
             for call in calls:
-                update.aim(call, new, x, grad)
-            if len(calls) == 1:
-                calls[0]()
-            else:
-                share(calls, lambda call, interrupted: call(), n_threads)
+                call.aim(new=new, x=x, grad=grad)
+            move()
             x = new
             if done.trajectory is not None and (t + 1) % thin == 0:
                 done.trajectory[:, t // thin] = x

@@ -9,7 +9,7 @@ every product has, or rounds like one that has, the same few rows on one thread 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -217,17 +217,16 @@ class Network:
 class Evaluator:
     """Energy and gradient of a description in closed form, on tiles of n_rows states, in buffers of its own.
 
-    n_rows: a multiple of ``rows_of_products``. A state's values do not depend on the others.
+    n_rows: a multiple of ``rows_of_products``. A state's values do not depend on the others. mlps: the description's
+    ``scaled_heads``, if they are there already.
     """
 
-    def __init__(self, description: Description, n_rows: int) -> None:
+    def __init__(self, description: Description, n_rows: int, mlps: Sequence[MLP] | None = None) -> None:
         assert description.scales is not None  # nor is the constant: it is not bare
         assert description.constant is not None
         self.description, self.constant = description, description.constant
-        self.networks = [
-            Network(mlp, scale, n_rows)
-            for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
-        ]
+        mlps = description.scaled_heads() if mlps is None else mlps
+        self.networks = [Network(mlp, scale, n_rows) for mlp, scale in zip(mlps, description.scales, strict=True)]
 
     def gradient(self, x: Tensor, labels: Tensor | None, out: Tensor) -> Tensor:
         """out = dE/dx, (n_rows, dim)."""

@@ -3,7 +3,8 @@
 philox.py   the noise stream: words, uniforms, normals
 update.py   noise, update and clamp in one pass
 mlp.py      activations with their slopes, heads, and the way down
-program.py  many steps of calls of these and of BLAS, without Python between them
+pool.py     draws of chains, and their rows
+program.py  calls of these and of BLAS by each other, without Python between them
 jit.py      how they are compiled
 
 A kernel is a C function of one argument, the address of a block of 64-bit values (addresses, whole numbers, float32 in
@@ -23,13 +24,18 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHUNK", "LANGEVIN", "NORMAL", "UNIFORM", "WORDS", "Call", "Kernel", "load", "scratch", "why_not"]
+import torch
+from torch import Tensor
+
+from . import program
+
+__all__ = ["CHUNK", "LANGEVIN", "NORMAL", "UNIFORM", "WORDS", "Call", "Kernel", "listed", "load", "scratch", "why_not"]
 
 # Counters that a kernel draws from at once: their words and normals take 32 KiB, the first cache of most cores.
 CHUNK = 1024
@@ -56,16 +62,31 @@ def why_not() -> str | None:
 
 
 class Call:
-    """A kernel with its arguments, to be run any number of times. kept: owners of the memory that they point to."""
+    """A kernel with its arguments, to be run any number of times.
 
-    __slots__ = ("_run", "address", "block", "kept")
+    block: the arguments, as C has them. kept: owners of the memory that they point to.
+    """
 
-    def __init__(self, kernel: Kernel, values: list[int], kept: object) -> None:
-        self._run, self.address, self.block = kernel.run, kernel.address, (ctypes.c_int64 * len(values))(*values)
-        self.kept = kept
+    __slots__ = ("block", "kept", "kernel")
+
+    def __init__(self, kernel: Kernel, block: Any, kept: object) -> None:
+        self.kernel, self.block, self.kept = kernel, block, kept
 
     def __call__(self) -> None:
-        self._run(self.block)
+        self.kernel.run(self.block)
+
+    def again(self, **arguments: Any) -> Call:
+        """The same with other values for some arguments."""
+        call = Call(self.kernel, type(self.block).from_buffer_copy(self.block), (self.kept, arguments))
+        call.aim(**arguments)
+        return call
+
+    def aim(self, **arguments: Any) -> None:
+        """Other values for some arguments; tensors are the caller's to keep. Quicker than another call."""
+        block, place, kinds = self.block, self.kernel.place, self.kernel.kinds
+        for name, value in arguments.items():
+            i = place[name]
+            block[i] = value if kinds[i] == "int" else _address(kinds[i], value)
 
 
 class Kernel:
@@ -75,42 +96,50 @@ class Kernel:
         self.address, self.kinds = address, list(arguments.values())
         self.place = {name: i for i, name in enumerate(arguments)}  # of an argument in the block
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)  # releases Python's lock
+        self._layout = struct.Struct("=" + "".join("f4x" if kind == "float" else "q" for kind in self.kinds))
+        self._block = ctypes.c_int64 * len(self.kinds)
 
     def prepared(self, *arguments: Any) -> Call:
         """arguments: numbers, and for arrays tensors, which the call keeps, or None."""
-        values = []
-        for kind, value in zip(self.kinds, arguments, strict=True):
-            if kind == "float":
-                values.append(struct.unpack("<q", struct.pack("<fi", value, 0))[0])
-            elif kind == "int":
-                values.append(int(value))
-            else:
-                values.append(0 if value is None else _address(kind, value))
-        return Call(self, values, arguments)
+        values = [
+            value if kind in _NUMBERS else 0 if value is None else _address(kind, value)
+            for kind, value in zip(self.kinds, arguments, strict=True)
+        ]
+        return Call(self, self._block.from_buffer_copy(self._layout.pack(*values)), arguments)
 
     def __call__(self, *arguments: Any) -> None:
         self.prepared(*arguments)()
 
 
+_NUMBERS = ("int", "float")
+
 _DTYPES = {
-    "f32s": ("torch.float32",),
-    "i32s": ("torch.int32",),
-    "i64s": ("torch.int64",),
-    "u8s": ("torch.uint8", "torch.bool"),
-    "u32s": ("torch.float32",),  # a place to work in
+    "f32s": (torch.float32,),
+    "i32s": (torch.int32,),
+    "i64s": (torch.int64,),
+    "u8s": (torch.uint8, torch.bool),
+    "u32s": (torch.float32,),  # a place to work in
 }
 
 
-def _address(kind: str, value: Any) -> int:
+def _address(kind: str, value: Tensor) -> int:
     """Of a tensor on the CPU with whole rows; anything else would be read as what it is not, without a word."""
-    whole = value.is_contiguous() or value.numel() <= 1 or value.shape[-1] <= 1 or value.stride(-1) == 1
-    if not (whole and value.is_cpu and str(value.dtype) in _DTYPES[kind]):
+    if not (value.dtype in _DTYPES[kind] and value.is_cpu and (value.is_contiguous() or _has_whole_rows(value))):
         raise TypeError(
             f"a kernel takes {kind} on the CPU with a last stride of 1, got {value.dtype} on {value.device}, strides "
             f"{value.stride()}"
         )
-    address: int = value.data_ptr()
-    return address
+    return value.data_ptr()
+
+
+def _has_whole_rows(value: Tensor) -> bool:
+    return value.numel() <= 1 or value.shape[-1] <= 1 or value.stride(-1) == 1
+
+
+def listed(calls: Sequence[Call]) -> Tensor:
+    """The calls as a list for ``program.run`` and ``program.share``: a tensor of pairs of addresses."""
+    pairs = [address for call in calls for address in (call.kernel.address, ctypes.addressof(call.block))]
+    return torch.tensor(pairs, dtype=torch.int64, device="cpu")
 
 
 def load(name: str) -> Kernel:
@@ -118,11 +147,9 @@ def load(name: str) -> Kernel:
     return _loaded.get(name) or _load(name)
 
 
-def scratch(n_blocks: int) -> list[Any]:
+def scratch(n_blocks: int) -> list[Tensor]:
     """Tensors that a kernel works in when it draws rows of n_blocks blocks: its arguments w, r and out. One for each
     thread."""
-    import torch
-
     sizes = [4 * CHUNK, 4 * CHUNK, 4 * max(CHUNK, n_blocks)]
     return list(torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes))
 
@@ -133,35 +160,40 @@ _loaded: dict[str, Kernel] = {}
 def _load(name: str) -> Kernel:
     with _lock:
         if name not in _loaded:
+            module, function = name.split(".")
+            if module == "program":
+                engine = _engine_of(program.SOURCE)
+                for function, arguments in program.ARGUMENTS.items():
+                    _loaded[f"program.{function}"] = Kernel(engine.get_function_address(function), arguments)
+                return _loaded[name]
             file = f"{name}-{_stamp()}.kernel"
             kept = next((found for folder in _folders() if (found := _read(folder / file)) is not None), None)
             if kept is None:
-                module, function = name.split(".")
                 kept = importlib.import_module(f".{module}", __name__).compiled(function)
                 _write(file, *kept)
             _loaded[name] = _function(*kept)
         return _loaded[name]
 
 
-def _function(header: dict[str, Any], code: bytes) -> Kernel:
-    """header: "symbol", and "arguments", their names and types."""
+def _engine_of(source: str, code: bytes | None = None) -> Any:
+    """What has the functions of a source in LLVM's language, and of an object file."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-
-    def engine_of(source: str) -> Any:
-        machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
-        _kept.append(llvm.create_mcjit_compiler(llvm.parse_assembly(source), machine))
-        return _kept[-1]
-
-    engine = engine_of("")
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(source), machine)
+    if code is not None:
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    source = _unpacking(engine.get_function_address(header["symbol"]), header["arguments"].values())
-    engine = engine_of(source)
-    engine.finalize_object()
-    return Kernel(engine.get_function_address("unpacking"), header["arguments"])
+    _kept.append(engine)
+    return engine
+
+
+def _function(header: dict[str, Any], code: bytes) -> Kernel:
+    """header: "symbol", and "arguments", their names and types."""
+    function, arguments = _engine_of("", code).get_function_address(header["symbol"]), header["arguments"]
+    return Kernel(_engine_of(_unpacking(function, arguments.values())).get_function_address("unpacking"), arguments)
 
 
 def _unpacking(address: int, kinds: Iterable[str]) -> str:

@@ -18,8 +18,6 @@ from numpy import float32
 
 __all__ = [
     "bits_of",
-    "call",
-    "call_blas",
     "compiled",
     "device",
     "dot",
@@ -27,6 +25,7 @@ __all__ = [
     "float_of",
     "i32s",
     "i64s",
+    "next_of",
     "u8s",
     "u32s",
 ]
@@ -78,30 +77,13 @@ def compiled(function: Callable[..., None]) -> tuple[dict[str, Any], bytes]:
 
 
 @intrinsic
-def call(typing_context, address, block):  # type: ignore[no-untyped-def]
-    """The kernel at an address."""
+def next_of(typing_context, counter):  # type: ignore[no-untyped-def]
+    """counter[0], which is one more afterwards; threads that ask at the same time get different numbers."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
-        return context.get_dummy_value()
+        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
 
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def call_blas(typing_context, address, arguments):  # type: ignore[no-untyped-def]
-    """The Fortran function at an address, of thirteen arguments, which are addresses."""
-
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word] * 13)
-        loaded = [builder.load(builder.gep(values[1], [ir.Constant(word, i)])) for i in range(13)]
-        builder.call(builder.inttoptr(values[0], kind.as_pointer()), loaded)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.CPointer(types.int64)), generate
+    return types.int64(types.CPointer(types.int64)), generate
 
 
 def _dot(a, at, b, to, n):  # type: ignore[no-untyped-def]
