@@ -48,12 +48,12 @@ from fastebm.bench.run import on_threads
 from fastebm.bench.training import fastebm_pool
 from fastebm.kernels import cpu as kernels
 
+from fastebm import copies
 from fastebm.backends.cpu import FEW_DIMS, parts_of_update
 from fastebm.backends.torch_tiles import tiles
-from fastebm.copies import Copies
 from fastebm.draws import Draws
 from fastebm.energies import Energy
-from fastebm.noise import Stream, drawing, seed_words
+from fastebm.noise import Stream, drawing, scratch, seed_words
 from fastebm.starts import Starts
 from fastebm.threads import share, threads
 
@@ -115,7 +115,7 @@ def parts_of_steps(p: Problem) -> Runs:
         parts = tiles(case.n_chains, n_threads)
     rows, n_blocks = parts[0].stop, (case.dim + 3) // 4
     at_once = max(1, kernels.CHUNK // n_blocks)  # rows, as within a step's update
-    draws = [draw_of(at_once, n_blocks, part) for part in range(n_threads)]
+    draws = [draw_of(at_once, n_blocks) for _ in range(n_threads)]
 
     def draw(call: kernels.Call) -> None:
         for _ in range(-(-rows * case.steps // at_once)):
@@ -158,11 +158,11 @@ def _shared(parts: Sequence[slice], tools: list[Any], work: Callable[[Any], None
     share(parts, take, len(tools))
 
 
-def draw_of(rows: int, n_blocks: int, part: int = 0) -> kernels.Call:
-    """The call that draws (rows, n_blocks, 4) normal numbers, by the kernel of a step's update. part: of a thread."""
+def draw_of(rows: int, n_blocks: int) -> kernels.Call:
+    """The call that draws (rows, n_blocks, 4) normal numbers, by the kernel of a step's update."""
     out = torch.empty(rows, n_blocks, 4)
     counter = seed_words(SEED), int(Stream.LANGEVIN), torch.arange(rows), torch.zeros(1, dtype=torch.int64), 0
-    return drawing(kernels.NORMAL, slice(0, rows), *counter, n_blocks, out, part=part)
+    return drawing(kernels.NORMAL, slice(0, rows), scratch.take(), *counter, n_blocks, out)
 
 
 # -- pools ---------------------------------------------------------------------------------------------------------
@@ -178,11 +178,11 @@ def parts_of_pools(case: TrainingCase) -> Runs:
     trainer, n, dim = fastebm_pool(case, _CPU), case.n_chains, case.dim
     ahead = Draws(Starts("uniform", SEED, (dim,), case.clamp, _CPU), n, 0, n)
     drawn = [ahead.draw(i, case.batch_size, case.restart_prob) for i in range(ROUND)]
-    numbers, copies, data = itertools.count(ROUND), Copies(dim), trainer.states()
+    numbers, data = itertools.count(ROUND), trainer.states()
     steps, started, restarts = (torch.zeros(n, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32))
     energy, energies = torch.zeros(n), torch.zeros(case.batch_size)
     # states as they are, so that to put them back changes none
-    taken = [copies.take(draw._replace(source=torch.full_like(draw.source, -1)), data, steps) for draw in drawn]
+    taken = [copies.take(draw._replace(restart=draw.restart[:0]), data, steps) for draw in drawn]
 
     def draws() -> None:
         for i in itertools.islice(numbers, ROUND):

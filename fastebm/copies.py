@@ -1,66 +1,77 @@
-"""Drawn chains taken out of a pool and put back, on a CPU: by a kernel on all threads, where PyTorch takes some ten
+"""Drawn chains copied out of a pool and back, on a CPU: each by one kernel on all threads, where PyTorch takes some ten
 operations, of which ``index_copy_`` alone takes twice as long."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .draws import Draw
 from .kernels import cpu as kernels
 from .storage import Storage
-from .threads import together
+from .threads import Spares, together
 
-__all__ = ["Copies", "copies_of"]
+__all__ = ["can_copy", "put", "take"]
 
-# Numbers that one thread copies before a second pays for itself; and before it looks whether there are more.
-_PER_THREAD, _TOGETHER = 32768, 8192
+# Numbers to copy per thread, below which a second thread does not pay for itself.
+_NUMBERS_PER_THREAD = 32768
+
+# Numbers that a thread copies before it looks for more.
+_NUMBERS_AT_ONCE = 8192
 
 
-def copies_of(storage: Storage) -> Copies | None:
-    """None where PyTorch is to copy: states that are not float32, or not on a CPU."""
+def can_copy(storage: Storage) -> bool:
+    """Whether the kernels can copy its states; PyTorch copies those that are not float32, or not on a CPU."""
     here = storage.device.type == storage.data.device.type == "cpu" and storage.dtype == torch.float32
-    return _copies(storage.dim) if here else None
+    return here and kernels.why_not() is None
 
 
-def _copies(dim: int) -> Copies | None:
-    return Copies(dim) if kernels.why_not() is None else None
+def take(draw: Draw, data: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """States where the chains begin, (n, dim), and their lifetime steps, (n,)."""
+    n, dim = draw.rows.shape[0], data.shape[1]
+    x = torch.empty(n, dim, dtype=torch.float32, device="cpu")
+    before = torch.empty(n, dtype=torch.int64, device="cpu")
+    _run("pool.take", dim, draw, data, steps, draw.fresh.contiguous(), x, before)
+    return x, before
 
 
-class Copies:
-    """Of float32 states of so many dims. Calls are made ready once, and each use names all their memory."""
+def put(
+    draw: Draw, x: Tensor, before: Tensor, after: Tensor, energies: Tensor, data: Tensor, steps: Tensor, energy: Tensor,
+    started: Tensor, restarts: Tensor,
+) -> None:  # fmt: skip
+    """The last five are the pool's, and become what they are after the draw."""
+    if not x.dtype == energies.dtype == torch.float32:  # they come from outside, all else from the pool
+        raise TypeError(f"states and energies must be float32, got {x.dtype} and {energies.dtype}")
+    kept = data, steps, energy, started, restarts
+    _run("pool.put", data.shape[1], draw, *kept, x.contiguous(), before, after, energies.contiguous())
+    # as PyTorch's own operations do: a graph that still needs the old values must not use the new ones
+    increment_version([v for v in kept if not v.is_inference()])
 
-    def __init__(self, dim: int) -> None:
-        self._dim = dim
-        size = max(1, _TOGETHER // dim)
-        self._taken = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._take = kernels.load("pool.take").prepared(0, dim, size, *[None] * 8)
-        self._put = kernels.load("pool.put").prepared(0, dim, size, *[None] * 12)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _copies, (self._dim,)  # with a pool that is copied or pickled: addresses are of this object
+def _run(name: str, dim: int, draw: Draw, *arguments: Tensor) -> None:
+    """arguments: in the order of the kernel's last ones, contiguous and of the right dtype."""
+    n, spares = draw.rows.shape[0], _spares(name, dim)
+    call, taken = spares.take()
+    taken.zero_()
+    addresses = [v.data_ptr() for v in (draw.rows, draw.restart, *arguments)]
+    call.block[_CHANGING:] = [n, draw.restart.shape[0], *addresses]
+    together(call, min(torch.get_num_threads(), max(1, n * dim // _NUMBERS_PER_THREAD)))
+    spares.give((call, taken))
 
-    def take(self, draw: Draw, data: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """States where the chains begin, (n, dim), and their lifetime steps, (n,)."""
-        n = draw.rows.shape[0]
-        x, before = data.new_empty(n, self._dim), steps.new_empty(n)
-        fresh = draw.fresh.contiguous()
-        self._run(
-            self._take, n, rows=draw.rows, source=draw.source, fresh=fresh, data=data, steps=steps, x=x, before=before
-        )
-        return x, before
 
-    def put(
-        self, draw: Draw, x: Tensor, before: Tensor, after: Tensor, energies: Tensor, data: Tensor, steps: Tensor,
-        energy: Tensor, started: Tensor, restarts: Tensor,
-    ) -> None:  # fmt: skip
-        """The last five are the pool's, and become what they are after the draw."""
-        x, energies = x.contiguous(), energies.contiguous()
-        self._run(
-            self._put, draw.rows.shape[0], rows=draw.rows, source=draw.source, x=x, before=before, after=after,
-            energies=energies, data=data, steps=steps, energy=energy, started=started, restarts=restarts,
-        )  # fmt: skip
+_CHANGING = 3  # arguments from here on are set anew in each use, which is quicker than a new call
 
-    def _run(self, call: kernels.Call, n: int, **arguments: Tensor) -> None:
-        call.aim(n=n, taken=self._taken.zero_(), **arguments)
-        together(call, min(torch.get_num_threads(), max(1, n * self._dim // _PER_THREAD)))
+
+@cache
+def _spares(name: str, dim: int) -> Spares[tuple[kernels.Call, Tensor]]:
+    def make() -> tuple[kernels.Call, Tensor]:
+        with torch.inference_mode(False):  # or later uses could not set it to 0
+            taken = torch.zeros(1, dtype=torch.int64, device="cpu")
+        kernel = kernels.load(name)
+        rest = [0, 0, *[None] * (len(kernel.kinds) - _CHANGING - 2)]
+        return kernel.prepared(dim, max(1, _NUMBERS_AT_ONCE // dim), taken, *rest), taken
+
+    return Spares(make)

@@ -27,15 +27,13 @@ _AHEAD, _MAX_AHEAD = 32768, 64
 class Draw(NamedTuple):
     """A draw, as one process has it.
 
-    rows: (n,) of its chains. restart: (m,), places among them of those that start anew; fresh: (m, dim), their states;
-    source: (n,), each chain's row of fresh, or -1. places: (n,) in the batch of all processes, or None if it has all
-    chains.
+    rows: (n,) of its chains. restart: (m,), ascending places among them of those that start anew; fresh: (m, dim),
+    their states. places: (n,) in the batch of all processes, or None if it has all chains.
     """
 
     rows: Tensor
     restart: Tensor
     fresh: Tensor
-    source: Tensor
     places: Tensor | None
 
 
@@ -44,25 +42,23 @@ class Draws:
 
     def __init__(self, starts: Starts, n_chains: int, first_chain: int, n_local: int) -> None:
         self.starts, self.n_chains, self.first_chain, self.n_local = starts, n_chains, first_chain, n_local
-        self._ahead: dict[int, Draw] = {}
-        self._ahead_for: tuple[int, float] | None = None
+        self._ahead: dict[tuple[int, int, float], Draw] = {}
 
     def draw(self, number: int, batch_size: int, reinit_prob: float) -> Draw:
-        """Draws depend on their number alone, so some are worked out at once: one by one, the hundreds of small
-        operations of Philox would take longer than all else of a call but its steps."""
-        starts = self.starts
-        if self._ahead_for != (batch_size, reinit_prob) or number not in self._ahead:
+        """Draws depend on their number alone, so some are worked out at once: one by one, the many small operations
+        would take longer than all else of a call but its steps."""
+        starts, ahead = self.starts, self._ahead
+        if (number, batch_size, reinit_prob) not in ahead:
             per_draw = max(2 * batch_size, round(reinit_prob * batch_size * starts.dim / 32))
             count = min(_MAX_AHEAD, max(1, _AHEAD // per_draw))
-            self._ahead = self._draws(number, count, batch_size, reinit_prob)
-            self._ahead_for = batch_size, reinit_prob
-        draw = self._ahead[number]
+            self._ahead = ahead = self._draws(number, count, batch_size, reinit_prob)
+        draw = ahead[number, batch_size, reinit_prob]
         if starts.early or len(draw.restart) == 0:
             return draw
         chains = draw.rows[draw.restart] + self.first_chain
         return draw._replace(fresh=starts.states(Stream.INITIAL, chains, torch.full_like(chains, number + 1)))
 
-    def _draws(self, first: int, count: int, batch_size: int, reinit_prob: float) -> dict[int, Draw]:
+    def _draws(self, first: int, count: int, batch_size: int, reinit_prob: float) -> dict[tuple[int, int, float], Draw]:
         starts, device = self.starts, self.starts.device
         threshold = math.ceil(reinit_prob * 2**32)  # coins are whole numbers
         drawn, restarts = _drawn(starts.seed, first, count, self.n_chains, batch_size, threshold, device)
@@ -80,20 +76,15 @@ class Draws:
         n_restarts = torch.bincount(of, minlength=count).tolist()
         # Restarts are in the stream of first starts, whose step is 0, at the number of the draw, from 1.
         counter = again + self.first_chain, of + (first + 1)
-        fresh = starts.states(Stream.INITIAL, *counter) if starts.early else torch.empty(len(at), 0, device=device)
-        source = torch.full_like(rows, -1)
-        source[at] = torch.arange(len(at), device=device) - _starts_of(n_restarts, device)[of]
-        at -= _starts_of(sizes, device)[of]
-        parts = (
-            torch.split(rows, sizes), torch.split(at, n_restarts), torch.split(fresh, n_restarts),
-            torch.split(source, sizes), places,
-        )  # fmt: skip
-        return {first + i: Draw(*draw) for i, draw in enumerate(zip(*parts, strict=True))}
-
-
-def _starts_of(sizes: list[int], device: torch.device) -> Tensor:
-    """Where parts of these sizes begin."""
-    return torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=device)
+        fresh = (
+            starts.states(Stream.INITIAL, *counter)
+            if starts.early
+            else torch.empty(len(at), 0, dtype=torch.float32, device=device)
+        )
+        at -= torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=device)[of]
+        parts = torch.split(rows, sizes), torch.split(at, n_restarts), torch.split(fresh, n_restarts), places
+        draws_of_parts = enumerate(zip(*parts, strict=True), first)
+        return {(number, batch_size, reinit_prob): Draw(*part) for number, part in draws_of_parts}
 
 
 def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -115,10 +106,10 @@ def _drawn(
         w, _, _ = kernels.scratch(0)
         chains = torch.empty(count, k, dtype=torch.int64, device=device)
         restarts = torch.empty(count, k, dtype=torch.bool, device=device)
-        blocks = (Stream.POOL << 24 | block for block in (_DRAW_BLOCK, _COIN_BLOCK))
         kernels.load("pool.draw")(
-            first, count, n, k, *seed_words(seed), *blocks, threshold, table, bits, w, chains, restarts
-        )
+            torch.tensor([first], device=device), count, n, k, *seed_words(seed), int(Stream.POOL), _DRAW_BLOCK,
+            _COIN_BLOCK, threshold, table, bits, w, chains, restarts,
+        )  # fmt: skip
         return chains, restarts
     chains = _distinct(seed, first, count, n, k, device)
     draws = torch.arange(first, first + count, device=device).repeat_interleave(k)

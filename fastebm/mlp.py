@@ -203,7 +203,7 @@ _mine = _Mine()
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode (dropout off, spectral norm's power iteration at rest), then each submodule's own mode again.
 
-    Uses may nest, and overlap in several threads.
+    Uses may nest, and overlap in several threads; within, nobody else sets modes or adds modules.
     """
     before = _mine.modules
     if module in before:

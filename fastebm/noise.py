@@ -16,7 +16,6 @@ Source: Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu as kernels
-from .threads import Team
+from .threads import Spares, Team
 
 __all__ = [
     "Stream",
@@ -286,25 +285,31 @@ def _draw(
         return
     if not isinstance(steps, Tensor):
         steps = torch.full((1,), steps, dtype=torch.int64, device=chains.device)
+    if chains.ndim != 1 or steps.numel() not in (1, n):
+        raise ValueError(
+            f"chains must be (n,), and steps a number or (n,), got {tuple(chains.shape)} and {tuple(steps.shape)}"
+        )
     chains, steps = _whole(chains), _whole(steps)
     n_threads = torch.get_num_threads()
     # More parts than threads: one that the machine keeps from its work has others take it over.
     n_parts = min(n, -(-n * n_blocks // _COUNTERS_PER_THREAD), 1 if n_threads == 1 else 4 * n_threads)
     size = -(-n // n_parts)
     arguments = seed_words(seed), int(stream), chains, steps, first_block, n_blocks, out
-    calls = [drawing(kind, slice(i, min(i + size, n)), *arguments, part=i // size) for i in range(0, n, size)]
-    Team(calls, n_threads)()
+    parts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    spares = [scratch.take() for _ in parts]
+    Team([drawing(kind, part, w, *arguments) for part, w in zip(parts, spares, strict=True)], n_threads)()
+    scratch.give(*spares)
 
 
 def drawing(
-    kind: int, rows: slice, key: tuple[int, int], stream: int, chains: Tensor, steps: Tensor, first_block: int,
-    n_blocks: int, out: Tensor, *, part: int = 0,
+    kind: int, rows: slice, spare: tuple[Tensor, Tensor], key: tuple[int, int], stream: int, chains: Tensor,
+    steps: Tensor, first_block: int, n_blocks: int, out: Tensor,
 ) -> kernels.Call:  # fmt: skip
     """The call that draws some rows of out, (len(chains), n_blocks, 4) float32. steps: (1,) or one per chain, int64.
 
-    part: parts that are drawn at the same time have different ones.
+    spare: of ``scratch``; no other call that runs meanwhile may have it.
     """
-    w, r = _scratch.of(part)
+    w, r = spare
     return kernels.load("update.draw").prepared(
         kind, rows.start, rows.stop, chains.shape[0], first_block, n_blocks, stream, *key, chains, steps,
         int(steps.shape[0] > 1), _FIRST, w, w if kind == kernels.WORDS else r, out, *_NOT_A_STEP,
@@ -316,20 +321,13 @@ def _whole(v: Tensor) -> Tensor:
     return v if v.dtype is torch.int64 and v.ndim == 1 and v.is_contiguous() else v.long().flatten().contiguous()
 
 
-class _Scratch(threading.local):
-    """What a thread's draws work in: kept, as memory that is still in its cache takes half the time."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def of(self, part: int) -> tuple[Tensor, Tensor]:
-        while part >= len(self._kept):
-            w, r, _ = kernels.scratch(0)
-            self._kept.append((w, r))
-        return self._kept[part]
+def _scratch() -> tuple[Tensor, Tensor]:
+    w, r, _ = kernels.scratch(0)
+    return w, r
 
 
-_scratch = _Scratch()
+# What a draw works in: memory that is in a core's cache still takes half the time of new memory.
+scratch = Spares(_scratch)
 _NOT_A_STEP = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
 
 

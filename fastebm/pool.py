@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import copies
 from .backends import Advanced, Chains
-from .copies import copies_of
 from .draws import Draw, Draws
 from .langevin import Bounds, Langevin
 from .noise import Stream, draw_seed, words
@@ -147,7 +147,6 @@ class ChainPool:
                 self._started = torch.zeros_like(self._steps)
                 self._restarts, self._nonfinite = (torch.zeros_like(self._steps, dtype=torch.int32) for _ in "12")
                 self._energy = torch.full((self.n_local,), math.nan, dtype=torch.float32, device=self.device)
-                self._copies = copies_of(self._storage)
                 with self._bar("start", None) as bar:
                     for rows in self._parts(None):
                         steps = self._steps[rows]
@@ -179,6 +178,7 @@ class ChainPool:
         return self._steps
 
     @property
+    @survives_fork
     def ages(self) -> Tensor:
         """(n_local,) int64: steps since the chain last started."""
         return self._steps - self._started
@@ -218,6 +218,7 @@ class ChainPool:
         return self._labels
 
     @labels.setter
+    @survives_fork
     def labels(self, labels: Tensor | None) -> None:
         self._labels = None if labels is None else self._checked_labels(labels)
 
@@ -289,17 +290,17 @@ class ChainPool:
 
     def _taken(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """Where the drawn chains begin, and their lifetime steps."""
-        if self._copies is not None:
-            return self._copies.take(draw, self._storage.data, self._steps)
+        if copies.can_copy(self._storage):
+            return copies.take(draw, self._storage.data, self._steps)
         x, steps = self._storage.read(draw.rows), self._steps.index_select(0, draw.rows)
         if len(draw.restart) > 0:
             x.index_copy_(0, draw.restart, draw.fresh)
         return x, steps
 
     def _put_back(self, draw: Draw, before: Tensor, after: Tensor, done: Advanced) -> None:
-        if self._copies is not None:
+        if copies.can_copy(self._storage):
             story = (self._steps, self._energy, self._started, self._restarts)
-            self._copies.put(draw, done.x, before, after, done.energy, self._storage.data, *story)
+            copies.put(draw, done.x, before, after, done.energy, self._storage.data, *story)
         else:
             self._storage.write(draw.rows, done.x, after)
             self._steps.index_copy_(0, draw.rows, after)

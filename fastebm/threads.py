@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from .kernels import cpu as kernels
 
-__all__ = ["Team", "share", "survives_fork", "threads", "together"]
+__all__ = ["Spares", "Team", "share", "survives_fork", "threads", "together"]
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _Item = TypeVar("_Item")
@@ -108,6 +108,7 @@ class Team:
             self._taken = torch.zeros(1, dtype=torch.int64, device="cpu")
             arguments = kernels.listed(calls), len(calls), self._taken
             self._shared = kernels.load("program.share").prepared(*arguments)
+            self._shared.kept = arguments, calls
 
     def __call__(self) -> None:
         if self._n_threads > 1:
@@ -116,6 +117,27 @@ class Team:
         else:
             for call in self._calls:
                 call()
+
+
+class Spares(Generic[_Item]):
+    """Things to work with, each for one caller at a time, which are quicker to use again than to make.
+
+    Not kept by ``threading.local``: a thread of OpenMP loses that whenever Python returns to C in it, and a view of a
+    tensor that goes away then has Python's state of the thread freed twice.
+    """
+
+    def __init__(self, make: Callable[[], _Item]) -> None:
+        self._make, self._left = make, list[_Item]()
+
+    def take(self) -> _Item:
+        try:
+            return self._left.pop()
+        except IndexError:
+            return self._make()
+
+    def give(self, *items: _Item) -> None:
+        """Back; after an error they may be lost as well."""
+        self._left.extend(items)
 
 
 _TeamFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

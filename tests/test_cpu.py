@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastebm
-from fastebm import draws, langevin_sample, noise, threads
+from fastebm import copies, draws, langevin_sample, noise, threads
 from fastebm.backends import Advanced, choose, cpu
 from fastebm.mlp import ACTIVATIONS
 from fastebm.noise import Stream
@@ -131,12 +131,9 @@ def test_normals_of_many_words():
 def test_draws_do_not_depend_on_threads_or_rows(team):
     chains = torch.arange(40_000)
     whole = noise.normal(1, Stream.LANGEVIN, chains, 0, 5)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(noise.normal(1, Stream.LANGEVIN, chains, 0, 5), whole)
-    finally:
-        torch.set_num_threads(before)
+    for n in (2, 3):
+        with threads.threads(n):
+            assert torch.equal(noise.normal(1, Stream.LANGEVIN, chains, 0, 5), whole)
     for rows in (slice(0, 1), slice(37, 300), slice(39_990, 40_000)):
         assert torch.equal(noise.normal(1, Stream.LANGEVIN, chains[rows], 0, 5), whole[rows])
 
@@ -258,9 +255,27 @@ def test_products_of_few_rows_have_the_same_bits(monkeypatch):
 def test_kernels_refuse_what_they_would_misread():
     kernel = kernels.load("mlp.softmax")
     z, bias = torch.zeros(4, 8), torch.zeros(8)
-    for bad in (z.double(), z.t(), bias.expand(8, 8).t()):
+    for bad in (z.double(), z.t(), bias.expand(8, 8).t(), torch._neg_view(z)):
         with pytest.raises(TypeError, match="a kernel takes f32s"):
             kernel.prepared(bad, 4, 8, 8, bias, 1.0)
+
+
+def test_a_gradient_that_is_still_to_be_negated():
+    """As PyTorch leaves it of an imaginary part that was conjugated."""
+
+    class Conjugated(nn.Module):
+        def forward(self, x):
+            return torch.complex(torch.zeros_like(x), x).conj().imag.sum(dim=1)  # -x
+
+    x = langevin_sample(Conjugated(), init=torch.zeros(1, 1), steps=1, step_size=0.2, noise_scale=0.0, seed=0)
+    assert x.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("chains", "steps"), [(CHAINS, STEPS[:2]), (CHAINS[None], STEPS), (CHAINS, STEPS[:0])])
+def test_numbers_of_counters_that_do_not_fit(chains, steps):
+    for draw in (noise.uniform, noise.normal, noise.words):
+        with pytest.raises(ValueError, match=r"chains must be \(n,\), and steps a number or \(n,\)"):
+            draw(1, Stream.POOL, chains, steps, 5)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -272,11 +287,13 @@ def test_pytorchs_defaults_change_nothing(make, clip):
     pool = {"storage_dtype": torch.uint8, "clamp": (0.0, 1.0), "device": "cpu"}
     rule = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
     expected = langevin_sample(energy, **options)
-    drawn, _ = fastebm.ChainPool(50, 40, **pool).sample(energy, 8, rule, 3)
+    float_pool = {"init": lambda *counter: noise.uniform(*counter, 40), "reinit_prob": 0.0, "device": "cpu"}
+    drawn = [fastebm.ChainPool(50, 40, **p).sample(energy, 8, rule, 3)[0] for p in (pool, float_pool)]
     try:
         torch.set_default_dtype(torch.float64)
         assert torch.equal(langevin_sample(energy, **options), expected)
-        assert torch.equal(fastebm.ChainPool(50, 40, **pool).sample(energy, 8, rule, 3)[0], drawn)
+        for p, x in zip((pool, float_pool), drawn, strict=True):
+            assert torch.equal(fastebm.ChainPool(50, 40, **p).sample(energy, 8, rule, 3)[0], x)
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
@@ -306,9 +323,27 @@ def rows_that_share_memory(seed, stream, chains, steps):
     return noise.uniform(seed, stream, chains, steps, 1).expand(-1, 6)
 
 
-@pytest.mark.parametrize("batch_size", [1, 17, 400])  # the last sorts keys, and has work for two threads
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Threads share the copies of a few chains. -> How many threads each call had."""
+    seen = []
+
+    def counted(call, n_threads):
+        seen.append(n_threads)
+        threads.together(call, n_threads)
+
+    monkeypatch.setattr(copies, "_NUMBERS_PER_THREAD", 8)
+    monkeypatch.setattr(copies, "_NUMBERS_AT_ONCE", 20)
+    monkeypatch.setattr(copies, "together", counted)
+    copies._spares.cache_clear()
+    with threads.threads(3):
+        yield seen
+    copies._spares.cache_clear()
+
+
+@pytest.mark.parametrize("batch_size", [1, 17, 400])  # the last sorts keys
 @pytest.mark.parametrize("init", ["uniform", rows_that_share_memory, torch.linspace(0, 1, 60).reshape(10, 6)])
-def test_pools_are_those_of_pytorch(plain, team, init, batch_size):
+def test_pools_are_those_of_pytorch(plain, team, small_parts, init, batch_size):
     """All that is kept of every chain, after draws, restarts and states put back."""
 
     def kept():
@@ -320,9 +355,50 @@ def test_pools_are_those_of_pytorch(plain, team, init, batch_size):
             pool._put_back(draw, before, before + i, Advanced((x + 0.01 * i).clamp(0, 1), energies, energies))
         return tensors_of(pool)
 
-    ours, theirs = kept(), plain(kept)
+    ours, n_calls = kept(), len(small_parts)
+    theirs = plain(kept)
+    assert n_calls == len(small_parts) == 140
+    assert (max(small_parts) > 1) == (batch_size > 1)
     assert ours["restarts"].sum() > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_pool_in_several_threads_keeps_its_memory_whole(small_parts):
+    """Which chains a call gets is then anybody's guess, but all that is written is right."""
+    energy, rule = mlp(6), fastebm.Langevin(step_size=0.1)
+    pool = fastebm.ChainPool(500, 6, seed=3, clamp=(0.0, 1.0))
+
+    def work(batch_size, interrupted):
+        for _ in range(40):
+            pool.sample(energy, batch_size, rule, 3)
+
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        share([3, 11, 200, 400], work, 4)
+    finally:
+        sys.setswitchinterval(interval)
+    assert ((pool.steps % 3 == 0) & (pool.steps <= 4 * 40 * 3)).all()
+    assert (pool.states.isfinite() & (pool.states >= 0) & (pool.states <= 1)).all()
+    assert (pool.restarts <= 4 * 40).all()
+
+
+def test_a_graph_of_states_that_have_moved_is_refused():
+    pool, w = fastebm.ChainPool(50, 6), torch.ones(6, requires_grad=True)
+    loss = (pool.states @ w).sum()
+    pool.sample(mlp(6), 8, fastebm.Langevin(step_size=0.1), 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_pool_of_inference_mode_and_one_after_it():
+    copies._spares.cache_clear()
+    energy, rule, found = mlp(6), fastebm.Langevin(step_size=0.1), []
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            pool = fastebm.ChainPool(50, 6, seed=1)
+            found.append(pool.sample(energy, 8, rule, 2)[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
@@ -415,6 +491,22 @@ def test_work_is_shared_by_the_threads_that_pytorch_has_already():
     share(range(2), work, 2)
     assert len(before) == 2
     assert seen == before
+
+
+def test_numbers_drawn_in_several_threads_at_once(team):
+    chains = torch.arange(30_000)
+    expected = [noise.normal(seed, Stream.LANGEVIN, chains, 0, 5) for seed in range(3)]
+    found = {}
+    drawers = [
+        threading.Thread(target=lambda s=seed: found.update({s: noise.normal(s, Stream.LANGEVIN, chains, 0, 5)}))
+        for seed in range(3)
+    ]
+    with threads.threads(3):
+        for thread in drawers:
+            thread.start()
+        for thread in drawers:
+            thread.join()
+    assert all(torch.equal(found[seed], x) for seed, x in enumerate(expected))
 
 
 def test_calls_in_several_threads_at_once(team):
@@ -522,12 +614,14 @@ rule = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
 
 def sample():
     x = fastebm.langevin_sample(energy, batch_size=600, steps=4, step_size=0.1, noise_scale=0.3, seed=1)
-    pool = fastebm.ChainPool(3000, 40, seed=1)
+    pool = fastebm.ChainPool(40_000, 40, seed=1)
+    pool.labels = torch.from_numpy(numpy.arange(40_000))
+    pool.labels = None
     pool.sample(energy, 1200, rule, 2)
     pool.advance(energy, rule, 1)
     pool.load_state_dict(pool.state_dict())
     pool.add(x.clamp(-1, 1))
-    assert pool.stats().n_chains == 3000
+    assert pool.stats().n_chains == len(pool.ages) == 40_000
     return [v.numpy() for v in (x, pool.states)]  # PyTorch's own operations on many numbers would hang
 
 x = sample()

@@ -320,7 +320,7 @@ def test_many_energies_with_many_options(device, case):
 @pytest.mark.parametrize(
     ("head", "terms"),
     [
-        *((head, ()) for head in HEADS),
+        *(pytest.param(head, (), marks=pytest.mark.slow) for head in HEADS),
         ("scalar", TERMS),
         ("class", ("wide gaussian", "classifier", "slope")),
         ("logsumexp", ("linear",)),

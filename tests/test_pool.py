@@ -885,8 +885,7 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
         pool = pool_of(n, dim, clamp=rule.clamp, reinit_prob=0.0, storage_dtype=torch.uint8, storage_file=file)
     high = torch.tensor([2**31 // dim + 1, n - 1])
     rows = torch.cat([drawn(pool, 6), high])
-    draw = Draw(rows, rows[:0], torch.empty(0, dim), torch.full_like(rows, -1), None)
-    monkeypatch.setattr(pool, "_next_draw", lambda _: draw)
+    monkeypatch.setattr(pool, "_next_draw", lambda _: Draw(rows, rows[:0], torch.empty(0, dim), None))
     assert pool.state_dict(copy=False)["x"].numel() > 2**31
 
     def alone(x, steps):

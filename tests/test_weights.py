@@ -300,7 +300,12 @@ def test_chains_that_explode_are_raised(device):
 
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize(
-    ("regime", "precision"), [("streaming", "ieee"), ("streaming", "bf16x3"), ("resident", "bf16x3")]
+    ("regime", "precision"),
+    [
+        pytest.param("streaming", "ieee", marks=pytest.mark.slow),
+        ("streaming", "bf16x3"),
+        ("resident", "bf16x3"),
+    ],
 )
 def test_slices_change_no_bits_and_bound_the_scratch(regime, precision, labels, device, monkeypatch):
     torch.manual_seed(0)

@@ -415,7 +415,7 @@ def advance_module(
         calls = [update.call(None, x, None, part.start, part.stop, _Scratch(dim)) for part in parts]
         move = Team(calls, n_threads)
         for t in range(steps if n > 0 else 0):
-            grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).contiguous()
+            grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).resolve_neg().contiguous()
             new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
             update.t.fill_(t)
             for call in calls:

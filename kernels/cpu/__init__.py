@@ -8,7 +8,8 @@ program.py  calls of these and of BLAS by each other, without Python between the
 jit.py      how they are compiled
 
 A kernel is a C function of one argument, the address of a block of 64-bit values (addresses, whole numbers, float32 in
-the low half), which ``Kernel`` fills. It runs on one thread and without Python's lock. Its machine code is kept on
+the low half), which ``Kernel`` fills. It runs without Python's lock, on the thread that calls it; some are made for
+several threads to run at once. Its machine code is kept on
 disk, so that only the first process on a machine imports Numba and compiles, which takes seconds; the next ones load it
 within hundredths of one. That is why this is not Numba's own cache, which needs all of Numba.
 """
@@ -76,17 +77,18 @@ class Call:
         self.kernel.run(self.block)
 
     def again(self, **arguments: Any) -> Call:
-        """The same with other values for some arguments."""
+        """The same call with others for some arguments, as ``aim`` takes them; this one stays what it is."""
         call = Call(self.kernel, type(self.block).from_buffer_copy(self.block), (self.kept, arguments))
         call.aim(**arguments)
         return call
 
     def aim(self, **arguments: Any) -> None:
-        """Other values for some arguments; tensors are the caller's to keep. Quicker than another call."""
+        """Others for some arguments: whole numbers, tensors, or addresses of tensors that are known to fit. Quicker
+        than another call; it must not run meanwhile, and the caller keeps the tensors."""
         block, place, kinds = self.block, self.kernel.place, self.kernel.kinds
         for name, value in arguments.items():
             i = place[name]
-            block[i] = value if kinds[i] == "int" else _address(kinds[i], value)
+            block[i] = value if type(value) is int else _address(kinds[i], value)
 
 
 class Kernel:
@@ -124,16 +126,13 @@ _DTYPES = {
 
 def _address(kind: str, value: Tensor) -> int:
     """Of a tensor on the CPU with whole rows; anything else would be read as what it is not, without a word."""
-    if not (value.dtype in _DTYPES[kind] and value.is_cpu and (value.is_contiguous() or _has_whole_rows(value))):
+    whole = value.is_contiguous() or value.numel() <= 1 or value.shape[-1] <= 1 or value.stride(-1) == 1
+    if not (whole and value.dtype in _DTYPES[kind] and value.is_cpu) or value.is_neg():
         raise TypeError(
             f"a kernel takes {kind} on the CPU with a last stride of 1, got {value.dtype} on {value.device}, strides "
-            f"{value.stride()}"
+            f"{value.stride()}{', to be negated' if value.is_neg() else ''}"
         )
     return value.data_ptr()
-
-
-def _has_whole_rows(value: Tensor) -> bool:
-    return value.numel() <= 1 or value.shape[-1] <= 1 or value.stride(-1) == 1
 
 
 def listed(calls: Sequence[Call]) -> Tensor:

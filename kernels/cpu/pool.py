@@ -7,8 +7,8 @@ import sys
 from numpy import int32, int64, uint32
 
 from . import CHUNK, jit
-from .jit import f32s, i32s, i64s, next_of, u8s, u32s
-from .philox import philox4x32
+from .jit import device, f32s, i32s, i64s, next_of, u8s, u32s
+from .philox import count, philox4x32
 
 _1, _2, _3 = CHUNK, 2 * CHUNK, 3 * CHUNK
 _FREE, _HASH = int32(-1), uint32(0x9E3779B1)  # Knuth's multiplicative hashing: 2**32 over the golden ratio
@@ -19,23 +19,23 @@ def compiled(name: str):
 
 
 def draw(
-    first: int, count: int, n: int, k: int, key0: int, key1: int, draw_block: int, coin_block: int, threshold: int,
-    table: i32s, bits: int, w: u32s, chains: i64s, restarts: u8s,
+    first: i64s, n_draws: int, n: int, k: int, key0: int, key1: int, stream: int, draw_block: int, coin_block: int,
+    threshold: int, table: i32s, bits: int, w: u32s, chains: i64s, restarts: u8s,
 ):  # fmt: skip
-    """Draws first to first + count - 1: k distinct chains of n each, and which of them start anew.
+    """n_draws draws from number first[0] on: k distinct chains of n each, and which of them start anew.
 
-    Candidates are drawn until k of them differ, so n is to be a few times k.
+    Candidates are drawn until k of them differ, so n should be a few times k.
 
     Args:
-        draw_block, coin_block: the counter's last word, of candidates and of coins. threshold: a coin below it is a
-            restart.
-        table: 2**bits > k, to work in: the chains that a draw has so far, by their hash. w: (4, CHUNK), likewise.
-        chains, restarts: (count, k), out.
+        first: (1,). draw_block, coin_block: the blocks of candidates and of coins. A coin below threshold is a restart.
+        table: 2**bits > k, to work in: the chains that a draw has so far, by their hash. w: (4, CHUNK), to work in.
+        chains, restarts: (n_draws, k), out.
     """
     k0, k1 = uint32(key0), uint32(key1)
     size, shift = 1 << bits, uint32(32 - bits)
-    for d in range(count):
-        step = uint32(first + d)
+    block = uint32(stream << 24) | uint32(draw_block)
+    for d in range(n_draws):
+        step = uint32(first[0] + d)
         to = d * k
         for j in range(size):
             table[j] = _FREE
@@ -44,7 +44,7 @@ def draw(
             width = k - found if k - found > 16 else 16
             width = CHUNK if width > CHUNK else width
             for j in range(width):
-                w[j], w[_1 + j], w[_2 + j], w[_3 + j] = uint32(tried + j), uint32(0), step, uint32(draw_block)
+                w[j], w[_1 + j], w[_2 + j], w[_3 + j] = uint32(tried + j), uint32(0), step, block
             philox4x32(w, width, k0, k1)
             tried += width
             for j in range(width):
@@ -61,59 +61,73 @@ def draw(
         i = 0
         while i < k:
             width = CHUNK if CHUNK < k - i else k - i
-            for j in range(width):
-                w[j], w[_1 + j], w[_2 + j], w[_3 + j] = uint32(chains[to + i + j]), uint32(0), step, uint32(coin_block)
+            count(w, to + i, width, coin_block, 1, stream, chains, first, 0, d)
             philox4x32(w, width, k0, k1)
             for j in range(width):
                 restarts[to + i + j] = int64(w[j]) < threshold
             i += width
 
 
-def take(
-    n: int, dim: int, size: int, taken: i64s, rows: i64s, source: i64s, fresh: f32s, data: f32s, steps: i64s, x: f32s,
-    before: i64s,
-):  # fmt: skip
-    """The chains at ``rows`` of a pool's data and steps: x (n, dim) and before (n,).
+@device
+def place_from(places, n, first):
+    """The first of n ascending places that is not before ``first``."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high) // 2
+        if places[middle] < first:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
-    For as many threads as are in here: each takes the next ``size`` chains until none are left.
+
+def take(
+    dim: int, size: int, taken: i64s, n: int, n_restarts: int, rows: i64s, restart: i64s, data: f32s, steps: i64s,
+    fresh: f32s, x: f32s, before: i64s,
+):  # fmt: skip
+    """x (n, dim) and before (n,): the states and lifetime steps of a pool's chains at ``rows``.
+
+    Several threads may be in here at once: each takes the next ``size`` chains until none are left.
 
     Args:
-        taken: (1,), 0. source: (n,), the row of ``fresh`` that a chain starts from anew, or -1.
+        taken: (1,), 0. restart: (n_restarts,), ascending places of chains that start anew, from the rows of fresh.
     """
     while True:
         first = next_of(taken) * size
         if first >= n:
             return
+        j = place_from(restart, n_restarts, first)
         for i in range(first, first + size if first + size < n else n):
-            row = rows[i]
+            row, to = rows[i], i * dim
             before[i] = steps[row]
-            to = i * dim
-            if source[i] < 0:
-                at = row * dim
-                for j in range(dim):
-                    x[to + j] = data[at + j]
+            if j < n_restarts and restart[j] == i:
+                for c in range(dim):
+                    x[to + c] = fresh[j * dim + c]
+                j += 1
             else:
-                at = source[i] * dim
-                for j in range(dim):
-                    x[to + j] = fresh[at + j]
+                at = row * dim
+                for c in range(dim):
+                    x[to + c] = data[at + c]
 
 
 def put(
-    n: int, dim: int, size: int, taken: i64s, rows: i64s, source: i64s, x: f32s, before: i64s, after: i64s,
-    energies: f32s, data: f32s, steps: i64s, energy: f32s, started: i64s, restarts: i32s,
+    dim: int, size: int, taken: i64s, n: int, n_restarts: int, rows: i64s, restart: i64s, data: f32s, steps: i64s,
+    energy: f32s, started: i64s, restarts: i32s, x: f32s, before: i64s, after: i64s, energies: f32s,
 ):  # fmt: skip
-    """Back after ``take``: into the pool's data, steps, energy, started and restarts. By threads, likewise."""
+    """What ``take`` took, after its steps: into the pool's data, steps, energy, started and restarts. By threads."""
     while True:
         first = next_of(taken) * size
         if first >= n:
             return
+        j = place_from(restart, n_restarts, first)
         for i in range(first, first + size if first + size < n else n):
             row = rows[i]
             at, to = i * dim, row * dim
-            for j in range(dim):
-                data[to + j] = x[at + j]
+            for c in range(dim):
+                data[to + c] = x[at + c]
             steps[row] = after[i]
             energy[row] = energies[i]
-            if source[i] >= 0:
+            if j < n_restarts and restart[j] == i:
                 started[row] = before[i]
                 restarts[row] += 1
+                j += 1

@@ -1,8 +1,8 @@
-"""Calls of kernels by other calls, without Python between them, for whose lock threads would wait.
+"""Kernels that call others, or BLAS, without Python in between: threads would wait for its lock at every call.
 
-Written in LLVM's own language, which compiles within milliseconds: Numba takes a tenth of a second for the same. Each
-is a kernel itself, so its one argument is the address of a block of 64-bit values; ``ARGUMENTS`` names them. A list of
-calls is an array of pairs of addresses: a kernel's, and its block's.
+They are written in LLVM's own language, which compiles within milliseconds; Numba takes a tenth of a second for the
+same. As of every kernel, the one argument is the address of a block of 64-bit values; ``ARGUMENTS`` names them. A list
+of calls is an array of pairs of addresses: a kernel's, and its block's.
 """
 
 __all__ = ["ARGUMENTS", "SOURCE"]
@@ -12,9 +12,9 @@ ARGUMENTS = {
     "run": {"even": "i64s", "odd": "i64s", "n_calls": "int", "t": "i64s", "first": "int", "last": "int"},
     # Every call once, by as many threads as are in here: each takes the next one until none is left. taken: (1,), 0.
     "share": {"calls": "i64s", "n_calls": "int", "taken": "i64s"},
-    # out = a w by BLAS' sgemm, at ``function``: out^T = w^T a^T there, as BLAS counts columns first. Its arguments in
-    # Fortran's convention, which are addresses: of the numbers here, of whose int64 most builds read the low half.
-    # letters: 'N' or 'T' for w, and 'N'. scale, kept: what the product, and out before it, are multiplied by.
+    # out = scale a w + kept out by BLAS' sgemm, whose address is ``function``. BLAS counts columns first, so it is
+    # given out^T = w^T a^T. It takes the addresses of its numbers (Fortran's convention): those of the block's own
+    # values, of which most builds read 32 bits, the low half. letters: 'N' or 'T' for w, and 'N' for a.
     "gemm": {
         "function": "int", "w": "int", "a": "int", "out": "int", "letters": "int", "n_out": "int", "n": "int",
         "n_in": "int", "scale": "float", "w_stride": "int", "a_stride": "int", "kept": "float", "out_stride": "int",
