@@ -266,22 +266,6 @@ def speed() -> str:
     )
 
 
-def cores() -> str:
-    """The default call in the cases that were run on one thread too."""
-    rows = [row for row in _timed("steps.csv") if (row["device"], row["status"]) == ("cpu", "ok")]
-    ours = [row for row in rows if (row["contestant"], row["precision"]) == ("fastebm", "float32")]
-    rates = {(row["case"], int(row["threads"])): float(row["chain_steps_per_s"]) for row in ours}
-    n = max((threads for _, threads in rates), default=1)
-    cases = [case for case, threads in rates if threads == n > 1 and (case, 1) in rates]
-    if not cases:
-        return _NONE
-    body = [
-        [case, f"{rates[case, 1]:.3g}", f"{rates[case, n]:.3g}", f"{rates[case, n] / rates[case, 1]:.2f}"]
-        for case in cases
-    ]
-    return _table(["case", "chain-steps/s, 1 thread", f"{n} threads", "times"], body)
-
-
 # What the parts of a step are called in the tables.
 _PARTS = {"products": "products", "normals": "normals", "gradient": "PyTorch's gradient", "call": "call"}
 
@@ -305,6 +289,19 @@ def _breakdown(kind: str) -> tuple[_Breakdown, str]:
 
 def _with_note(headings: list[str], body: list[list[str]], note: str) -> str:
     return f"{_table(headings, body)}\n\n{note}" if body else note
+
+
+def cores() -> str:
+    """The default call on one thread and on all, in the same rounds."""
+    found, note = _breakdown("steps")
+    n = max((threads for _, threads in found), default=1)
+    sizes = {row["case"]: int(row["n_chains"]) * int(row["steps"]) for row in _timed("breakdown.csv")}
+    body = []
+    for (case, threads), parts in found.items():
+        if threads == n > 1 and (case, 1) in found:
+            one, all_ = found[case, 1]["whole"], parts["whole"]
+            body.append([case, f"{sizes[case] / one:.3g}", f"{sizes[case] / all_:.3g}", f"{one / all_:.2f}"])
+    return _with_note(["case", "chain-steps/s, 1 thread", f"{n} threads", "times"], body, note)
 
 
 def breakdown() -> str:
