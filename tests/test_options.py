@@ -322,8 +322,8 @@ def test_many_energies_with_many_options(device, case):
     [
         *(pytest.param(head, (), marks=pytest.mark.slow) for head in HEADS),
         ("scalar", TERMS),
-        ("class", ("wide gaussian", "classifier", "slope")),
-        ("logsumexp", ("linear",)),
+        pytest.param("class", ("wide gaussian", "classifier", "slope"), marks=pytest.mark.slow),
+        pytest.param("logsumexp", ("linear",), marks=pytest.mark.slow),
     ],
 )
 def test_all_options_at_once(device, head, terms):
