@@ -55,7 +55,7 @@ from fastebm.draws import Draws
 from fastebm.energies import Energy
 from fastebm.noise import Stream, drawing, scratch, seed_words
 from fastebm.starts import Starts
-from fastebm.threads import share, threads
+from fastebm.threads import Spares, share, threads
 
 SECONDS = 20.0  # of timed runs per case, or three rounds
 PROCESSES = 3  # of a first call: the fastest counts
@@ -115,13 +115,13 @@ def parts_of_steps(p: Problem) -> Runs:
         parts = tiles(case.n_chains, n_threads)
     rows, n_blocks = parts[0].stop, (case.dim + 3) // 4
     at_once = max(1, kernels.CHUNK // n_blocks)  # rows, as within a step's update
-    draws = [draw_of(at_once, n_blocks) for _ in range(n_threads)]
+    draws = Spares(partial(draw_of, at_once, n_blocks))
 
     def draw(call: kernels.Call) -> None:
         for _ in range(-(-rows * case.steps // at_once)):
             call()
 
-    normals = partial(_shared, parts, draws, draw)
+    normals = partial(_shared, parts, draws, draw, n_threads)
     if p.mlp is None:
         energy, x = Energy(p.energy, case.shape, torch.float32), p.x0.flatten(1)
 
@@ -135,7 +135,7 @@ def parts_of_steps(p: Problem) -> Runs:
     # The last weight has one row, and those of few dims are multiplied within other loops.
     hidden = [w for w in p.mlp.weights[:-1] if min(w.shape) > FEW_DIMS]
     ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
-    operands = [[(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways] for _ in range(n_threads)]
+    operands = Spares(lambda: [(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways])
 
     def multiply(mine: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
         with torch.inference_mode():
@@ -143,19 +143,19 @@ def parts_of_steps(p: Problem) -> Runs:
                 for a, w, out in mine:
                     torch.mm(a, w, out=out)
 
-    products = partial(_shared, parts, operands, multiply)
+    products = partial(_shared, parts, operands, multiply, n_threads)
     return {"products": products, "normals": normals, "call": call}
 
 
-def _shared(parts: Sequence[slice], tools: list[Any], work: Callable[[Any], None]) -> None:
-    """``work`` once per part, each time with one of the tools, of which there is one per thread."""
+def _shared(parts: Sequence[slice], tools: Spares[Any], work: Callable[[Any], None], n_threads: int) -> None:
+    """``work`` once per part, each time with one of the tools."""
 
     def take(_: slice, __: object) -> None:
-        tool = tools.pop()
+        tool = tools.take()
         work(tool)
-        tools.append(tool)
+        tools.give(tool)
 
-    share(parts, take, len(tools))
+    share(parts, take, n_threads)
 
 
 def draw_of(rows: int, n_blocks: int) -> kernels.Call:

@@ -287,6 +287,11 @@ def _breakdown(kind: str) -> tuple[_Breakdown, str]:
     )
 
 
+def _chain_steps() -> dict[str, int]:
+    """Of each case of the breakdown."""
+    return {row["case"]: int(row["n_chains"]) * int(row["steps"]) for row in _timed("breakdown.csv")}
+
+
 def _with_note(headings: list[str], body: list[list[str]], note: str) -> str:
     return f"{_table(headings, body)}\n\n{note}" if body else note
 
@@ -295,7 +300,7 @@ def cores() -> str:
     """The default call on one thread and on all, in the same rounds."""
     found, note = _breakdown("steps")
     n = max((threads for _, threads in found), default=1)
-    sizes = {row["case"]: int(row["n_chains"]) * int(row["steps"]) for row in _timed("breakdown.csv")}
+    sizes = _chain_steps()
     body = []
     for (case, threads), parts in found.items():
         if threads == n > 1 and (case, 1) in found:
@@ -306,7 +311,7 @@ def cores() -> str:
 
 def breakdown() -> str:
     found, note = _breakdown("steps")
-    sizes = {row["case"]: int(row["n_chains"]) * int(row["steps"]) for row in _timed("breakdown.csv")}
+    sizes = _chain_steps()
     body = []
     for (case, threads), parts in found.items():
         if threads == 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..kernels.cpu import Call
 from ..langevin import Langevin
 from ..mlp import MLP
 from ..noise import seed_words
-from ..threads import Team, share
+from ..threads import Spares, Team, share
 from . import Advanced, Chains
 from .torch_tiles import (
     NARROW,
@@ -151,15 +151,15 @@ def advance(
     ]
 
     few = rows_of_products(x.device)
-    idle: dict[int, list[_Tile]] = {}  # tiles that no thread works on, by their rows
+    idle: dict[int, Spares[_Tile]] = {}  # tiles that no thread works on, by their rows
 
     def begun(rows: slice) -> _Tile:
         here, (a, b) = chains.rows(rows), (c[rows] if len(c) > 1 else c for c in coefficients)
         update = _Update(here, rule, (a, b), done.first_bad[rows], telemetry)
         n_rows = -(-len(here.x) // few) * few
         with torch.inference_mode():
-            alike = idle.setdefault(n_rows, [])
-            tile = alike.pop() if alike else _Tile(description, mlps, n_rows, here.labels is not None)
+            make = partial(_Tile, description, mlps, n_rows, here.labels is not None)
+            tile = idle.setdefault(n_rows, Spares(make)).take()
             tile.begin(here, update)
         return tile
 
@@ -167,7 +167,7 @@ def advance(
         tile = ahead.pop(rows.start, None) or begun(rows)
         with torch.inference_mode():
             tile.advance(steps, thin, rows_of(done, rows), interrupted)
-        idle[tile.n_rows].append(tile)
+        idle[tile.n_rows].give(tile)
 
     n_threads = torch.get_num_threads()
     parts = tiles(len(x), n_threads)
@@ -340,8 +340,6 @@ def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Ca
     few, many = rows_of_products(a.device), len(a)
     if not rounds_alike(_multiply, *w.shape, _is_transposed(w), few, many, a.dtype):
         many = few
-    if many == len(a):
-        return [_gemm(sgemm, a, w, out, add)]
     return [_gemm(sgemm, a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
 
 

@@ -9,9 +9,9 @@ jit.py      how they are compiled
 
 A kernel is a C function of one argument, the address of a block of 64-bit values (addresses, whole numbers, float32 in
 the low half), which ``Kernel`` fills. It runs without Python's lock, on the thread that calls it; some are made for
-several threads to run at once. Its machine code is kept on
-disk, so that only the first process on a machine imports Numba and compiles, which takes seconds; the next ones load it
-within hundredths of one. That is why this is not Numba's own cache, which needs all of Numba.
+several threads to run at once. Its machine code is kept on disk, so that only the first process on a machine imports
+Numba and compiles, which takes seconds; the next ones load it within hundredths of one. That is why this is not Numba's
+own cache, which needs all of Numba.
 """
 
 from __future__ import annotations
@@ -76,19 +76,17 @@ class Call:
     def __call__(self) -> None:
         self.kernel.run(self.block)
 
-    def again(self, **arguments: Any) -> Call:
-        """The same call with others for some arguments, as ``aim`` takes them; this one stays what it is."""
-        call = Call(self.kernel, type(self.block).from_buffer_copy(self.block), (self.kept, arguments))
-        call.aim(**arguments)
+    def again(self, **tensors: Tensor) -> Call:
+        """The same call with other tensors for some arguments; this one stays what it is."""
+        call = Call(self.kernel, type(self.block).from_buffer_copy(self.block), (self.kept, tensors))
+        call.aim(**tensors)
         return call
 
-    def aim(self, **arguments: Any) -> None:
-        """Others for some arguments: whole numbers, tensors, or addresses of tensors that are known to fit. Quicker
-        than another call; it must not run meanwhile, and the caller keeps the tensors."""
-        block, place, kinds = self.block, self.kernel.place, self.kernel.kinds
-        for name, value in arguments.items():
-            i = place[name]
-            block[i] = value if type(value) is int else _address(kinds[i], value)
+    def aim(self, **tensors: Tensor) -> None:
+        """Other tensors for some arguments, which the caller keeps: quicker than another call."""
+        for name, value in tensors.items():
+            i = self.kernel.place[name]
+            self.block[i] = _address(self.kernel.kinds[i], value)
 
 
 class Kernel:

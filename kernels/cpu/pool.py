@@ -81,6 +81,13 @@ def place_from(places, n, first):
     return low
 
 
+@device
+def next_part(taken, size, n):
+    """The first and the last (exclusive) of the next ``size`` of n chains, for one of several threads."""
+    first = next_of(taken) * size
+    return first, (first + size if first + size < n else n)
+
+
 def take(
     dim: int, size: int, taken: i64s, n: int, n_restarts: int, rows: i64s, restart: i64s, data: f32s, steps: i64s,
     fresh: f32s, x: f32s, before: i64s,
@@ -92,12 +99,10 @@ def take(
     Args:
         taken: (1,), 0. restart: (n_restarts,), ascending places of chains that start anew, from the rows of fresh.
     """
-    while True:
-        first = next_of(taken) * size
-        if first >= n:
-            return
+    first, last = next_part(taken, size, n)
+    while first < n:
         j = place_from(restart, n_restarts, first)
-        for i in range(first, first + size if first + size < n else n):
+        for i in range(first, last):
             row, to = rows[i], i * dim
             before[i] = steps[row]
             if j < n_restarts and restart[j] == i:
@@ -108,6 +113,7 @@ def take(
                 at = row * dim
                 for c in range(dim):
                     x[to + c] = data[at + c]
+        first, last = next_part(taken, size, n)
 
 
 def put(
@@ -115,12 +121,10 @@ def put(
     energy: f32s, started: i64s, restarts: i32s, x: f32s, before: i64s, after: i64s, energies: f32s,
 ):  # fmt: skip
     """What ``take`` took, after its steps: into the pool's data, steps, energy, started and restarts. By threads."""
-    while True:
-        first = next_of(taken) * size
-        if first >= n:
-            return
+    first, last = next_part(taken, size, n)
+    while first < n:
         j = place_from(restart, n_restarts, first)
-        for i in range(first, first + size if first + size < n else n):
+        for i in range(first, last):
             row = rows[i]
             at, to = i * dim, row * dim
             for c in range(dim):
@@ -131,3 +135,4 @@ def put(
                 started[row] = before[i]
                 restarts[row] += 1
                 j += 1
+        first, last = next_part(taken, size, n)
