@@ -1,7 +1,7 @@
 """fastebm: fast Langevin sampling and training of energy-based models in PyTorch."""
 
 from .backends.choose import why_not_fused
-from .energies import ClassifierEnergy, GaussianEnergy, MLPEnergy, SumEnergy, build, build_energy_fn, energy
+from .energies import ClassifierEnergy, GaussianEnergy, MLPEnergy, Negative, SumEnergy, build, build_energy_fn, energy
 from .langevin import Langevin
 from .mlp import Activation
 from .objectives import contrastive_divergence_loss
@@ -17,6 +17,7 @@ __all__ = [
     "GaussianEnergy",
     "Langevin",
     "MLPEnergy",
+    "Negative",
     "NonFiniteError",
     "PoolCall",
     "PoolStats",

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .energies import ClassifierEnergy, GaussianEnergy, SumEnergy
-from .mlp import MLP, NotAnMLP, read_mlp, reading
+from .conditions import unwrapped
+from .energies import ClassifierEnergy, GaussianEnergy, SumEnergy, takes_condition
+from .forward import Unknown, check_hooks, plain
+from .mlp import MLP, NotAnMLP, effective_weight, read_mlp, reading
 from .tracing import operator
 
 __all__ = ["Description", "check_shape", "describe"]
@@ -41,6 +43,11 @@ class Description:
     @property
     def dim(self) -> int:
         return self.mlps[0].dim
+
+    @property
+    def n_classes(self) -> int | None:
+        """Labels are in [0, n_classes); None: no head takes any."""
+        return min((len(mlp.weights[-1]) for mlp in self.mlps if mlp.head == "class"), default=None)
 
     @property
     def networks(self) -> tuple[tuple[int, ...], ...]:
@@ -102,7 +109,7 @@ def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> 
     with reading(module):
         compiling = torch.compiler.is_compiling()
         one: Tensor | None = None
-        if isinstance(module, SumEnergy):
+        if isinstance(unwrapped(module), SumEnergy):
             one = torch.ones((), dtype=_dtype(module), device=_device(module))
         mlps: list[MLP] = []
         scales: list[Tensor] = []
@@ -113,8 +120,10 @@ def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> 
             if isinstance(term, GaussianEnergy):
                 gaussians += [scale, term.mean, term.std]
             elif isinstance(term, nn.Linear):
-                linears += [scale, term.weight]
+                linears += [scale, effective_weight("a Linear term", term)]
                 biases.append(term.bias)
+            elif labels and not isinstance(term, ClassifierEnergy) and takes_condition(term):
+                raise NotAnMLP(f"{type(term).__name__} takes labels, and is no ClassifierEnergy")
             else:
                 scales += [] if scale is None else [scale]
                 if isinstance(term, ClassifierEnergy):
@@ -158,13 +167,16 @@ def check_shape(module: nn.Module, description: Description, shape: Sequence[int
 
 def _terms(module: nn.Module, scale: Tensor | None) -> Iterator[tuple[Tensor | None, nn.Module]]:
     """The terms of nested sums with their weights multiplied out; None: no sum."""
-    ours = (SumEnergy, ClassifierEnergy, GaussianEnergy)
-    if isinstance(module, (*ours, nn.Linear)):
-        known = next(cls for cls in (*ours, nn.Linear) if isinstance(module, cls))
-        if type(module).forward is not known.forward:
-            raise NotAnMLP(f"{type(module).__name__} has a forward of its own")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise NotAnMLP(f"{type(module).__name__} has a forward hook, which may change what it computes")
+    module = unwrapped(module)
+    known = (SumEnergy, ClassifierEnergy, GaussianEnergy, nn.Linear)
+    ours, name = next((cls for cls in known if isinstance(module, cls)), None), type(module).__name__
+    if ours is not None:
+        if not plain(module, ours):
+            raise NotAnMLP(f"{name} has a forward of its own")
+        try:
+            check_hooks(module, name)
+        except Unknown as error:
+            raise NotAnMLP(str(error)) from error
         if isinstance(module, nn.Linear) and module.out_features != 1:
             raise NotAnMLP(f"a Linear term has {module.out_features} outputs, not one")
     if isinstance(module, SumEnergy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrizations
 
+from .conditions import condition_parameter, kind_of, unwrapped
 from .mlp import ACTIVATIONS, Activation
 
 __all__ = [
@@ -21,12 +20,13 @@ __all__ = [
     "Energy",
     "GaussianEnergy",
     "MLPEnergy",
+    "Negative",
     "SumEnergy",
     "build",
     "build_energy_fn",
     "energy",
     "n_classes",
-    "takes_labels",
+    "takes_condition",
 ]
 
 
@@ -139,10 +139,22 @@ class ClassifierEnergy(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """(batch, *shape), and labels (batch,) int64 in [0, C) or None -> (batch,)."""
-        logits: Tensor = self.classifier(x)
+        logits = _checked_logits(self.classifier(x), x)
         if labels is None:
             return -logits.logsumexp(dim=1)
+        if kind_of(labels) != "labels":
+            raise TypeError(f"a classifier takes labels (batch,), integers, got {tuple(labels.shape)} {labels.dtype}")
         return -logits.gather(1, labels[:, None])[:, 0]
+
+
+def _checked_logits(logits: object, x: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(
+            f"a classifier must return a tensor of logits (batch, classes), got {got}: wrap it in a module that "
+            "returns its logits alone"
+        )
+    return logits
 
 
 class GaussianEnergy(nn.Module):
@@ -193,52 +205,95 @@ class SumEnergy(nn.Module):
         self.register_buffer("weights", w.to(torch.get_default_dtype()))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(batch, *shape), and labels (batch,) for the terms that take them -> (batch,)."""
-        terms = [energy(e, x, labels=labels if takes_labels(e) else None) for e in self.energies]
+        """(batch, *shape), and labels (batch,), or another condition, for the terms that take them -> (batch,)."""
+        terms = []
+        for term in self.energies:
+            takes = labels is not None and takes_condition(term, kind_of(labels), alone=False)
+            # each its own copy: one may write to it
+            terms.append(_values(term, x.clone(), None, labels if takes else None).reshape(len(x)))
         return torch.stack(terms).mul(self.weights[:, None]).sum(dim=0)
 
 
-def takes_labels(model: nn.Module) -> bool:
-    """Whether forward takes labels beside x: for a sum, whether any term does; else a second positional parameter."""
-    if isinstance(model, SumEnergy):
-        return any(takes_labels(e) for e in model.energies)
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional for p in inspect.signature(model.forward).parameters.values()) >= 2
+class Negative(SumEnergy):
+    """E(x) = -f(x): for a network that puts out -E, as those of the UvA tutorial and of JEM do.
+
+    ``SumEnergy([f], [-1.0])`` under a name of its own, so an MLP takes the fused kernel.
+    """
+
+    def __init__(self, energy: nn.Module) -> None:
+        super().__init__([energy], [-1.0])
+
+
+def takes_condition(model: nn.Module, kind: str = "labels", *, alone: bool = True) -> bool:
+    """Whether forward takes labels, or a condition of another kind, beside x; for a sum, whether any term does.
+
+    Args:
+        kind: "labels" or "condition". alone: it is no term of a sum, so a condition may be meant for whatever it takes.
+
+    Raises:
+        ValueError: it is ambiguous (conditions.py).
+    """
+    inner = unwrapped(model)
+    if isinstance(inner, SumEnergy):
+        return any(takes_condition(term, kind, alone=False) for term in inner.energies)
+    return condition_parameter(inner, kind, alone=alone) is not None
 
 
 def n_classes(model: nn.Module, x: Tensor) -> int | None:
     """Labels of a classifier, or of a sum with classifiers, are in [0, n_classes); None if the model does not tell."""
+    model = unwrapped(model)
     if isinstance(model, SumEnergy):
         return min((n for e in model.energies if (n := n_classes(e, x)) is not None), default=None)
     if not isinstance(model, ClassifierEnergy):
         return None
     dtype = next(model.parameters(), x).dtype
-    return int(model.classifier(x.to(dtype)).shape[1])
+    return _checked_logits(model.classifier(x.to(dtype, copy=True)), x).shape[1]
 
 
 def energy(
-    model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = None, *, labels: Tensor | None = None
+    model: nn.Module,
+    x: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    labels: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Energies of a batch: (batch, *shape) -> (batch,), differentiable.
 
     Args:
         model: maps (batch, *shape) to (batch,) or (batch, 1).
         params: parameters (and buffers) by name to use in place of the model's own (torch.func.functional_call).
-        labels: (batch,) int64, given to the model as its second argument; or None.
+        labels: (batch,) int64, given to the model beside x; or None.
+        condition: (batch, ...), any other thing that it takes beside x; or None.
 
     Raises:
-        ValueError: if the model puts out another shape.
+        ValueError: if the model puts out another shape, or takes no such thing.
     """
-    return _values(model, x, params, labels).reshape(len(x))
+    if labels is not None and condition is not None:
+        raise ValueError("an energy takes labels= or condition= beside x, got both")
+    return _values(model, x, params, condition if labels is None else labels).reshape(len(x))
 
 
-def _values(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, labels: Tensor | None) -> Tensor:
-    """(batch,) or (batch, 1), as the model puts them out."""
-    arguments = (x,) if labels is None else (x, labels)
-    value: Any = model(*arguments) if params is None else torch.func.functional_call(model, dict(params), arguments)
-    if not isinstance(value, Tensor) or value.shape not in ((len(x),), (len(x), 1)):
+def _values(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, condition: Tensor | None) -> Tensor:
+    """(batch,) or (batch, 1), as the model puts them out; () for a batch of one that it squeezes."""
+    arguments: tuple[Tensor, ...] = (x,)
+    options: dict[str, Tensor] = {}
+    if condition is not None:
+        parameter = condition_parameter(model, kind_of(condition))
+        if parameter is None:
+            raise ValueError(f"{type(model).__name__}.forward takes x only, and a condition was given")
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            arguments = (x, condition)
+        else:
+            options[parameter.name] = condition
+    if params is None:
+        value: Any = model(*arguments, **options)
+    else:
+        value = torch.func.functional_call(model, dict(params), arguments, options)
+    n = len(x)
+    if not isinstance(value, Tensor) or not (value.shape in ((n,), (n, 1)) or (n == 1 and value.ndim == 0)):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"an energy maps ({len(x)}, ...) to ({len(x)},) or ({len(x)}, 1), got {got}")
+        raise ValueError(f"an energy maps ({n}, ...) to ({n},) or ({n}, 1), got {got}")
     if value.is_complex():
         raise ValueError(f"an energy is real, got {value.dtype}: take .real, or .abs(), of what the model puts out")
     return value
@@ -275,33 +330,42 @@ def _engine() -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
 class Energy:
     """A module as the samplers see it: flat states in, energies or their gradients out, no trace left behind.
 
+    The module is given copies, never memory that the library or the caller keeps: it may write to what it gets.
+
     Args:
-        module: maps (batch, *shape), and labels if it takes them, to (batch,) or (batch, 1).
+        module: maps (batch, *shape), and a condition if it takes one, to (batch,) or (batch, 1).
         shape: shape of one state; its product is dim.
         dtype: of the states. A module of another floating dtype is computed in this one, through
             torch.func.functional_call, so that a float64 start is float64 end to end.
     """
 
     def __init__(self, module: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.module = module
+        # Gradients of a DistributedDataParallel are for training alone: its forward waits for other processes.
+        is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+        self.module = module = unwrapped(module) if is_ddp else module
         self.shape = tuple(shape)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         cast = any(t.is_floating_point() and t.dtype != dtype for t in tensors.values())
         self._params = (
             {k: t.detach().to(dtype) if t.is_floating_point() else t for k, t in tensors.items()} if cast else None
         )
+        self._worked = False
 
-    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """(n, dim) -> (n,) of x's dtype, without a graph."""
+        if len(x) == 0:
+            return x.new_empty(0)
         with torch.no_grad():
-            return energy(self.module, self._shaped(x), self._params, labels=labels).to(x.dtype)
+            return self._evaluated(x, condition).reshape(len(x)).to(x.dtype)
 
-    def gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def gradient(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """dE/dx of each chain: (n, dim). The gradient of the sum, so no chain's is divided by their number."""
         if len(x) == 0:
             return x
         with self.differentiating():
-            return self.pulled_back(x.detach().clone().requires_grad_(), labels)
+            # an inference tensor can be no leaf
+            x = x.clone() if x.is_inference() else x.detach()
+            return self.pulled_back(x.requires_grad_(), condition)
 
     @staticmethod
     @contextmanager
@@ -310,10 +374,9 @@ class Energy:
         with torch.inference_mode(False), torch.enable_grad():
             yield
 
-    def pulled_back(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def pulled_back(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """``gradient`` of a leaf that requires grad, within ``differentiating``: for loops, which enter that once."""
-        # No view that is not needed: each costs as much as the smallest operations of an energy do.
-        value = _values(self.module, self._shaped(x), self._params, labels)
+        value = self._evaluated(x, condition)
         if value.requires_grad and (grad := _gradient(value, x)) is not None:
             return grad
         raise ValueError(
@@ -321,8 +384,20 @@ class Energy:
             "(is there a detach() or torch.no_grad() in its forward?)"
         )
 
-    def _shaped(self, x: Tensor) -> Tensor:
-        # Trackers that hook all modules, such as PyTorch's FlopCounterMode, can't be given a leaf of the graph.
-        if len(self.shape) == 1 and not _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return x
-        return x.reshape(len(x), *self.shape)
+    def _evaluated(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """What the module does not take is told in words the first time, before any chain has moved."""
+        given = x.clone()
+        # No view that is not needed: each costs as much as the smallest operations of an energy do.
+        given = given if len(self.shape) == 1 else given.reshape(len(x), *self.shape)
+        try:
+            value = _values(self.module, given, self._params, None if condition is None else condition.clone())
+        except (RuntimeError, TypeError, IndexError) as error:
+            if self._worked or isinstance(error, torch.OutOfMemoryError):
+                raise
+            shape = ", ".join(str(size) for size in self.shape)
+            beside = "" if condition is None else f" with {kind_of(condition)} {tuple(condition.shape)}"
+            raise ValueError(
+                f"the energy does not take states of shape (n_chains, {shape}){beside}: {error}"
+            ) from error
+        self._worked = True
+        return value

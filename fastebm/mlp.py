@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .tracing import operator, readable
+from .forward import Affine, Flatten, Named, Operation, Scale, Squeeze, Unknown, operations, plain
+from .tracing import operator
 
-__all__ = ["ACTIVATIONS", "MLP", "Activation", "NotAnMLP", "evaluating", "read_mlp", "reading"]
+__all__ = ["ACTIVATIONS", "MLP", "Activation", "NotAnMLP", "effective_weight", "evaluating", "read_mlp", "reading"]
 
 _aten = torch.ops.aten
 
@@ -243,96 +245,119 @@ def reading(module: nn.Module) -> Iterator[None]:
 def read_mlp(module: nn.Module, head: str = "scalar", *, bare: bool = False) -> MLP:
     """Read an MLP with a head out of a module, in eval mode and without touching it.
 
-    bare: the parameters themselves, not detached, for a caller that makes no graph: no operation is dispatched then.
+    bare: the parameters themselves, not detached, for a caller that makes no graph: no operation is dispatched then,
+    unless the output is scaled.
 
-    Accepted: nn.Sequential (nested too, or a module whose only child is one and whose forward only calls
-    it) of nn.Linear and a supported activation in turn, with or without bias, spectral norm, weight norm
-    and dropout, ending in a Linear (with one output for a scalar head); a leading nn.Flatten.
+    Accepted: nn.Linear and a supported activation in turn, with or without bias, spectral norm, weight norm and
+    dropout, ending in a Linear (with one output for a scalar head). They may stand in an nn.Sequential (nested too),
+    or be called one after another by the forward of any class, as modules or as functions; with a flatten before, and
+    a squeeze, a minus sign or a factor after them. What is accepted is read from types and code (forward.py), never
+    from values.
 
     Raises:
         NotAnMLP: naming the layer that does not fit.
     """
     with reading(module):
-        mlp = _assemble(list(_layers(module, "")), head)
-        if not _is_plain(module, nn.Sequential):
-            _check_forward(module, mlp)
+        try:
+            mlp = _assemble(operations(module), head)
+        except Unknown as error:
+            raise NotAnMLP(str(error)) from error
     # torch 2.13 can't compile a detach under torch.inference_mode; operators let no gradient through anyway
     return mlp if bare or torch.compiler.is_compiling() else mlp.detached()
 
 
-def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """An instance of cls (parametrized or not) that runs cls' own forward."""
-    return isinstance(module, cls) and type(module).forward is cls.forward
-
-
-def _layers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Leaf layers in the order of the forward pass, with their names."""
-    here = f"{path or 'the energy'} ({type(module).__name__})"
-    hooked = module._forward_hooks or (module._forward_pre_hooks and not isinstance(module, nn.Linear))
-    if hooked:
-        raise NotAnMLP(f"{here} has a forward hook, which may change what it computes")
-    # not named_children(), which leaves out the second use of a layer that appears twice
-    children = [(name, child) for name, child in module._modules.items() if child is not None]
-    if _is_plain(module, nn.Sequential):
-        for name, child in children:
-            yield from _layers(child, f"{path}.{name}" if path else name)
-    elif isinstance(module, nn.Linear) or not children:
-        yield here, module
-    elif len(children) == 1:
-        name, child = children[0]
-        yield from _layers(child, f"{path}.{name}" if path else name)
-    else:
-        names = ", ".join(name for name, _ in children)
-        raise NotAnMLP(f"{here} is not a plain nn.Sequential but has several parts: {names}")
-
-
-def _read_activation(module: nn.Module) -> Activation | None:
+def _read_activation(what: nn.Module | Named) -> Activation | None:
+    if isinstance(what, Named):
+        if not all(isinstance(value, (int, float, str)) for value in what.options.values()):
+            return None
+        return _read_activation(_LAYERS[what.function](**what.options))
     for name, rule in ACTIVATIONS.items():
-        if _is_plain(module, rule.layer) and (parameter := rule.read(module)) is not None:
+        if plain(what, rule.layer) and (parameter := rule.read(what)) is not None:
             return Activation(name, parameter)
     return None
 
 
-def _assemble(layers: list[tuple[str, nn.Module]], head: str) -> MLP:
+# Of functions in torch.nn.functional, the modules that call them with the same arguments.
+_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def _assemble(operations: list[Operation], head: str) -> MLP:
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     activations: list[Activation] = []
-    for i, (name, layer) in enumerate(layers):
-        if _is_plain(layer, nn.Dropout) or _is_plain(layer, nn.Identity):
-            continue
-        if i == 0 and isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
-            continue
-        if isinstance(layer, nn.Linear) and _is_plain(layer, nn.Linear):
-            if len(weights) > len(activations):
+    columns, factor, squeezed = -1, 1.0, False  # columns: of the last operation's output; -1: not known
+    for where, what in operations:
+        after_linear = len(weights) > len(activations)
+        if isinstance(what, Flatten) or (isinstance(what, nn.Flatten) and (what.start_dim, what.end_dim) == (1, -1)):
+            width = what.columns if isinstance(what, Flatten) else -1
+            if squeezed or (weights and (isinstance(what, nn.Flatten) or width not in (-1, columns))):
+                raise NotAnMLP(f"{where} is neither nn.Linear nor a supported activation")
+            columns = width if not weights else columns
+        elif isinstance(what, Squeeze):
+            if not after_linear or columns != 1 or squeezed:
+                raise NotAnMLP(f"{where} does not follow a Linear layer with one output")
+            squeezed = True
+        elif isinstance(what, Scale):
+            if what.factor != 1.0 and not after_linear:
+                raise NotAnMLP(f"{where} does not follow a Linear layer")
+            factor *= what.factor
+        elif isinstance(what, nn.Module) and (plain(what, nn.Dropout) or plain(what, nn.Identity)):
+            pass
+        elif squeezed or factor != 1.0:
+            raise NotAnMLP(f"{where} follows the output")
+        elif isinstance(what, Affine) or (isinstance(what, nn.Linear) and plain(what, nn.Linear)):
+            if after_linear:
                 activations.append(Activation("identity"))
-            weights.append(_effective_weight(name, layer))
-            biases.append(layer.bias)
-        elif (activation := _read_activation(layer)) is not None:
-            if len(activations) == len(weights):
-                raise NotAnMLP(f"{name} does not follow a Linear layer")
+            weights.append(what.weight if isinstance(what, Affine) else effective_weight(where, what))
+            biases.append(what.bias)
+            if columns not in (-1, weights[-1].shape[1]):
+                raise NotAnMLP(f"{where} takes {weights[-1].shape[1]} columns, and gets {columns}")
+            columns = len(weights[-1])
+        elif (activation := _read_activation(what)) is not None:
+            if not after_linear:
+                raise NotAnMLP(f"{where} does not follow a Linear layer")
             activations.append(activation)
         else:
-            known = ", ".join(ACTIVATIONS)
-            raise NotAnMLP(f"{name} is neither nn.Linear nor a supported activation ({known})")
+            raise NotAnMLP(f"{where} is neither nn.Linear nor a supported activation ({', '.join(ACTIVATIONS)})")
     if len(weights) < 2:
         raise NotAnMLP("it has no hidden layer: an MLP energy is Linear, activation, ..., Linear")
     if len(activations) == len(weights):
         raise NotAnMLP(f"it ends in an activation ({activations[-1].name}), not in a Linear layer")
-    if head == "scalar" and weights[-1].shape[0] != 1:
-        raise NotAnMLP(f"its last Linear has {weights[-1].shape[0]} outputs, not one")
+    if head == "scalar" and columns != 1:
+        raise NotAnMLP(f"its last Linear has {columns} outputs, not one")
+    if head != "scalar" and squeezed:
+        raise NotAnMLP("a classifier that puts out one logit is no MLP with a head")
+    if factor != 1.0:
+        bias = biases[-1]
+        weights[-1], biases[-1] = weights[-1] * factor, None if bias is None else bias * factor
     return MLP(tuple(weights), tuple(biases), tuple(activations), head)
 
 
-def _effective_weight(name: str, layer: nn.Linear) -> Tensor:
+def effective_weight(name: str, layer: nn.Linear) -> Tensor:
     """The weight that the forward pass would use, under parametrizations and under the older hook-based norms."""
-    if torch.compiler.is_compiling():
-        return _traced_weight(name, layer)
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return hook.compute_weight(layer, do_power_iteration=False).detach()
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return hook.compute_weight(layer).detach()  # type: ignore[no-any-return]
+    hooks = list(layer._forward_pre_hooks.values())
+    norm = hooks[0] if len(hooks) == 1 and isinstance(hooks[0], (SpectralNorm, WeightNorm)) else None
+    if hooks and (norm is None or norm.name != "weight"):
         raise NotAnMLP(f"{name} has a forward pre-hook, which may change what it computes")
+    if torch.compiler.is_compiling():
+        return _traced_weight(name, layer, norm)
+    if isinstance(norm, SpectralNorm):
+        return norm.compute_weight(layer, do_power_iteration=False).detach()
+    if isinstance(norm, WeightNorm):
+        return norm.compute_weight(layer).detach()  # type: ignore[no-any-return]
+    for of_tensor in layer.parametrizations.values() if is_parametrized(layer) else ():  # type: ignore[operator]
+        for rule in of_tensor:  # of any other kind a forward may do anything
+            if type(rule).__module__ != parametrizations.__name__:
+                raise NotAnMLP(f"{name} has a parametrization that is none of PyTorch's ({type(rule).__name__})")
     return layer.weight
 
 
@@ -345,14 +370,12 @@ def _normalised_weight(weight: Tensor, u: Tensor, v: Tensor | None, dim: int) ->
     return weight / torch.vdot(u, torch.mv(matrix, v))
 
 
-def _traced_weight(name: str, layer: nn.Linear) -> Tensor:
-    """``_effective_weight`` in a compiled call, which must never trace the training mode's power iteration."""
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return _normalised_weight(layer.weight_orig, layer.weight_u, layer.weight_v, hook.dim)  # type: ignore[no-any-return]
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return _normalised_weight(layer.weight_v, layer.weight_g, None, hook.dim)  # type: ignore[no-any-return]
-        raise NotAnMLP(f"{name} has a forward pre-hook, which may change what it computes")
+def _traced_weight(name: str, layer: nn.Linear, hook: SpectralNorm | WeightNorm | None) -> Tensor:
+    """``effective_weight`` in a compiled call, which must never trace the training mode's power iteration."""
+    if isinstance(hook, SpectralNorm):
+        return _normalised_weight(layer.weight_orig, layer.weight_u, layer.weight_v, hook.dim)  # type: ignore[no-any-return]
+    if isinstance(hook, WeightNorm):
+        return _normalised_weight(layer.weight_v, layer.weight_g, None, hook.dim)  # type: ignore[no-any-return]
     if is_parametrized(layer, "bias"):
         raise NotAnMLP(f"{name} has a parametrized bias, which can't be compiled in whole")
     if not is_parametrized(layer, "weight"):
@@ -364,24 +387,3 @@ def _traced_weight(name: str, layer: nn.Linear) -> Tensor:
     if len(of_weight) == 1 and isinstance(norm, _WeightNorm):
         return _normalised_weight(of_weight.original1, of_weight.original0, None, norm.dim)  # type: ignore[no-any-return]
     raise NotAnMLP(f"{name} has a parametrization that can't be compiled in whole ({type(norm).__name__})")
-
-
-def _check_forward(module: nn.Module, mlp: MLP) -> None:
-    """A wrapper's forward is code that can't be read: hold what it computes against what its layers say."""
-    weight = mlp.weights[0]
-    if not readable(weight.device):
-        raise NotAnMLP(f"the forward of {type(module).__name__} can't be compared with its layers now")
-    probe = torch.linspace(-1.0, 1.0, 3 * mlp.dim, dtype=weight.dtype, device=weight.device).reshape(3, mlp.dim)
-    probe = probe * probe.new_tensor([[1.0], [30.0], [1000.0]])  # a wrapper may clamp what it is given
-    try:
-        value = module(probe)
-    except Exception as error:
-        raise NotAnMLP(
-            f"the forward of {type(module).__name__} does not take a (batch, {mlp.dim}) tensor: {error}"
-        ) from error
-    expected = mlp.output(probe)
-    # The layers run the same operations on the same weights, so only rounding may differ.
-    tolerance = max(1e-5, torch.finfo(weight.dtype).eps) * expected.abs().clamp_min(1.0)
-    same = value.numel() == expected.numel() and (value.reshape(expected.shape) - expected).abs() <= tolerance
-    if not bool(torch.as_tensor(same).all()):
-        raise NotAnMLP(f"the forward of {type(module).__name__} computes something else than its layers in turn")

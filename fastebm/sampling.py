@@ -13,8 +13,9 @@ from .backends import Advanced, Chains, cpu, reference, run
 from .backends.choose import Choice, choose
 from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
+from .conditions import kind_of
 from .description import check_shape, describe
-from .energies import Energy, n_classes, takes_labels
+from .energies import Energy, n_classes, takes_condition
 from .langevin import Bounds, Langevin
 from .mlp import NotAnMLP, evaluating
 from .noise import Stream, draw_seed
@@ -71,6 +72,7 @@ def langevin_sample(
     noise_scale: float | Tensor = 0.005,
     init: Tensor | None = None,
     labels: Tensor | None = None,
+    condition: Tensor | None = None,
     frozen: Tensor | None = None,
     clamp: Bounds | None = None,
     grad_clip: float | None = None,
@@ -107,8 +109,11 @@ def langevin_sample(
         init: (n_chains, *shape) start, floating point. float64 is computed in float64 (and not by the fused
             kernel); everything else in float32, which is what comes back. None: uniform on the clamp range,
             or on [-1, 1] without one.
-        labels: (n_chains,) integers, each chain's class, for an energy that takes them as its second argument:
-            with a ``ClassifierEnergy``, samples of p(x | y). None: E(x) alone.
+        labels: (n_chains,) integers, each chain's class, for an energy that takes them beside x, as an argument named
+            ``labels``, ``y``, ``label``, ``condition`` or the like: with a ``ClassifierEnergy``, samples of p(x | y).
+            None: E(x) alone. A module may name the argument by itself: ``condition_argument = "NAME"``.
+        condition: (n_chains, ...), in place of labels, what each chain is conditioned on: a noise level, attributes, a
+            measurement, an image. Floating point is converted to the states' dtype. The gradient is autograd's then.
         frozen: bool, of one state's shape or (n_chains, *shape): coordinates that stay as they start, whatever
             the clamp (inpainting, conditional sampling).
         clamp: (lo, hi), or None. Each a number, or a tensor of one state's shape.
@@ -146,13 +151,14 @@ def langevin_sample(
     if compiling:
         from .backends import compiling as compiled  # takes seconds to import
 
-        if not compiled.can_compile(energy, labels, backend, generator):
+        if not compiled.can_compile(energy, labels, condition, backend, generator):
             return compiled.uncompiled(  # type: ignore[no-any-return]
                 langevin_sample, energy, input_size, batch_size=batch_size, steps=steps, step_size=step_size,
-                noise_scale=noise_scale, init=init, labels=labels, frozen=frozen, clamp=clamp, grad_clip=grad_clip,
-                grad_norm_clip=grad_norm_clip, seed=seed, generator=generator, first_chain=first_chain,
-                first_step=first_step, backend=backend, precision=precision, device=device, on_nonfinite=on_nonfinite,
-                cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin, out=out, return_info=return_info,
+                noise_scale=noise_scale, init=init, labels=labels, condition=condition, frozen=frozen, clamp=clamp,
+                grad_clip=grad_clip, grad_norm_clip=grad_norm_clip, seed=seed, generator=generator,
+                first_chain=first_chain, first_step=first_step, backend=backend, precision=precision, device=device,
+                on_nonfinite=on_nonfinite, cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin,
+                out=out, return_info=return_info,
             )  # fmt: skip
     rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip)
     if not isinstance(energy, nn.Module):
@@ -173,7 +179,7 @@ def langevin_sample(
     if out is not None:
         _check_out(out, (n_chains, *((steps // thin,) if thin else ()), *shape), dtype, device)
     if capturing(device):
-        tensors = (init, labels, frozen, step_size, noise_scale, *(clamp or ()), seed, first_step)
+        tensors = (init, labels, condition, frozen, step_size, noise_scale, *(clamp or ()), seed, first_step)
         check_capture(on_nonfinite, seed, first_step, tensors, device)
     dim = math.prod(shape)
     numbers = torch.arange(first_chain, first_chain + n_chains, device=device)
@@ -185,9 +191,10 @@ def langevin_sample(
         x = uniform_states(seed, Stream.INITIAL, numbers, 0, dim, clamp=rule.clamp, dtype=dtype)
     else:
         x = init if init.ndim == 2 else init.detach().reshape(n_chains, dim)
+    given = _one_condition(labels, condition)
     done, info = advance_chains(
         energy,
-        Chains(x, seed, numbers, first_steps, labels, _checked_frozen(frozen, n_chains, tuple(shape), device)),
+        Chains(x, seed, numbers, first_steps, given, _checked_frozen(frozen, n_chains, tuple(shape), device)),
         rule,
         steps,
         shape=shape,
@@ -241,7 +248,7 @@ def advance_chains(
     if parameter is not None and not _same_device(parameter.device, x.device):
         raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    labels = _checked_labels(energy, chains.labels, chains.numbers)
+    labels = _checked_condition(energy, chains.labels, chains.numbers, dtype)
     if torch.compiler.is_compiling():
         from .backends import compiling
 
@@ -284,7 +291,8 @@ def _advance(
     device = chains.x.device
     start = chains.x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        choice = choose(energy, device, dtype, backend, precision, labels=chains.labels is not None)
+        kind = None if chains.labels is None else kind_of(chains.labels)
+        choice = choose(energy, device, dtype, backend, precision, condition=kind)
         if start is not None and not run.tells_of_the_start(choice.path, steps):
             run.check_finite(start)
             start = None
@@ -300,9 +308,12 @@ def _advance(
             check_shape(energy, description, shape)
         module = Energy(energy, shape, x.dtype)
         if len(x) > 0 and readable(device):
-            if description is None or len(shape) > 1:
-                _check_takes(module, x[:1], None if chains.labels is None else torch.zeros_like(chains.labels[:1]))
-            n = None if chains.labels is None else n_classes(energy, x[:1].reshape(1, *shape))
+            if description is not None and len(shape) > 1:
+                # Its layers alone do not tell whether it takes images. Of an MLP two states tell as much as all.
+                module(x[:2], None if chains.labels is None else chains.labels[:2] * 0)
+            n = None
+            if chains.labels is not None and kind == "labels":
+                n = n_classes(energy, x.reshape(len(x), *shape)) if description is None else description.n_classes
             if n is not None and chains.labels is not None:
                 run.check_classes(chains.labels, n)
         why_not_recorded = _why_not_recorded(choice, device) if cuda_graph else None
@@ -357,38 +368,47 @@ def check_capture(
             raise ValueError(f"{where} every tensor must be on {device}, got one on {value.device}")
 
 
-def _check_takes(energy: Energy, x: Tensor, labels: Tensor | None) -> None:
-    """One state through the energy, so that what it does not take is told in words before any chain moves."""
-    try:
-        energy(x, labels)
-    except (RuntimeError, TypeError) as error:
-        shape = ", ".join(str(size) for size in energy.shape)
-        beside = "" if labels is None else " with labels"
-        raise ValueError(f"the energy does not take states of shape (n_chains, {shape}){beside}: {error}") from error
-
-
 def check_integers(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
 
 
-def _checked_labels(energy: nn.Module, labels: Tensor | None, chains: Tensor) -> Tensor | None:
-    """chains: (n_chains,), where the states are."""
-    if labels is None:
+def _one_condition(labels: Tensor | None, condition: Tensor | None) -> Tensor | None:
+    """What the energy is given beside x."""
+    if labels is not None and condition is not None:
+        raise ValueError("an energy takes labels= or condition= beside x, got both: leave one out")
+    if labels is not None:
+        check_integers("labels", labels)
+        return labels
+    if condition is not None and not isinstance(condition, Tensor):
+        raise TypeError(f"condition must be a tensor (n_chains, ...), got {type(condition).__name__}")
+    return condition
+
+
+def _checked_condition(
+    energy: nn.Module, condition: Tensor | None, chains: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Contiguous, of int64 or the states' dtype. chains: (n_chains,), where the states are."""
+    if condition is None:
         return None
-    check_integers("labels", labels)
-    if labels.shape != chains.shape or not _same_device(labels.device, chains.device):
+    kind = kind_of(condition)
+    shape = f"({len(chains)},)" if kind == "labels" else f"({len(chains)}, ...)"
+    if condition.ndim == 0 or len(condition) != len(chains) or not _same_device(condition.device, chains.device):
         raise ValueError(
-            f"labels must be ({len(chains)},), one a chain, on {chains.device}, got {tuple(labels.shape)} on "
-            f"{labels.device}"
+            f"{kind} must be {shape}, one per chain, on {chains.device}, got {tuple(condition.shape)} on "
+            f"{condition.device}"
         )
-    if not takes_labels(energy):
+    if not takes_condition(energy, kind):
+        given = "labels were" if kind == "labels" else "a condition was"
         raise ValueError(
-            f"labels were given, and {type(energy).__name__}.forward takes x only: wrap a classifier in "
-            "ClassifierEnergy, or leave labels= out"
+            f"{given} given, and {type(energy).__name__}.forward takes x only, or nothing that is named for them: wrap "
+            f'a classifier in ClassifierEnergy, name the argument "{kind}", set condition_argument = "NAME" on the '
+            f"module, or leave {kind}= out"
         )
-    return labels.to(torch.int64).contiguous()
+    if kind == "labels":
+        return condition.to(torch.int64).contiguous()
+    return (condition.to(dtype) if condition.is_floating_point() else condition).contiguous()
 
 
 def _checked_frozen(

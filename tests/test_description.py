@@ -9,7 +9,7 @@ from torch import nn
 
 from fastebm import ClassifierEnergy, GaussianEnergy, MLPEnergy, SumEnergy, energy, langevin_sample, why_not_fused
 from fastebm.description import describe
-from fastebm.energies import Energy, n_classes, takes_labels
+from fastebm.energies import Energy, n_classes, takes_condition
 from fastebm.mlp import NotAnMLP
 
 DIM, CLASSES = 3, 4
@@ -141,15 +141,15 @@ class Labelled(nn.Module):
 
 
 class KeywordOnly(nn.Module):
-    def forward(self, x, *rest, scale=1.0):
+    def forward(self, x, *, scale=1.0):
         return scale * x.sum(dim=1)
 
 
 def test_who_takes_labels():
     for model in (classifier(), Labelled(), SumEnergy([mlp(), classifier()]), SumEnergy([SumEnergy([Labelled()])])):
-        assert takes_labels(model)
+        assert takes_condition(model)
     for model in (mlp(), logits(), gaussian(), nn.Linear(DIM, 1), KeywordOnly(), SumEnergy([mlp(), gaussian()])):
-        assert not takes_labels(model)
+        assert not takes_condition(model)
 
 
 def test_number_of_classes():
@@ -231,7 +231,7 @@ def check_fast_path(model, x, labels):
 def test_the_description_and_the_closed_form_are_the_module(make):
     model, x = make().double(), 2 * torch.randn(9, DIM, dtype=torch.float64)
     check_fast_path(model, x, None)
-    if takes_labels(model):
+    if takes_condition(model):
         check_fast_path(model, x, torch.arange(9) % (n_classes(model, x) or 1))
 
 
@@ -364,7 +364,7 @@ NOT_READ = {
     "outputs of a Linear": (lambda: SumEnergy([mlp(), nn.Linear(DIM, 2)]), "a Linear term has 2 outputs, not one"),
     "outputs of an MLP": (lambda: SumEnergy([mlp(), logits()]), "its last Linear has 4 outputs, not one"),
     "a classifier that is no MLP": (lambda: ClassifierEnergy(nn.Linear(DIM, 2)), "it has no hidden layer"),
-    "an unknown term": (lambda: SumEnergy([mlp(), Labelled()]), "Labelled.* is neither nn.Linear nor a supported"),
+    "an unknown term": (lambda: SumEnergy([mlp(), Labelled()]), "Labelled. can't be read: .* missing 1 required"),
     "a sum of its own": (lambda: Louder([mlp()]), "Louder has a forward of its own"),
     "a nested one": (lambda: SumEnergy([mlp(), Louder([mlp()])]), "Louder has a forward of its own"),
     "a classifier of its own": (lambda: Colder(logits()), "Colder has a forward of its own"),
@@ -375,7 +375,8 @@ NOT_READ = {
     "hook on logits": (lambda: ClassifierEnergy(hooked(logits())), "has a forward hook"),
     "hook on a Gaussian": (lambda: SumEnergy([mlp(), hooked(gaussian())]), "GaussianEnergy has a forward hook"),
     "hook before a Linear": (
-        lambda: SumEnergy([mlp(), hooked(nn.Linear(DIM, 1), "register_forward_pre_hook")]), "Linear has a forward hook",
+        lambda: SumEnergy([mlp(), hooked(nn.Linear(DIM, 1), "register_forward_pre_hook")]),
+        "Linear term has a forward pre-hook",
     ),
 }  # fmt: skip
 

@@ -55,6 +55,8 @@ ACCEPTED = {
     "deep": lambda: net(*[m for _ in range(4) for m in (nn.Linear(6, 6), nn.ReLU())]),
     "wrapper": lambda: Wrapper(net(), lambda f, x: f(x)),
     "wrapper that squeezes": lambda: Wrapper(net(), lambda f, x: f(x).squeeze(1)),
+    "wrapper that negates": lambda: Wrapper(net(), lambda f, x: -f(x)),
+    "wrapper that scales": lambda: Wrapper(net(), lambda f, x: 1.5 * f(x)),
     "wrapper of a wrapper": lambda: Wrapper(Wrapper(net(), lambda f, x: f(x)), lambda f, x: f(x)),
     "dropout": lambda: net(nn.Dropout(0.5), nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.1)),
     "identity": lambda: net(nn.Identity()),
@@ -190,24 +192,37 @@ REJECTED = {
     ),
     "late flatten": (lambda: net(nn.Flatten()), r"^2 \(Flatten\) is neither"),
     "flatten of some dims": (lambda: nn.Sequential(nn.Flatten(2), *net()), r"^0 \(Flatten\) is neither"),
-    "own Linear": (lambda: net(OtherLinear(6, 6), nn.ReLU()), r"^2 \(OtherLinear\) is neither"),
-    "dropout that stays on": (lambda: net(AlwaysDropout()), r"^2 \(AlwaysDropout\) is neither"),
+    "own Linear": (
+        lambda: net(OtherLinear(6, 6), nn.ReLU()),
+        r"forward of 2 \(OtherLinear\) does what no MLP does: abs\(\)",
+    ),
+    "dropout that stays on": (
+        lambda: net(AlwaysDropout()),
+        r"forward of 2 \(AlwaysDropout\) does what no MLP does: dropout\(\)",
+    ),
     "hook on the energy": (lambda: hooked(net(), "", "forward"), r"^the energy \(Sequential\) has a forward hook"),
     "hook on an activation": (lambda: hooked(net(), "1", "forward"), r"^1 \(SiLU\) has a forward hook"),
-    "pre-hook on an activation": (lambda: hooked(net(), "1", "pre"), r"^1 \(SiLU\) has a forward hook"),
+    "pre-hook on an activation": (lambda: hooked(net(), "1", "pre"), r"^1 \(SiLU\) has a forward pre-hook"),
     "hook on a Linear": (lambda: hooked(net(), "0", "forward"), r"^0 \(Linear\) has a forward hook"),
     "pre-hook on a Linear": (lambda: hooked(net(), "0", "pre"), r"^0 \(Linear\) has a forward pre-hook"),
-    "wrapper that negates": (lambda: Wrapper(net(), lambda f, x: -f(x)), "forward of Wrapper computes something else"),
-    "wrapper that squares": (lambda: Wrapper(net(), lambda f, x: f(x) ** 2), "computes something else"),
-    "wrapper that scales": (lambda: Wrapper(net(), lambda f, x: 1.0005 * f(x)), "computes something else"),
-    "wrapper that adds": (lambda: Wrapper(net(), lambda f, x: f(x) + x.square().sum(1, True)), "something else"),
-    "wrapper that clamps its input": (lambda: Wrapper(net(), lambda f, x: f(x.clamp(-1, 1))), "something else"),
-    "wrapper that clamps its output": (lambda: Wrapper(net(), lambda f, x: f(x).clamp(-9, 9)), "something else"),
-    "wrapper that sums": (lambda: Wrapper(net(), lambda f, x: f(x).sum()), "something else"),
-    "wrapper that fails": (lambda: Wrapper(net(), lambda f, x: f(x[:, :, 0])), "does not take a .batch, 3. tensor"),
+    "wrapper that squares": (lambda: Wrapper(net(), lambda f, x: f(x) ** 2), r"does what no MLP does: pow\(\)"),
+    "wrapper that adds": (
+        lambda: Wrapper(net(), lambda f, x: f(x) + x.square().sum(1, True)),
+        "chain of operations: x is used twice",
+    ),
+    "wrapper that clamps its input": (
+        lambda: Wrapper(net(), lambda f, x: f(x.clamp(-1, 1))),
+        r"no MLP does: clamp\(\)",
+    ),
+    "wrapper that clamps its output": (
+        lambda: Wrapper(net(), lambda f, x: f(x).clamp(-9, 9)),
+        r"no MLP does: clamp\(\)",
+    ),
+    "wrapper that sums": (lambda: Wrapper(net(), lambda f, x: f(x).sum()), r"no MLP does: sum\(\)"),
+    "wrapper that fails": (lambda: Wrapper(net(), lambda f, x: f(x[:, :, 0])), r"no MLP does: getitem\(\)"),
     "several parts": (
         lambda: nn.ModuleDict({"a": nn.Linear(3, 6), "b": nn.Linear(6, 1)}),
-        r"^the energy \(ModuleDict\) is not a plain nn.Sequential but has several parts: a, b",
+        r"^the forward of the energy \(ModuleDict\) can't be read",
     ),
 }
 
@@ -223,11 +238,16 @@ def test_rejected_with_the_layer_named_and_left_bit_for_bit(make, match, untouch
     assert reason.startswith("not an MLP that can be read: ")
 
 
-def test_any_parametrization_is_read_as_what_it_makes():
-    module = net()
-    parametrize.register_parametrization(module[0], "weight", Halved())
-    assert_reads(module)
-    assert torch.equal(read_mlp(module).weights[0], module[0].parametrizations.weight.original / 2)
+def test_parametrizations_of_pytorch_alone_are_read():
+    """Of any other kind a forward may do anything: draw random numbers, count its calls."""
+    orthogonal = net()
+    parametrizations.orthogonal(orthogonal[0])
+    assert_reads(orthogonal)
+    assert torch.equal(read_mlp(orthogonal).weights[0], orthogonal[0].weight)
+    halved = net()
+    parametrize.register_parametrization(halved[0], "weight", Halved())
+    with pytest.raises(NotAnMLP, match=r"^0 .* has a parametrization that is none of PyTorch's \(Halved\)"):
+        read_mlp(halved)
 
 
 def test_reading_sees_the_weights_of_now():

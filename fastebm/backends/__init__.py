@@ -24,7 +24,8 @@ class Chains(NamedTuple):
     """What ``advance`` moves, and where each chain stands in the noise's counter.
 
     x: (n_chains, dim) states. seed: 64 bits, an int or a (1,) int64 tensor. numbers, first_steps: (n_chains,) int64
-    global chain numbers and lifetime steps. labels: (n_chains,) int64, or None. frozen: (1 or n_chains, dim) bool,
+    global chain numbers and lifetime steps. labels: (n_chains,) int64, or another condition (n_chains, ...) that the
+    energy takes beside x, or None. frozen: (1 or n_chains, dim) bool,
     coordinates that stay, or None.
     """
 

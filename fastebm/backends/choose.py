@@ -77,9 +77,12 @@ def choose(
     backend: str,
     precision: str | None,
     *,
-    labels: bool = False,
+    condition: str | None = None,
 ) -> Choice:
-    """The backend for an energy, with or without labels, states of ``dtype`` on ``device``, and a wish.
+    """The backend for an energy, states of ``dtype`` on ``device``, and a wish.
+
+    Args:
+        condition: what the energy is given beside x: "labels", "condition" (anything else), or None.
 
     Raises:
         ValueError: an unknown name, or an explicit "triton" that can't be honoured.
@@ -95,7 +98,9 @@ def choose(
 
     description, launch, why_not = None, None, None
     try:
-        description = describe(energy, labels=labels, bare=True)
+        if condition == "condition":
+            raise NotAnMLP("a condition that is no label is given to it")
+        description = describe(energy, labels=condition == "labels", bare=True)
     except NotAnMLP as error:
         why_not = f"not an MLP that can be read: {error}"
     no_triton = _why_not_triton(device, dtype, asked=backend == "triton")

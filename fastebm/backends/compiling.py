@@ -23,9 +23,11 @@ for _function in (choosing._has_triton, choosing._capability, choosing.default_p
     torch.compiler.assume_constant_result(_function)  # type: ignore[no-untyped-call]
 
 
-def can_compile(energy: nn.Module, labels: Tensor | None, backend: str, generator: torch.Generator | None) -> bool:
+def can_compile(
+    energy: nn.Module, labels: Tensor | None, condition: Tensor | None, backend: str, generator: torch.Generator | None
+) -> bool:
     """In whole, as one operator. Decided first, so that a graph break leaves none of the call half traced."""
-    if not isinstance(energy, nn.Module) or backend == "reference" or generator is not None:
+    if not isinstance(energy, nn.Module) or backend == "reference" or condition is not None or generator is not None:
         return False
     try:
         describe(energy, labels=labels is not None, bare=True)
@@ -58,7 +60,9 @@ def advance(
     **options: Any,
 ) -> tuple[choosing.Choice, Advanced]:
     """chains.x: (n_chains, *shape), or (n_chains, 0) for a uniform start."""
-    choice = choosing.choose(energy, chains.x.device, dtype, backend, precision, labels=chains.labels is not None)
+    choice = choosing.choose(
+        energy, chains.x.device, dtype, backend, precision, condition=None if chains.labels is None else "labels"
+    )
     description = choice.description
     assert description is not None  # can_compile
     check_shape(energy, description, shape)

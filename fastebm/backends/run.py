@@ -156,7 +156,7 @@ def settle(
         return
     if on_nonfinite == "raise":
         raise NonFiniteError(_diagnosis(weights(), done, bad, rule, steps))
-    chains = chains.rows(bad)
+    conditions, chains = chains.labels, chains.rows(bad)
     ages, last = chains.first_steps + steps, done.x[bad]
     fresh = uniform_states(
         chains.seed, Stream.POOL, chains.numbers, ages, last.shape[1], clamp=rule.clamp, dtype=last.dtype
@@ -164,7 +164,8 @@ def settle(
     if chains.frozen is not None:
         fresh = torch.where(chains.frozen, last, fresh)
     done.x[bad] = fresh
-    done.energy[bad] = energy(fresh, chains.labels)
+    # of all chains: an energy may know how many it is given, and go by what each is conditioned on
+    done.energy[bad] = energy(done.x, conditions)[bad]
 
 
 def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, rule: Langevin, steps: int) -> str:

@@ -1,0 +1,821 @@
+"""Modules as people write them: each is read for what it is, or goes by autograd; the reference is the truth."""
+
+import functools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from fastebm import (
+    ChainPool,
+    ClassifierEnergy,
+    GaussianEnergy,
+    Langevin,
+    Negative,
+    SumEnergy,
+    langevin_sample,
+    why_not_fused,
+)
+from fastebm.energies import energy as energy_of
+
+DIM, N = 6, 5
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def mlp(dim: int = DIM, out: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, 8), nn.SiLU(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, out))
+
+
+def sampled(model, backend, *, shape=(DIM,), **options):
+    start = torch.linspace(-1, 1, N * int(np.prod(shape))).reshape(N, *shape)
+    rule = {"steps": 4, "step_size": 0.3, "noise_scale": 0.5, "seed": 3, "init": start}
+    return langevin_sample(model, backend=backend, return_info=True, **{**rule, **options})
+
+
+def assert_same(model, *, path, shape=(DIM,), **options):
+    """All backends that a CPU has agree with the reference; ``path`` is what the default call takes."""
+    expected, _ = sampled(model, "reference", shape=shape, **options)
+    for backend in ("auto", "torch"):
+        found, info = sampled(model, backend, shape=shape, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert info.path == path, info.why_not_fused
+    start, _ = sampled(model, "torch", shape=shape, **options, steps=0)
+    wide, info = sampled(model, "torch", shape=shape, **options, init=start.double())
+    torch.testing.assert_close(wide.float(), expected, rtol=1e-4, atol=1e-4)
+    assert info.path == path
+
+
+# -- what is read ------------------------------------------------------------------------------------------------
+
+
+class Usual(nn.Module):
+    """The usual wrapper."""
+
+    def __init__(self, dim=DIM):
+        super().__init__()
+        self.net = mlp(dim)
+
+    def forward(self, x):
+        return self.net(x).squeeze(-1)
+
+
+class Layers(nn.Module):
+    """Layers by name, and activations as functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(DIM, 8), nn.Linear(8, 7), nn.Linear(7, 1)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        h = F.leaky_relu(self.first(x), 0.2)
+        h = F.dropout(self.drop(h), 0.4, training=self.training)
+        return self.out(F.softplus(self.second(h), beta=2.0))[:, 0]
+
+
+class Methods(Layers):
+    def forward(self, x):
+        return self.out(torch.relu(self.second(self.first(x).tanh()))).flatten()
+
+
+class Listed(nn.Module):
+    """A ModuleList, a loop, and branches on the types of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(mlp())
+        self.seen = []
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if type(layer) is nn.Linear else F.gelu(x, approximate="tanh")
+        return x.view(-1)
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(12)
+
+    def forward(self, images):
+        return -self.net(images.view(images.size(0), -1)).squeeze()
+
+
+class OtherImages(Images):
+    def forward(self, images):
+        return self.net(torch.flatten(images, start_dim=1)).view(images.shape[0]) * 2
+
+
+class Parameters(nn.Module):
+    """Weights that are no layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, DIM) / 3)
+        self.b = nn.Parameter(torch.randn(8))
+        self.v = nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x):
+        return -0.5 * F.linear(F.elu(F.linear(x, self.w, self.b), alpha=1.5), weight=self.v)
+
+
+class Optional(Usual):
+    """Labels are optional: without them it is an MLP."""
+
+    def forward(self, x, y=None, *, scale=1.0):
+        out = self.net(x).squeeze(1)
+        return out if y is None else out + (x - 6.0 * y[:, None] + 3.0).square().sum(1) / 2
+
+
+class Parent(Layers):
+    def __init__(self):
+        super().__init__()
+        self.inner = Usual()
+        self.scale = 3
+
+    def forward(self, x):
+        return self.inner(x) / self.scale
+
+
+class Normed(Usual):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.spectral_norm(self.net[0])
+        nn.utils.parametrizations.weight_norm(self.net[2])
+
+
+READ = {
+    "usual": Usual,
+    "layers": Layers,
+    "methods": Methods,
+    "listed": Listed,
+    "parameters": Parameters,
+    "optional labels": Optional,
+    "wrapper of a wrapper": Parent,
+    "norms": Normed,
+    "in a Sequential": lambda: nn.Sequential(Usual(), nn.Identity()),
+    "Negative": lambda: Negative(Usual()),
+    "a term of a sum": lambda: SumEnergy([Parent(), GaussianEnergy(0.0, 2.0), Usual()], [0.5, 1.0, -0.5]),
+    "an average": lambda: AveragedModel(Usual()),
+    "a weight average of a sum": lambda: AveragedModel(SumEnergy([Usual(), GaussianEnergy()])),
+}
+
+
+@pytest.mark.parametrize("make", READ.values(), ids=READ)
+def test_the_usual_wrappers_take_the_fast_path(make, untouched):
+    model = make().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with untouched(model):
+        assert_same(model, path="tiles")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [Images, OtherImages])
+@pytest.mark.parametrize("shape", [(3, 4), (1, 3, 4), (12,)])
+def test_images_take_the_fast_path(make, shape):
+    assert_same(make(), path="tiles", shape=shape)
+
+
+def test_images_that_the_module_does_not_take_are_refused():
+    with pytest.raises(ValueError, match=r"does not take states of shape \(n_chains, 2, 3\)"):
+        sampled(Usual(), "auto", shape=(2, 3))
+
+
+def test_numbers_of_now_are_read():
+    """Nothing of a reading is kept."""
+    model = Parent()
+    before, _ = sampled(model, "auto")
+    model.scale = -3
+    assert_same(model, path="tiles")
+    assert not torch.allclose(sampled(model, "auto")[0], before)
+
+
+def test_reading_disturbs_no_other_thread():
+    """Modules that others call while one is read are called as ever."""
+    model, other, stop, errors = Parent(), mlp(), threading.Event(), []
+
+    def call():
+        x = torch.ones(2, DIM)
+        expected = other(x)
+        while not stop.is_set():
+            if not torch.equal(other(x), expected):
+                errors.append("another value")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    for _ in range(100):
+        why_not_fused(model)
+    stop.set()
+    thread.join()
+    assert not errors
+
+
+# -- what is no MLP, though its values at a few points may be one's ------------------------------------------------
+
+
+class RunningMaximum(Usual):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x):
+        self.largest.copy_(torch.maximum(self.largest, x.detach().abs().max()))
+        return super().forward(x)
+
+
+class Counts(Usual):
+    """Its energy cools with every call."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) / (1 + self.calls)
+
+
+class Remembers(Usual):
+    def forward(self, x):
+        self.last = x
+        return super().forward(x)
+
+
+class Logs(Usual):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return super().forward(x)
+
+
+class Saturates(Usual):
+    """Beyond all points at which one would look."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-1e6, 1e6))
+
+
+class OnlyHere(Usual):
+    """Another energy on a small set."""
+
+    def forward(self, x):
+        return super().forward(x) + 5.0 * (x[:, 0] - 0.2).abs().clamp(max=0.1)
+
+
+class Branches(Usual):
+    def forward(self, x):
+        out = super().forward(x)
+        return out if float(x.detach().sum()) > 1e9 else 2 * out + x.square().sum(1)
+
+
+class Straight(Usual):
+    """The gradient passes straight through."""
+
+    def forward(self, x):
+        return super().forward(x + (x.round() - x).detach())
+
+
+class Half(Usual):
+    def forward(self, x):
+        out = super().forward(x)
+        return out + out.detach()
+
+
+class Skips(Layers):
+    def forward(self, x):
+        h = F.silu(self.first(x))
+        return self.out(F.silu(self.second(h)) + h[:, :7]).squeeze(-1)
+
+
+class TensorHook(Usual):
+    def forward(self, x):
+        out = super().forward(x)
+        if out.requires_grad:
+            out.register_hook(lambda grad: 2 * grad)
+        return out
+
+
+class Autocast(Usual):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+class Randomised(Usual):
+    """By Python's own generator, of which no tensor tells."""
+
+    def forward(self, x):
+        return super().forward(x) * (1.0 + 0.0 * np.random.rand())  # noqa: NPY002
+
+
+class TensorScale(Usual):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("temperature", torch.tensor(2.0))
+
+    def forward(self, x):
+        return super().forward(x) / self.temperature
+
+
+class Reshapes(Usual):
+    """Pairs of dims, each with an energy of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(2)
+
+    def forward(self, x):
+        return self.net(x.reshape(-1, 2)).view(x.shape[0], -1).sum(1)
+
+
+def replaced_forward():
+    model = Usual()
+    inner = model.forward
+    model.forward = lambda x: 2 * inner(x) + x.square().sum(1)
+    return model
+
+
+def replaced_on_a_layer():
+    model = mlp()
+    linear = model[2].forward
+    model[2].forward = lambda x: 2 * linear(x)
+    return model
+
+
+def replaced_by_partial():
+    model = mlp()
+    model.forward = functools.partial(lambda x, f: f(x).abs(), f=model.forward)
+    return model
+
+
+def hooked(register, hook, at=None):
+    def make():
+        model = Usual()
+        getattr(model if at is None else model.net[at], register)(hook)
+        return model
+
+    return make
+
+
+OTHERS = {
+    "running maximum": RunningMaximum,
+    "counts its calls": Counts,
+    "remembers": Remembers,
+    "logs": Logs,
+    "saturates": Saturates,
+    "another energy somewhere": OnlyHere,
+    "branches": Branches,
+    "straight through": Straight,
+    "half detached": Half,
+    "skips": Skips,
+    "hook on a tensor": TensorHook,
+    "autocast": Autocast,
+    "random": Randomised,
+    "tensor scale": TensorScale,
+    "reshapes": Reshapes,
+    "forward of the instance": replaced_forward,
+    "forward of a layer": replaced_on_a_layer,
+    "partial": replaced_by_partial,
+    "forward hook": hooked("register_forward_hook", lambda m, i, out: 2 * out),
+    "hook on a layer": hooked("register_forward_hook", lambda m, i, out: 2 * out, at=1),
+    "pre-hook": hooked("register_forward_pre_hook", lambda m, i: (2 * i[0],)),
+    "pre-hook on a Linear": hooked("register_forward_pre_hook", lambda m, i: (2 * i[0],), at=2),
+    "gradient hook": hooked("register_full_backward_hook", lambda m, gi, go: (3 * gi[0],), at=0),
+    "gradient pre-hook": hooked("register_full_backward_pre_hook", lambda m, go: (3 * go[0],), at=2),
+    "sum of one that counts": lambda: SumEnergy([Counts(), GaussianEnergy()]),
+    "average with a hook": lambda: hooked_average(),
+}
+
+
+def hooked_average():
+    model = AveragedModel(Usual())
+    model.register_forward_hook(lambda m, i, out: 2 * out)
+    return model
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_all_else_goes_by_autograd(make):
+    model = make()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    public = {key: value for key, value in vars(model).items() if not key.startswith("_")}
+    assert why_not_fused(model).startswith("not an MLP that can be read")
+    # Nothing was called or set to find that out.
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert {key: value for key, value in vars(model).items() if not key.startswith("_")} == public
+    assert getattr(model, "seen", []) == []
+    found, info = sampled(model, "auto")
+    expected, _ = sampled(make_again(make, state), "reference")
+    assert info.path == "autograd"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def make_again(make, state):
+    """The same model before its first call."""
+    model = make()
+    model.load_state_dict(state)
+    return model
+
+
+def test_a_global_hook_is_seen():
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, out: 2 * out)
+    try:
+        assert "hook on all modules" in why_not_fused(mlp())
+        assert sampled(mlp(), "auto")[1].path == "autograd"
+    finally:
+        handle.remove()
+    assert sampled(mlp(), "auto")[1].path == "tiles"
+
+
+def test_no_grad_in_a_forward_is_an_error_and_no_gradient_of_ours():
+    class Frozen(Usual):
+        def forward(self, x):
+            with torch.no_grad():
+                return super().forward(x)
+
+    for backend in ("auto", "torch", "reference"):
+        with pytest.raises(ValueError, match="does not depend on x through differentiable operations"):
+            sampled(Frozen(), backend)
+
+
+# -- labels and conditions -----------------------------------------------------------------------------------------
+
+LABELS = torch.tensor([0, 1, 1, 0, 1])
+
+
+def pull(x, y):
+    """Towards 6 y - 3."""
+    return (x - 6.0 * y[:, None] + 3.0).square().sum(1) / 2
+
+
+class ByName(nn.Module):
+    def forward(self, x, scale=1.0, label=None):
+        return scale * (x.square().sum(1) / 2 if label is None else pull(x, label))
+
+
+class KeywordOnly(nn.Module):
+    def forward(self, x, *, y=None):
+        return x.square().sum(1) / 2 if y is None else pull(x, y)
+
+
+class Required(nn.Module):
+    def forward(self, x, digit):
+        return pull(x, digit)
+
+
+class PositionalOnly(nn.Module):
+    def forward(self, x, y, /):
+        return pull(x, y)
+
+
+class Told(nn.Module):
+    condition_argument = "group"
+
+    def forward(self, x, scale=1.0, group=None):
+        return scale * pull(x, group)
+
+
+class Prior(nn.Module):
+    """Its second argument is no label."""
+
+    def forward(self, x, scale=1.0):
+        return scale * x.square().sum(1) / 20
+
+
+class Anything(nn.Module):
+    def forward(self, *args, **kwargs):
+        return ByName()(*args, **kwargs)
+
+
+TAKERS = {
+    "optional": Optional,
+    "by name": ByName,
+    "keyword only": KeywordOnly,
+    "required": Required,
+    "positional only": PositionalOnly,
+    "told": Told,
+    "sum": lambda: SumEnergy([ByName(), Prior()]),
+    "sum with a classifier": lambda: SumEnergy([ClassifierEnergy(mlp(out=2)), KeywordOnly(), Prior()]),
+    "average": lambda: AveragedModel(KeywordOnly()),
+    "compiled": lambda: torch.compile(ByName(), backend="eager"),
+    "both": lambda: torch.compile(AveragedModel(SumEnergy([ByName(), Prior()])), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("make", TAKERS.values(), ids=TAKERS)
+def test_labels_reach_the_energy(make):
+    model = make()
+    assert_same(model, path="autograd", labels=LABELS)
+    samples, _ = sampled(model, "auto", labels=LABELS, steps=200, step_size=0.1)
+    assert (samples[LABELS == 1] > 0.5).all()
+    assert (samples[LABELS == 0] < -0.5).all()
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+@pytest.mark.parametrize("inside", [lambda m: m, lambda m: SumEnergy([m, GaussianEnergy()])])
+def test_wrapped_classifiers_have_their_closed_form(wrap, inside):
+    model = inside(wrap(ClassifierEnergy(mlp(out=3))))
+    assert_same(model, path="tiles", labels=LABELS)
+    assert_same(model, path="tiles")
+
+
+def test_a_scale_is_no_label():
+    """A term without labels is what it is without them."""
+    classifier = ClassifierEnergy(mlp(out=2))
+    found, _ = sampled(SumEnergy([classifier, Prior()]), "auto", labels=LABELS)
+    expected, _ = sampled(SumEnergy([classifier, GaussianEnergy(0.0, 10**0.5)]), "auto", labels=LABELS)
+    torch.testing.assert_close(found, expected)
+
+
+def test_labels_that_shift_x_have_their_effect():
+    """The example of the report: class means of -3 and 3."""
+    means = sampled(Optional(), "auto", labels=LABELS, steps=300, step_size=0.05, noise_scale=0.0)[0].mean(1)
+    torch.testing.assert_close(means, 6.0 * LABELS - 3.0, rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    "make", [Prior, mlp, Usual, GaussianEnergy, lambda: SumEnergy([Prior(), mlp()]), lambda: Negative(mlp())]
+)
+def test_labels_that_nobody_takes_are_refused(make):
+    model = make()
+    with pytest.raises(ValueError, match=r"labels were given, and .*\.forward takes x only, or nothing that is named"):
+        sampled(model, "auto", labels=LABELS)
+
+
+def test_what_is_ambiguous_is_refused():
+    class Two(nn.Module):
+        def forward(self, x, y=None, target=None):
+            return x.square().sum(1)
+
+    for model in (Two(), Anything(), SumEnergy([Prior(), Anything()])):
+        with pytest.raises(ValueError, match=r"which of them is the labels is not clear: set condition_argument"):
+            sampled(model, "auto", labels=LABELS)
+        assert sampled(model, "auto")[0].shape == (N, DIM) if not isinstance(model, Anything) else True
+
+
+class NoiseLevel(nn.Module):
+    """Conditional score models: (batch, 1) noise levels."""
+
+    def forward(self, x, sigma):
+        assert sigma.dtype == x.dtype
+        return (x.square() / sigma.square()).sum(1) / 2
+
+
+class Measured(nn.Module):
+    """An image to condition on."""
+
+    def forward(self, x, image):
+        return (x - image.flatten(1)).square().sum(1)
+
+
+class Attributes(nn.Module):
+    def forward(self, x, *, attributes=None):
+        return (x - attributes.to(x.dtype) @ torch.ones(4, DIM, dtype=x.dtype)).square().sum(1)
+
+
+CONDITIONS = {
+    "noise level": (NoiseLevel, torch.linspace(0.5, 2.0, N)[:, None]),
+    "noise level in float64": (NoiseLevel, torch.linspace(0.5, 2.0, N, dtype=torch.float64)[:, None]),
+    "image": (Measured, torch.randn(N, 2, 3)),
+    "attributes": (Attributes, torch.rand(N, 4) > 0.5),
+    "integers": (Attributes, torch.randint(3, (N, 4))),
+    "labels": (Optional, LABELS),
+    "average": (lambda: AveragedModel(NoiseLevel()), torch.linspace(0.5, 2.0, N)[:, None]),
+    "a sum": (lambda: SumEnergy([Prior(), NoiseLevel(), mlp()]), torch.linspace(0.5, 2.0, N)[:, None]),
+}
+
+
+@pytest.mark.parametrize(("make", "condition"), CONDITIONS.values(), ids=CONDITIONS)
+def test_a_condition_per_chain_reaches_the_energy(make, condition):
+    model, kept = make(), condition.clone()
+    assert_same(model, path="autograd", condition=condition)
+    assert torch.equal(condition, kept)
+    one = sampled(model, "auto", condition=condition[:1].expand_as(condition))[0]
+    assert torch.equal(one[0], sampled(model, "auto", condition=condition)[0][0])
+    assert not torch.allclose(one[1:], sampled(model, "auto", condition=condition)[0][1:])
+
+
+@pytest.mark.parametrize(
+    ("condition", "error", "match"),
+    [
+        (torch.ones(N + 1, 1), ValueError, r"condition must be \(5, \.\.\.\), one per chain, on cpu, got \(6, 1\)"),
+        (torch.ones(()), ValueError, r"condition must be \(5, \.\.\.\)"),
+        ([1.0] * N, TypeError, "condition must be a tensor"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(condition, error, match):
+    with pytest.raises(error, match=match):
+        sampled(NoiseLevel(), "auto", condition=condition)
+
+
+def test_one_condition_only():
+    with pytest.raises(ValueError, match=r"takes labels= or condition= beside x, got both"):
+        sampled(Optional(), "auto", labels=LABELS, condition=LABELS)
+    with pytest.raises(ValueError, match="a classifier takes labels"):
+        sampled(ClassifierEnergy(mlp(out=2)), "auto", condition=torch.ones(N, 1))
+    with pytest.raises(ValueError, match=r"a condition was given, and Sequential\.forward takes x only"):
+        sampled(mlp(), "auto", condition=torch.ones(N, 1))
+
+
+# -- energies that write in place ----------------------------------------------------------------------------------
+
+
+class Shifts(nn.Module):
+    def forward(self, x):
+        x -= 0.5
+        return x.square().sum(1) / 2
+
+
+class ByData(nn.Module):
+    def forward(self, x):
+        x.data.mul_(0.5)
+        return x.square().sum(1)
+
+
+class Clamps(nn.Module):
+    def forward(self, x):
+        with torch.no_grad():
+            x.clamp_(-0.5, 0.5)
+        return x.square().sum(1)
+
+
+class Fills(nn.Module):
+    def forward(self, x):
+        value = x.sum(1).square()
+        x[:, 0] = 7.0
+        return value
+
+
+class Normalises(nn.Module):
+    def forward(self, x):
+        return x.sub_(0.1).div_(0.7).flatten(1).abs().sum(1)
+
+
+class WritesToLabels(nn.Module):
+    def forward(self, x, y):
+        value = pull(x, y)
+        y.zero_()
+        return value
+
+
+WRITERS = {
+    "shifts": Shifts,
+    "by data": ByData,
+    "clamps": Clamps,
+    "fills": Fills,
+    "normalises": Normalises,
+    "relu in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(DIM, 1)),
+    "a sum": lambda: SumEnergy([Shifts(), GaussianEnergy(), Fills()]),
+    "a classifier": lambda: ClassifierEnergy(nn.Sequential(nn.Hardtanh(-0.3, 0.3, inplace=True), mlp(out=3))),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", WRITERS.values(), ids=WRITERS)
+def test_energies_that_write_in_place_write_to_copies(make, backend, dtype):
+    model, start = make(), torch.linspace(-1, 1, N * DIM, dtype=dtype).reshape(N, DIM)
+    kept = start.clone()
+    for steps in (0, 1):
+        samples, info = langevin_sample(
+            model, init=start, steps=steps, step_size=1e-9, noise_scale=0.0, backend=backend, return_info=True
+        )
+        assert torch.equal(start, kept)
+        torch.testing.assert_close(samples, start, rtol=0, atol=1e-7)
+        torch.testing.assert_close(info.energies, energy_of(model.to(dtype), start.clone()).detach())
+        model.float()
+    expected, _ = sampled(model, "reference")
+    torch.testing.assert_close(sampled(model, "auto")[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", WRITERS.values(), ids=WRITERS)
+def test_pools_are_safe_from_them(make):
+    pool = ChainPool(8, DIM, seed=0, reinit_prob=0.0)
+    kept = pool.states.clone()
+    pool.sample(make(), 4, Langevin(1e-9, 0.0), 0)
+    pool.advance(make(), Langevin(1e-9, 0.0), 0)
+    torch.testing.assert_close(pool.states, kept, rtol=0, atol=0)
+
+
+def test_labels_are_safe_too():
+    labels, pool = LABELS.clone(), ChainPool(N, DIM, seed=0, labels=LABELS)
+    for backend in ("auto", "reference"):
+        sampled(WritesToLabels(), backend, labels=labels)
+    pool.advance(WritesToLabels(), Langevin(0.1, 0.0), 2)
+    assert torch.equal(labels, LABELS)
+    assert torch.equal(pool.labels, LABELS)
+
+
+# -- what depends on the batch -------------------------------------------------------------------------------------
+
+
+class Squeezes(nn.Module):
+    """JEM's idiom: a batch of one is squeezed to a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Unflatten(1, (1, DIM)), nn.Conv1d(1, 2, DIM))
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.head(F.silu(self.conv(x).flatten(1))).squeeze()
+
+
+class Batchwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(DIM, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(x).pow(4).sum(1)
+
+
+class Correlated(nn.Module):
+    """The unbiased variance of one state is NaN."""
+
+    def forward(self, x):
+        return ((x - x.mean(0)) / x.std(0)).square().sum(1) + x.square().sum(1)
+
+
+class Held(nn.Module):
+    """A measurement for every chain inside the energy."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("measured", torch.randn(N, DIM))
+
+    def forward(self, x):
+        return (x - self.measured).square().sum(1)
+
+
+class HeldAsColumn(Held):
+    def forward(self, x):
+        return super().forward(x)[:, None]
+
+
+class Interacting(nn.Module):
+    """Chains repel each other (Stein, or a repulsive ensemble)."""
+
+    def forward(self, x):
+        others = torch.cdist(x, x).square()
+        return x.square().sum(1) + torch.exp(-others).sum(1)
+
+
+class Paired(nn.Module):
+    def forward(self, x):
+        return (x - x.roll(1, 0)).square().sum(1)
+
+
+BATCHED = {
+    "squeezes": Squeezes,
+    "batch statistics": Batchwise,
+    "correlated": Correlated,
+    "held": Held,
+    "held as a column": HeldAsColumn,
+    "interacting": Interacting,
+    "paired": Paired,
+}
+
+
+@pytest.mark.parametrize("make", BATCHED.values(), ids=BATCHED)
+def test_energies_that_know_their_batch_are_given_the_whole(make):
+    assert_same(make(), path="autograd")
+    pool = ChainPool(N, DIM, seed=0)
+    _, energies = pool.sample(make(), N, Langevin(0.01, 1.0), 2)
+    assert energies.isfinite().all()
+
+
+def test_a_batch_of_one_may_be_squeezed_to_a_number():
+    for model in (Squeezes(), Images(), Usual()):
+        shape = (12,) if isinstance(model, Images) else (DIM,)
+        one = torch.randn(1, *shape)
+        for backend in ("auto", "reference"):
+            samples, info = langevin_sample(model, init=one, steps=2, backend=backend, return_info=True)
+            assert samples.shape == one.shape
+            assert info.energies.shape == (1,)
+        assert langevin_sample(model, init=one[:0], steps=2).shape == (0, *shape)
+
+
+def test_energies_of_restarted_chains_are_those_of_the_whole_batch():
+    class Explodes(Held):
+        def forward(self, x):
+            return super().forward(x) + torch.where(x[:, 0] > 0.5, torch.inf, 0.0)
+
+    start = torch.zeros(N, DIM)
+    start[3] = 0.9
+    model = Explodes()
+    samples, info = langevin_sample(
+        model, init=start, steps=1, step_size=0.01, noise_scale=0.0, clamp=(-0.1, 0.1), on_nonfinite="reinit",
+        return_info=True, seed=1,
+    )  # fmt: skip
+    torch.testing.assert_close(info.energies, model(samples))
