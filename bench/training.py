@@ -86,7 +86,8 @@ def fastebm_pool(case: TrainingCase, device: torch.device, storage_dtype: torch.
 
     def put(x: Tensor) -> None:
         drawn, steps = taken
-        pool._put_back(drawn, steps, steps + case.steps, Advanced(x, energies, energies))
+        pool._put_back(drawn, steps, steps + case.steps, Advanced(x, energies, energies))()
+        pool.draws += 1
 
     def sample() -> Tensor:
         return pool.sample(model, case.batch_size, rule, case.steps)[0]

@@ -3,6 +3,7 @@ operations, of which ``index_copy_`` alone takes twice as long."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -34,32 +35,46 @@ def take(draw: Draw, data: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     n, dim = draw.rows.shape[0], data.shape[1]
     x = torch.empty(n, dim, dtype=torch.float32, device="cpu")
     before = torch.empty(n, dtype=torch.int64, device="cpu")
-    _run("pool.take", dim, draw, data, steps, draw.fresh.contiguous(), x, before)
+    _prepared("pool.take", dim, draw, data, steps, draw.fresh.contiguous(), x, before)()
     return x, before
 
 
 def put(
     draw: Draw, x: Tensor, before: Tensor, after: Tensor, energies: Tensor, data: Tensor, steps: Tensor, energy: Tensor,
     started: Tensor, restarts: Tensor,
-) -> None:  # fmt: skip
-    """The last five are the pool's, and become what they are after the draw."""
+) -> Callable[[], None]:  # fmt: skip
+    """What writes a draw back, when all that can fail is done: the last five are the pool's, and become what they are
+    after it."""
     if not x.dtype == energies.dtype == torch.float32:  # they come from outside, all else from the pool
         raise TypeError(f"states and energies must be float32, got {x.dtype} and {energies.dtype}")
     kept = data, steps, energy, started, restarts
-    _run("pool.put", data.shape[1], draw, *kept, x.contiguous(), before, after, energies.contiguous())
-    # as PyTorch's own operations do: a graph that still needs the old values must not use the new ones
-    increment_version([v for v in kept if not v.is_inference()])
+    arguments = *kept, x.contiguous(), before, after, energies.contiguous()
+    run = _prepared("pool.put", data.shape[1], draw, *arguments)
+
+    def write() -> None:
+        run()
+        # as PyTorch's own operations do: a graph that still needs the old values must not use the new ones
+        increment_version([v for v in kept if not v.is_inference()])
+
+    return write
 
 
-def _run(name: str, dim: int, draw: Draw, *arguments: Tensor) -> None:
-    """arguments: in the order of the kernel's last ones, contiguous and of the right dtype."""
+def _prepared(name: str, dim: int, draw: Draw, *arguments: Tensor) -> Callable[[], None]:
+    """A run of the kernel. arguments: in the order of the kernel's last ones, contiguous and of the right dtype."""
     n, spares = draw.rows.shape[0], _spares(name, dim)
     call, taken = spares.take()
     taken.zero_()
     addresses = [v.data_ptr() for v in (draw.rows, draw.restart, *arguments)]
     call.block[_CHANGING:] = [n, draw.restart.shape[0], *addresses]
-    together(call, min(torch.get_num_threads(), max(1, n * dim // _NUMBERS_PER_THREAD)))
-    spares.give((call, taken))
+    n_threads = min(torch.get_num_threads(), max(1, n * dim // _NUMBERS_PER_THREAD))
+
+    def run() -> None:
+        together(call, n_threads)
+        spares.give((call, taken))
+        kept.clear()  # until here they must not be freed
+
+    kept: list[object] = [draw, arguments]
+    return run
 
 
 _CHANGING = 3  # arguments from here on are set anew in each use, which is quicker than a new call

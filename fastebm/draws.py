@@ -52,16 +52,55 @@ class Draws:
             per_draw = max(2 * batch_size, round(reinit_prob * batch_size * starts.dim / 32))
             count = min(_MAX_AHEAD, max(1, _AHEAD // per_draw))
             self._ahead = ahead = self._draws(number, count, batch_size, reinit_prob)
-        draw = ahead[number, batch_size, reinit_prob]
-        if starts.early or len(draw.restart) == 0:
+        return self._started(ahead[number, batch_size, reinit_prob], number)
+
+    def matching(self, number: int, labels: Tensor, wanted: Tensor, reinit_prob: float) -> Draw:
+        """Distinct chains of the wanted labels, (n,), in their order: every choice among the chains of a label is
+        equally likely. labels: (n_chains,), of all chains.
+
+        Raises:
+            ValueError: there are too few of a label.
+        """
+        device = self.starts.device
+        classes, counts = torch.unique(wanted, return_counts=True)
+        held, n_held = torch.unique(labels, return_counts=True)
+        at = torch.searchsorted(held, classes).clamp_(max=len(held) - 1)
+        there = torch.where(held[at] == classes, n_held[at], 0)
+        if bool((there < counts).any()):
+            i = int((there < counts).nonzero()[0])
+            raise ValueError(
+                f"labels asks for {int(counts[i])} chains of label {int(classes[i])}, and the pool has {int(there[i])}"
+            )
+        numbers = torch.arange(self.n_chains, device=device)
+        w0, w1, _, _ = (w[:, 0] for w in words(self.starts.seed, Stream.POOL, numbers, number, 1, _DRAW_BLOCK))
+        order = torch.argsort((w0 << 31) | (w1 >> 1))
+        order = order[torch.argsort(labels[order], stable=True)]  # by label, and at random among equal ones
+        sorted_wanted, at = torch.sort(wanted, stable=True)
+        ranks = torch.arange(len(wanted), device=device) - torch.searchsorted(sorted_wanted, sorted_wanted)
+        chosen = order[torch.searchsorted(labels[order], sorted_wanted) + ranks]
+        drawn = torch.empty_like(chosen).index_copy_(0, at, chosen)[None]
+        restarts = _coins(self.starts.seed, number, drawn, reinit_prob)
+        (draw,) = self._local(number, drawn, restarts)
+        return self._started(draw, number)
+
+    def _started(self, draw: Draw, number: int) -> Draw:
+        """With states of those that start anew."""
+        if self.starts.early or len(draw.restart) == 0:
             return draw
         chains = draw.rows[draw.restart] + self.first_chain
-        return draw._replace(fresh=starts.states(Stream.INITIAL, chains, torch.full_like(chains, number + 1)))
+        return draw._replace(fresh=self.starts.states(Stream.INITIAL, chains, torch.full_like(chains, number + 1)))
 
     def _draws(self, first: int, count: int, batch_size: int, reinit_prob: float) -> dict[tuple[int, int, float], Draw]:
+        drawn, restarts = _drawn(
+            self.starts.seed, first, count, self.n_chains, batch_size, reinit_prob, self.starts.device
+        )
+        draws = enumerate(self._local(first, drawn, restarts), first)
+        return {(number, batch_size, reinit_prob): draw for number, draw in draws}
+
+    def _local(self, first: int, drawn: Tensor, restarts: Tensor) -> list[Draw]:
+        """What this process has of draws in a row. drawn, restarts: (count, batch_size)."""
         starts, device = self.starts, self.starts.device
-        threshold = math.ceil(reinit_prob * 2**32)  # coins are whole numbers
-        drawn, restarts = _drawn(starts.seed, first, count, self.n_chains, batch_size, threshold, device)
+        count, batch_size = drawn.shape
         rows, sizes = drawn.flatten() - self.first_chain, [batch_size] * count
         draws = torch.arange(count, device=device).repeat_interleave(batch_size)
         restarts = restarts.flatten()
@@ -83,8 +122,7 @@ class Draws:
         )
         at -= torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=device)[of]
         parts = torch.split(rows, sizes), torch.split(at, n_restarts), torch.split(fresh, n_restarts), places
-        draws_of_parts = enumerate(zip(*parts, strict=True), first)
-        return {(number, batch_size, reinit_prob): Draw(*part) for number, part in draws_of_parts}
+        return [Draw(*part) for part in zip(*parts, strict=True)]
 
 
 def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -97,9 +135,9 @@ def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device 
 
 
 def _drawn(
-    seed: int, first: int, count: int, n: int, k: int, threshold: int, device: torch.device
+    seed: int, first: int, count: int, n: int, k: int, reinit_prob: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Of count draws, both (count, k): their chains, and whether a chain starts anew: its coin is below threshold."""
+    """Of count draws, both (count, k): their chains, and whether a chain starts anew."""
     if device.type == "cpu" and 2 * k <= n and kernels.why_not() is None:
         bits = (2 * k).bit_length()  # of a table that is half full at most
         table = torch.empty(2**bits, dtype=torch.int32, device=device)
@@ -108,13 +146,23 @@ def _drawn(
         restarts = torch.empty(count, k, dtype=torch.bool, device=device)
         kernels.load("pool.draw")(
             torch.tensor([first], device=device), count, n, k, *seed_words(seed), int(Stream.POOL), _DRAW_BLOCK,
-            _COIN_BLOCK, threshold, table, bits, w, chains, restarts,
+            _COIN_BLOCK, _threshold(reinit_prob), table, bits, w, chains, restarts,
         )  # fmt: skip
         return chains, restarts
     chains = _distinct(seed, first, count, n, k, device)
-    draws = torch.arange(first, first + count, device=device).repeat_interleave(k)
+    return chains, _coins(seed, first, chains, reinit_prob)
+
+
+def _coins(seed: int, first: int, chains: Tensor, reinit_prob: float) -> Tensor:
+    """Whether drawn chains, (count, k), start anew: their coins are below a threshold."""
+    count, k = chains.shape
+    draws = torch.arange(first, first + count, device=chains.device).repeat_interleave(k)
     coins = words(seed, Stream.POOL, chains.flatten(), draws, 1, _COIN_BLOCK)[0]
-    return chains, coins.view(count, k) < threshold
+    return coins.view(count, k) < _threshold(reinit_prob)
+
+
+def _threshold(probability: float) -> int:
+    return math.ceil(probability * 2**32)  # coins are whole numbers
 
 
 def _distinct(seed: int, first: int, count: int, n: int, k: int, device: torch.device) -> Tensor:

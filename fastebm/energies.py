@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from .conditions import condition_parameter, kind_of, unwrapped
 from .mlp import ACTIVATIONS, Activation
+from .scalars import plain_number
 
 __all__ = [
     "ClassifierEnergy",
@@ -36,9 +37,11 @@ def _layers(sizes: Sequence[int], activation: str | Activation, dropout: float, 
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     parameter = ACTIVATIONS[name].default if isinstance(activation, str) else activation.parameter
+    sizes = [plain_number(size) for size in sizes]
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"layer sizes must be ints >= 1, got {list(sizes)}")
+    dropout = plain_number(dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
@@ -201,7 +204,7 @@ class SumEnergy(nn.Module):
             raise ValueError("a SumEnergy needs at least one energy, got none")
         w = torch.ones(len(self.energies)) if weights is None else torch.as_tensor(weights).detach().clone()
         if w.shape != (len(self.energies),) or not bool(w.isfinite().all()):
-            raise ValueError(f"weights must be {len(self.energies)} finite numbers, one an energy, got {weights!r}")
+            raise ValueError(f"weights must be {len(self.energies)} finite numbers, one per energy, got {weights!r}")
         self.register_buffer("weights", w.to(torch.get_default_dtype()))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -15,9 +15,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .scalars import plain_number
 from .tracing import readable
 
 __all__ = ["Langevin"]
@@ -53,10 +55,13 @@ class Langevin:
     grad_norm_clip: float | None = None
 
     def __post_init__(self) -> None:
-        _check_coefficient("step_size", self.step_size, positive=True)
-        _check_coefficient("noise_scale", self.noise_scale, positive=False)
+        for name in ("step_size", "noise_scale"):
+            object.__setattr__(
+                self, name, _checked_coefficient(name, getattr(self, name), positive=name == "step_size")
+            )
         for name in ("grad_clip", "grad_norm_clip"):
-            bound = getattr(self, name)
+            bound = plain_number(getattr(self, name))
+            object.__setattr__(self, name, bound)
             if bound is not None and not (_is_number(bound) and bound > 0):
                 raise ValueError(f"{name} must be a number > 0 or None, got {bound!r}")
         if self.clamp is not None:
@@ -70,6 +75,7 @@ class Langevin:
 
         noise_std may be a schedule or a value a chain, as noise_scale.
         """
+        drift, noise_std = plain_number(drift), _as_tensor(noise_std)
         if not (_is_number(drift) and drift > 0):
             raise ValueError(f"drift must be a number > 0, got {drift!r}")
         return cls(2.0 * drift, noise_std / math.sqrt(2.0 * drift), **options)
@@ -77,6 +83,7 @@ class Langevin:
     @classmethod
     def ula(cls, step_size: float, temperature: float = 1.0, **options: Any) -> Langevin:
         """The unadjusted Langevin algorithm at a temperature: a = step/2, b = sqrt(step T) (Roberts & Tweedie 1996)."""
+        temperature = plain_number(temperature)
         if not (_is_number(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
         return cls(step_size, math.sqrt(temperature), **options)
@@ -84,7 +91,7 @@ class Langevin:
     @classmethod
     def torchebm(cls, step_size: float, noise_scale: float = 1.0, **options: Any) -> Langevin:
         """torchebm, BlackJAX and posteriors: a = eta, b = sqrt(2 eta) noise_scale."""
-        return cls(2.0 * step_size, noise_scale, **options)
+        return cls(2.0 * _as_tensor(step_size), noise_scale, **options)
 
     @classmethod
     def edifice(cls, **options: Any) -> Langevin:
@@ -174,9 +181,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+def _as_tensor(value: Any) -> Any:
+    """An array as a tensor; a number of any kind as Python's."""
+    value = plain_number(value)
+    return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+
+
 def _checked_bounds(clamp: Any) -> Bounds:
     try:
-        lo, hi = (v if isinstance(v, Tensor) and (v.ndim > 0 or not readable(v.device)) else float(v) for v in clamp)
+        lo, hi = (v if isinstance(v, Tensor) else float(v) for v in map(_as_tensor, clamp))
     except (TypeError, ValueError):
         raise TypeError(f"clamp must be a pair (lo, hi) of numbers or tensors, or None, got {clamp!r}") from None
     if isinstance(lo, float) and isinstance(hi, float):
@@ -199,8 +212,10 @@ def _checked_bounds(clamp: Any) -> Bounds:
     return lo, hi
 
 
-def _check_coefficient(name: str, value: float | Tensor, *, positive: bool) -> None:
+def _checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Tensor:
     rule = f"{name} must be finite and {'> 0' if positive else '>= 0'}"
+    # a tensor without dims stays where it is: a captured call may read it there
+    value = value if isinstance(value, Tensor) else _as_tensor(value)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
@@ -209,7 +224,7 @@ def _check_coefficient(name: str, value: float | Tensor, *, positive: bool) -> N
                 f"{name} must be a float, a (steps,) tensor or a (n_chains, 1) tensor, got shape {tuple(value.shape)}"
             )
         if not readable(value.device):
-            return  # a compiled call looks when it runs (backends/op.py); a captured one can't
+            return value  # a compiled call looks when it runs (backends/op.py); a captured one can't
         # One reduction for all three faults: NaN fails every comparison.
         good = torch.isfinite(value) & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):
@@ -218,6 +233,8 @@ def _check_coefficient(name: str, value: float | Tensor, *, positive: bool) -> N
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
     elif not ((value > 0 if positive else value >= 0) and value < math.inf):
         raise ValueError(f"{rule}, got {value}")
+    checked: float | Tensor = value
+    return checked
 
 
 def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int, device: Any) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu as kernels
+from .scalars import plain_number
 from .threads import Spares, Team
 
 __all__ = [
@@ -234,6 +235,7 @@ def normals_of_steps(
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
     """The given seed, or one 64-bit seed drawn from ``generator`` (default: torch's global CPU generator)."""
     if seed is not None:
+        seed = plain_number(seed)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int or None, got {seed!r}")
         if not -(2**63) <= seed < 2**64:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +26,11 @@ from .langevin import Bounds, Langevin
 from .noise import Stream, draw_seed, words
 from .processes import Processes
 from .sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
+from .scalars import plain_number
 from .starts import LAWS, Start, Starts, checked_states
 from .stats import PoolStats, statistics
 from .storage import Storage
-from .threads import survives_fork
+from .threads import outside_inference
 
 __all__ = ["ChainPool", "PoolCall", "PoolStats"]
 
@@ -53,13 +54,14 @@ class PoolCall:
 
     chains: (n,) int64, global numbers of the chains that this process moved, in the order of the samples.
     labels: (n,) int64, theirs, or None. restarted: chains that started anew before they moved. nonfinite: chains that
-    left the finite numbers. Both count the chains of all processes.
+    left the finite numbers. Both count the chains of all processes. condition: (n, ...), of the moved ones, or None.
     """
 
     chains: Tensor
     labels: Tensor | None
     restarted: int
     nonfinite: int
+    condition: Tensor | None = None
 
 
 class ChainPool:
@@ -75,7 +77,8 @@ class ChainPool:
         input_size: dims or shape of one state.
         clamp: (lo, hi), each a number or a tensor of one state's shape: chains start within it and stay. None: only
             the sampler's own clamp holds them.
-        seed: 64-bit seed of everything random in the pool.
+        seed: 64-bit seed of everything random in the pool. None: drawn from torch's global CPU generator, of the first
+            process if there are several.
         device: where chains move.
         reinit_prob: probability in [0, 1] that a drawn chain starts anew.
         init: where chains start, at first and anew. "uniform": on the clamp, or on [-1, 1] without one. "gaussian":
@@ -84,6 +87,8 @@ class ChainPool:
             their starts apart: a pure function of these, as ``noise.uniform`` and ``noise.normal`` are, keeps the pool
             reproducible.
         labels: (n_chains,) integers, each chain's class, given to the energy beside the states. None: none.
+        condition: (n_chains, ...), in place of labels: what else each chain is conditioned on (a noise level,
+            attributes, a measurement, an image). None: nothing.
         storage_dtype: of the states between calls: torch.float32, torch.bfloat16, or torch.uint8 (256 levels on the
             clamp). The last two round at random, so that the mean is kept (storage.py); chains move in float32, and
             ``sample`` returns what they are before they are rounded.
@@ -93,23 +98,24 @@ class ChainPool:
         process_group: of torch.distributed. Each process has one slice of the chains, ``first_chain`` and ``n_local``,
             and all make the same calls. None: this process has all chains.
 
-    Memory: n_local states, and 28 bytes a chain; 8 more with labels, and 8 for ``last`` after ``advance``. Building,
-    ``advance`` and ``load_state_dict`` take some ten times a chunk of float32 states beside it at most: 320 MiB on a
-    CPU and 2.5 GiB on a GPU; ``sample`` the same of its batch.
+    Memory: n_local states, and 28 bytes per chain; 8 more with labels, or the condition, and 8 for ``last`` after
+    ``advance``. Building, ``advance`` and ``load_state_dict`` take some ten times a chunk of float32 states beside it
+    at most: 320 MiB on a CPU and 2.5 GiB on a GPU; ``sample`` the same of its batch.
     """
 
-    @survives_fork
+    @outside_inference
     def __init__(
         self,
         n_chains: int,
         input_size: int | Sequence[int],
         *,
         clamp: Bounds | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         reinit_prob: float = 0.05,
         init: str | Tensor | Start = "uniform",
         labels: Tensor | None = None,
+        condition: Tensor | None = None,
         storage_dtype: torch.dtype = torch.float32,
         storage_device: torch.device | str | None = None,
         storage_file: str | os.PathLike[str] | None = None,
@@ -120,18 +126,25 @@ class ChainPool:
         self.draws = self.added = 0
         self.last: PoolCall | None = None
         with self._processes.together():
+            n_chains = plain_number(n_chains)
             if isinstance(n_chains, bool) or not isinstance(n_chains, int) or not 1 <= n_chains < 2**31:
                 raise ValueError(f"n_chains must be an int in [1, 2**31), got {n_chains!r}")
             self.n_chains, self.shape = n_chains, state_shape(input_size)
             self._dim = math.prod(self.shape)
             self.reinit_prob = reinit_prob
             rule = Langevin(clamp=clamp)
-            self.clamp, self.seed = rule.clamp, draw_seed(seed)
+            self.clamp, drawn = rule.clamp, draw_seed(seed)
             self.first_chain, last = self._processes.share(n_chains)
             self.n_local = last - self.first_chain
+        seeds = self._processes.gather((seed is None, drawn))
+        self.seed = seeds[0][1] if all(is_drawn for is_drawn, _ in seeds) else drawn
+        with self._processes.together():
             starts = Starts(init, self.seed, self.shape, self.clamp, self.device)
             self._draws = Draws(starts, n_chains, self.first_chain, self.n_local)
+            if labels is not None and condition is not None:
+                raise ValueError("a pool has labels= or condition=, got both: leave one out")
             self._labels = None if labels is None else self._checked_labels(labels)
+            self._condition = None if condition is None else self._checked_condition(condition)
         arguments = (n_chains, self.shape, self.clamp, self.seed, starts.kind, self.reinit_prob, storage_dtype)
         self._processes.agree(None, arguments, differ="built theirs with other arguments or another seed")
         with ExitStack() as undo:
@@ -165,7 +178,7 @@ class ChainPool:
     # -- what is known of every chain of this process -----------------------------------------------------------
 
     @property
-    @survives_fork
+    @outside_inference
     def states(self) -> Tensor:
         """(n_local, *shape) float32: the pool's own memory, not a copy, where that is float32; else a copy."""
         stored = self._storage.data
@@ -178,7 +191,7 @@ class ChainPool:
         return self._steps
 
     @property
-    @survives_fork
+    @outside_inference
     def ages(self) -> Tensor:
         """(n_local,) int64: steps since the chain last started."""
         return self._steps - self._started
@@ -208,6 +221,7 @@ class ChainPool:
 
     @reinit_prob.setter
     def reinit_prob(self, value: float) -> None:
+        value = plain_number(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
             raise ValueError(f"reinit_prob must be in [0, 1], got {value!r}")
         self._reinit_prob = float(value)
@@ -218,13 +232,25 @@ class ChainPool:
         return self._labels
 
     @labels.setter
-    @survives_fork
+    @outside_inference
     def labels(self, labels: Tensor | None) -> None:
-        self._labels = None if labels is None else self._checked_labels(labels)
+        new = None if labels is None else self._checked_labels(labels)
+        self._labels, self._condition = new, None if labels is not None else self._condition
+
+    @property
+    def condition(self) -> Tensor | None:
+        """(n_local, ...), not a copy, or None. To be set to (n_chains, ...), the conditions of all, or None."""
+        return self._condition
+
+    @condition.setter
+    @outside_inference
+    def condition(self, condition: Tensor | None) -> None:
+        new = None if condition is None else self._checked_condition(condition)
+        self._condition, self._labels = new, None if condition is not None else self._labels
 
     # -- calls that move chains ---------------------------------------------------------------------------------
 
-    @survives_fork
+    @outside_inference
     def sample(
         self,
         energy: nn.Module,
@@ -232,6 +258,7 @@ class ChainPool:
         langevin: Langevin,
         steps: int,
         *,
+        labels: Tensor | None = None,
         backend: str = "auto",
         precision: str | None = None,
         cuda_graph: bool = False,
@@ -244,6 +271,8 @@ class ChainPool:
         Args:
             batch_size: over all processes.
             langevin: the rule; what it has for each chain is for the batch, in its order.
+            labels: (batch_size,) integers: draw chains of these labels, in this order, as for a batch of data that has
+                them. Each chain of a label is as likely as the others. It takes a sort of all chains.
             on_nonfinite: "raise"; "reinit" starts those chains anew, as ``init`` says, and leaves all others as they
                 are (``last.nonfinite``, ``nonfinite``); "ignore" keeps their last finite state.
             Others as for ``langevin_sample``.
@@ -255,38 +284,62 @@ class ChainPool:
         Raises:
             ValueError, NonFiniteError: as ``langevin_sample``, on every process; the pool is unchanged then.
         """
-        arguments = (energy, batch_size, langevin, steps, backend, precision, cuda_graph, on_nonfinite)
+        arguments = (energy, batch_size, langevin, steps, labels, backend, precision, cuda_graph, on_nonfinite)
         if torch.compiler.is_compiling():
             from .backends import compiling
 
-            done: Advanced = compiling.uncompiled(self._sample, *arguments)
-        else:
-            done = self._sample(*arguments)
-        return done.x.reshape(len(done.x), *self.shape), done.energy
+            done: tuple[Tensor, Tensor] = compiling.uncompiled(self._sample, *arguments)
+            return done
+        return self._sample(*arguments)
 
     def _sample(
-        self, energy: nn.Module, batch_size: int, langevin: Langevin, steps: int, backend: str,
+        self, energy: nn.Module, batch_size: int, langevin: Langevin, steps: int, labels: Tensor | None, backend: str,
         precision: str | None, cuda_graph: bool, on_nonfinite: str,
-    ) -> Advanced:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
+        batch_size, steps = plain_number(batch_size), plain_number(steps)
+        wanted = None if labels is None else self._wanted(labels, batch_size)
         call = "sample", self.draws, self.added, self.reinit_prob, batch_size, steps
         with self._processes.together(call, differ=_OTHER_CALLS) as counts:
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
                 raise ValueError(f"batch_size must be an int in [1, {len(self)}], the pool's size, got {batch_size!r}")
             rule = self._rule(langevin)
-            draw = self._next_draw(batch_size)
+            draw = self._next_draw(batch_size, wanted)
             if draw.places is not None:
                 rule = _rule_of(rule, draw.places, batch_size)
             x, before = self._taken(draw)
             done, bad = self._moved(energy, x, draw.rows, before, rule, steps, on_nonfinite, options)
+            after = before + steps
+            again = bad if on_nonfinite == "reinit" else bad[:0]
+            writes = self._put_back(draw, before, after, done), self._restart(draw.rows[again], after[again], True)
+            numbers = self._storage.chains(draw.rows)
+            of_labels, condition = (None if v is None else v[draw.rows] for v in (self._labels, self._condition))
+            samples = done.x.reshape(len(done.x), *self.shape)
             counts += [len(draw.restart), len(bad)]
         # From here on nothing can fail, so a pool never holds half a draw.
-        self._put_back(draw, before, before + steps, done)
-        if len(bad) > 0 and on_nonfinite == "reinit":
-            self._restarted(draw.rows[bad], before[bad] + steps, nonfinite=True)
-        labels = None if self._labels is None else self._labels[draw.rows]
-        self.last = PoolCall(self._storage.chains(draw.rows), labels, *counts)
-        return done
+        for write in writes:
+            write()
+        self.draws += 1
+        self.last = PoolCall(numbers, of_labels, counts[0], counts[1], condition)
+        return samples, done.energy
+
+    def _next_draw(self, batch_size: int, wanted: tuple[Tensor, Tensor] | None = None) -> Draw:
+        if wanted is None:
+            return self._draws.draw(self.draws, batch_size, self.reinit_prob)
+        return self._draws.matching(self.draws, *wanted, self.reinit_prob)
+
+    def _wanted(self, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Labels of all chains, and those that are asked for."""
+        with self._processes.together():
+            if self._labels is None:
+                raise ValueError("labels= draws chains of these labels, and this pool has none: build it with labels=")
+            wanted = _labels_of("labels", labels, batch_size, "one for each of batch_size").to(self.device)
+            mine = wanted, self._labels
+        asked, held = zip(*self._processes.gather(mine), strict=True)
+        with self._processes.together():
+            if any(not torch.equal(theirs, wanted) for theirs in asked):
+                raise ValueError(f"the processes of a group must make the same calls, and some {_OTHER_CALLS}")
+            return torch.cat(held), wanted
 
     def _taken(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """Where the drawn chains begin, and their lifetime steps."""
@@ -297,22 +350,24 @@ class ChainPool:
             x.index_copy_(0, draw.restart, draw.fresh)
         return x, steps
 
-    def _put_back(self, draw: Draw, before: Tensor, after: Tensor, done: Advanced) -> None:
+    def _put_back(self, draw: Draw, before: Tensor, after: Tensor, done: Advanced) -> Callable[[], None]:
+        """What writes a draw back, when all that can fail is done."""
         if copies.can_copy(self._storage):
             story = (self._steps, self._energy, self._started, self._restarts)
-            copies.put(draw, done.x, before, after, done.energy, self._storage.data, *story)
-        else:
-            self._storage.write(draw.rows, done.x, after)
+            return copies.put(draw, done.x, before, after, done.energy, self._storage.data, *story)
+        states = self._storage.writing(draw.rows, done.x, after)
+        restarted = self._restart(draw.rows[draw.restart], before[draw.restart])
+        energies = done.energy.to(self._energy)
+
+        def write() -> None:
+            states()
             self._steps.index_copy_(0, draw.rows, after)
-            self._energy.index_copy_(0, draw.rows, done.energy)
-            if len(draw.restart) > 0:
-                self._restarted(draw.rows[draw.restart], before[draw.restart])
-        self.draws += 1
+            self._energy.index_copy_(0, draw.rows, energies)
+            restarted()
 
-    def _next_draw(self, batch_size: int) -> Draw:
-        return self._draws.draw(self.draws, batch_size, self.reinit_prob)
+        return write
 
-    @survives_fork
+    @outside_inference
     def advance(
         self,
         energy: nn.Module,
@@ -355,6 +410,7 @@ class ChainPool:
         backend: str, precision: str | None, cuda_graph: bool, on_nonfinite: str,
     ) -> None:  # fmt: skip
         options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
+        steps = plain_number(steps)
         story = tuple(self._story().values())
         before: tuple[Tensor, ...] = ()
         spare: Tensor | None = None
@@ -372,22 +428,26 @@ class ChainPool:
             nonlocal n_bad, moved
             part = _rule_of(rule, self._storage.chains(rows), len(self))
             done, bad = self._moved(energy, x, rows, self._steps[rows], part, steps, on_nonfinite, options)
-            stored = self._storage.encoded(done.x, rows, self._steps[rows] + steps)
+            after = self._steps[rows] + steps
+            stored = self._storage.encoded(done.x, rows, after)
+            again = bad if on_nonfinite == "reinit" else bad[:0]
+            restarted = self._restart(again + rows.start, after[again], True)
+            now = self._steps[rows], self._energy[rows]
             n_bad += len(bad)
             if rows.stop == self.n_local:  # before anything of the last chunk is written
                 agree()
+            bar.update(rows.stop - rows.start)
             if spare is not None:
                 spare[rows].copy_(self._storage.data[rows])
             moved = rows.stop
-            self._steps[rows] += steps
-            self._energy[rows] = done.energy
-            if len(bad) > 0 and on_nonfinite == "reinit":
-                bad = bad + rows.start
-                self._restarted(bad, self._steps[bad], nonfinite=True)
-            bar.update(rows.stop - rows.start)
+            now[0].copy_(after)
+            now[1].copy_(done.energy)
+            restarted()
             return stored
 
         try:
+            labels, condition = (None if v is None else v.clone() for v in (self._labels, self._condition))
+            numbers = self._storage.chains(slice(0, self.n_local))
             rule, parts = self._rule(langevin), self._parts(chunk_size)
             if on_nonfinite == "raise" and len(parts) > 1:
                 before, spare = tuple(t.clone() for t in story), self._storage.spare()
@@ -404,8 +464,7 @@ class ChainPool:
             if isinstance(error, Exception):
                 agree(error)
             raise
-        labels = None if self._labels is None else self._labels.clone()
-        self.last = PoolCall(self._storage.chains(slice(0, self.n_local)), labels, 0, n_bad)
+        self.last = PoolCall(numbers, labels, 0, n_bad, condition)
 
     def _moved(
         self, energy: nn.Module, x: Tensor, rows: slice | Tensor, steps_before: Tensor, rule: Langevin, steps: int,
@@ -414,36 +473,49 @@ class ChainPool:
         """Some chains after their steps, and which of them were not finite; the pool is unchanged."""
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
-        labels = None if self._labels is None else self._labels[rows]
-        chains = Chains(x, self.seed, self._storage.chains(rows), steps_before, labels)
+        given = self._condition if self._labels is None else self._labels
+        chains = Chains(x, self.seed, self._storage.chains(rows), steps_before, None if given is None else given[rows])
         policy = "ignore" if on_nonfinite == "reinit" else on_nonfinite
         done, _ = advance_chains(energy, chains, rule, steps, shape=self.shape, on_nonfinite=policy, **options)
         if on_nonfinite == "raise":
             return done, steps_before[:0]
         bad = ((done.first_bad >= 0) | ~done.energy.isfinite()).nonzero().flatten()
         if on_nonfinite == "reinit" and len(bad) > 0:
-            fresh = chains.rows(bad)
-            fresh = fresh._replace(x=self._draws.starts.states(Stream.POOL, fresh.numbers, fresh.first_steps + steps))
+            fresh = self._draws.starts.states(Stream.POOL, chains.numbers[bad], steps_before[bad] + steps)
+            # With all others: an energy may know how many it is given.
             again, _ = advance_chains(
-                energy, fresh, Langevin(), 0, shape=self.shape, on_nonfinite="ignore", backend=options["backend"],
-                precision=options["precision"],
+                energy, chains._replace(x=done.x.index_copy(0, bad, fresh)), Langevin(), 0, shape=self.shape,
+                on_nonfinite="ignore", backend=options["backend"], precision=options["precision"],
             )  # fmt: skip
-            done.x.index_copy_(0, bad, again.x)
-            done.energy.index_copy_(0, bad, again.energy)
+            done.x.index_copy_(0, bad, again.x[bad])
+            done.energy.index_copy_(0, bad, again.energy[bad])
         return done, bad
 
-    def _restarted(self, rows: Tensor, steps: Tensor, *, nonfinite: bool = False) -> None:
-        """rows: distinct. steps: (n,), at which they started anew."""
-        self._started.index_copy_(0, rows, steps)
+    def _restart(self, rows: Tensor, steps: Tensor, nonfinite: bool = False) -> Callable[[], None]:
+        """What notes that chains started anew, when all that can fail is done. rows: distinct. steps: (n,), then."""
+        if len(rows) == 0:
+            return _nothing
         one = torch.ones_like(rows, dtype=torch.int32)
-        self._restarts.index_add_(0, rows, one)
-        if nonfinite:
-            self._nonfinite.index_add_(0, rows, one)
+
+        def write() -> None:
+            self._started.index_copy_(0, rows, steps)
+            self._restarts.index_add_(0, rows, one)
+            if nonfinite:
+                self._nonfinite.index_add_(0, rows, one)
+
+        return write
 
     # -- the replay buffer --------------------------------------------------------------------------------------
 
-    @survives_fork
-    def add(self, samples: Tensor, labels: Tensor | None = None, *, policy: str = "fifo") -> None:
+    @outside_inference
+    def add(
+        self,
+        samples: Tensor,
+        labels: Tensor | None = None,
+        *,
+        condition: Tensor | None = None,
+        policy: str = "fifo",
+    ) -> None:
         """Put states from outside in place of chains, which then go on from there.
 
         The first n_chains that are ever added take the chains in order. After that "fifo" goes round, so the oldest
@@ -452,7 +524,7 @@ class ChainPool:
 
         Args:
             samples: (n, *shape), finite and within the clamp.
-            labels: (n,) integers, for a pool that has labels.
+            labels: (n,) integers, for a pool that has labels. condition: (n, ...), for one that has a condition.
             policy: "fifo" or "reservoir".
 
         Raises:
@@ -462,13 +534,19 @@ class ChainPool:
             if policy not in ("fifo", "reservoir"):
                 raise ValueError(f'policy must be "fifo" or "reservoir", got {policy!r}')
             x = checked_states("samples", samples, self.shape, self.clamp)
-            if (labels is None) != (self._labels is None):
-                raise ValueError(
-                    "this pool has no labels: build it with labels=, or leave them out"
-                    if self._labels is None
-                    else "this pool has labels: pass those of the samples"
-                )
-            new_labels = None if labels is None else _labels_of("labels", labels, len(x), "one a sample")
+            for name, given, kept in (("labels", labels, self._labels), ("condition", condition, self._condition)):
+                if (given is None) != (kept is None):
+                    raise ValueError(
+                        f"this pool has no {name}: build it with {name}=, or leave them out"
+                        if kept is None
+                        else f"this pool has {name}: pass those of the samples"
+                    )
+            new: Tensor | None = None
+            kept = self._labels if self._condition is None else self._condition
+            if labels is not None:
+                new = _labels_of("labels", labels, len(x), "one per sample")
+            elif condition is not None and self._condition is not None:
+                new = _condition_of(condition, (len(x), *self._condition.shape[1:]), self._condition.dtype)
         call = "add", self.draws, self.added, len(x), policy
         self._processes.agree(None, call, differ=_OTHER_CALLS)
         numbers = torch.arange(self.added, self.added + len(x), device=self.device)
@@ -482,16 +560,21 @@ class ChainPool:
         rows = rows - self.first_chain
         which = _last_of_each(rows, self.n_local)
         rows = rows[which]
-        self._storage.write(rows, x[which.to(x.device)].to(self.device, torch.float32), self._steps[rows])
+        steps = self._steps[rows]
+        states = self._storage.writing(rows, x[which.to(x.device)].to(self.device, torch.float32), steps)
+        restarted = self._restart(rows, steps)
+        values = None if new is None else new.to(self.device)[which]
+        # From here on nothing can fail.
+        states()
+        restarted()
         self._energy.index_fill_(0, rows, math.nan)
-        self._restarted(rows, self._steps[rows])
-        if new_labels is not None and self._labels is not None:
-            self._labels.index_copy_(0, rows, new_labels.to(self.device)[which])
+        if values is not None and kept is not None:
+            kept.index_copy_(0, rows, values)
         self.added += len(x)
 
     # -- what the pool is like ----------------------------------------------------------------------------------
 
-    @survives_fork
+    @outside_inference
     def stats(self) -> PoolStats:
         """Numbers of all chains, computed where they are and then fetched at once; states are not looked at.
 
@@ -503,13 +586,13 @@ class ChainPool:
 
     # -- save and resume ----------------------------------------------------------------------------------------
 
-    @survives_fork
+    @outside_inference
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """All that the pool is, but for the rows or the callable of ``init``.
 
         Tensors have one row for each chain of this process: "x" (n_local, dim) as they are stored, "steps",
-        "started", "energy", "restarts", "nonfinite", and "labels" if there are any. All else is plain, and the same on
-        all processes.
+        "started", "energy", "restarts", "nonfinite", and "labels" and "condition" if there are any.
+        All else is plain, and the same on all processes.
 
         Args:
             copy: False: the pool's own memory, which takes no more, and changes when chains move.
@@ -517,7 +600,7 @@ class ChainPool:
         tensors = {"x": self._storage.data, **self._story()}
         return {
             **({k: t.clone() for k, t in tensors.items()} if copy else tensors),
-            **({} if self._labels is not None else {"labels": None}),
+            **{name: None for name in ("labels", "condition") if name not in tensors},
             "n_chains": len(self),
             "draws": self.draws,
             "added": self.added,
@@ -538,9 +621,10 @@ class ChainPool:
             "restarts": self._restarts,
             "nonfinite": self._nonfinite,
         }
-        return story if self._labels is None else {**story, "labels": self._labels}
+        given = {"labels": self._labels, "condition": self._condition}
+        return {**story, **{name: v for name, v in given.items() if v is not None}}
 
-    @survives_fork
+    @outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become the saved pool, on this pool's device and in its memory. Checked first: a bad state changes nothing.
 
@@ -551,16 +635,18 @@ class ChainPool:
             ValueError: missing entries, another version, size, shape or storage_dtype, or values that can't be.
         """
         with self._processes.together(("load_state_dict",), differ=_OTHER_CALLS):
+            state = {"condition": None, **state}  # states of before there were conditions have none
             rule, starts = self._checked_state(state)
-            labels = None if state["labels"] is None else torch.empty_like(self._steps)
+            given = (state["labels"], state["condition"])
+            labels, condition = (None if v is None else torch.empty_like(v, device=self.device) for v in given)
+            draws, bounds = Draws(starts, len(self), self.first_chain, self.n_local), self._storage.bounds_of(rule)
         # From here on nothing can fail, so a pool never becomes half of another.
-        self._labels = labels
+        self._labels, self._condition = labels, condition
         for name, target in (("x", self._storage.data), *self._story().items()):
             target.copy_(state[name])
         self.seed, self.clamp, self.reinit_prob = starts.seed, rule.clamp, state["reinit_prob"]
         self.draws, self.added = state["draws"], state["added"]
-        self._draws = Draws(starts, len(self), self.first_chain, self.n_local)
-        self._storage.seed, self._storage.bounds = self.seed, self._storage.bounds_of(rule)
+        self._draws, self._storage.seed, self._storage.bounds = draws, self.seed, bounds
         self.last = None
 
     def _checked_state(self, state: Mapping[str, Any]) -> tuple[Langevin, Starts]:
@@ -574,8 +660,14 @@ class ChainPool:
         if missing:
             raise ValueError(f"not the state of a ChainPool: it lacks {', '.join(missing)}")
         tensors = {"x": self._storage.data, **self._story()}
+        for name in ("labels", "condition"):
+            tensors.pop(name, None)
         if state["labels"] is not None:
             tensors["labels"] = self._steps
+        if (condition := state["condition"]) is not None:
+            if not isinstance(condition, Tensor) or len(condition) != self.n_local or state["labels"] is not None:
+                raise ValueError(f"condition must be a tensor ({self.n_local}, ...), and not beside labels")
+            tensors["condition"] = condition
         for name in tensors:
             if not isinstance(state[name], Tensor):
                 raise ValueError(f"{name} must be a tensor, got {type(state[name]).__name__}")
@@ -641,7 +733,8 @@ class ChainPool:
         if chunk_size is None:
             kind = "cpu" if self.device.type == "cpu" else "cuda"
             chunk_size = max(1, _CHUNK_BYTES[kind] // (4 * self._dim))
-        elif isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        chunk_size = plain_number(chunk_size)
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size must be an int >= 1 or None, got {chunk_size!r}")
         return [slice(i, min(i + chunk_size, self.n_local)) for i in range(0, self.n_local, chunk_size)]
 
@@ -660,8 +753,13 @@ class ChainPool:
 
     def _checked_labels(self, labels: Tensor) -> Tensor:
         """Of this process' chains."""
-        labels = _labels_of("labels", labels, len(self), "one a chain")
+        labels = _labels_of("labels", labels, len(self), "one per chain")
         return labels[self.first_chain : self.first_chain + self.n_local].to(self.device, copy=True)
+
+    def _checked_condition(self, condition: Tensor) -> Tensor:
+        """Of this process' chains."""
+        condition = _condition_of(condition, (len(self), *getattr(condition, "shape", ())[1:]), None)
+        return condition[self.first_chain : self.first_chain + self.n_local].detach().to(self.device, copy=True)
 
 
 class _NoBar:
@@ -680,6 +778,18 @@ def _labels_of(name: str, labels: Tensor, n: int, rule: str) -> Tensor:
     if labels.shape != (n,):
         raise ValueError(f"{name} must be ({n},), {rule}, got {tuple(labels.shape)}")
     return labels.to(torch.int64)
+
+
+def _condition_of(condition: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    if not isinstance(condition, Tensor):
+        raise TypeError(f"condition must be a tensor, one row per chain, got {type(condition).__name__}")
+    if tuple(condition.shape) != shape:
+        raise ValueError(f"condition must be {shape}, one row per chain, got {tuple(condition.shape)}")
+    return condition if dtype is None else condition.to(dtype)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _same_bounds(a: Bounds, b: Bounds, dim: int) -> bool:

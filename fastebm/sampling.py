@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from .energies import Energy, n_classes, takes_condition
 from .langevin import Bounds, Langevin
 from .mlp import NotAnMLP, evaluating
 from .noise import Stream, draw_seed
+from .scalars import plain_number
 from .threads import survives_fork
 from .tracing import capturing, readable
 
@@ -475,6 +478,7 @@ def _checked_first_steps(first_step: int | Tensor, steps: int, chains: Tensor) -
 
 
 def _count(name: str, value: int) -> int:
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 0:
@@ -495,12 +499,22 @@ def _shape(energy: nn.Module, input_size: int | Sequence[int] | None, labels: bo
 
 def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
     """The shape of one state, from its number of dims or the shape itself."""
-    if not isinstance(input_size, (int, Sequence)):
-        raise TypeError(f"input_size must be an int or a shape, got {input_size!r}")
-    shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
+    size: Any = plain_number(input_size)
+    if isinstance(size, (Tensor, np.ndarray)) and size.ndim > 1:
+        raise TypeError(
+            f"input_size must be an int or a shape, got an array {tuple(size.shape)}: to start there, init="
+        )
+    if not isinstance(size, (int, Sequence, np.ndarray)) or isinstance(size, str):
+        raise TypeError(f"input_size must be an int or a shape, got {_short(input_size)}")
+    shape = (size,) if isinstance(size, int) else tuple(map(plain_number, size))
     if not shape or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
-        raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {input_size!r}")
+        raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {_short(input_size)}")
     return shape
+
+
+def _short(value: object) -> str:
+    """For an error, without the values of a tensor."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: torch.device | str | None) -> None:
@@ -510,10 +524,8 @@ def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: to
         raise TypeError(f"init must be floating point (float32, float64 or half), got {init.dtype}: use init.float()")
     if init.ndim < 2 or math.prod(init.shape[1:]) == 0:
         raise ValueError(f"init must be (n_chains, *shape) with at least one dim, got shape {tuple(init.shape)}")
-    if input_size is not None:
-        shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-        if shape != tuple(init.shape[1:]):
-            raise ValueError(f"input_size {input_size!r} and init of shape {tuple(init.shape)} disagree: leave one out")
+    if input_size is not None and state_shape(input_size) != tuple(init.shape[1:]):
+        raise ValueError(f"input_size {input_size!r} and init of shape {tuple(init.shape)} disagree: leave one out")
     if device is not None and not _same_device(torch.device(device), init.device):
         raise ValueError(f"init is on {init.device} and device={device}: move one, or leave device= out")
 

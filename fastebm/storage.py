@@ -161,13 +161,14 @@ class Storage:
             return self.decoded(self.data[rows].to(self.device))
         return self.decoded(self.data.index_select(0, rows.to(self.data.device)).to(self.device))
 
-    def write(self, rows: slice | Tensor, x: Tensor, steps: Tensor) -> None:
+    def write(self, rows: slice, x: Tensor, steps: Tensor) -> None:
         """steps: (n,) lifetime steps that the states have then."""
-        stored = self.encoded(x, rows, steps)
-        if isinstance(rows, slice):
-            self.data[rows].copy_(stored)
-        else:
-            self.data.index_copy_(0, rows.to(self.data.device), stored.to(self.data.device))
+        self.data[rows].copy_(self.encoded(x, rows, steps))
+
+    def writing(self, rows: Tensor, x: Tensor, steps: Tensor) -> Callable[[], object]:
+        """What writes some rows, when all that can fail is done. steps: (n,) lifetime steps that they have then."""
+        stored, home = self.encoded(x, rows, steps).to(self.data), rows.to(self.data.device)
+        return lambda: self.data.index_copy_(0, home, stored)
 
     def rewrite(self, parts: Sequence[slice], move: Callable[[slice, Tensor], Tensor]) -> None:
         """Each part read, moved and written back, one after another.

@@ -15,7 +15,7 @@ import torch
 
 from .kernels import cpu as kernels
 
-__all__ = ["Spares", "Team", "share", "survives_fork", "threads", "together"]
+__all__ = ["Spares", "Team", "outside_inference", "share", "survives_fork", "threads", "together"]
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _Item = TypeVar("_Item")
@@ -181,5 +181,20 @@ def survives_fork(function: _Function) -> _Function:
             return function(*arguments, **options)
         with threads(1):
             return function(*arguments, **options)
+
+    return call  # type: ignore[return-value]
+
+
+def outside_inference(function: _Function) -> _Function:
+    """``survives_fork``; and tensors that are made within are no inference tensors, even inside torch.inference_mode:
+    they can be kept, and changed in place at any time."""
+    guarded = survives_fork(function)
+
+    @functools.wraps(function)
+    def call(*arguments: object, **options: object) -> object:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return guarded(*arguments, **options)
+        with torch.inference_mode(False), torch.no_grad():
+            return guarded(*arguments, **options)
 
     return call  # type: ignore[return-value]

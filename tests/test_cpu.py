@@ -352,7 +352,8 @@ def test_pools_are_those_of_pytorch(plain, team, small_parts, init, batch_size):
             draw = pool._next_draw(batch_size)
             x, before = pool._taken(draw)
             energies = x.sum(dim=1)
-            pool._put_back(draw, before, before + i, Advanced((x + 0.01 * i).clamp(0, 1), energies, energies))
+            pool._put_back(draw, before, before + i, Advanced((x + 0.01 * i).clamp(0, 1), energies, energies))()
+            pool.draws += 1
         return tensors_of(pool)
 
     ours, n_calls = kept(), len(small_parts)

@@ -176,9 +176,9 @@ def test_energy_with_labels_and_parameters():
     ("make", "match"),
     [
         (lambda: SumEnergy([]), "a SumEnergy needs at least one energy, got none"),
-        (lambda: SumEnergy([mlp()], [1.0, 2.0]), r"weights must be 1 finite numbers, one an energy, got \[1.0, 2.0\]"),
-        (lambda: SumEnergy([mlp(), mlp()], [1.0]), r"weights must be 2 finite numbers, one an energy, got \[1.0\]"),
-        (lambda: SumEnergy([mlp()], [[1.0]]), r"weights must be 1 finite numbers, one an energy, got \[\[1.0\]\]"),
+        (lambda: SumEnergy([mlp()], [1.0, 2.0]), r"weights must be 1 finite numbers, one per energy, got \[1.0, 2.0\]"),
+        (lambda: SumEnergy([mlp(), mlp()], [1.0]), r"weights must be 2 finite numbers, one per energy, got \[1.0\]"),
+        (lambda: SumEnergy([mlp()], [[1.0]]), r"weights must be 1 finite numbers, one per energy, got \[\[1.0\]\]"),
         (lambda: SumEnergy([mlp()], [math.nan]), r"weights must be 1 finite numbers, .* got \[nan\]"),
         (lambda: SumEnergy([mlp()], torch.tensor([math.inf])), r"weights must be 1 finite .* got tensor\(\[inf\]\)"),
         (lambda: GaussianEnergy(std=0.0), "std must be finite and > 0, got 0.0"),

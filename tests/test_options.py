@@ -867,9 +867,9 @@ BAD = {
     "labels complex": (classifier, {"labels": LABELS + 0j}, TypeError, "must be a tensor of integers.*complex64"),
     "labels bool": (classifier, {"labels": LABELS > 0}, TypeError, "must be a tensor of integers, got torch.bool"),
     "labels list": (classifier, {"labels": [0, 1, 2, 0]}, TypeError, "labels must be a tensor of integers, got list"),
-    "labels too few": (classifier, {"labels": LABELS[:3]}, ValueError, r"labels must be \(4,\), one a chain, .*\(3,\)"),
+    "labels too few": (classifier, {"labels": LABELS[:3]}, ValueError, r"must be \(4,\), one per chain, .*\(3,\)"),
     "labels a column": (classifier, {"labels": LABELS[:, None]}, ValueError, r"labels must be \(4,\).* got \(4, 1\)"),
-    "labels elsewhere": (classifier, {"labels": LABELS.to("meta")}, ValueError, "one a chain, on cpu, got .* on meta"),
+    "labels elsewhere": (classifier, {"labels": LABELS.to("meta")}, ValueError, "per chain, on cpu, got .* on meta"),
     "labels for an MLP": (mlp, {"labels": LABELS}, ValueError, r"MLPEnergy.forward takes x only: wrap a class"),
     "labels for a sum without": (
         lambda: SumEnergy([mlp(), GaussianEnergy()]), {"labels": LABELS}, ValueError, "SumEnergy.forward takes x only",

@@ -438,7 +438,7 @@ def test_only_chains_that_are_not_finite_restart(call, init):
         ({"init": torch.full((2, 3), 9.0), "clamp": (0.0, 1.0)}, "init must lie within .* from 9 to 9: scale them"),
         ({"init": lambda *_: torch.zeros(1, 3)}, r"init must give a tensor \(5, 3\), got \(1, 3\)"),
         ({"init": lambda *_: torch.full((5, 3), math.inf)}, "init must give finite states"),
-        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels must be \(5,\), one a chain, got \(4,\)"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels must be \(5,\), one per chain, got \(4,\)"),
         ({"clamp": (0.0, torch.ones(4))}, "one value for each of the 3 dims"),
         ({"storage_dtype": torch.float16}, "storage_dtype must be one of .* got torch.float16"),
         ({"storage_dtype": torch.uint8}, "uint8 has 256 levels on the clamp: it needs finite bounds, got None"),
@@ -740,7 +740,7 @@ def test_added_states_do_not_depend_on_how_they_come():
         ({"samples": torch.full((3, 3), 255.0)}, ValueError, "samples must lie within the pool's clamp .* 255: scale"),
         ({"samples": [[0.0] * 3]}, TypeError, "samples must be a floating-point tensor of states, got list"),
         ({"labels": None}, ValueError, "this pool has labels: pass those of the samples"),
-        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels must be \(3,\), one a sample"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels must be \(3,\), one per sample"),
         ({"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
         ({"labels": torch.zeros(3) + 0j}, TypeError, "labels must be a tensor of integers, got torch.complex64"),
     ],
@@ -885,7 +885,7 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
         pool = pool_of(n, dim, clamp=rule.clamp, reinit_prob=0.0, storage_dtype=torch.uint8, storage_file=file)
     high = torch.tensor([2**31 // dim + 1, n - 1])
     rows = torch.cat([drawn(pool, 6), high])
-    monkeypatch.setattr(pool, "_next_draw", lambda _: Draw(rows, rows[:0], torch.empty(0, dim), None))
+    monkeypatch.setattr(pool, "_next_draw", lambda *_: Draw(rows, rows[:0], torch.empty(0, dim), None))
     assert pool.state_dict(copy=False)["x"].numel() > 2**31
 
     def alone(x, steps):

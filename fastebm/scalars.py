@@ -1,0 +1,21 @@
+"""Numbers of all kinds that people pass where a Python number is meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .tracing import readable
+
+__all__ = ["plain_number"]
+
+
+def plain_number(value: Any) -> Any:
+    """Numbers of NumPy, and tensors and arrays without dims, as Python's; all else as it is, for a check to refuse."""
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        return value.item()
+    if isinstance(value, Tensor) and value.ndim == 0 and readable(value.device):
+        return value.item()
+    return value
