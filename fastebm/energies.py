@@ -26,6 +26,7 @@ __all__ = [
     "build",
     "build_energy_fn",
     "energy",
+    "first_tensor",
     "n_classes",
     "takes_condition",
 ]
@@ -146,14 +147,14 @@ class ClassifierEnergy(nn.Module):
         if labels is None:
             return -logits.logsumexp(dim=1)
         if kind_of(labels) != "labels":
-            raise TypeError(f"a classifier takes labels (batch,), integers, got {tuple(labels.shape)} {labels.dtype}")
+            raise ValueError(f"a classifier takes labels (batch,), integers, got {tuple(labels.shape)} {labels.dtype}")
         return -logits.gather(1, labels[:, None])[:, 0]
 
 
 def _checked_logits(logits: object, x: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(
+        raise ValueError(
             f"a classifier must return a tensor of logits (batch, classes), got {got}: wrap it in a module that "
             "returns its logits alone"
         )
@@ -225,6 +226,12 @@ class Negative(SumEnergy):
 
     def __init__(self, energy: nn.Module) -> None:
         super().__init__([energy], [-1.0])
+
+
+def first_tensor(model: nn.Module) -> Tensor | None:
+    """That tells where a model is, and in which dtype: a parameter, or else a floating-point buffer."""
+    parameter = next(model.parameters(), None)
+    return next((b for b in model.buffers() if b.is_floating_point()), None) if parameter is None else parameter
 
 
 def takes_condition(model: nn.Module, kind: str = "labels", *, alone: bool = True) -> bool:

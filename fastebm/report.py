@@ -16,6 +16,7 @@ from .data import Data, DataInfo, Images, Points
 from .energies import energy
 from .recipe import TrainConfig
 from .sampling import SampleInfo, langevin_sample
+from .threads import survives_fork
 
 __all__ = ["fresh_samples", "landscape", "report"]
 
@@ -32,6 +33,7 @@ _GRID = 256
 _MIN_CLASS_SHARE = 0.01
 
 
+@survives_fork
 def fresh_samples(
     model: nn.Module,
     config: TrainConfig,

@@ -17,7 +17,7 @@ from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
 from .conditions import kind_of
 from .description import check_shape, describe
-from .energies import Energy, n_classes, takes_condition
+from .energies import Energy, first_tensor, n_classes, takes_condition
 from .langevin import Bounds, Langevin
 from .mlp import NotAnMLP, evaluating
 from .noise import Stream, draw_seed
@@ -167,8 +167,13 @@ def langevin_sample(
     if not isinstance(energy, nn.Module):
         raise TypeError(f"energy must be a torch.nn.Module, got {type(energy).__name__}")
     steps, first_chain = _count("steps", steps), _count("first_chain", first_chain)
+    # one int64 number as a tensor is read on the device
+    on_device = [isinstance(v, Tensor) and v.dtype == torch.int64 for v in (seed, first_step)]
+    seed, first_step = (
+        v if stays else plain_number(v) for v, stays in zip((seed, first_step), on_device, strict=True)
+    )
     thin = _checked_thin(thin, steps, return_trajectory, on_nonfinite)
-    parameter = next(energy.parameters(), None)
+    parameter = first_tensor(energy)
     if init is None:
         n_chains, shape = _count("batch_size", batch_size), _shape(energy, input_size, labels is not None)
         device = torch.device(device if device is not None else "cpu" if parameter is None else parameter.device)
@@ -247,7 +252,7 @@ def advance_chains(
         raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
     steps = _count("steps", steps)
     x = chains.x
-    parameter = next(energy.parameters(), None)
+    parameter = first_tensor(energy)
     if parameter is not None and not _same_device(parameter.device, x.device):
         raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -502,7 +507,7 @@ def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
     size: Any = plain_number(input_size)
     if isinstance(size, (Tensor, np.ndarray)) and size.ndim > 1:
         raise TypeError(
-            f"input_size must be an int or a shape, got an array {tuple(size.shape)}: to start there, init="
+            f"input_size must be an int or a shape, got {_short(size)}: states to start from are passed as init="
         )
     if not isinstance(size, (int, Sequence, np.ndarray)) or isinstance(size, str):
         raise TypeError(f"input_size must be an int or a shape, got {_short(input_size)}")
@@ -514,7 +519,7 @@ def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
 
 def _short(value: object) -> str:
     """For an error, without the values of a tensor."""
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else repr(value)
 
 
 def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: torch.device | str | None) -> None:

@@ -38,6 +38,7 @@ from .processes import Processes
 from .recipe import RETIRED, TrainConfig
 from .report import report
 from .sampling import NonFiniteError, langevin_sample
+from .threads import survives_fork
 
 __all__ = [
     "Stopped",
@@ -244,6 +245,7 @@ def _config_of(path: Path, values: Mapping[str, Any]) -> TrainConfig:
 # -- training -----------------------------------------------------------------------------------------------
 
 
+@survives_fork
 def train(
     config: TrainConfig,
     out: str | os.PathLike[str],

@@ -321,3 +321,49 @@ def test_a_slice_of_an_mlp_energy_is_its_layers():
     assert model[-1].out_features == 1
     x = torch.randn(2, 5)
     assert torch.equal(model[-1](model[:-1](x)), model(x))
+
+
+def _grad(n):
+    return torch.randn(n, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("real", "neg", "match"),
+    [
+        (
+            _grad(3),
+            torch.randn(3),
+            r"^neg_energy carries no gradient, so the negative phase is lost .* energy\(sa",
+        ),
+        (_grad(3)[:, None], torch.randn(3, 1), "^neg_energy carries no gradient"),
+        (_grad(3) * 2, _grad(3).detach(), "^neg_energy carries no gradient"),
+        (
+            torch.randn(3),
+            _grad(3),
+            r"^real_energy carries no gradient, so the positive .* pass energy\(data\)",
+        ),
+    ],
+)
+def test_half_a_loss_is_told(real, neg, match):
+    with pytest.warns(UserWarning, match=match):
+        contrastive_divergence_loss(real, neg)
+
+
+def test_energies_from_a_pool_lose_the_negative_phase_with_a_word():
+    from fastebm import ChainPool, Langevin, langevin_sample
+
+    model, pool = build(3, (4,)), ChainPool(10, 3, seed=0)
+    samples, energies = pool.sample(model, 5, Langevin(0.1), 2)
+    _, info = langevin_sample(model, init=samples, steps=1, return_info=True)
+    for lost in (energies, info.energies):
+        with pytest.warns(UserWarning, match="the negative phase is lost"):
+            contrastive_divergence_loss(energy(model, torch.randn(5, 3)), lost)
+
+
+@pytest.mark.filterwarnings("error")
+def test_whole_losses_are_not_warned_of():
+    contrastive_divergence_loss(_grad(3), _grad(2))
+    contrastive_divergence_loss(torch.randn(3), torch.randn(2))  # to look at
+    with torch.no_grad():
+        contrastive_divergence_loss(_grad(3), torch.randn(2))
+    contrastive_divergence_loss(_grad(3), torch.randn(0), batch_size=3)  # one of several processes

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..description import Description, describe
+from ..energies import first_tensor
 from ..mlp import NotAnMLP
 from . import cpu
 
@@ -63,7 +64,7 @@ def why_not_fused(
         device: where it would run; None: where the energy's parameters are.
     """
     if device is None:
-        device = next((p.device for p in energy.parameters()), torch.device("cpu"))
+        device = torch.device("cpu") if (first := first_tensor(energy)) is None else first.device
     dtype = torch.float32
     if any(p.dtype == torch.float64 for p in energy.parameters()):
         dtype = torch.float64
