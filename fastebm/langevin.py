@@ -13,8 +13,8 @@ y  = clamp(y, lo, hi)                                          only if clamp_noi
 g  = dE/dx(y), clipped as above
 x' = clamp(y - (step_size / 2) g, lo, hi)
 
-Without a clamp the states y are those of the chain above. With one they are not: x' has no noise in coordinates that the
-drift leaves at a bound.
+Without a clamp the states y are those of the chain above. With one they are not: x' has no noise in coordinates that
+the drift leaves at a bound.
 
 A state is tested for finiteness after each update and before its clamp, so with noise_first after each half. A chain
 whose next state is not finite stays at its last finite one, which is y where the second half fails.
