@@ -6,6 +6,19 @@ g  = g min(1, grad_norm_clip / |g|)                            only if grad_norm
 x' = x - (step_size / 2) g + sqrt(step_size) noise_scale xi
 x' = clamp(x', lo, hi)                                         only if clamp is given
 
+With noise_first a step is two half-steps, the noise before the gradient, as in IGEBM's and the UvA tutorial's loops:
+
+y  = x + sqrt(step_size) noise_scale xi
+y  = clamp(y, lo, hi)                                          only if clamp_noise, and if clamp is given
+g  = dE/dx(y), clipped as above
+x' = clamp(y - (step_size / 2) g, lo, hi)
+
+Without a clamp the states y are those of the chain above. With one they are not: x' has no noise in coordinates that
+the drift leaves at a bound.
+
+A state is tested for finiteness after each update and before its clamp, so with noise_first after each half. A chain
+whose next state is not finite stays at its last finite one, which is y where the second half fails.
+
 Frozen coordinates stay what they are, whatever the bounds; their gradient counts as 0.
 """
 
@@ -30,7 +43,8 @@ Bounds = tuple[float | Tensor, float | Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Langevin:
-    """How a Langevin chain moves: x' = clamp(x - a clip(g) + b xi), with drift a and noise std b
+    """How a Langevin chain moves: x' = clamp(x - a clip(g(x)) + b xi), with drift a and noise std b; or, with
+    noise_first, x' = clamp(y - a clip(g(y))) from y = x + b xi.
 
         a = step_size / 2,   b = sqrt(step_size) * noise_scale,   temperature T = b^2 / (2 a) = noise_scale^2.
 
@@ -43,6 +57,8 @@ class Langevin:
         clamp: (lo, hi) with lo < hi, applied last, or None. Each a number, or a tensor of one state's shape (or
             one value a dim): bounds of their own for every dim. Infinite bounds are one-sided clamps.
         grad_norm_clip: bound on the Euclidean norm of each chain's gradient, > 0, or None. After grad_clip.
+        noise_first: whether the noise comes before the gradient, as in IGEBM's and the UvA tutorial's loops.
+        clamp_noise: with noise_first, whether the clamp is applied to y too.
 
     Raises:
         TypeError, ValueError: with the rule, the value received and the way out.
@@ -53,6 +69,8 @@ class Langevin:
     grad_clip: float | None = None
     clamp: Bounds | None = None
     grad_norm_clip: float | None = None
+    noise_first: bool = False
+    clamp_noise: bool = False
 
     def __post_init__(self) -> None:
         for name in ("step_size", "noise_scale"):
@@ -66,6 +84,14 @@ class Langevin:
                 raise ValueError(f"{name} must be a number > 0 or None, got {bound!r}")
         if self.clamp is not None:
             object.__setattr__(self, "clamp", _checked_bounds(self.clamp))
+        for name in ("noise_first", "clamp_noise"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if self.clamp_noise and not self.noise_first:
+            raise ValueError(
+                "clamp_noise=True clamps the state between the noise and the gradient, and needs noise_first=True"
+            )
 
     # -- conventions ------------------------------------------------------------------------------------
 
@@ -100,8 +126,20 @@ class Langevin:
 
     @classmethod
     def igebm(cls, **options: Any) -> Langevin:
-        """IGEBM (Du & Mordatch 2019) and the UvA tutorial: a = 10, b = 0.005."""
-        return cls.from_drift_and_noise(10.0, 0.005, **options)
+        """IGEBM (Du & Mordatch 2019): a = 10, b = 0.005, the noise first.
+
+        Their code also has clamp=(0.0, 1.0), and its argument proj_norm is grad_clip.
+        """
+        return cls.from_drift_and_noise(10.0, 0.005, **{"noise_first": True, **options})
+
+    @classmethod
+    def uva(cls, **options: Any) -> Langevin:
+        """The UvA Deep Learning tutorial 8, Deep Energy Models (Lippe 2022): a = 10, b = 0.005, the noise first.
+
+        Gradients are clipped at 0.03, and states clamped to (-1, 1), noisy ones too.
+        """
+        published = {"grad_clip": 0.03, "clamp": (-1.0, 1.0), "noise_first": True, "clamp_noise": True}
+        return cls.from_drift_and_noise(10.0, 0.005, **{**published, **options})
 
     @classmethod
     def jem(cls, **options: Any) -> Langevin:

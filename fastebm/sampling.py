@@ -45,8 +45,8 @@ class SampleInfo:
 
     All others are (n_chains,). energies: E of the last states. first_bad_step: int32, first step of this call
     whose new state was not finite; -1 if none. grad_norm: |dE/dx| before clips, over the coordinates that are not
-    frozen, at the state that the last step started from; NaN after no step. clipped: the fraction of steps in which
-    a clip changed the gradient. clamped: in which the clamp changed the state.
+    frozen, where the last step took the gradient; NaN after no step. clipped: the fraction of steps in which a clip
+    changed the gradient. clamped: in which the clamp changed the state: with noise_first, the clamp after the gradient.
     """
 
     backend: str
@@ -80,6 +80,8 @@ def langevin_sample(
     clamp: Bounds | None = None,
     grad_clip: float | None = None,
     grad_norm_clip: float | None = None,
+    noise_first: bool = False,
+    clamp_noise: bool = False,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     first_chain: int = 0,
@@ -122,6 +124,8 @@ def langevin_sample(
         clamp: (lo, hi), or None. Each a number, or a tensor of one state's shape.
         grad_clip: elementwise bound on the gradient, or None.
         grad_norm_clip: bound on the Euclidean norm of each chain's gradient, after grad_clip, or None.
+        noise_first: add the noise before the gradient is taken, as IGEBM and the UvA tutorial do: see ``Langevin``.
+        clamp_noise: with noise_first, clamp the state after the noise too, as the UvA tutorial does.
         seed: 64-bit seed of the noise. None: drawn from ``generator``, or from torch's global CPU generator. An
             int64 tensor of one element is read on the device, when the call runs (or a CUDA graph of it).
         first_chain: global number of the first chain; part of the noise's counter.
@@ -158,19 +162,19 @@ def langevin_sample(
             return compiled.uncompiled(  # type: ignore[no-any-return]
                 langevin_sample, energy, input_size, batch_size=batch_size, steps=steps, step_size=step_size,
                 noise_scale=noise_scale, init=init, labels=labels, condition=condition, frozen=frozen, clamp=clamp,
-                grad_clip=grad_clip, grad_norm_clip=grad_norm_clip, seed=seed, generator=generator,
-                first_chain=first_chain, first_step=first_step, backend=backend, precision=precision, device=device,
-                on_nonfinite=on_nonfinite, cuda_graph=cuda_graph, return_trajectory=return_trajectory, thin=thin,
-                out=out, return_info=return_info,
+                grad_clip=grad_clip, grad_norm_clip=grad_norm_clip, noise_first=noise_first, clamp_noise=clamp_noise,
+                seed=seed, generator=generator, first_chain=first_chain, first_step=first_step, backend=backend,
+                precision=precision, device=device, on_nonfinite=on_nonfinite, cuda_graph=cuda_graph,
+                return_trajectory=return_trajectory, thin=thin, out=out, return_info=return_info,
             )  # fmt: skip
-    rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip)
+    rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip, noise_first, clamp_noise)
     if not isinstance(energy, nn.Module):
         raise TypeError(f"energy must be a torch.nn.Module, got {type(energy).__name__}")
     steps, first_chain = _count("steps", steps), _count("first_chain", first_chain)
-    # one int64 number as a tensor is read on the device
-    on_device = [isinstance(v, Tensor) and v.dtype == torch.int64 for v in (seed, first_step)]
-    seed, first_step = (
-        v if stays else plain_number(v) for v, stays in zip((seed, first_step), on_device, strict=True)
+    # one int64 number as a tensor stays one: it is read on the device
+    seed = seed if isinstance(seed, Tensor) and seed.dtype == torch.int64 else plain_number(seed)
+    first_step = (
+        first_step if isinstance(first_step, Tensor) and first_step.dtype == torch.int64 else plain_number(first_step)
     )
     thin = _checked_thin(thin, steps, return_trajectory, on_nonfinite)
     parameter = first_tensor(energy)

@@ -2,12 +2,16 @@
 
     g  = dE/dx (x);   g = clip(g);   x' = x - a g + b xi;   x' = clamp(x')
 
+or with NOISE_FIRST, x taking the noise before its gradient is made:
+
+    x = x + b xi;   x = clamp(x), if CLAMP_NOISE;   g = clip(dE/dx (x));   x' = clamp(x - a g)
+
 Two regimes, one arithmetic. Resident: all weights and the state stay on the chip for all K steps. Streaming:
 the first layer does not fit, so the state lies in global memory (that is, in L2) and W_1 passes by in chunks
 of the input dimension; each chunk serves this step's backward product and the next step's forward product.
 
-A chain whose next state is not finite (tested before the clamp, which would hide it) is frozen at its last
-finite state, and the step is recorded.
+A chain whose next state is not finite (tested before the clamp, which would hide it; with NOISE_FIRST the state after
+the noise is one too) is frozen at its last finite state, and the step is recorded.
 
 An argument that is None takes its code with it: an option that is not used costs nothing.
 """
@@ -281,6 +285,7 @@ def langevin_resident(
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, BOTH_ORDERS: tl.constexpr,
     IN_MEMORY: tl.constexpr,  # while a step makes the gradient, the state waits in memory; else in registers
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
+    NOISE_FIRST: tl.constexpr, CLAMP_NOISE: tl.constexpr,
     FAST: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
@@ -318,6 +323,21 @@ def langevin_resident(
         first, chains, inside = tile_at(tile + shift, n_chains, BLOCK_CHAINS)
         if IN_MEMORY:
             x = load_state(x_ptr, state_ptr, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
+        if NOISE_FIRST:
+            chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
+            b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+            key0, key1 = load_key(seed_ptr, shift)
+            noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b)
+            noisy = hold(x + noise, x, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM)
+            if DIM != BLOCK_DIM:
+                noisy = tl.where((dims < DIM)[None, :], noisy, 0.0)
+            first_bad = tl.where((first_bad < 0) & ~is_finite(noisy), t, first_bad)
+            if CLAMP_NOISE:
+                noisy = clamped(noisy, lo, hi, dims, shift, DIM, CLAMP)
+                noisy = hold(noisy, x, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM)
+            x = tl.where((first_bad < 0)[:, None], noisy, x)
+            if IN_MEMORY:
+                store_state(x_ptr, state_ptr, x, first, n_chains, DIM, BLOCK_DIM, BLOCK_CHAINS)
         labels = load_labels(label_ptr, chains, inside, shift)
         grad = network_gradient(
             x, weights, bias_ptrs, scale_ptr, labels, shift, tl.constexpr(FIRSTS[0]), BLOCKS, ACTIVATIONS,
@@ -340,14 +360,17 @@ def langevin_resident(
         if norm_clip is not None:
             clipped *= shrinkage(tl.sum(clipped * clipped, axis=1), norm_clip)
 
-        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
-        a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-        b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
-        key0, key1 = load_key(seed_ptr, shift)
-        noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b)
-        moved = hold(
-            x - a * clipped + noise, x, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM
-        )  # fmt: skip
+        if NOISE_FIRST:
+            a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+            moved = x - a * clipped
+        else:
+            chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
+            a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
+            b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+            key0, key1 = load_key(seed_ptr, shift)
+            noise = normals(key0, key1, chain, step, 0, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b)
+            moved = x - a * clipped + noise
+        moved = hold(moved, x, frozen_ptr, stride_frozen, chains, inside, dims, shift, DIM)
         if DIM != BLOCK_DIM:
             # Padded columns hold noise of no dim and, where dE/dz is infinite, 0 * inf: neither may freeze a chain.
             moved = tl.where((dims < DIM)[None, :], moved, 0.0)
@@ -475,9 +498,11 @@ def gradient_chunk(
 def move_chunk(
     x, grad, shrink, first, n_chains, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr, stride_frozen,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
-    FAST: tl.constexpr, ZERO_PADDING: tl.constexpr,
+    FAST: tl.constexpr, ZERO_PADDING: tl.constexpr, NOISE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """The clipped gradient, and where chunk c would move to before the clamp. shrink: (BLOCK_CHAINS, 1) or None.
+
+    NOISE_FIRST: without noise.
 
     If not ZERO_PADDING, padded columns hold noise of no dim. The weights that it meets are 0, so it must become finite.
     """
@@ -485,14 +510,66 @@ def move_chunk(
     clipped = clipped_by_value(grad, grad_clip)
     if shrink is not None:
         clipped *= shrink
-    noise = normals(
-        noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b
-    )  # fmt: skip
-    moved = x - a * clipped + noise
+    if NOISE_FIRST:
+        moved = x - a * clipped
+    else:
+        noise = normals(
+            noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True,
+            b,
+        )  # fmt: skip
+        moved = x - a * clipped + noise
     moved = hold_tile(moved, x, frozen_ptr, stride_frozen, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
     if ZERO_PADDING and DIM % BLOCK_DIM != 0:
         moved = tl.where((dims < DIM)[None, :], moved, 0.0)  # as in the resident kernel
     return clipped, moved
+
+
+@triton.jit
+def add_noise(
+    x, first, n_chains, c, noise_key, chain, step, b, frozen_ptr, stride_frozen, DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr, FAST: tl.constexpr,
+    ZERO_PADDING: tl.constexpr,
+):  # fmt: skip
+    """Chunk c with noise, but for frozen coordinates."""
+    dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
+    noise = normals(
+        noise_key[0], noise_key[1], chain, step, c * (BLOCK_DIM // 4), 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, True, b
+    )  # fmt: skip
+    noisy = hold_tile(
+        x + noise, x, frozen_ptr, stride_frozen, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS
+    )  # fmt: skip
+    if ZERO_PADDING and DIM % BLOCK_DIM != 0:
+        noisy = tl.where((dims < DIM)[None, :], noisy, 0.0)
+    return noisy
+
+
+@triton.jit
+def clamp_chunk(
+    moved, x, lo, hi, frozen_ptr, stride_frozen, first, n_chains, c, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """Chunk c within the bounds, but for frozen coordinates, which are those of x."""
+    dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
+    new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)
+    if CLAMP != "":
+        new = hold_tile(new, x, frozen_ptr, stride_frozen, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+    return new
+
+
+@triton.jit
+def moves_at(t, first_bad, NOISE_FIRST: tl.constexpr):
+    """(BLOCK_CHAINS,) bool: chains that take step t. With NOISE_FIRST, some are bad by the next step's noise only."""
+    if NOISE_FIRST:
+        return (first_bad < 0) | (first_bad > t)
+    else:
+        return first_bad < 0
+
+
+@triton.jit
+def load_next(c, stride_chain, stride_step, chains, inside, t, steps, PER_CHAIN: tl.constexpr):
+    """`load_coefficient` of step t + 1; 0 after the last."""
+    value = load_coefficient(c, stride_chain, stride_step, chains, inside, tl.minimum(t + 1, steps - 1), PER_CHAIN)
+    return tl.where(t + 1 < steps, value, 0.0)
 
 
 @triton.jit
@@ -547,6 +624,8 @@ def langevin_streaming(
     PRECISION: tl.constexpr, BLOCK_CHAINS: tl.constexpr, OWN_CHAINS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     BOUNDED: tl.constexpr,  # lo and hi are finite numbers
+    # What lies in memory is then the state after the noise; a chunk that has moved takes the next step's at once.
+    NOISE_FIRST: tl.constexpr, CLAMP_NOISE: tl.constexpr,
     IN_MEMORY: tl.constexpr,  # act'(z_1) waits in memory in float32 (at bf16 it always does, in bf16)
     LEAN: tl.constexpr,  # nothing is made before a loop that could be made in it
     FAST: tl.constexpr, TARGET: tl.constexpr,
@@ -572,8 +651,41 @@ def langevin_streaming(
     HAS_TERMS: tl.constexpr = curvature_ptr is not None or linear_ptr is not None
     zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger
+    PAD_NOISE: tl.constexpr = not (BOUNDED and CLAMP_NOISE)  # or a clamp makes it finite
+    if NOISE_FIRST:
+        start_key = load_key(seed_ptr)
+        start_b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, 0, B_PER_CHAIN)
+        start_chain, start_step = load_counters(chain_ptr, step_ptr, chains, inside, 0)
+        start_finite = tl.full((BLOCK_CHAINS,), 1, tl.int1)
+        for c in tl.range(0, n_chunks, disable_licm=ANEW):
+            x0 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+            noisy = add_noise(
+                x0, first, n_chains, c, start_key, start_chain, start_step, start_b, frozen_ptr, stride_frozen, DIM,
+                BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, True,
+            )  # fmt: skip
+            start_finite = start_finite & is_finite(noisy)
+        start_bad = tl.where(start_finite, -1, 0)
+        tl.debug_barrier()  # others may still load what the next loop overwrites
+    else:
+        start_bad = tl.full((BLOCK_CHAINS,), -1, tl.int32)
     for c in tl.range(0, n_chunks, disable_licm=ANEW):
         x0 = load_tile(x_ptr, DIM, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+        if NOISE_FIRST:
+            noisy = add_noise(
+                x0, first, n_chains, c, start_key, start_chain, start_step, start_b, frozen_ptr, stride_frozen, DIM,
+                BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, PAD_NOISE,
+            )  # fmt: skip
+            if CLAMP_NOISE:
+                noisy = clamp_chunk(
+                    noisy, x0, lo, hi, frozen_ptr, stride_frozen, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS,
+                    OWN_CHAINS, CLAMP,
+                )  # fmt: skip
+            x0 = tl.where((start_bad < 0)[:, None], noisy, x0)
+            store_tile(x_ptr, DIM, x0, first, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+            if CLAMP != "" and not BOUNDED:
+                # the first step may end on a bound that is farther out than the start
+                edge = clamped(x0, lo, hi, c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM)), 0, DIM, CLAMP)
+                size += tl.sum(tl.abs(edge), axis=1)
         w0 = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
         zs = forward_chunk(zs, x0, w0, PRECISION, TARGET)
         size += tl.sum(tl.abs(x0), axis=1)
@@ -582,7 +694,7 @@ def langevin_streaming(
         size += tl.maximum(tl.abs(lo), tl.abs(hi))
     # these wait in memory while a step makes its slopes; there is no energy yet to lie in that place
     tl.store(energy_ptr + chains, size, mask=inside)
-    tl.store(first_bad_ptr + chains, tl.full((BLOCK_CHAINS,), -1, tl.int32), mask=inside)
+    tl.store(first_bad_ptr + chains, start_bad, mask=inside)
     tl.debug_barrier()  # other threads may load them
     square_norm = tl.full((BLOCK_CHAINS,), float("nan"), tl.float32)
     n_clipped = tl.zeros((BLOCK_CHAINS,), tl.int32)
@@ -604,6 +716,7 @@ def langevin_streaming(
         # Chunks are stored as they are made, so a chain must be known to stay finite before its first chunk
         # moves. |x'| <= |x| + a (sum_k |slope_k|_1 max|W_1k| + max|c| |x| + max|b - c m|) + 7 b settles it for all
         # but exploding chains; only for a tile that holds one, a rehearsal without stores finds out exactly.
+        # With NOISE_FIRST, b is the next step's; and this step's is between the bounds of a clamp and the state.
         slopes = ()
         pull = tl.zeros((BLOCK_CHAINS,), tl.float32)
         for k in tl.static_range(len(FIRSTS) - 1):
@@ -620,10 +733,16 @@ def langevin_streaming(
             pull += tl.sum(tl.abs(slope), axis=1) * tl.load(reach_ptr + 2 + k)
             if k == len(FIRSTS) - 2:
                 size = tl.load(energy_ptr + chains, mask=inside, other=0.0)
+                if NOISE_FIRST:
+                    b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+                    size += tl.sum(tl.zeros((BLOCK_CHAINS, 1), tl.float32) + 7.0 * b, axis=1)
                 if HAS_TERMS:
                     pull += tl.load(reach_ptr) * size + tl.load(reach_ptr + 1)
                 a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-                b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+                if NOISE_FIRST:
+                    b = load_next(noise_std, stride_b_chain, stride_b_step, chains, inside, t, steps, B_PER_CHAIN)
+                else:
+                    b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
                 reach = size + tl.sum(pull[:, None] * a + 7.0 * b, axis=1)
                 first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
                 in_doubt = (first_bad < 0) & ~(reach < 1e38)
@@ -642,8 +761,12 @@ def langevin_streaming(
         # loaded now, and a and b anew, so that they are in no register while slopes are
         noise_key = load_key(seed_ptr, shift)
         a = load_coefficient(drift, stride_a_chain, stride_a_step, chains, inside, t, A_PER_CHAIN)
-        b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
-        chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
+        if NOISE_FIRST:
+            b = load_next(noise_std, stride_b_chain, stride_b_step, chains, inside, t, steps, B_PER_CHAIN)
+            chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t + 1)
+        else:
+            b = load_coefficient(noise_std, stride_b_chain, stride_b_step, chains, inside, t, B_PER_CHAIN)
+            chain, step = load_counters(chain_ptr, step_ptr, chains, inside, t)
         shrink = None
         if norm_clip is not None:
             square = tl.zeros((BLOCK_CHAINS,), tl.float32)
@@ -658,6 +781,7 @@ def langevin_streaming(
             shrink = shrinkage(square, norm_clip)
         if tl.max(in_doubt.to(tl.int32), axis=0) > 0:
             finite = tl.full((BLOCK_CHAINS,), 1, tl.int1)
+            finite_noisy = tl.full((BLOCK_CHAINS,), 1, tl.int1)
             for c in tl.range(0, n_chunks, disable_licm=ANEW):
                 w = load_chunk(weight_ptrs, c, n_chunks, BLOCK_DIM, FIRSTS, BLOCKS, PRECISION, TARGET)
                 x, grad = gradient_chunk(
@@ -666,10 +790,23 @@ def langevin_streaming(
                 )  # fmt: skip
                 clipped, moved = move_chunk(
                     x, grad, shrink, first_now, n_chains, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
-                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, True,
+                    stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, True, NOISE_FIRST,
                 )  # fmt: skip
                 finite = finite & is_finite(moved)
-            first_bad = tl.where(in_doubt, tl.where(finite, -1, t), first_bad)
+                if NOISE_FIRST:
+                    new = clamp_chunk(
+                        moved, x, lo, hi, frozen_ptr, stride_frozen, first_now, n_chains, c, DIM, BLOCK_DIM,
+                        BLOCK_CHAINS, OWN_CHAINS, CLAMP,
+                    )  # fmt: skip
+                    noisy = add_noise(
+                        new, first_now, n_chains, c, noise_key, chain, step, b, frozen_ptr, stride_frozen, DIM,
+                        BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, True,
+                    )  # fmt: skip
+                    finite_noisy = finite_noisy & is_finite(noisy)
+            if NOISE_FIRST:
+                first_bad = tl.where(in_doubt, tl.where(finite, tl.where(finite_noisy, -1, t + 1), t), first_bad)
+            else:
+                first_bad = tl.where(in_doubt, tl.where(finite, -1, t), first_bad)
             tl.store(first_bad_ptr + chains, first_bad, mask=inside)
 
         zs = empty_sums(FIRSTS, BLOCKS, BLOCK_CHAINS)
@@ -686,32 +823,44 @@ def langevin_streaming(
             )  # fmt: skip
             clipped, moved = move_chunk(
                 x, grad, shrink, first_now, n_chains, c, noise_key, chain, step, a, b, grad_clip, frozen_ptr,
-                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, not BOUNDED,
+                stride_frozen, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS, FAST, not BOUNDED, NOISE_FIRST,
             )  # fmt: skip
             dims = c * BLOCK_DIM + lane_order(tl.arange(0, BLOCK_DIM))
-            new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)
-            if CLAMP != "":
-                new = hold_tile(
-                    new, x, frozen_ptr, stride_frozen, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS
-                )  # fmt: skip
+            new = clamp_chunk(
+                moved, x, lo, hi, frozen_ptr, stride_frozen, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS,
+                OWN_CHAINS, CLAMP,
+            )  # fmt: skip
             if telemetry_ptr is not None:
                 raw_square += tl.sum(grad * grad, axis=1)
                 any_clipped = tl.maximum(any_clipped, differs(clipped, grad, dims, DIM))
                 any_clamped = tl.maximum(any_clamped, differs(new, moved, dims, DIM))
-            x = tl.where((first_bad < 0)[:, None], new, x)
-            store_tile(x_ptr, DIM, x, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+            x = tl.where(moves_at(t, first_bad, NOISE_FIRST)[:, None], new, x)
+            if not NOISE_FIRST:
+                store_tile(x_ptr, DIM, x, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
             if trajectory_ptr is not None:
                 if (t + 1) % thin == 0:
                     row_ptr = trajectory_ptr + (t // thin).to(tl.int64) * DIM
                     stride = (steps // thin).to(tl.int64) * DIM
                     store_tile(row_ptr, stride, x, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
+            if NOISE_FIRST:
+                noisy = add_noise(
+                    x, first_now, n_chains, c, noise_key, chain, step, b, frozen_ptr, stride_frozen, DIM, BLOCK_DIM,
+                    BLOCK_CHAINS, OWN_CHAINS, FAST, PAD_NOISE,
+                )  # fmt: skip
+                if CLAMP_NOISE:
+                    noisy = clamp_chunk(
+                        noisy, x, lo, hi, frozen_ptr, stride_frozen, first_now, n_chains, c, DIM, BLOCK_DIM,
+                        BLOCK_CHAINS, OWN_CHAINS, CLAMP,
+                    )  # fmt: skip
+                x = tl.where((first_bad < 0)[:, None], noisy, x)
+                store_tile(x_ptr, DIM, x, first_now, n_chains, c, DIM, BLOCK_DIM, BLOCK_CHAINS, OWN_CHAINS)
             zs = forward_chunk(zs, x, w, PRECISION, TARGET)
             if not BOUNDED:
                 size += tl.sum(tl.abs(x), axis=1)
         if not BOUNDED:
             tl.store(energy_ptr + chains, size, mask=inside)
         if telemetry_ptr is not None:
-            alive = (first_bad < 0).to(tl.int32)
+            alive = moves_at(t, first_bad, NOISE_FIRST).to(tl.int32)
             square_norm = raw_square
             n_clipped += alive * any_clipped
             n_clamped += alive * any_clamped

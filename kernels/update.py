@@ -2,6 +2,8 @@
 
     x' = clamp(x - a clip(g) + b xi)
 
+or, for rules with the noise first, one half of a step: y = x + b xi, or x' = clamp(y - a clip(g)).
+
 Reads x and g, writes x' to a second buffer: a chain turns out non-finite only at its last chunk, and its old
 state must still be there to freeze at.
 """
@@ -36,7 +38,7 @@ def load_gradient(grad_ptr, frozen_ptr, stride_frozen, chains, inside, dims, DIM
 def langevin_update(
     new_ptr,  # (n_chains, DIM) float32, out
     x_ptr,  # (n_chains, DIM) float32
-    grad_ptr,  # (n_chains, DIM) float32
+    grad_ptr,  # (n_chains, DIM) float32; None for noise alone
     first_bad_ptr,  # (n_chains,) int32, in and out
     telemetry_ptr,  # (3, n_chains) float32, in and out: gradient norm, steps clipped, steps clamped; or None
     chain_ptr, step_ptr, seed_ptr, frozen_ptr, stride_frozen,
@@ -46,6 +48,7 @@ def langevin_update(
     t_ptr,  # (1,) int64, the step of this call: in memory, so that a CUDA graph of one step serves them all
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
     A_PER_CHAIN: tl.constexpr, B_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
+    HALF: tl.constexpr,  # "noise", "drift", or "" for both
     FAST: tl.constexpr,
 ):  # fmt: skip
     _, chains, inside = tile_at(tl.program_id(0), n_chains, BLOCK_CHAINS)
@@ -75,12 +78,20 @@ def langevin_update(
         offsets = chains[:, None] * DIM + dims[None, :]
         mask = inside[:, None] & (dims < DIM)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-        grad = load_gradient(grad_ptr, frozen_ptr, stride_frozen, chains, inside, dims, DIM)
-        clipped = clipped_by_value(grad, grad_clip)
-        if shrink is not None:
-            clipped *= shrink
-        noise = normals(key0, key1, chain, step, first_dim // 4, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, False, b)
-        moved = hold(x - a * clipped + noise, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
+        if HALF != "noise":
+            grad = load_gradient(grad_ptr, frozen_ptr, stride_frozen, chains, inside, dims, DIM)
+            clipped = clipped_by_value(grad, grad_clip)
+            if shrink is not None:
+                clipped *= shrink
+        if HALF != "drift":
+            noise = normals(key0, key1, chain, step, first_dim // 4, 0, DIM, BLOCK_CHAINS, BLOCK_DIM, FAST, False, b)
+        if HALF == "noise":
+            moved = x + noise
+        elif HALF == "drift":
+            moved = x - a * clipped
+        else:
+            moved = x - a * clipped + noise
+        moved = hold(moved, x, frozen_ptr, stride_frozen, chains, inside, dims, 0, DIM)
         moved = tl.where(mask, moved, 0.0)
         finite = finite & is_finite(moved)
         new = clamped(moved, lo, hi, dims, 0, DIM, CLAMP)

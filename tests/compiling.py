@@ -65,7 +65,8 @@ def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
     with mock.patch.object(JITFunction, "__getitem__", instead_of_launching):
         function(*args, **kwargs)
     *before, kernel = kernels
-    assert [other.metadata.name for other in before] in ([], ["prepare"])
+    # the last: of a step with the noise first, the drift
+    assert [other.metadata.name for other in before] in ([], ["prepare"], ["langevin_update"])
     return kernel
 
 

@@ -29,6 +29,7 @@ from fastebm.backends.choose import interpreted
 from fastebm.description import describe
 from fastebm.energies import Energy
 from fastebm.mlp import ACTIVATIONS, NotAnMLP, read_mlp
+from fastebm.noise import Stream, normal
 
 SEED = 0x9E3779B97F4A7C15
 YARDSTICK = 64
@@ -141,6 +142,19 @@ def largest(values):
     return float(values.abs().max()) if values.numel() > 0 else 0.0
 
 
+def where_the_gradient_is_taken(state, t, rule, steps, counters):
+    """The state of step t in float64, with the noise and its clamp where they come first."""
+    if not rule.noise_first:
+        return state
+    _, b = (c.expand(-1, steps) for c in rule.coefficients(len(state), steps, dtype=state.dtype, device=state.device))
+    ages, dim = counters["first_steps"] + t, state.shape[1]
+    noise = normal(counters["seed"], Stream.LANGEVIN, counters["numbers"], ages, dim, dtype=state.dtype)
+    noisy = state + b[:, t, None] * noise
+    if rule.clamp_noise and rule.clamp is not None:
+        noisy = noisy.clamp(*rule.bounds(dim, dtype=state.dtype, device=state.device))
+    return noisy if counters.get("frozen") is None else torch.where(counters["frozen"], state, noisy)
+
+
 class Truth:
     """The float64 trajectory of a case, and what plain float32 PyTorch makes of it."""
 
@@ -148,12 +162,16 @@ class Truth:
         self.states = [x.flatten(1).double()]
         for t in range(1, steps + 1):
             self.states.append(advance_reference(energy, x, first_steps_of(rule, t), t, counters, torch.float64).x)
+        seen = [where_the_gradient_is_taken(self.states[t], t, rule, steps, counters) for t in range(steps)]
+        self.seen = [*seen, self.states[-1]]
         exact, labels = Energy(energy, x.shape[1:], torch.float64), counters.get("labels")
         self.energy = exact(self.states[-1], labels)
-        gradients = [exact.gradient(state, labels) for state in self.states]
+        gradients = [exact.gradient(state, labels) for state in self.seen]
         self.sure = self._away_from_kinks(energy)
         a, _ = rule.coefficients(len(x), steps)
-        scale = max(map(largest, self.states)) + (largest(a) if steps else 0) * max(map(largest, gradients))
+        scale = max(map(largest, (*self.states, *self.seen))) + (largest(a) if steps else 0) * max(
+            map(largest, gradients)
+        )
         plain = advance_reference(energy, x, rule, steps, counters)
         self.rounding = 2 * steps * ULP * scale
         self.tolerance = 2 * largest((plain.x - self.states[-1])[self.sure]) + self.rounding
@@ -172,7 +190,7 @@ class Truth:
             description = describe(energy).to(sure.device, torch.float64)
         except NotAnMLP:
             return sure
-        for mlp, h in itertools.product(description.mlps, self.states):
+        for mlp, h in itertools.product(description.mlps, self.seen):
             for weight, bias, activation in zip(mlp.weights[:-1], mlp.biases[:-1], mlp.activations, strict=True):
                 z = nn.functional.linear(h, weight, bias)
                 if activation.name in KINKED:

@@ -18,6 +18,7 @@ pytestmark = linux
 ARCHITECTURES = {2: [128, 128], 64: [128, 128], 784: [256, 128]}
 ALL_ACTIVATIONS = sorted(ACTIVATIONS)
 ALL_OPTIONS = {"step_size": [[0.1]] * 64, "noise_scale": [1.0], "clamp": [-1.0, 1.0], "grad_clip": 0.5}
+NOISE_FIRST = {"noise_first": True, "clamp_noise": True}
 # What a head, a sum and every option of a call add; bounds a dim, where ALL_OPTIONS has numbers.
 SUM = {"sum": True, "recorded": True}
 
@@ -59,6 +60,10 @@ QUICK = [
     mlp(90, 200, "bf16", [20], head="logsumexp", rule=all_options(200), **SUM),
     update(80, 63, rule=all_options(63), recorded=True),
     update(90, 2000, rule=all_options(2000), recorded=True),
+    # the noise first
+    mlp(90, 3, "bf16", [20], rule={**ALL_OPTIONS, **NOISE_FIRST}),
+    mlp(80, 200, "bf16x3", [20], head="class", rule={**all_options(200), "noise_first": True}, recorded=True),
+    update(90, 63, rule={**ALL_OPTIONS, **NOISE_FIRST}),
 ]
 SLOW = [
     *[
@@ -81,6 +86,11 @@ SLOW = [
         if (case := mlp(capability, dim, precision, [20, 16], head=head, **more)) not in QUICK
     ],
     *[mlp(capability, 784, "bf16", head="logsumexp", recorded=True) for capability in (80, 90)],
+    *[
+        mlp(capability, dim, precision, rule={"clamp": [-1.0, 1.0], "noise_first": True, "clamp_noise": clamp_noise})
+        for capability, precision, clamp_noise in ((80, "bf16", True), (90, "bf16", False), (90, "bf16x3", True))
+        for dim in ARCHITECTURES
+    ],
     # streamed with two halves of each slope: all that a call may ask for, and rows of no whole 16 bytes
     mlp(90, 784, "bf16x3", rule=all_options(784), recorded=True),
     mlp(90, 783, "bf16x3", [256, 128], rule=all_options(783), recorded=True),
@@ -92,6 +102,7 @@ def name(case):
     options = "".join(f"-{key}" for key in ("activations", "rule", "sum", "recorded") if key in case)
     options += f"-{case['head']}" if "head" in case else ""
     options += "-bounds" if isinstance(case.get("rule", {}).get("clamp", [0])[0], list) else ""
+    options += "".join(f"-{key}" for key in NOISE_FIRST if case.get("rule", {}).get(key))
     options += "-norm" if "grad_norm_clip" in case.get("rule", {}) else ""
     return f"{case['kernel']}-sm_{case['capability']}-{case['dim']}-{case['widths']}-{case['precision']}{options}"
 

@@ -76,7 +76,11 @@ RULES = {
     "plain": Langevin(0.1, 0.5),
     "schedule": Langevin(torch.linspace(0.1, 0.01, STEPS), 0.5, clamp=(-1, torch.rand(3)), grad_clip=0.5),
     "a value a chain": Langevin(torch.rand(5, 1) + 0.1, torch.linspace(0.5, 0.1, STEPS), grad_norm_clip=0.3),
+    "noise first": Langevin(0.1, 0.5, clamp=(-0.3, 0.4), noise_first=True, clamp_noise=True),
     "explodes": Langevin(torch.logspace(0, 38, STEPS), torch.tensor([[0.1], [1e19], [1e20], [0.2], [1e30]])),
+    "explodes, noise first": Langevin(
+        torch.logspace(0, 38, STEPS), torch.tensor([[0.1], [1e19], [1e20], [0.2], [1e30]]), noise_first=True
+    ),
 }
 
 
@@ -111,7 +115,45 @@ def test_the_same_bits_as_step_by_step(rule, path, options, device):
     assert (found.cuda_graph == "recorded") == (not options)
     for a, b in zip((*found[:4], *found.telemetry), (*expected[:4], *expected.telemetry), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
-    assert bool((found.first_bad >= 0).any()) == (rule == "explodes")
+    assert bool((found.first_bad >= 0).any()) == rule.startswith("explodes")
+
+
+class WaitsOnce(nn.Module):
+    """As an energy that waits for the device, in the step before the recording; afterwards it is let."""
+
+    def __init__(self, wait):
+        super().__init__()
+        self.calls, self.wait = 0, wait
+
+    def forward(self, x):
+        self.calls += 1
+        if self.wait and self.calls == WARM_UP:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.cos(x).sum(dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("noise_first", [False, True])
+def test_a_step_that_raises_has_moved_nothing(noise_first, device):
+    """With the noise first, half of it has run: it does so again, also where that half ends a chain."""
+    pytest.importorskip("triton")
+    from fastebm.backends import fused
+
+    noise = torch.full((STEPS,), 0.5)
+    noise[WARM_UP - 1] = 3e38
+    rule = Langevin(1.0, noise, noise_first=noise_first)
+    x, numbers = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).to(device), torch.arange(40).to(device)
+    expected, found = (
+        fused.advance_module(
+            Energy(WaitsOnce(wait), (3,), torch.float32), Chains(x.clone(), 7, numbers, numbers), rule, STEPS, thin=1,
+            recorder=FakeRecorder() if wait else None,
+        )
+        for wait in (False, True)
+    )  # fmt: skip
+    assert "a step waits for the device" in found.cuda_graph
+    assert 0 < int((expected.first_bad == WARM_UP - 1).sum()) < 40
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])

@@ -17,6 +17,7 @@ RECIPES = {
     "torchebm with noise": (Langevin.torchebm(0.1, 0.5), 0.1, math.sqrt(0.2) * 0.5, 0.25),
     "edifice": (Langevin.edifice(), 5.0, math.sqrt(10) * 0.005, 2.5e-5),
     "igebm": (Langevin.igebm(), 10.0, 0.005, 1.25e-6),
+    "uva": (Langevin.uva(), 10.0, 0.005, 1.25e-6),
     "jem": (Langevin.jem(), 1.0, 0.01, 5e-5),
     "drift and noise": (Langevin.from_drift_and_noise(3.0, 0.6), 3.0, 0.6, 0.06),
     "gradient descent": (Langevin.from_drift_and_noise(3.0, 0.0), 3.0, 0.0, 0.0),
@@ -41,6 +42,7 @@ def test_recipe_table(rule, drift, noise_std, temperature):
         lambda **o: Langevin.from_drift_and_noise(1.0, 0.1, **o),
         Langevin.edifice,
         Langevin.igebm,
+        Langevin.uva,
         Langevin.jem,
     ],
 )
@@ -48,6 +50,19 @@ def test_recipes_pass_their_options_on(recipe):
     rule = recipe(grad_clip=0.03, clamp=[-1, 2])
     assert rule.grad_clip == 0.03
     assert rule.clamp == (-1.0, 2.0)
+
+
+def test_recipes_say_when_their_noise_comes():
+    """tests/test_noise_first.py has what they do, beside the published code."""
+    rules = Langevin.igebm(), Langevin.uva(), Langevin.jem(), Langevin.edifice(), Langevin.ula(0.1)
+    assert [(rule.noise_first, rule.clamp_noise) for rule in rules] == [
+        (True, False),
+        (True, True),
+        *[(False,) * 2] * 3,
+    ]
+    assert (Langevin.uva().grad_clip, Langevin.uva().clamp) == (0.03, (-1.0, 1.0))
+    other = Langevin.uva(grad_clip=None, clamp=None, clamp_noise=False, noise_first=False)
+    assert (other.grad_clip, other.clamp, other.noise_first) == (None, None, False)
 
 
 def test_schedule_and_value_a_chain():
@@ -98,6 +113,11 @@ def test_update_is_the_formula():
         (lambda: Langevin(torch.tensor([1])), TypeError, "step_size must be a floating-point tensor, got torch.int64"),
         (lambda: Langevin(torch.ones(2, 3)), ValueError, r"\(n_chains, 1\) tensor, got shape \(2, 3\)"),
         (lambda: Langevin(torch.ones(2, 1, 1)), ValueError, r"got shape \(2, 1, 1\)"),
+        (lambda: Langevin(noise_first=1), TypeError, "noise_first must be True or False, got 1"),
+        (lambda: Langevin(noise_first=None), TypeError, "noise_first must be True or False, got None"),
+        (lambda: Langevin(clamp_noise="no"), TypeError, "clamp_noise must be True or False, got 'no'"),
+        (lambda: Langevin(clamp_noise=True), ValueError, "clamp_noise=True .* needs noise_first=True"),
+        (lambda: Langevin.uva(noise_first=False), ValueError, "clamp_noise=True .* needs noise_first=True"),
         (lambda: Langevin(1.0, -0.1), ValueError, "noise_scale must be finite and >= 0, got -0.1"),
         (lambda: Langevin(1.0, math.nan), ValueError, "noise_scale must be finite and >= 0, got nan"),
         (lambda: Langevin(1.0, torch.tensor([-1.0])), ValueError, "noise_scale must be .* got a tensor with -1.0"),

@@ -179,7 +179,11 @@ def test_rules_round_trip():
     assert rule.step_size is step
     assert rule.clamp == (low, 1.0)
     assert (rule.noise_scale, rule.grad_clip, rule.grad_norm_clip) == (0.3, 0.5, 2.0)
+    assert (rule.noise_first, rule.clamp_noise) == (False, False)
     assert op._decode_rule(*op.encode_rule(Langevin())).clamp is None
+    for order in ({"noise_first": True}, {"noise_first": True, "clamp_noise": True}):
+        rule = op._decode_rule(*op.encode_rule(Langevin(**order)))
+        assert {name: getattr(rule, name) for name in order} == order
 
 
 # -- langevin_sample in torch.compile
@@ -212,7 +216,8 @@ def test_the_same_bits(name, backend, untouched):
 
 
 @every_compiler
-def test_the_same_bits_with_every_option(backend):
+@pytest.mark.parametrize("noise_first", [False, True])
+def test_the_same_bits_with_every_option(backend, noise_first):
     energy = MLPEnergy(3, (8,)).double()
     steps = torch.linspace(0.1, 0.05, 4)
     noise = torch.rand(6, 1)
@@ -221,7 +226,7 @@ def test_the_same_bits_with_every_option(backend):
     def f(x, steps, noise):
         return langevin_sample(
             energy, init=x, steps=4, step_size=steps, noise_scale=noise, clamp=(-1, 1), grad_clip=0.1, seed=-1,
-            first_chain=7, first_step=2**31, precision="tf32", backend="torch",
+            first_chain=7, first_step=2**31, precision="tf32", backend="torch", noise_first=noise_first,
         )  # fmt: skip
 
     same(compiled(f, backend)(x, steps, noise), f(x, steps, noise))

@@ -189,7 +189,7 @@ class Told(Truth):
         self.clear = self.sure.clone()
         self.grad_norm, self.norm_tolerance = torch.full((n,), torch.nan, device=x.device), 0.0
         for t in range(steps):
-            state = self.states[t]
+            state = self.seen[t]
             grad = free_gradient(energy, state, counters)
             error = (free_gradient(energy, state + self._scatter(state), counters) - grad)[self.sure]
             near = max(10 * largest(error), 1e-5)
@@ -203,11 +203,12 @@ class Told(Truth):
                 clipped = clipped | (norm > rule.grad_norm_clip)
                 self.clear &= (norm - rule.grad_norm_clip).abs() > near * dim**0.5
                 bounded = bounded * (rule.grad_norm_clip / norm.clamp_min(rule.grad_norm_clip))[:, None]
-            noise = normal(
-                counters["seed"], Stream.LANGEVIN, counters["numbers"], counters["first_steps"] + t, dim,
-                dtype=torch.float64,
-            )  # fmt: skip
-            moved = state - a[:, t, None] * bounded + b[:, t, None] * noise
+            moved = state - a[:, t, None] * bounded
+            if not rule.noise_first:
+                ages = counters["first_steps"] + t
+                moved += b[:, t, None] * normal(
+                    counters["seed"], Stream.LANGEVIN, counters["numbers"], ages, dim, dtype=torch.float64
+                )
             out, edge = (moved < lo) | (moved > hi), torch.minimum((moved - lo).abs(), (moved - hi).abs())
             sharp = edge <= max(10 * self.tolerance, 1e-5)
             if counters.get("frozen") is not None:
@@ -256,8 +257,9 @@ class Told(Truth):
 
 
 def check_agreement(
-    device, paths, *, n_chains, steps, dim, clamp, frozen, classes, step_form, noise_form, thin, rule, energy
-):
+    device, paths, *, n_chains, steps, dim, clamp, frozen, classes, step_form, noise_form, thin, rule, energy,
+    move=advance,
+):  # fmt: skip
     n_all = max(n_chains, YARDSTICK)
     bounds = {
         "none": None, "numbers": (-1.0, 0.7), "dims": per_dim_bounds(dim), "mixed": (-0.8, per_dim_bounds(dim)[1]),
@@ -269,8 +271,11 @@ def check_agreement(
     truth = Told(energy, x, rule, steps, counters, thin)
     x, rule, counters = first_rows(n_chains, x, rule, counters)
     for path in paths:
-        if (done := advance(path, energy, x, rule, steps, counters, thin=thin, telemetry=True)) is not None:
+        if (done := move(path, energy, x, rule, steps, counters, thin=thin, telemetry=True)) is not None:
             truth.check(done)
+
+
+ORDERS = ({}, {"noise_first": True}, {"noise_first": True, "clamp_noise": True})
 
 
 @st.composite
@@ -300,6 +305,7 @@ def cases(draw):
         "rule": {
             "grad_clip": draw(st.sampled_from([None, 0.3])),
             "grad_norm_clip": draw(st.sampled_from([None, 0.8, 20.0])),
+            **draw(st.sampled_from(ORDERS)),
         },
     }  # fmt: skip
 

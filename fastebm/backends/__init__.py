@@ -52,8 +52,9 @@ class Chains(NamedTuple):
 class Telemetry(NamedTuple):
     """What happened to each chain, all (n_chains,).
 
-    grad_norm: |dE/dx| before clips, over the coordinates that are not frozen, where the last step started.
-    clipped, clamped: the fraction of steps in which a clip changed the gradient, or the clamp the state.
+    grad_norm: |dE/dx| before clips, over the coordinates that are not frozen, where the last step took it.
+    clipped, clamped: the fraction of steps in which a clip changed the gradient, or the clamp the state (with
+    noise_first: the clamp after the gradient).
     """
 
     grad_norm: Tensor

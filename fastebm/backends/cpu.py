@@ -68,14 +68,15 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 class _Update:
     """Noise, update and clamp of some chains: what the kernels are given in every step, made ready once.
 
-    told: (3, n) what a ``Telemetry`` adds up, or None. t: (1,) int64, the step.
+    kind: LANGEVIN or DRIFT. told: (3, n) what a ``Telemetry`` adds up, or None. t: (1,) int64, the step.
     """
 
     def __init__(
-        self, chains: Chains, rule: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
-    ) -> None:
+        self, chains: Chains, rule: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool,
+        t: Tensor, kind: int = kernels.LANGEVIN,
+    ) -> None:  # fmt: skip
         n, self.dim = chains.x.shape
-        self.t = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.t, self.kind = t, kind
         self.told = chains.x.new_zeros(3, n) if telemetry else None
         numbers, first_steps = chains.numbers.contiguous(), chains.first_steps.contiguous()
         a, b = (c.contiguous() for c in coefficients)
@@ -106,9 +107,9 @@ class _Update:
         the call's ``aim`` will tell."""
         states = [new, x, grad, self.dim, x.stride(0)]
         if self.plain:
-            arguments = [kernels.LANGEVIN, first, last, *self.front, *scratch.draw, *states, *self.back]
+            arguments = [self.kind, first, last, *self.front, *scratch.draw, *states, *self.back]
         else:
-            arguments = [first, last, *self.front, *scratch.draw, *states, *self.back, scratch.clips]
+            arguments = [self.kind, first, last, *self.front, *scratch.draw, *states, *self.back, scratch.clips]
         return self.kernel.prepared(*arguments)
 
     def tell(self, done: Advanced, steps: int) -> None:
@@ -117,6 +118,22 @@ class _Update:
         for value, told in zip(done.telemetry, self.told, strict=True):
             value.copy_(told)
         done.telemetry.averaged(steps)
+
+
+def _updates(
+    chains: Chains, rule: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
+) -> list[_Update]:
+    """Of a step; or, with the noise first, of its two halves: x - 0 x + b xi, whose gradient may be x itself, and the
+    drift."""
+    t = torch.zeros(1, dtype=torch.int64, device="cpu")
+    if not rule.noise_first:
+        return [_Update(chains, rule, coefficients, first_bad, telemetry, t)]
+    (a, b), none = coefficients, torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+    noise = Langevin(clamp=rule.clamp if rule.clamp_noise else None)
+    return [
+        _Update(chains, noise, (none, b), first_bad, False, t),
+        _Update(chains, rule, (a, none), first_bad, telemetry, t, kernels.DRIFT),
+    ]
 
 
 class _Scratch:
@@ -155,12 +172,12 @@ def advance(
 
     def begun(rows: slice) -> _Tile:
         here, (a, b) = chains.rows(rows), (c[rows] if len(c) > 1 else c for c in coefficients)
-        update = _Update(here, rule, (a, b), done.first_bad[rows], telemetry)
+        updates = _updates(here, rule, (a, b), done.first_bad[rows], telemetry)
         n_rows = -(-len(here.x) // few) * few
         with torch.inference_mode():
             make = partial(_Tile, description, mlps, n_rows, here.labels is not None)
             tile = idle.setdefault(n_rows, Spares(make)).take()
-            tile.begin(here, update)
+            tile.begin(here, updates)
         return tile
 
     def move(rows: slice, interrupted: Callable[[], bool]) -> None:
@@ -197,24 +214,31 @@ class _Tile:
         if curvature is not None or linear is not None:
             quadratic = kernels.load("mlp.quadratic")
             parts.append([[quadratic.prepared(grad, x, n_rows, dim, grad.stride(0), *terms)] for x in states])
-        # of an even step, which starts in x, and of an odd one, which starts in new
+        # at x, and at new
         self.gradients = [[call for part in parts for call in part[k]] for k in range(2)]
 
-    def begin(self, chains: Chains, update: _Update) -> None:
+    def begin(self, chains: Chains, updates: list[_Update]) -> None:
         """At the start of these chains, for ``advance``."""
-        self.n_chains, self.update = len(chains.x), update
+        self.n_chains, self.update = len(chains.x), updates[-1]
         self.x.copy_(padded_rows(chains.x, self.n_rows))
         self.new.copy_(self.x)  # rows of padding stay what they are
         if self.labels is not None and chains.labels is not None:
             self.labels.copy_(padded_rows(chains.labels, self.n_rows))
-        move = update.call(self.new, self.x, self.grad, 0, self.n_chains, self.scratch)
-        moves = move, move.again(new=self.x, x=self.new)
-        even, odd = ([*gradient, move] for gradient, move in zip(self.gradients, moves, strict=True))
-        self.program = _Program(even, odd, update.t)
+        rows = 0, self.n_chains, self.scratch
+        if len(updates) == 1:
+            move = self.update.call(self.new, self.x, self.grad, *rows)
+            moves = move, move.again(new=self.x, x=self.new)
+            even, odd = ([*gradient, move] for gradient, move in zip(self.gradients, moves, strict=True))
+            self.ends = self.new, self.x
+        else:
+            noise = updates[0].call(self.new, self.x, self.x, *rows)
+            even = odd = [noise, *self.gradients[1], self.update.call(self.x, self.new, self.grad, *rows)]
+            self.ends = self.x, self.x
+        self.program = _Program(even, odd, self.update.t)
 
     def advance(self, steps: int, thin: int, done: Advanced, interrupted: Callable[[], bool]) -> None:
         """All steps; everything in ``done`` is written."""
-        n, x, new = self.n_chains, self.x, self.new
+        n = self.n_chains
         at_once = thin or _STEPS_AT_ONCE
         for first in range(0, steps, at_once):
             if interrupted():
@@ -222,8 +246,8 @@ class _Tile:
             last = min(first + at_once, steps)
             self.program.run(first, last)
             if done.trajectory is not None:
-                done.trajectory[:, first // thin] = (new if last % 2 else x)[:n]
-        x = new if steps % 2 else x
+                done.trajectory[:, first // thin] = self.ends[(last - 1) % 2][:n]
+        x = self.ends[(steps - 1) % 2]
         done.x.copy_(x[:n])
         done.energy.copy_(self.evaluator.energy(x, self.labels)[:n])
         self.update.tell(done, steps)
@@ -408,19 +432,25 @@ def advance_module(
     with energy.differentiating():  # also what is made here: inference tensors could not be changed within
         x = chains.x.clone()
         done = Advanced.blank(x, steps, thin, telemetry)
-        update = _Update(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
-        parts = parts_of_update(n, dim, n_threads)
-        calls = [update.call(None, x, None, part.start, part.stop, _Scratch(dim)) for part in parts]
-        move = Team(calls, n_threads)
-        for t in range(steps if n > 0 else 0):
-            grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).resolve_neg().contiguous()
+        updates = _updates(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
+        parts = [(part.start, part.stop, _Scratch(dim)) for part in parts_of_update(n, dim, n_threads)]
+        calls = [[update.call(None, x, None, *part) for part in parts] for update in updates]
+        teams = [Team(of_update, n_threads) for of_update in calls]
+
+        def moved(k: int, x: Tensor, grad: Tensor) -> Tensor:
             new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
-            update.t.fill_(t)
-            for call in calls:
+            for call in calls[k]:
                 call.aim(new=new, x=x, grad=grad)
-            move()
-            x = new
+            teams[k]()
+            return new
+
+        for t in range(steps if n > 0 else 0):
+            updates[0].t.fill_(t)
+            if rule.noise_first:
+                x = moved(0, x, x)
+            grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).resolve_neg().contiguous()
+            x = moved(-1, x, grad)
             if done.trajectory is not None and (t + 1) % thin == 0:
                 done.trajectory[:, t // thin] = x
-        update.tell(done, steps)
+        updates[-1].tell(done, steps)
     return done._replace(x=x, energy=energy(x, chains.labels))

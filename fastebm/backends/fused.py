@@ -57,6 +57,9 @@ def advance_mlp(
     if n_chains == 0:
         return Advanced(x, energy, first_bad, trajectory, None if told is None else Telemetry(*told))
     arguments, flags = _rule_arguments(rule, n_chains, steps, dim, device)
+    # without a step there is no order, nor a coefficient of the first one
+    flags["NOISE_FIRST"] = rule.noise_first and steps > 0
+    flags["CLAMP_NOISE"] = rule.clamp_noise and steps > 0
     extra: list[Any]
     padded = launch.in_memory and dim != launch.block_dim
     n_tiles = tiles_at_once = -(-n_chains // launch.block_chains)
@@ -242,6 +245,9 @@ def _advance_by_gradient(
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
     told = x.new_zeros(3, n_chains) if telemetry else None
     arguments, flags = _rule_arguments(rule, n_chains, steps, dim, device)
+    *coefficients, _, _, lo, hi = arguments
+    bounds, clamp = ((lo, hi), flags["CLAMP"]) if rule.clamp_noise else ((None, None), "")
+    of_noise = [*coefficients, None, None, *bounds], clamp
     seed = _seed_tensor(chains.seed, device)
     at = torch.zeros(1, dtype=torch.int64, device=device)
     # about 1,024 elements a program: 8 a thread of four warps
@@ -249,8 +255,9 @@ def _advance_by_gradient(
     block_chains = max(1, 1024 // block_dim)
     new = torch.empty_like(x)
 
-    def step() -> None:
-        grad = gradient(x)  # the only line that may raise or wait: nothing has moved yet
+    def launch(
+        half: str, new: Tensor, x: Tensor, grad: Tensor | None, told: Tensor | None, arguments: list[Any], clamp: str
+    ) -> None:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             langevin_update[((n_chains + block_chains - 1) // block_chains,)](
                 new,
@@ -268,12 +275,21 @@ def _advance_by_gradient(
                 DIM=dim,
                 BLOCK_DIM=block_dim,
                 BLOCK_CHAINS=block_chains,
-                **flags,
+                **{**flags, "CLAMP": clamp},
+                HALF=half,
                 FAST=_fast(None),
                 num_warps=4,
                 **_OPTIONS,
             )
-        x.copy_(new)  # not a swap: what a CUDA graph records stays in its place
+
+    def step() -> None:
+        # only the gradient may raise or wait: no chain has moved yet
+        if rule.noise_first:
+            launch("noise", new, x, None, None, *of_noise)
+            launch("drift", x, new, gradient(new), told, arguments, flags["CLAMP"])
+        else:
+            launch("", new, x, gradient(x), told, arguments, flags["CLAMP"])
+            x.copy_(new)  # not a swap: what a CUDA graph records stays in its place
         at.add_(1)
 
     def keep(t: int) -> None:

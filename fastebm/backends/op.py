@@ -40,26 +40,28 @@ def _decode_networks(networks: str, weights: list[Tensor], biases: list[Tensor |
     return tuple(mlps)
 
 
-def encode_rule(rule: Langevin) -> tuple[list[float], list[Tensor | None], float | None, float | None]:
-    """step_size, noise_scale and the clamp's two, each in one of two lists; then both clips."""
+def encode_rule(rule: Langevin) -> tuple[list[float], list[Tensor | None], float | None, float | None, bool, bool]:
+    """step_size, noise_scale and the clamp's two, each in one of two lists; then both clips, and the order."""
     values = (rule.step_size, rule.noise_scale, *(rule.clamp or ()))
     numbers = [math.nan if isinstance(v, Tensor) else float(v) for v in values]
     tensors = [v if isinstance(v, Tensor) else None for v in values]
     grad_clip, norm_clip = (None if clip is None else float(clip) for clip in (rule.grad_clip, rule.grad_norm_clip))
-    return numbers, tensors, grad_clip, norm_clip
+    return numbers, tensors, grad_clip, norm_clip, rule.noise_first, rule.clamp_noise
 
 
 def _decode_rule(
-    numbers: list[float], tensors: list[Tensor | None], grad_clip: float | None, grad_norm_clip: float | None
-) -> Langevin:
+    numbers: list[float], tensors: list[Tensor | None], grad_clip: float | None, grad_norm_clip: float | None,
+    noise_first: bool, clamp_noise: bool,
+) -> Langevin:  # fmt: skip
     step_size, noise_scale, *clamp = (n if t is None else t for n, t in zip(numbers, tensors, strict=True))
     bounds = (clamp[0], clamp[1]) if clamp else None
-    return Langevin(step_size, noise_scale, grad_clip, bounds, grad_norm_clip)
+    return Langevin(step_size, noise_scale, grad_clip, bounds, grad_norm_clip, noise_first, clamp_noise)
 
 
 def _fake(  # type: ignore[no-untyped-def]
     x, seed, chains, first_steps, labels, frozen, weights, biases, networks, scales, curvature, mean, linear, constant,
-    numbers, tensors, grad_clip, grad_norm_clip, steps, thin, telemetry, path, precision, on_nonfinite,
+    numbers, tensors, grad_clip, grad_norm_clip, noise_first, clamp_noise, steps, thin, telemetry, path, precision,
+    on_nonfinite,
 ):  # fmt: skip
     n, dim = chains.shape[0], weights[0].shape[1]
     x = x.new_empty((n, dim), dtype=_dtype(x))
@@ -78,7 +80,7 @@ def _fake(  # type: ignore[no-untyped-def]
     "(Tensor x, Tensor seed, Tensor chains, Tensor first_steps, Tensor? labels, Tensor? frozen, "
     "Tensor[] weights, Tensor?[] biases, str networks, "
     "Tensor? scales, Tensor? curvature, Tensor? mean, Tensor? linear, Tensor? constant, "
-    "float[] numbers, Tensor?[] tensors, float? grad_clip, float? grad_norm_clip, "
+    "float[] numbers, Tensor?[] tensors, float? grad_clip, float? grad_norm_clip, bool noise_first, bool clamp_noise, "
     "int steps, int thin, bool telemetry, str path, str precision, str on_nonfinite) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
@@ -86,7 +88,8 @@ def _fake(  # type: ignore[no-untyped-def]
 )
 def langevin(  # type: ignore[no-untyped-def]
     x, seed, chains, first_steps, labels, frozen, weights, biases, networks, scales, curvature, mean, linear, constant,
-    numbers, tensors, grad_clip, grad_norm_clip, steps, thin, telemetry, path, precision, on_nonfinite,
+    numbers, tensors, grad_clip, grad_norm_clip, noise_first, clamp_noise, steps, thin, telemetry, path, precision,
+    on_nonfinite,
 ):  # fmt: skip
     """x: (n, *shape) start; (n, 0): a uniform one. seed: (1,) int64. chains: (n,) global numbers. frozen: any shape.
 
@@ -97,7 +100,7 @@ def langevin(  # type: ignore[no-untyped-def]
     start = None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         description = Description(mlps, scales, curvature, mean, linear, constant)
-        rule = _decode_rule(numbers, tensors, grad_clip, grad_norm_clip)
+        rule = _decode_rule(numbers, tensors, grad_clip, grad_norm_clip, noise_first, clamp_noise)
         if not capturing(device):
             if run.tells_of_the_start(path, steps):
                 start = x

@@ -5,7 +5,10 @@ Every other path is compared with this one. Read it as documentation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..energies import Energy
 from ..langevin import Langevin
@@ -23,17 +26,16 @@ def advance(
     n_chains, dim = x.shape
     a, b = (c.expand(-1, steps) for c in rule.coefficients(n_chains, steps, dtype=x.dtype, device=x.device))
     bounds = rule.bounds(dim, dtype=x.dtype, device=x.device)
+    noise_bounds = bounds if rule.clamp_noise else None
     first_bad = torch.full((n_chains,), -1, dtype=torch.int32, device=x.device)
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
     grad_norm, clipped, clamped = x.new_full((n_chains,), torch.nan), x.new_zeros(n_chains), x.new_zeros(n_chains)
     noises = normals_of_steps(
         int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps, steps, dim, dtype=x.dtype
     )
-    for t, noise in enumerate(noises):
-        grad = energy.gradient(x, chains.labels)
-        if frozen is not None:
-            grad = grad.masked_fill(frozen, 0.0)
-        moved = rule.update(x, grad, noise, a[:, t, None], b[:, t, None])
+
+    def settled(x: Tensor, moved: Tensor, bounds: Any, t: int) -> tuple[Tensor, Tensor]:
+        """Where chains that were to go from x to moved are, and (n_chains,) whether the clamp changed that."""
         if frozen is not None:
             moved = torch.where(frozen, x, moved)
         bad = ~moved.isfinite().all(dim=1)  # tested before the clamp, which would turn infinity into a bound
@@ -42,10 +44,20 @@ def advance(
         new = moved if bounds is None else moved.clamp(*bounds)
         if frozen is not None:
             new = torch.where(frozen, x, new)
+        return torch.where(alive[:, None], new, x), alive & (new != moved).any(dim=1)
+
+    for t, noise in enumerate(noises):
+        a_t, b_t = a[:, t, None], b[:, t, None]
+        if rule.noise_first:
+            x, _ = settled(x, x + b_t * noise, noise_bounds, t)
+        grad = energy.gradient(x, chains.labels)
+        if frozen is not None:
+            grad = grad.masked_fill(frozen, 0.0)
+        moved = x - a_t * rule.clip(grad) if rule.noise_first else rule.update(x, grad, noise, a_t, b_t)
+        x, at_bounds = settled(x, moved, bounds, t)
         grad_norm = grad.square().sum(dim=1).sqrt()
-        clipped += alive & (rule.clip(grad) != grad).any(dim=1)
-        clamped += alive & (new != moved).any(dim=1)
-        x = torch.where(alive[:, None], new, x)
+        clipped += (first_bad < 0) & (rule.clip(grad) != grad).any(dim=1)
+        clamped += at_bounds
         if trajectory is not None and (t + 1) % thin == 0:
             trajectory[:, t // thin] = x
     told = Telemetry(grad_norm, clipped / max(steps, 1), clamped / max(steps, 1)) if telemetry else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -259,6 +260,7 @@ class _Tile:
         dim, weight = description.dim, description.mlps[0].weights[0]
         self.x, self.moved, self.grad = (matrix(self.n_rows, dim, weight) for _ in range(3))
         self.bounds = rule.bounds(dim, dtype=weight.dtype, device=weight.device)
+        self.noise_bounds = self.bounds if rule.clamp_noise else None
 
     def advance(
         self, chains: Chains, a: Tensor, b: Tensor, thin: int, done: Advanced, interrupted: Callable[[], bool]
@@ -269,15 +271,20 @@ class _Tile:
         labels = None if chains.labels is None else padded_rows(chains.labels, self.n_rows)
         frozen = None if chains.frozen is None else padded_rows(chains.frozen, self.n_rows)
         self.x.copy_(padded_rows(chains.x, self.n_rows))
-        bad_at = done.first_bad.new_full((self.n_rows,), -1)
-        stopped = bad_at >= 0
-        any_stopped = False
+        self.bad_at = done.first_bad.new_full((self.n_rows,), -1)
+        self.stopped = self.bad_at >= 0
+        self.any_stopped = False
         noises = normals_of_steps(
             int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps, steps, dim, dtype=self.x.dtype
         )
         for t, noise in enumerate(noises):
             if interrupted():
                 return
+            moved, b_t = self.moved[:n], b[:, t, None]  # padding needs no noise
+            if self.rule.noise_first:
+                self.moved[n:] = self.x[n:]
+                _add_product(self.x[:n], noise, b_t, 1.0, out=moved)
+                self._settle(t, frozen, self.noise_bounds, False)
             grad = self.evaluator.gradient(self.x, labels, self.grad)
             if frozen is not None:
                 grad.masked_fill_(frozen, 0.0)
@@ -287,36 +294,41 @@ class _Tile:
             elif self.rule.grad_clip is not None:
                 grad.clamp_(-self.rule.grad_clip, self.rule.grad_clip)
             _add_product(self.x, grad, padded_rows(a[:, t, None], self.n_rows), -1.0, out=self.moved)
-            moved = self.moved[:n]  # padding needs no noise
-            _add_product(moved, noise, b[:, t, None], 1.0, out=moved)
-            if frozen is not None:
-                torch.where(frozen, self.x, self.moved, out=self.moved)
-            # A sum is finite only if all its terms are: one cheap pass clears the tile, and what it can't
-            # clear (a sum may overflow by itself) goes to the exact test.
-            if any_stopped or not bool(self.moved.sum().isfinite()):
-                bad_at[~self.moved.isfinite().all(dim=1) & ~stopped] = t
-                stopped = bad_at >= 0
-                any_stopped = bool(stopped.any())
-            before = self.moved if done.telemetry is None else self.moved.clone()
-            if self.bounds is not None:
-                torch.clamp(self.moved, *self.bounds, out=self.moved)
-                if frozen is not None:
-                    torch.where(frozen, self.x, self.moved, out=self.moved)
+            if not self.rule.noise_first:
+                _add_product(moved, noise, b_t, 1.0, out=moved)
+            before = self._settle(t, frozen, self.bounds, done.telemetry is not None)
             if done.telemetry is not None:
                 norm, clipped, clamped = done.telemetry
                 norm.copy_(raw.square().sum(dim=1).sqrt()[:n])
-                clipped += (torch.ne(grad, raw).any(dim=1) & ~stopped)[:n]
-                clamped += (torch.ne(self.moved, before).any(dim=1) & ~stopped)[:n]
-            if any_stopped:
-                self.moved[stopped] = self.x[stopped]
-            self.x, self.moved = self.moved, self.x
+                clipped += (torch.ne(grad, raw).any(dim=1) & ~self.stopped)[:n]
+                clamped += (torch.ne(self.x, before).any(dim=1) & ~self.stopped)[:n]
             if done.trajectory is not None and (t + 1) % thin == 0:
                 done.trajectory[:, t // thin] = self.x[:n]
         done.x.copy_(self.x[:n])
         done.energy.copy_(self.evaluator.energy(self.x, labels)[:n])
-        done.first_bad.copy_(bad_at[:n])
+        done.first_bad.copy_(self.bad_at[:n])
         if done.telemetry is not None:
             done.telemetry.averaged(steps)
+
+    def _settle(self, t: int, frozen: Tensor | None, bounds: tuple[Any, Any] | None, copied: bool) -> Tensor:
+        """x becomes moved, where that may be. Returns moved as it was before the clamp, if that is to be copied."""
+        if frozen is not None:
+            torch.where(frozen, self.x, self.moved, out=self.moved)
+        # A sum is finite only if all its terms are: one cheap pass clears the tile, and what it can't clear (a sum may
+        # overflow by itself) goes to the exact test.
+        if self.any_stopped or not bool(self.moved.sum().isfinite()):
+            self.bad_at[~self.moved.isfinite().all(dim=1) & ~self.stopped] = t
+            self.stopped = self.bad_at >= 0
+            self.any_stopped = bool(self.stopped.any())
+        before = self.moved.clone() if copied else self.moved
+        if bounds is not None:
+            torch.clamp(self.moved, *bounds, out=self.moved)
+            if frozen is not None:
+                torch.where(frozen, self.x, self.moved, out=self.moved)
+        if self.any_stopped:
+            self.moved[self.stopped] = self.x[self.stopped]
+        self.x, self.moved = self.moved, self.x
+        return before
 
 
 def _add_product(x: Tensor, v: Tensor, c: Tensor, sign: float, *, out: Tensor) -> None:

@@ -36,13 +36,26 @@ from torch import Tensor
 
 from . import program
 
-__all__ = ["CHUNK", "LANGEVIN", "NORMAL", "UNIFORM", "WORDS", "Call", "Kernel", "listed", "load", "scratch", "why_not"]
+__all__ = [
+    "CHUNK",
+    "DRIFT",
+    "LANGEVIN",
+    "NORMAL",
+    "UNIFORM",
+    "WORDS",
+    "Call",
+    "Kernel",
+    "listed",
+    "load",
+    "scratch",
+    "why_not",
+]
 
 # Counters that a kernel draws from at once: their words and normals take 32 KiB, the first cache of most cores.
 CHUNK = 1024
 
-# What ``update.draw`` draws, or does with it.
-WORDS, UNIFORM, NORMAL, LANGEVIN = range(4)
+# What ``update.draw`` draws, or does with it; ``update.update`` does the last two.
+WORDS, UNIFORM, NORMAL, LANGEVIN, DRIFT = range(5)
 
 _lock = threading.RLock()
 _kept: list[Any] = []  # engines that own machine code in use

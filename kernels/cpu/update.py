@@ -1,6 +1,8 @@
 """Random numbers; and noise, update and clamp in one pass: the twin of kernels/update.py.
 
 x' = clamp(x - a clip(g) + b xi)
+
+With the noise first, a call for y = x + b xi, and one of DRIFT for x' = clamp(y - a clip(g)).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import sys
 
 from numpy import float32, int32, uint32
 
-from . import CHUNK, LANGEVIN, UNIFORM, WORDS, jit
+from . import CHUNK, DRIFT, LANGEVIN, UNIFORM, WORDS, jit
 from .jit import bits_of, dot, f32s, i32s, i64s, u8s, u32s
 from .philox import box_muller, count, philox4x32, spread, uniform
 
@@ -36,6 +38,8 @@ def draw(
     step are a_chain and a_step apart. first_bad: (n_total,) int32, -1 or the first step whose new state was not
     finite before the clamp; such a chain stays where it was. out: room for a row, and CHUNK blocks, of noise.
 
+    DRIFT: the same, but nothing is drawn: out is what a call of LANGEVIN left, and b is 0.
+
     One kernel for all: most of it is the same, and to compile it is most of what the first call waits for.
 
     Args:
@@ -48,7 +52,7 @@ def draw(
     i = first
     while i < last:
         n_rows = at_once if at_once < last - i else last - i
-        c = 0
+        c = n_blocks if kind == DRIFT else 0
         while c < n_blocks:
             width = CHUNK if CHUNK < n_blocks - c else n_blocks - c
             n = n_rows * width
@@ -60,7 +64,7 @@ def draw(
                 box_muller(w, r, n)
             spread(r, n, out, 4 * c if kind == LANGEVIN else 4 * (i * n_blocks + c))
             c += CHUNK
-        if kind == LANGEVIN:
+        if kind >= LANGEVIN:
             for row in range(i, i + n_rows):
                 to, at = row * stride, (row - i) * n_blocks * 4
                 drift, std = a[row * a_chain + at_step * a_step], b[row * b_chain + at_step * b_step]
@@ -80,13 +84,14 @@ def draw(
 
 
 def update(
-    first: int, last: int, n_told: int, key0: int, key1: int, chains: i64s, steps: i64s, t: i64s, w: u32s, r: f32s,
-    out: f32s, new: f32s, x: f32s, grad: f32s, dim: int, stride: int, first_bad: i32s, told: f32s, frozen: u8s,
-    frozen_chain: int, a: f32s, a_chain: int, a_step: int, b: f32s, b_chain: int, b_step: int, grad_clip: float,
-    norm_clip: float, lo: f32s, lo_dim: int, hi: f32s, hi_dim: int, g: f32s,
+    kind: int, first: int, last: int, n_told: int, key0: int, key1: int, chains: i64s, steps: i64s, t: i64s, w: u32s,
+    r: f32s, out: f32s, new: f32s, x: f32s, grad: f32s, dim: int, stride: int, first_bad: i32s, told: f32s,
+    frozen: u8s, frozen_chain: int, a: f32s, a_chain: int, a_step: int, b: f32s, b_chain: int, b_step: int,
+    grad_clip: float, norm_clip: float, lo: f32s, lo_dim: int, hi: f32s, hi_dim: int, g: f32s,
 ):  # fmt: skip
-    """``draw`` of LANGEVIN with all options. Apart, and the loop over rows written once more: compiled into ``draw`` it
-    would make every first call wait for options that few calls have, and a function for the loop's head a third longer.
+    """``draw`` of LANGEVIN or DRIFT with all options. Apart, and the loop over rows written once more: compiled into
+    ``draw`` it would make every first call wait for options that few calls have, and a function for the loop's head a
+    third longer.
 
     Args:
         told: (3, n_told) float32, in and out: the gradient's norm, steps clipped, steps clamped. n_told: 0 without it.
@@ -100,7 +105,7 @@ def update(
     i = first
     while i < last:
         n_rows = at_once if at_once < last - i else last - i
-        c = 0
+        c = n_blocks if kind == DRIFT else 0
         while c < n_blocks:
             width = CHUNK if CHUNK < n_blocks - c else n_blocks - c
             count(w, i, n_rows, c, width, 0, chains, steps, 1, at_step)
