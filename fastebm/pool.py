@@ -338,7 +338,7 @@ class ChainPool:
         asked, held = zip(*self._processes.gather(mine), strict=True)
         with self._processes.together():
             if any(not torch.equal(theirs, wanted) for theirs in asked):
-                raise ValueError(f"the processes of a group must make the same calls, and some {_OTHER_CALLS}")
+                raise ValueError("the processes of a group must make the same calls, and some asked for other labels")
             return torch.cat(held), wanted
 
     def _taken(self, draw: Draw) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy
+from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy, langevin_sample
 
 DIM, N = 3, 23
 RULE = Langevin(0.1, 0.5)
@@ -24,6 +24,11 @@ class Trap(nn.Module):
 
     def forward(self, x):
         return (x.square().sum(1) / 2).masked_fill(x[:, 0] > 100, torch.nan)
+
+
+class Scaled(nn.Module):
+    def forward(self, x, sigma):
+        return (x / sigma).square().sum(1) / 2
 
 
 def pool_of(group=None, **options):
@@ -67,6 +72,15 @@ def story(group=None):
     pool.sample(classifier, 11, RULE, 2)
     told["labels"] = pool.last.labels
     told["labelled"] = pool.state_dict()
+    x, e = pool.sample(classifier, 6, RULE, 2, labels=torch.tensor([3, 0, 3, 1, 1, 0]))
+    told["for labels"] = (x, e, pool.last.chains, pool.last.restarted)
+    told["for labels state"] = pool.state_dict()
+
+    pool = pool_of(group, condition=torch.linspace(0.5, 2.0, N)[:, None])
+    pool.sample(Scaled(), 11, RULE, 2)
+    pool.add(torch.zeros(30, DIM), condition=torch.linspace(3.0, 4.0, 30)[:, None])
+    pool.advance(Scaled(), RULE, 1)
+    told["conditioned"] = pool.state_dict()
 
     pool = pool_of(group, n_chains=2)  # fewer than processes
     x, _ = pool.sample(mlp, 1, RULE, 2)
@@ -106,6 +120,17 @@ def faults(group, rank, folder):
     attempt("adds", lambda: pool.add(torch.zeros(2 + rank, DIM)), pool)
     attempt("steps", lambda: pool.advance(mlp, RULE, 2 + rank), pool)
     attempt("calls", lambda: pool.advance(mlp, RULE, 2) if rank else pool.sample(mlp, 5, RULE, 2), pool)
+    labelled = pool_of(group, labels=torch.arange(N) % 4)
+    _, classifier = energies()
+
+    def draw(n, label=0):
+        labelled.sample(classifier, n, RULE, 1, labels=torch.full((n,), label))
+
+    attempt("labels", lambda: draw(2, label=rank), labelled)
+    attempt("numbers of labels", lambda: draw(2 + rank), labelled)
+    attempt("no labels", lambda: draw(2, label=9 if rank == 1 else 0), labelled)
+    attempt("bad labels", lambda: draw(2, label=0.5 if rank == 1 else 0), labelled)
+    told["labels afterwards"] = (draw(2), labelled.draws)[1]
     state = pool.state_dict()
     if rank == 0:
         state["x"][0, 0] = torch.nan
@@ -120,6 +145,42 @@ def faults(group, rank, folder):
     return told
 
 
+def seeds(rank):
+    """Of pools without one: alone, and shared by all processes."""
+    torch.manual_seed(rank)
+    apart = ChainPool(N, DIM)
+    apart.sample(energies()[0], 5, RULE, 0)
+    return apart.seed, apart.last.chains, ChainPool(N, DIM, process_group=dist.group.WORLD).seed
+
+
+def wrapped():
+    """Sampling by a model that DistributedDataParallel wraps, with a training step between: (of it, of the model)."""
+    mlp, classifier = energies()
+    found = []
+    for model, options in (
+        (mlp, {}),
+        (classifier, {"labels": torch.arange(5) % 4}),
+        (Residual(mlp), {}),
+    ):
+        ddp = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            pair = [langevin_sample(m, init=torch.ones(5, DIM), steps=3, seed=1, **options) for m in (ddp, model)]
+            found.append(pair)
+            ddp(torch.ones(5, DIM)).sum().backward()
+    return found
+
+
+class Residual(nn.Module):
+    """No MLP."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)[:, 0] + x.square().sum(1)
+
+
 def main(folder, rank, world):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -127,6 +188,8 @@ def main(folder, rank, world):
     )
     pair = dist.new_group([0, 1])
     told = {world: (story(dist.group.WORLD), faults(dist.group.WORLD, rank, folder))}
+    told["seeds"] = seeds(rank)
+    told["wrapped"] = wrapped()
     if rank < 2:
         told[2] = (story(pair), faults(pair, rank, folder))
     else:
@@ -147,7 +210,8 @@ def worlds(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
-    return {world: [rank[world] for rank in told[:world]] for world in (2, 3)}
+    each = {name: [rank[name] for rank in told] for name in ("seeds", "wrapped")}
+    return {**{world: [rank[world] for rank in told[:world]] for world in (2, 3)}, **each}
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +240,12 @@ def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
         assert torch.equal(joined((p[0] for p in parts), (p[2] for p in parts)), x[order])
         assert torch.equal(joined((p[1] for p in parts), (p[2] for p in parts)), e[order])
         assert [part[3] for part in parts] == [restarted] * world
-    for name in ("state", "resumed", "labelled", "few state"):
+    x, e, chains, restarted = alone["for labels"]
+    order, parts = torch.argsort(chains), [told["for labels"] for told in shares]
+    assert torch.equal(joined((p[0] for p in parts), (p[2] for p in parts)), x[order])
+    assert torch.equal(joined((p[1] for p in parts), (p[2] for p in parts)), e[order])
+    assert [part[3] for part in parts] == [restarted] * world
+    for name in ("state", "resumed", "labelled", "for labels state", "conditioned", "few state"):
         for key, value in alone[name].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(bits(joined(told[name][key] for told in shares)), bits(value)), (name, key)
@@ -204,6 +273,10 @@ def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
         ("bad batch", 1, "ValueError", "batch_size must be an int", "RuntimeError"),
         ("steps", None, "ValueError", "called with another batch_size or steps", None),
         ("calls", None, "ValueError", "or after other calls", None),
+        ("labels", None, "ValueError", "asked for other labels", None),
+        ("numbers of labels", None, "ValueError", "asked for other labels", None),
+        ("no labels", None, "ValueError", "asked for other labels", None),
+        ("bad labels", 1, "TypeError", "labels must be a tensor of integers", "RuntimeError"),
         ("load", 0, "ValueError", "states that are not finite", "RuntimeError"),
         ("exploded", 1, "NonFiniteError", "chains are not finite", "NonFiniteError"),
         ("exploded in a chunk", 1, "NonFiniteError", "chains are not finite", "NonFiniteError"),
@@ -229,6 +302,19 @@ def test_distributed_restarts_are_counted_over_all_processes(worlds, world):
     assert [here for _, here, _ in told] == [int(rank == 1) for rank in range(world)]
     assert [total for _, _, total in told] == [1] * world
     assert all(faults["afterwards"] is None for _, faults in worlds[world])
+
+
+def test_pools_without_a_seed_differ_or_agree(worlds):
+    apart, chains, together = zip(*worlds["seeds"], strict=True)
+    assert len(set(apart)) == len({tuple(c.tolist()) for c in chains}) == 3
+    assert len(set(together)) == 1
+
+
+def test_models_in_distributed_data_parallel_are_sampled_as_themselves(worlds):
+    for found in worlds["wrapped"]:
+        assert len(found) == 6
+        for ddp, model in found:
+            assert torch.equal(ddp, model)
 
 
 def test_a_process_group_must_be_there(monkeypatch):
