@@ -426,9 +426,11 @@ def steps_of(folder):
 
 def test_the_parts_of_a_step_are_those_of_its_case():
     case = Case(6, (16, 8), 96, 3)
-    # on one thread, as the mode counts this thread's products
-    with run.on_threads(1), FlopCounterMode(display=False) as counter:
-        breakdown.parts_of_steps(Problem(case, CPU))["products"]()
+    # On one thread, as the mode counts this thread's products. Its hooks on all modules come after the MLP is read.
+    with run.on_threads(1):
+        products = breakdown.parts_of_steps(Problem(case, CPU))["products"]
+        with FlopCounterMode(display=False) as counter:
+            products()
     # all but the head's, whose gradient is its weight
     assert counter.get_total_flops() == 96 * 3 * (limits.flops_per_chain_step(Problem(case, CPU)) - 4 * 8)
 

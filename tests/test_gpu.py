@@ -501,7 +501,7 @@ def test_a_failed_advance_puts_a_pool_on_the_host_back():
         def forward(self, x):
             return (x.square().sum(1) / 2).masked_fill(x[:, 0] > 100, torch.nan)
 
-    pool, twin = (ChainPool(5_000, 8, device="cuda", storage_device="cpu") for _ in range(2))
+    pool, twin = (ChainPool(5_000, 8, seed=0, device="cuda", storage_device="cpu") for _ in range(2))
     for p in (pool, twin):
         p.states[4_200] = 1000.0
     with pytest.raises(NonFiniteError):

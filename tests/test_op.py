@@ -306,7 +306,7 @@ def test_images():
 
 def test_a_pool_runs_uncompiled():
     energy = MLPEnergy(3, (8,))
-    pools = ChainPool(10, 3), ChainPool(10, 3)
+    pools = ChainPool(10, 3, seed=0), ChainPool(10, 3, seed=0)
 
     def f(pool):
         return pool.sample(energy, 4, Langevin(0.1, 0.5), 3)[0] + 1
