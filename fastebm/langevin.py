@@ -51,11 +51,11 @@ class Langevin:
     The chain targets exp(-E/T) as step_size goes to 0 (Roberts & Tweedie 1996; Welling & Teh 2011).
 
     Args:
-        step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (a value a chain).
+        step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (one value per chain).
         noise_scale: >= 0, in the same three forms. 0 is gradient descent.
         grad_clip: elementwise bound on the gradient, > 0, or None.
         clamp: (lo, hi) with lo < hi, applied last, or None. Each a number, or a tensor of one state's shape (or
-            one value a dim): bounds of their own for every dim. Infinite bounds are one-sided clamps.
+            one value per dim): bounds of their own for every dim. Infinite bounds are one-sided clamps.
         grad_norm_clip: bound on the Euclidean norm of each chain's gradient, > 0, or None. After grad_clip.
         noise_first: whether the noise comes before the gradient, as in IGEBM's and the UvA tutorial's loops.
         clamp_noise: with noise_first, whether the clamp is applied to y too.
@@ -99,7 +99,7 @@ class Langevin:
     def from_drift_and_noise(cls, drift: float, noise_std: float | Tensor, **options: Any) -> Langevin:
         """x' = x - drift g + noise_std xi: the form in which most papers state their numbers.
 
-        noise_std may be a schedule or a value a chain, as noise_scale.
+        noise_std may be a schedule or have one value per chain, as noise_scale.
         """
         drift, noise_std = plain_number(drift), _as_tensor(noise_std)
         if not (_is_number(drift) and drift > 0):
@@ -136,7 +136,8 @@ class Langevin:
     def uva(cls, **options: Any) -> Langevin:
         """The UvA Deep Learning tutorial 8, Deep Energy Models (Lippe 2022): a = 10, b = 0.005, the noise first.
 
-        Gradients are clipped at 0.03, and states clamped to (-1, 1), noisy ones too.
+        Gradients are clipped at 0.03, and states clamped to (-1, 1), noisy ones too. Their network puts out -E:
+        ``Negative(network)`` is its energy.
         """
         published = {"grad_clip": 0.03, "clamp": (-1.0, 1.0), "noise_first": True, "clamp_noise": True}
         return cls.from_drift_and_noise(10.0, 0.005, **{**published, **options})
@@ -276,7 +277,7 @@ def _checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Te
 
 
 def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int, device: Any) -> Tensor:
-    """float64: (1, 1) for a number, (1, steps) for a schedule, (n_chains, 1) for a value a chain."""
+    """float64: (1, 1) for a number, (1, steps) for a schedule, (n_chains, 1) for one value per chain."""
     if not isinstance(value, Tensor):
         # made on the device: a copy from the host would wait for it
         return torch.full((1, 1), float(value), dtype=torch.float64, device=device)
@@ -286,7 +287,7 @@ def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int, devi
     if value.ndim == 1:
         if len(value) != steps:
             raise ValueError(
-                f"a {name} schedule must have one entry a step: got {len(value)} entries for {steps} steps"
+                f"a {name} schedule must have one entry per step: got {len(value)} entries for {steps} steps"
             )
         return value.reshape(1, steps)
     if value.shape[0] not in (1, n_chains):

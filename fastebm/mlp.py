@@ -4,7 +4,7 @@
 
     head "scalar":     E(x) = f(x), one output
     head "logsumexp":  E(x) = -log sum_c exp f(x)_c: a classifier as an energy (JEM, Grathwohl et al. 2020)
-    head "class":      E(x) = -f(x)_y, a label y a chain
+    head "class":      E(x) = -f(x)_y, one label y per chain
 
 Backends see this description only, so a new way to build an MLP is read here, in one place.
 """

@@ -105,7 +105,7 @@ def langevin_sample(
 
     Args:
         energy: maps (batch, *shape) to (batch,) or (batch, 1). MLPs, a ``ClassifierEnergy`` of one and a
-            ``SumEnergy`` of them take the fused kernel on CUDA.
+            ``SumEnergy`` of them take the fused kernel on CUDA. Of a network f that puts out -E: ``Negative(f)``.
         input_size: dims or shape of one state; may be left out with ``init``, or when the energy is an MLP.
         batch_size: number of chains, >= 0, when there is no ``init``.
         steps: >= 0; 0 returns the start.

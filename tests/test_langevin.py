@@ -139,7 +139,7 @@ def test_update_is_the_formula():
         (
             lambda: Langevin(torch.ones(3)).coefficients(2, 4),
             ValueError,
-            "a step_size schedule must have one entry a step: got 3 entries for 4 steps",
+            "a step_size schedule must have one entry per step: got 3 entries for 4 steps",
         ),
         (
             lambda: Langevin(1.0, torch.ones(3, 1)).coefficients(2, 4),
