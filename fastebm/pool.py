@@ -578,7 +578,8 @@ class ChainPool:
     def stats(self) -> PoolStats:
         """Numbers of all chains, computed where they are and then fetched at once; states are not looked at.
 
-        Memory: some 40 bytes per chain. Processes each get the numbers of all, from a few small sums; every one calls it.
+        Memory: some 40 bytes per chain. Processes each get the numbers of all, from a few small sums; every one calls
+        it.
         """
         return statistics(
             len(self), self.draws, self._energy, self.ages, self._restarts, self._nonfinite, self._processes.total
