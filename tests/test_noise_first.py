@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_agreement import IN_MEMORY, largest
+from test_agreement import IN_MEMORY, REGIMES, largest
 from test_op import compiled
 from test_options import (
     CLASSES,
@@ -243,8 +243,8 @@ def test_bits_do_not_depend_on_the_batch(device, path):
         return moved(path, energy, x[rows].contiguous(), rule, 2, own, thin=1, telemetry=True)
 
     whole = run(slice(None))
-    for rows in (slice(1, None), torch.randperm(66, generator=torch.Generator().manual_seed(2))):
-        assert same_bits(run(rows), whole, rows)
+    rows = torch.randperm(66, generator=torch.Generator().manual_seed(2))[:65]
+    assert same_bits(run(rows), whole, rows)
     # outside of the bounds too
     assert torch.equal(whole.x[counters["frozen"]], x[counters["frozen"]])
 
@@ -283,8 +283,8 @@ def check_like_the_reference(path, energy, x, rule, steps, counters):
 @pytest.mark.parametrize(
     ("bounds", "clamp_noise"),
     [
-        (None, False),
         ((-0.5, 0.5), False),
+        pytest.param(None, False, marks=pytest.mark.slow),
         pytest.param((-0.5, 0.5), True, marks=pytest.mark.slow),
         ("dims", True),
         pytest.param("dims", False, marks=pytest.mark.slow),
@@ -333,7 +333,7 @@ def test_a_drift_that_is_infinite(device, path, clamp_noise):
 
 
 @every_path
-@pytest.mark.parametrize("clamp", [None, (-1e38, math.inf), "far"])
+@pytest.mark.parametrize("clamp", [pytest.param(None, marks=pytest.mark.slow), (-1e38, math.inf), "far"])
 def test_chains_explode_at_different_steps(device, path, clamp):
     """A random walk towards float32's end; one clamp puts chains near it, from where noise takes them beyond."""
     energy = make_energy(DIM, [9]).to(device)
@@ -353,7 +353,7 @@ def test_chains_explode_at_different_steps(device, path, clamp):
     torch.testing.assert_close(done.telemetry.clamped, expected.telemetry.clamped)
 
 
-@pytest.mark.parametrize("path", [*FAST_PATHS, "eight warps", "numba"])
+@pytest.mark.parametrize("path", ["torch", "numba", *REGIMES, *SELDOM])
 def test_exploding_neighbours_change_nothing(device, path):
     energy = make_energy(DIM, [20, 11], terms=("gaussian",)).to(device)
     x, counters = begin(70, DIM, device)
