@@ -716,7 +716,8 @@ def langevin_streaming(
         # Chunks are stored as they are made, so a chain must be known to stay finite before its first chunk
         # moves. |x'| <= |x| + a (sum_k |slope_k|_1 max|W_1k| + max|c| |x| + max|b - c m|) + 7 b settles it for all
         # but exploding chains; only for a tile that holds one, a rehearsal without stores finds out exactly.
-        # With NOISE_FIRST, b is the next step's; and this step's is between the bounds of a clamp and the state.
+        # With NOISE_FIRST, b is the next step's. This step's counts in |x|: `size` may be of states before their noise,
+        # and what a clamp returns is no farther out than its bound, from which the noise came.
         slopes = ()
         pull = tl.zeros((BLOCK_CHAINS,), tl.float32)
         for k in tl.static_range(len(FIRSTS) - 1):

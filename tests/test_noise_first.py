@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_agreement import IN_MEMORY, largest
+from test_agreement import IN_MEMORY, REGIMES, largest
 from test_op import compiled
 from test_options import (
     CLASSES,
@@ -243,8 +243,8 @@ def test_bits_do_not_depend_on_the_batch(device, path):
         return moved(path, energy, x[rows].contiguous(), rule, 2, own, thin=1, telemetry=True)
 
     whole = run(slice(None))
-    for rows in (slice(1, None), torch.randperm(66, generator=torch.Generator().manual_seed(2))):
-        assert same_bits(run(rows), whole, rows)
+    rows = torch.randperm(66, generator=torch.Generator().manual_seed(2))[:65]
+    assert same_bits(run(rows), whole, rows)
     # outside of the bounds too
     assert torch.equal(whole.x[counters["frozen"]], x[counters["frozen"]])
 
@@ -283,8 +283,8 @@ def check_like_the_reference(path, energy, x, rule, steps, counters):
 @pytest.mark.parametrize(
     ("bounds", "clamp_noise"),
     [
-        (None, False),
         ((-0.5, 0.5), False),
+        pytest.param(None, False, marks=pytest.mark.slow),
         pytest.param((-0.5, 0.5), True, marks=pytest.mark.slow),
         ("dims", True),
         pytest.param("dims", False, marks=pytest.mark.slow),
@@ -333,7 +333,35 @@ def test_a_drift_that_is_infinite(device, path, clamp_noise):
 
 
 @every_path
-@pytest.mark.parametrize("clamp", [None, (-1e38, math.inf), "far"])
+def test_noise_far_beyond_the_bounds_and_a_drift_farther_still(device, path):
+    """Neither is large beside float32's end, their sum is beyond it, and the clamp would hide that."""
+    body = nn.Sequential(nn.Linear(DIM, 4), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        body[0].weight.fill_(1e-10)
+        body[0].bias.fill_(1.0)
+        body[2].weight.fill_(-0.25e10)  # dE/dx is -1 or 0
+        body[2].bias.zero_()
+    x, counters = begin(64, DIM, device)
+    # chains with some noise of 3.3 to 3.7 standard deviations, and 0.9e38 is one; of more, a radius may be infinite
+    numbers = torch.arange(8192, device=device)
+    noise = normal(counters["seed"], Stream.LANGEVIN, numbers, torch.ones_like(numbers), 20)
+    radius = noise.unflatten(1, (10, 2)).square().sum(dim=2).sqrt().amax(dim=1)
+    far = (radius < 3.7) & (noise[:, :DIM].amax(dim=1) > 3.3)
+    counters.update(numbers=torch.cat([numbers[far][:32], numbers[radius < 2.5][:32]]), first_steps=numbers[:64] * 0)
+    steps = torch.tensor([1.0, 1.2e38])
+    rule = Langevin(steps, torch.tensor([0.0, 0.9e38]) / steps.sqrt(), clamp=(-1.0, 1.0), noise_first=True)
+    expected = moved("reference", body.to(device), x, rule, 2, counters)
+    done = moved(path, body, x, rule, 2, counters)
+    assert torch.equal(done.first_bad, expected.first_bad)
+    assert largest((done.x - expected.x) / 1e38) < 1e-5
+    bad = expected.first_bad == 1
+    assert 0 < int(bad.sum()) < 32
+    assert float(expected.x[bad].amax(dim=1).min()) > 2.9e38  # where the noise led
+    assert largest(expected.x[~bad]) == 1.0
+
+
+@every_path
+@pytest.mark.parametrize("clamp", [pytest.param(None, marks=pytest.mark.slow), (-1e38, math.inf), "far"])
 def test_chains_explode_at_different_steps(device, path, clamp):
     """A random walk towards float32's end; one clamp puts chains near it, from where noise takes them beyond."""
     energy = make_energy(DIM, [9]).to(device)
@@ -342,8 +370,8 @@ def test_chains_explode_at_different_steps(device, path, clamp):
     x, counters = begin(24, DIM, device)
     scales = torch.linspace(0.1e38, 2e38, 24)[:, None]
     if clamp == "far":
-        clamp = (torch.where(torch.arange(DIM) == 17, 3.2e38, -math.inf), torch.full((DIM,), math.inf))
-        scales /= 4
+        clamp = (torch.where(torch.arange(DIM) == 17, 3.39e38, -math.inf), torch.full((DIM,), math.inf))
+        scales /= 40
     rule = Langevin(0.25, scales, clamp=clamp, noise_first=True)
     expected = moved("reference", energy, x, rule, 6, counters, thin=1, telemetry=True)
     assert len(expected.first_bad.unique()) >= 3
@@ -353,7 +381,7 @@ def test_chains_explode_at_different_steps(device, path, clamp):
     torch.testing.assert_close(done.telemetry.clamped, expected.telemetry.clamped)
 
 
-@pytest.mark.parametrize("path", [*FAST_PATHS, "eight warps", "numba"])
+@pytest.mark.parametrize("path", ["torch", "numba", *REGIMES, *SELDOM])
 def test_exploding_neighbours_change_nothing(device, path):
     energy = make_energy(DIM, [20, 11], terms=("gaussian",)).to(device)
     x, counters = begin(70, DIM, device)
