@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["condition_parameter", "kind_of", "unwrapped"]
+__all__ = ["are_labels", "condition_parameter", "unwrapped"]
 
 # fmt: off
-_LABELS = frozenset({
+_EITHER = frozenset({"c", "cond", "condition", "conditions", "conditioning", "context"})
+_LABELS = _EITHER | {
     "y", "label", "labels", "class_label", "class_labels", "class_id", "class_ids", "cls", "classes", "target",
-    "targets", "c", "cond", "condition", "conditions", "conditioning", "context",
-})
-_CONDITIONS = _LABELS | {
+    "targets",
+}
+_CONDITIONS = _EITHER | {
     "sigma", "sigmas", "noise_level", "noise_levels", "t", "time", "times", "timestep", "timesteps", "measurement",
     "measurements", "attribute", "attributes", "attrs", "embedding", "embeddings",
 }
@@ -45,10 +46,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def kind_of(condition: Tensor) -> str:
-    """ "labels": integers, one per chain; or "condition", anything else."""
+def are_labels(condition: Tensor) -> bool:
+    """Integers, one per chain."""
     whole = not (condition.is_floating_point() or condition.is_complex() or condition.dtype == torch.bool)
-    return "labels" if whole and condition.ndim == 1 else "condition"
+    return whole and condition.ndim == 1
 
 
 def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> inspect.Parameter | None:
@@ -58,20 +59,37 @@ def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> 
     condition of another kind may have more names, and goes to the second parameter if there are only two and the module
     stands alone: not, if it is one term of a sum.
 
+    Args:
+        kind: "labels" or "condition": the keyword that it was given by.
+
     Raises:
         ValueError: it is ambiguous.
     """
     inner = unwrapped(module)
     # torch.compile warns of caches, which it does not use
     others_of = _others.__wrapped__ if torch.compiler.is_compiling() else _others
-    others = others_of(inner.__dict__.get("forward", type(inner).forward), "forward" in inner.__dict__)
+    if isinstance(inner, torch.jit.ScriptModule):
+        others = _of_script(inner)
+    elif "forward" in inner.__dict__:
+        others = _others.__wrapped__(inner.forward, True)  # not kept: it may hold the module
+    else:
+        others = others_of(type(inner).forward, False)
     told = getattr(inner, "condition_argument", "")
     if told is None:
         return None
     plain = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if told:
+        if any(p.kind is p.VAR_KEYWORD for p in others):
+            plain.append(inspect.Parameter(told, inspect.Parameter.KEYWORD_ONLY))
+        if told not in (p.name for p in plain):
+            raise ValueError(
+                f"{type(inner).__name__}.condition_argument is {told!r}, and its forward has no argument of that name"
+            )
+        return next(p for p in plain if p.name == told)
     required = [p for p in plain if p.default is p.empty]
-    named = [p for p in plain if p.name == told]
-    named = named or [p for p in plain if p.name.lower() in (_LABELS if kind == "labels" else _CONDITIONS)]
+    named: list[inspect.Parameter] = []
+    for known in (_LABELS,) if kind == "labels" else (_CONDITIONS, _LABELS):
+        named = named or [p for p in plain if p.name == kind] or [p for p in plain if p.name.lower() in known]
     if len(named) > 1:
         named = [p for p in named if p in required]
     elif not named and len(required) == 1:
@@ -87,6 +105,18 @@ def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> 
             'set condition_argument = "NAME" on the module, or None if it takes none'
         )
     return None
+
+
+def _of_script(module: nn.Module) -> list[inspect.Parameter]:
+    forward: Any = module.forward
+    return [
+        inspect.Parameter(
+            a.name,
+            inspect.Parameter.KEYWORD_ONLY if a.kwarg_only else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=a.default_value if a.has_default_value() else inspect.Parameter.empty,
+        )
+        for a in forward.schema.arguments[2:]  # after self and x
+    ]
 
 
 @lru_cache(maxsize=1024)

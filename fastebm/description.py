@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from .conditions import unwrapped
 from .energies import ClassifierEnergy, GaussianEnergy, SumEnergy, takes_condition
 from .forward import Unknown, check_hooks, plain
-from .mlp import MLP, NotAnMLP, effective_weight, read_mlp, reading
+from .mlp import MLP, NotAnMLP, check_affine, effective_weight, read_mlp, reading
 from .tracing import operator
 
 __all__ = ["Description", "check_shape", "describe"]
@@ -122,6 +121,7 @@ def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> 
             elif isinstance(term, nn.Linear):
                 linears += [scale, effective_weight("a Linear term", term)]
                 biases.append(term.bias)
+                check_affine("a Linear term", linears[-1], term.bias)
             elif labels and not isinstance(term, ClassifierEnergy) and takes_condition(term):
                 raise NotAnMLP(f"{type(term).__name__} takes labels, and is no ClassifierEnergy")
             else:
@@ -155,14 +155,9 @@ def check_shape(module: nn.Module, description: Description, shape: Sequence[int
     """An error if states (n, *shape) are not what the module takes, of which only the number of dims was read."""
     if description.dim != math.prod(shape):
         raise ValueError(f"the energy takes {description.dim} dims, and the chains have {math.prod(shape)}")
-    states = (1, *shape)
     for term in module.modules():
-        for name, value in term.named_buffers(recurse=False) if isinstance(term, GaussianEnergy) else ():
-            if any(size not in (1, n) for size, n in zip_longest(reversed(value.shape), reversed(states), fillvalue=1)):
-                raise ValueError(
-                    f"a GaussianEnergy has a {name} of shape {tuple(value.shape)}, and the chains' states have "
-                    f"{tuple(shape)}: give it a number, or one state's shape"
-                )
+        if isinstance(term, GaussianEnergy):
+            term.check_shape(shape)
 
 
 def _terms(module: nn.Module, scale: Tensor | None) -> Iterator[tuple[Tensor | None, nn.Module]]:
@@ -180,6 +175,7 @@ def _terms(module: nn.Module, scale: Tensor | None) -> Iterator[tuple[Tensor | N
         if isinstance(module, nn.Linear) and module.out_features != 1:
             raise NotAnMLP(f"a Linear term has {module.out_features} outputs, not one")
     if isinstance(module, SumEnergy):
+        module.check_weights()
         for k, term in enumerate(module.energies):
             yield from _terms(term, module.weights[k] if scale is None else scale * module.weights[k])
     else:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from .conditions import condition_parameter, kind_of, unwrapped
+from .conditions import are_labels, condition_parameter, unwrapped
 from .mlp import ACTIVATIONS, Activation
 from .scalars import plain_number
 
@@ -43,7 +44,7 @@ def _layers(sizes: Sequence[int], activation: str | Activation, dropout: float, 
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"layer sizes must be ints >= 1, got {list(sizes)}")
     dropout = plain_number(dropout)
-    if not 0.0 <= dropout < 1.0:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
     def linear(n_in: int, n_out: int) -> nn.Module:
@@ -80,6 +81,8 @@ class MLPEnergy(nn.Sequential):
         dropout: float = 0.0,
         spectral_norm: bool = False,
     ) -> None:
+        if not isinstance(hidden_sizes, (Sequence, np.ndarray)) or isinstance(hidden_sizes, str):
+            raise TypeError(f"hidden_sizes must be widths, as in (256, 128), got {hidden_sizes!r}")
         if len(hidden_sizes) == 0:
             raise ValueError("hidden_sizes must name at least one layer, got none")
         super().__init__(*_layers([input_size, *hidden_sizes], activation, dropout, spectral_norm))
@@ -146,7 +149,7 @@ class ClassifierEnergy(nn.Module):
         logits = _checked_logits(self.classifier(x), x)
         if labels is None:
             return -logits.logsumexp(dim=1)
-        if kind_of(labels) != "labels":
+        if not are_labels(labels):
             raise ValueError(f"a classifier takes labels (batch,), integers, got {tuple(labels.shape)} {labels.dtype}")
         return -logits.gather(1, labels[:, None])[:, 0]
 
@@ -180,8 +183,19 @@ class GaussianEnergy(nn.Module):
                 raise ValueError(f"{name} must be finite{' and > 0' if name == 'std' else ''}, got {value}")
             self.register_buffer(name, value)
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """An error if states of this shape are not what it takes. (A mean for every chain would fit some batches.)"""
+        states = (1, *shape)
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if any(size not in (1, n) for size, n in zip_longest(reversed(value.shape), reversed(states), fillvalue=1)):
+                raise ValueError(
+                    f"a GaussianEnergy has a {name} of shape {tuple(value.shape)}, and the chains' states have "
+                    f"{tuple(shape)}: give it a number, or one state's shape"
+                )
+
     def forward(self, x: Tensor) -> Tensor:
         """(batch, *shape) -> (batch,)."""
+        self.check_shape(x.shape[1:])
         return ((x - self.mean) / self.std).flatten(1).square().sum(dim=1) / 2
 
 
@@ -208,13 +222,22 @@ class SumEnergy(nn.Module):
             raise ValueError(f"weights must be {len(self.energies)} finite numbers, one per energy, got {weights!r}")
         self.register_buffer("weights", w.to(torch.get_default_dtype()))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(batch, *shape), and labels (batch,), or another condition, for the terms that take them -> (batch,)."""
+    def check_weights(self) -> None:
+        if len(self.weights) != len(self.energies):
+            raise ValueError(
+                f"a SumEnergy has one weight per energy, got {len(self.weights)} for {len(self.energies)}: build it"
+                " anew"
+            )
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """(batch, *shape), and labels (batch,) or another condition for the terms that take them -> (batch,)."""
+        kind, given = ("labels", labels) if labels is not None else ("condition", condition)
+        self.check_weights()
         terms = []
         for term in self.energies:
-            takes = labels is not None and takes_condition(term, kind_of(labels), alone=False)
+            takes = given is not None and takes_condition(term, kind, alone=False)
             # each its own copy: one may write to it
-            terms.append(_values(term, x.clone(), None, labels if takes else None).reshape(len(x)))
+            terms.append(_values(term, x.clone(), None, given if takes else None, kind).reshape(len(x)))
         return torch.stack(terms).mul(self.weights[:, None]).sum(dim=0)
 
 
@@ -281,17 +304,20 @@ def energy(
     """
     if labels is not None and condition is not None:
         raise ValueError("an energy takes labels= or condition= beside x, got both")
-    return _values(model, x, params, condition if labels is None else labels).reshape(len(x))
+    kind, given = ("condition", condition) if labels is None else ("labels", labels)
+    return _values(model, x, params, given, kind).reshape(len(x))
 
 
-def _values(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, condition: Tensor | None) -> Tensor:
+def _values(
+    model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, condition: Tensor | None, kind: str
+) -> Tensor:
     """(batch,) or (batch, 1), as the model puts them out; () for a batch of one that it squeezes."""
     arguments: tuple[Tensor, ...] = (x,)
     options: dict[str, Tensor] = {}
     if condition is not None:
-        parameter = condition_parameter(model, kind_of(condition))
+        parameter = condition_parameter(model, kind)
         if parameter is None:
-            raise ValueError(f"{type(model).__name__}.forward takes x only, and a condition was given")
+            raise ValueError(f"{type(model).__name__}.forward takes x only, and {kind}= was given")
         if parameter.kind is parameter.POSITIONAL_ONLY:
             arguments = (x, condition)
         else:
@@ -347,13 +373,14 @@ class Energy:
         shape: shape of one state; its product is dim.
         dtype: of the states. A module of another floating dtype is computed in this one, through
             torch.func.functional_call, so that a float64 start is float64 end to end.
+        kind: of its condition, "labels" or "condition".
     """
 
-    def __init__(self, module: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, shape: Sequence[int], dtype: torch.dtype, kind: str = "labels") -> None:
         # Gradients of a DistributedDataParallel are for training alone: its forward waits for other processes.
         is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
         self.module = module = unwrapped(module) if is_ddp else module
-        self.shape = tuple(shape)
+        self.shape, self.kind = tuple(shape), kind
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         cast = any(t.is_floating_point() and t.dtype != dtype for t in tensors.values())
         self._params = (
@@ -400,12 +427,14 @@ class Energy:
         # No view that is not needed: each costs as much as the smallest operations of an energy do.
         given = given if len(self.shape) == 1 else given.reshape(len(x), *self.shape)
         try:
-            value = _values(self.module, given, self._params, None if condition is None else condition.clone())
+            value = _values(
+                self.module, given, self._params, None if condition is None else condition.clone(), self.kind
+            )
         except (RuntimeError, TypeError, IndexError) as error:
             if self._worked or isinstance(error, torch.OutOfMemoryError):
                 raise
             shape = ", ".join(str(size) for size in self.shape)
-            beside = "" if condition is None else f" with {kind_of(condition)} {tuple(condition.shape)}"
+            beside = "" if condition is None else f" with {self.kind} {tuple(condition.shape)}"
             raise ValueError(
                 f"the energy does not take states of shape (n_chains, {shape}){beside}: {error}"
             ) from error

@@ -1,18 +1,27 @@
 """What a module's forward does, as a chain of known operations: read from its code, never from its values.
 
-The forward of a user's class runs once on symbols (the proxies of torch.fx) in place of states. What runs is a copy
-without weights, so nothing of the user's module changes, and no symbol stays in it.
+The forward of a user's class runs on symbols (the proxies of torch.fx) in place of states. What runs is a copy without
+weights, whose attributes are copies or can't change, so the user's module stays as it is. It runs twice: a forward that
+does something else the second time is refused, as is one that computes with any real tensor, asks a symbol for
+a value, or may tell symbols from tensors. (What a forward does to objects outside of its module, global variables say,
+it does here too.)
 
 Unlike ``torch.fx.symbolic_trace`` this patches no class while it runs, which would reach modules that other threads
-call, and it makes no copy of layers: a fraction of a millisecond.
+call, and it makes no copy of layers: it takes about a millisecond.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import random
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from enum import Enum
+from logging import Logger
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +31,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "Affine",
@@ -85,6 +95,8 @@ def plain(module: nn.Module, cls: type[nn.Module]) -> bool:
         isinstance(module, cls)
         and own.forward is cls.forward
         and own.__call__ is nn.Module.__call__
+        and own._call_impl is nn.Module._call_impl
+        and own.__getattr__ is nn.Module.__getattr__
         and (cls is not nn.Sequential or own.__iter__ is nn.Sequential.__iter__)
         and "forward" not in module.__dict__
     )
@@ -144,38 +156,90 @@ def _is_layer(module: nn.Module) -> bool:
 def _traced(module: nn.Module, path: str, where: str) -> Iterator[Operation]:
     names = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
     for name, child in module.named_modules():
+        here = f"{_joined(path, name)} ({type(child).__name__})" if name else where
         if name:
-            check_hooks(child, f"{_joined(path, name)} ({type(child).__name__})")
+            check_hooks(child, here)
         if isinstance(child, torch.jit.ScriptModule):
-            raise Unknown(f"{where} is made of TorchScript, whose code can't be read")
+            raise Unknown(f"{here} is made of TorchScript, whose code can't be read")
         if "forward" in child.__dict__:
-            raise Unknown(f"{_joined(path, name) or where} has a forward of its own, set on the instance")
-    graph, parameters = _graph(module, where)
+            raise Unknown(f"{here} has a forward of its own, set on the instance")
+        if hasattr(type(child), "__del__"):
+            raise Unknown(f"{here} has a __del__, which a copy of it would run")
+    _check_code(module, where)
+    graph = _graph(module, where)
+    if _listed(_graph(module, where)) != _listed(graph):
+        raise Unknown(f"the forward of {where} does something else each time")
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     chain: Any = None
-    sizes: set[fx.Node] = set()  # numbers of states in the batch, and what they are read from
+    shapes: set[fx.Node] = set()  # of the states
+    counts: set[fx.Node] = set()  # numbers of states in the batch
     for node in graph.nodes:
         if node.op == "placeholder":
             chain = node
         elif node.op == "output":
             if node.args != (chain,):
                 raise Unknown(f"the forward of {where} puts out something else than its last operation")
-        elif _is_size(node, sizes):
-            sizes.add(node)
+        elif _is_shape(node):
+            shapes.add(node)
+        elif _is_count(node, shapes):
+            counts.add(node)
         elif node.op != "get_attr":
-            first = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node) and arg is chain]
+            first = [arg for arg in (*node.args, *node.kwargs.values()) if arg is chain]
             if len(first) != 1 or (node.op == "call_module" and (node.args != (chain,) or node.kwargs)):
                 raise Unknown(f"the forward of {where} is no chain of operations: {_text(node)}")
             if node.op == "call_module":
                 yield from _operations(names[str(node.target)], _joined(path, str(node.target)))
             else:
-                what = _known(node, chain, sizes, parameters)
+                what = _known(node, chain, counts, parameters)
                 if what is None:
                     raise Unknown(f"the forward of {where} does what no MLP does: {_text(node)}")
                 yield Operation(f"{_text(node)} in {where}", what)
             chain = node
-        others = [user for user in node.users if user not in sizes and not _is_size(user, sizes)]
-        if node.op != "output" and node not in sizes and node.op != "get_attr" and len(others) > 1:
+        if node is chain and sum(not (_is_shape(user) or _is_count(user, shapes)) for user in node.users) > 1:
             raise Unknown(f"the forward of {where} is no chain of operations: {_text(node)} is used twice")
+
+
+def _check_code(module: nn.Module, where: str) -> None:
+    """Symbols are no tensors, and what an autograd.Function does to them can't be seen: code that asks for the one or
+    calls the other is not run at all."""
+    todo: list[Any] = [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, FunctionType)]
+    for cls in {cls for m in module.modules() for cls in type(m).__mro__ if not _is_library(cls.__module__)}:
+        todo += [v for v in vars(cls).values() if isinstance(v, FunctionType)]
+    seen: set[Any] = set()
+    while todo:
+        function = todo.pop()
+        if function in seen or _is_library(function.__module__):
+            continue
+        seen.add(function)
+        names = _names_in(function.__code__)
+        if "apply" in names:
+            raise Unknown(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
+        if "is_tensor" in names or names >= {"isinstance", "Tensor"}:
+            raise Unknown(f"the forward of {where} may ask whether something is a tensor ({function.__qualname__})")
+        used = [function.__globals__.get(name) for name in names]
+        used += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        todo += [value for value in used if isinstance(value, FunctionType)]
+        of_class = [value.__self__ for value in used if isinstance(value, MethodType)]
+        if any(isinstance(cls, type) and issubclass(cls, torch.autograd.Function) for cls in of_class):
+            raise Unknown(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> frozenset[str]:
+    inner = [_names_in(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return frozenset(code.co_names).union(*inner)
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in ("torch", "builtins", "typing", "abc", "collections", "functools")
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _joined(path: str, name: str) -> str:
@@ -189,112 +253,259 @@ def _text(node: fx.Node) -> str:
     return f"{name}()"
 
 
+def _listed(graph: fx.Graph) -> list[Any]:
+    return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
+
+
+def _refusing(name: str) -> Any:
+    def refuse(self: Any, *_: Any) -> Any:
+        self.tracer.refuse(f"it needs values, by {name}")
+
+    return refuse
+
+
+class _NoValue:
+    """What can't be told of a symbol. Noted, so that a forward that catches the error is not read on."""
+
+    __len__ = _refusing("len()")
+    __bool__ = _refusing("a branch")
+    __float__ = _refusing("float()")
+    __int__ = _refusing("int()")
+    __index__ = _refusing("an index")
+    __complex__ = _refusing("complex()")
+    __contains__ = _refusing("in")
+    __array__ = _refusing("NumPy")
+    __array_priority__ = 1000  # before NumPy's numbers, in products
+
+
+class _Member(_NoValue, fx.proxy.Attribute):
+    """A method of a tensor, or its shape."""
+
+
+class _Symbol(_NoValue, fx.Proxy):
+    """In place of a tensor, with no more attributes than one has."""
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(Tensor, name)  # an AttributeError for what tensors do not have
+        if name != "shape" and not callable(member):
+            tracer: Any = self.tracer
+            tracer.refuse(f"it asks for the {name} of a tensor")
+        return _Member(self, name)
+
+
 class _Tracer(GraphAppendingTracer):
-    """Notes what is done to proxies. Weights are known by their names, all other tensors not at all."""
+    """Notes what is done to symbols. Weights are known by their names, all other tensors not at all.
+
+    refused: why the forward can't be read, or None.
+    """
 
     def __init__(self) -> None:
         super().__init__(fx.Graph())
         self.names: dict[int, str] = {}  # of the copy's parameters, by identity
         self.autocast = _autocast()
+        self.refused: str | None = None
+
+    def refuse(self, why: str) -> Any:
+        self.refused = self.refused or why
+        raise Unknown(why)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
             if id(a) in self.names:
                 return self.create_node("get_attr", self.names[id(a)], (), {})
-            raise Unknown("it computes with a tensor that is no parameter")
+            self.refuse("it computes with a tensor that is no parameter")
         return super().create_arg(a)
 
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
         # fx writes down operations alone, not the modes that they run in
         if not torch.is_grad_enabled():
-            raise Unknown("it turns gradients off (torch.no_grad, or the like)")
+            self.refuse("it turns gradients off (torch.no_grad, or the like)")
         if _autocast() != self.autocast:
-            raise Unknown("it changes torch.autocast")
+            self.refuse("it changes torch.autocast")
         return super().create_node(*arguments, **options)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refuse("it needs values, by a loop")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        self.refuse("it takes its input for a dict")
+
+
+class _NoTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses all operations on tensors, before they run: a forward that is read has none."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tracer.refuse(f"it computes with other tensors than its input ({func})")
 
 
 def _autocast() -> tuple[bool, bool]:
     return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
-def _graph(module: nn.Module, where: str) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """What the forward does to x, and the module's own parameters by name."""
+def _graph(module: nn.Module, where: str) -> fx.Graph:
+    """What the forward does to x."""
     tracer = _Tracer()
+    copied = _copy(module, where, tracer)
+    before, generators = _state(copied), _generators()
+    classes = {type(m): dict(vars(type(m))) for m in copied.modules() if not type(m).__module__.startswith("torch.")}
     try:
-        copied = _copy(module, tracer)
-        before, drawn = _state(copied), _random_state()
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _NoTensors(tracer):
             value = copied(tracer.create_proxy("placeholder", "x", (), {}))
             tracer.create_node("output", "output", (tracer.create_arg(value),), {})
     except Exception as error:  # whatever a user's code raises when it is given a symbol
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = tracer.refused or " ".join(str(error).split()) or type(error).__name__
         raise Unknown(f"the forward of {where} can't be read: {text[:200]}") from error
-    if _state(copied) != before:
+    finally:
+        changed = [_restored(cls, members) for cls, members in classes.items()]
+        if drawn := _drawn(generators, _generators()):
+            random.setstate(generators[0])
+            np.random.set_state(generators[1])  # noqa: NPY002
+    if tracer.refused is not None:
+        raise Unknown(f"the forward of {where} can't be read: {tracer.refused}")
+    if _state(copied) != before or any(changed):
         raise Unknown(f"the forward of {where} changes the module")
-    if _random_state() != drawn:
+    if drawn:
         raise Unknown(f"the forward of {where} draws random numbers")
-    return tracer.graph, dict(module.named_parameters(remove_duplicate=False))
+    return tracer.graph
 
 
-def _copy(module: nn.Module, tracer: _Tracer) -> nn.Module:
-    """With tensors that hold nothing, and layers that note that they are called. All other objects are shared, as there
-    is no telling how large they are."""
+def _generators() -> tuple[Any, Any]:
+    """States of Python's and NumPy's. Those of PyTorch make tensors, which are refused."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def _drawn(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
+    same = all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    return before[0] != after[0] or not same
+
+
+def _restored(cls: type, members: dict[str, Any]) -> bool:
+    """Put a class' attributes back. Returns whether they had changed."""
+    now = dict(vars(cls))
+    changed = [name for name in now.keys() | members.keys() if now.get(name) is not members.get(name)]
+    for name in changed:
+        if name in members:
+            setattr(cls, name, members[name])
+        else:
+            delattr(cls, name)
+    return bool(changed)
+
+
+def _copy(module: nn.Module, where: str, tracer: _Tracer) -> nn.Module:
+    """With tensors that hold nothing, and layers that note that they are called."""
     empty: dict[int, Tensor] = {}
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
-            raise Unknown(f"{name} has no shape yet: call the module once")
+            raise Unknown(f"{name} of {where} has no shape yet: call the module once")
         meta = torch.empty_like(parameter, device="meta")
         empty[id(parameter)] = meta = nn.Parameter(meta, requires_grad=parameter.requires_grad)
         tracer.names[id(meta)] = name
     for buffer in module.buffers():
         empty[id(buffer)] = torch.empty_like(buffer, device="meta")
-    copies: dict[int, nn.Module] = {}
+    # Instances of the same classes, which a forward may go by, without a call of their __init__.
+    copies: dict[int, Any] = {id(m): type(m).__new__(type(m)) for m in module.modules()}
     for name, child in module.named_modules():
-        # An instance of the same class, which a forward may go by, without a call of its __init__.
-        cls: Any = type(child)
-        copies[id(child)] = copied = cls.__new__(cls)
+        copied, is_layer = copies[id(child)], bool(name) and _is_layer(child)
         copied.__dict__.update(child.__dict__)
-        # What a forward may change in place is copied.
-        own = {
-            k: copy.copy(v) for k, v in child.__dict__.items() if k not in _HOOKS and isinstance(v, (dict, list, set))
-        }
-        copied.__dict__.update(own)
-        for tensors in (copied._parameters, copied._buffers):
-            tensors.update({key: None if v is None else empty[id(v)] for key, v in tensors.items()})
-        if name and _is_layer(child):
-            copied.__dict__.update(_forward_pre_hooks={}, forward=_noting(tracer, name))
-    for copied in copies.values():
-        copied._modules.update({key: None if m is None else copies[id(m)] for key, m in copied._modules.items()})
-    return copies[id(module)]
+        for key, value in child.__dict__.items():
+            if key == "_modules":
+                copied.__dict__[key] = {k: None if m is None else copies[id(m)] for k, m in value.items()}
+            elif key in ("_parameters", "_buffers"):
+                copied.__dict__[key] = {k: None if v is None else empty[id(v)] for k, v in value.items()}
+            elif key not in _OF_ALL and not is_layer:
+                copied.__dict__[key] = _apart(value, copies, f"the attribute {key} of {name or where}")
+        copied.__dict__["_compiled_call_impl"] = None
+        if is_layer:
+            copied.__dict__.update(_forward_pre_hooks={}, forward=_noting(tracer, name, copied))
+    return copies[id(module)]  # type: ignore[no-any-return]
 
 
-def _noting(tracer: _Tracer, name: str) -> Callable[..., Any]:
+# What every module has: hooks were looked at before.
+_OF_ALL = frozenset(nn.Module().__dict__) - {"training"}
+
+# Objects that a forward can't change, and holders of settings, whose attributes are copied.
+_CONSTANTS = (
+    bool, int, float, complex, str, bytes, type(None), type, type(...), slice, range, Enum, torch.dtype, torch.device,
+    torch.Size, np.generic, np.dtype, FunctionType, BuiltinFunctionType, Logger, Tensor, nn.Parameter,
+)  # fmt: skip
+
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+
+# A copy of more would take longer than the call.
+_MOST = 1000
+
+
+def _apart(value: Any, copies: Mapping[int, Any], where: str) -> Any:
+    """An attribute for a copy: what a forward may change in place is copied, and what else it may change refused."""
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, MethodType) and id(value.__self__) in copies:
+        return MethodType(value.__func__, copies[id(value.__self__)])
+    if isinstance(value, _CONSTANTS) or (callable(value) and type(value).__module__.startswith("torch")):
+        return value
+    if isinstance(value, _CONTAINERS) and len(value) <= _MOST:
+        new: Any = copy.copy(value)
+        if isinstance(value, dict):
+            new.update({k: _apart(v, copies, where) for k, v in value.items()})
+            return new
+        parts = [_apart(v, copies, where) for v in value]
+        if isinstance(value, list):
+            new[:] = parts
+        return tuple(parts) if type(value) is tuple else new
+    if isinstance(value, functools.partial):
+        return functools.partial(*_apart((value.func, *value.args), copies, where), **value.keywords)
+    if _is_holder(value):
+        new = copy.copy(value)
+        new.__dict__.update({k: _apart(v, copies, where) for k, v in vars(value).items()})
+        return new
+    size = f" of {len(value)}" if isinstance(value, _CONTAINERS) else ""
+    raise Unknown(f"{where} is a {type(value).__name__}{size}, which its forward may change")
+
+
+def _is_holder(value: object) -> bool:
+    return isinstance(value, (Namespace, SimpleNamespace)) or (is_dataclass(value) and hasattr(value, "__dict__"))
+
+
+def _noting(tracer: _Tracer, name: str, layer: nn.Module) -> Callable[..., Any]:
+    """The forward of a layer's copy. What it computes is read from the layer later, so it must be as it was."""
+    state = _told(layer)
+
     def forward(*arguments: Any, **options: Any) -> Any:
+        if _told(layer) != state:
+            tracer.refuse(f"it changes {name} before it calls it")
         return tracer.create_proxy("call_module", name, arguments, options)
 
     return forward
 
 
-# Attributes that every module has; hooks were looked at before.
-_HOOKS = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"}
+def _told(value: Any) -> Any:
+    """What a module, or a holder of settings, is: its attributes by identity; of containers also what is in them."""
+    if type(value) in _CONSTANTS:  # most are
+        return id(value)
+    if isinstance(value, dict):
+        return id(value), [(key, _told(v)) for key, v in value.items()]
+    if isinstance(value, (list, set)):
+        return id(value), list(map(_told, value))
+    if _is_holder(value):
+        return id(value), _told(vars(value))[1]
+    if isinstance(value, nn.Module):
+        return [(name, _told(v)) for name, v in value.__dict__.items() if name not in _UNTOLD]
+    return id(value)
+
+
+_UNTOLD = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "training"} | {"forward"}
 
 
 def _state(module: nn.Module) -> list[Any]:
-    """What a forward may have set, by identity; of containers also what is in them."""
-
-    def told(value: Any) -> Any:
-        if isinstance(value, dict):
-            return id(value), [(key, id(v)) for key, v in value.items()]
-        return (id(value), list(map(id, value))) if isinstance(value, (list, set)) else id(value)
-
-    return [[(name, told(v)) for name, v in m.__dict__.items() if name not in _HOOKS] for m in module.modules()]
-
-
-def _random_state() -> tuple[Any, ...]:
-    """Of the generators that a user's forward may draw from."""
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002
-    words = numpy_state[1].tobytes(), torch.random.get_rng_state().numpy().tobytes()
-    return random.getstate(), numpy_state[2:], *words
+    """What a forward may have set."""
+    return [(_told(m), list(map(id, m._modules.values()))) for m in module.modules()]
 
 
 # -- known operations ----------------------------------------------------------------------------------------------
@@ -326,33 +537,34 @@ _QUOTIENTS = (operator.truediv, torch.div, torch.true_divide, "div", "true_divid
 _RESHAPES = (torch.reshape, "view", "reshape")
 _FLATTENS = (torch.flatten, "flatten")
 _SQUEEZES = (torch.squeeze, "squeeze")
-_WHOLE = slice(None)
 
 
-def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
-    """x.shape, x.size(), and the number of states out of them: x.shape[0], x.size(0)."""
-    args: Any = node.args
+def _is_shape(node: fx.Node) -> bool:
+    """x.shape or x.size()."""
     if node.op == "call_function" and node.target is getattr:
-        return bool(args[1:] == ("shape",))
+        return node.args[1:] == ("shape",)
+    return node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+
+
+def _is_count(node: fx.Node, shapes: set[fx.Node]) -> bool:
+    """x.shape[0] or x.size(0): of whatever comes from x by known operations, the number of states."""
     if node.op == "call_method" and node.target == "size":
-        return args[1:] in ((), (0,)) and not node.kwargs
-    if node.op == "call_function" and node.target is operator.getitem:
-        return isinstance(args[0], fx.Node) and args[0] in sizes and args[1:] == (0,)
-    return False
+        return (node.args[1:], dict(node.kwargs)) in (((0,), {}), ((), {"dim": 0}))
+    of_shape = node.op == "call_function" and node.target is operator.getitem and node.args[0] in shapes
+    return of_shape and type(node.args[1]) is int and node.args[1] == 0
 
 
 def _known(
-    node: fx.Node, chain: fx.Node, sizes: set[fx.Node], parameters: Mapping[str, Tensor]
+    node: fx.Node, chain: fx.Node, counts: set[fx.Node], parameters: Mapping[str, Tensor]
 ) -> Named | Affine | Scale | Flatten | Squeeze | None:
     """What a call of a function or method does to ``chain``; None: not known."""
     target: Any = node.target
     args: Any = node.args
-    kwargs = node.kwargs
+    kwargs: Any = dict(node.kwargs)
     if target is F.linear:
         return _affine(args, kwargs, chain, parameters)
     if target in _PRODUCTS and len(args) == 2 and not kwargs:
-        other = args[1] if args[0] is chain else args[0]
-        return Scale(float(other)) if _is_number(other) else None
+        return _scale(args[1] if args[0] is chain else args[0])
     if not args or args[0] is not chain:
         return None
     rest = args[1:]
@@ -367,26 +579,35 @@ def _known(
         return Scale(1.0) if options.get("training", True) is False else None
     if target in _NEGATIONS and not rest and not kwargs:
         return Scale(-1.0)
+    if target == "contiguous" and not rest and not kwargs:
+        return Scale(1.0)
     if target in _QUOTIENTS and len(rest) == 1 and not kwargs:
-        return Scale(1.0 / float(rest[0])) if _is_number(rest[0]) and rest[0] != 0 else None
-    if target in _SQUEEZES and not rest and kwargs in ({}, {"dim": 1}, {"dim": -1}):
-        return Squeeze()
-    if target in _SQUEEZES and rest in ((1,), (-1,)) and not kwargs:
-        return Squeeze()
-    if target is operator.getitem and rest in (((_WHOLE, 0),), ((..., 0),)):
-        return Squeeze()
+        return _scale(rest[0], inverse=True)
+    if target in _SQUEEZES:
+        dims = kwargs if not rest else {"dim": rest[0]} if len(rest) == 1 and not kwargs else None
+        return Squeeze() if dims in ({}, {"dim": 1}, {"dim": -1}) else None
+    if target is operator.getitem:
+        column = rest[0][1] if isinstance(rest[0], tuple) and len(rest[0]) == 2 else None
+        return Squeeze() if type(column) is int and column == 0 and rest[0][0] in (slice(None), ...) else None
     if target in _FLATTENS:
-        first = (*rest, *kwargs.values())
-        return Squeeze() if first in ((), (0,)) else Flatten() if first == (1,) else None
+        dims = kwargs if not rest else {"start_dim": rest[0]} if len(rest) == 1 and not kwargs else None
+        return Squeeze() if dims in ({}, {"start_dim": 0}) else Flatten() if dims == {"start_dim": 1} else None
     if target in _RESHAPES and not kwargs:
-        return _reshape(rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest, sizes)
+        return _reshape(rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest, counts)
     return None
 
 
-def _reshape(shape: Any, sizes: set[fx.Node]) -> Flatten | Squeeze | None:
-    if len(shape) == 1 and (shape[0] == -1 or shape[0] in sizes):
+def _scale(factor: object, *, inverse: bool = False) -> Scale | None:
+    """None, if it is no number that is safe to multiply weights by."""
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1e-12 < abs(factor) < 1e12:
+        return None
+    return Scale(1.0 / factor if inverse else float(factor))
+
+
+def _reshape(shape: Any, counts: set[fx.Node]) -> Flatten | Squeeze | None:
+    if len(shape) == 1 and (shape[0] == -1 or shape[0] in counts):
         return Squeeze()
-    rows_are_states = len(shape) == 2 and (shape[0] in sizes or (shape[0] == -1 and shape[1] != -1))
+    rows_are_states = len(shape) == 2 and (shape[0] in counts or (shape[0] == -1 and shape[1] != -1))
     return Flatten(shape[1]) if rows_are_states and type(shape[1]) is int else None
 
 
@@ -398,7 +619,3 @@ def _affine(args: Any, kwargs: Any, chain: fx.Node, parameters: Mapping[str, Ten
     if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
         return None
     return Affine(parameters[str(weight.target)], None if bias is None else parameters[str(bias.target)])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

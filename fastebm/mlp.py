@@ -28,7 +28,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .forward import Affine, Flatten, Named, Operation, Scale, Squeeze, Unknown, operations, plain
 from .tracing import operator
 
-__all__ = ["ACTIVATIONS", "MLP", "Activation", "NotAnMLP", "effective_weight", "evaluating", "read_mlp", "reading"]
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "Activation",
+    "NotAnMLP",
+    "check_affine",
+    "effective_weight",
+    "evaluating",
+    "read_mlp",
+    "reading",
+]
 
 _aten = torch.ops.aten
 
@@ -310,6 +320,8 @@ def _assemble(operations: list[Operation], head: str) -> MLP:
             if what.factor != 1.0 and not after_linear:
                 raise NotAnMLP(f"{where} does not follow a Linear layer")
             factor *= what.factor
+            if not 1e-12 < abs(factor) < 1e12:  # weights times it would round otherwise than outputs do
+                raise NotAnMLP(f"{where} makes a factor of {factor:g}")
         elif isinstance(what, nn.Module) and (plain(what, nn.Dropout) or plain(what, nn.Identity)):
             pass
         elif squeezed or factor != 1.0:
@@ -319,6 +331,7 @@ def _assemble(operations: list[Operation], head: str) -> MLP:
                 activations.append(Activation("identity"))
             weights.append(what.weight if isinstance(what, Affine) else effective_weight(where, what))
             biases.append(what.bias)
+            check_affine(where, weights[-1], biases[-1])
             if columns not in (-1, weights[-1].shape[1]):
                 raise NotAnMLP(f"{where} takes {weights[-1].shape[1]} columns, and gets {columns}")
             columns = len(weights[-1])
@@ -354,11 +367,24 @@ def effective_weight(name: str, layer: nn.Linear) -> Tensor:
         return norm.compute_weight(layer, do_power_iteration=False).detach()
     if isinstance(norm, WeightNorm):
         return norm.compute_weight(layer).detach()  # type: ignore[no-any-return]
+    for key in ("weight", "bias"):
+        if isinstance(getattr(type(layer), key, None), property) and not is_parametrized(layer, key):
+            raise NotAnMLP(f"{name} has a {key} that its class computes")
     for of_tensor in layer.parametrizations.values() if is_parametrized(layer) else ():  # type: ignore[operator]
         for rule in of_tensor:  # of any other kind a forward may do anything
             if type(rule).__module__ != parametrizations.__name__:
                 raise NotAnMLP(f"{name} has a parametrization that is none of PyTorch's ({type(rule).__name__})")
     return layer.weight
+
+
+def check_affine(where: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Kernels read both as plain numbers in memory: (out, in) and (out,)."""
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
+        raise NotAnMLP(f"{where} has weight and bias of shapes {shapes}, not (out, in) and (out,)")
+    for value in (weight, bias) if not torch.compiler.is_compiling() else ():
+        if value is not None and (type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided):
+            raise NotAnMLP(f"{where} has weights of a kind of their own ({type(value).__name__}, {value.layout})")
 
 
 @operator("normalised_weight", "(Tensor weight, Tensor u, Tensor? v, int dim) -> Tensor")

@@ -473,8 +473,8 @@ class ChainPool:
         """Some chains after their steps, and which of them were not finite; the pool is unchanged."""
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
-        given = self._condition if self._labels is None else self._labels
-        chains = Chains(x, self.seed, self._storage.chains(rows), steps_before, None if given is None else given[rows])
+        labels, condition = (None if v is None else v[rows] for v in (self._labels, self._condition))
+        chains = Chains(x, self.seed, self._storage.chains(rows), steps_before, labels, condition=condition)
         policy = "ignore" if on_nonfinite == "reinit" else on_nonfinite
         done, _ = advance_chains(energy, chains, rule, steps, shape=self.shape, on_nonfinite=policy, **options)
         if on_nonfinite == "raise":
@@ -666,7 +666,8 @@ class ChainPool:
         if state["labels"] is not None:
             tensors["labels"] = self._steps
         if (condition := state["condition"]) is not None:
-            if not isinstance(condition, Tensor) or len(condition) != self.n_local or state["labels"] is not None:
+            rows = condition.shape[:1] if isinstance(condition, Tensor) else ()
+            if rows != (self.n_local,) or state["labels"] is not None:
                 raise ValueError(f"condition must be a tensor ({self.n_local}, ...), and not beside labels")
             tensors["condition"] = condition
         for name in tensors:
@@ -786,6 +787,8 @@ def _condition_of(condition: Tensor, shape: tuple[int, ...], dtype: torch.dtype 
         raise TypeError(f"condition must be a tensor, one row per chain, got {type(condition).__name__}")
     if tuple(condition.shape) != shape:
         raise ValueError(f"condition must be {shape}, one row per chain, got {tuple(condition.shape)}")
+    if dtype is not None and not torch.can_cast(condition.dtype, dtype):
+        raise TypeError(f"condition must be of {dtype}, as that of the pool, got {condition.dtype}")
     return condition if dtype is None else condition.to(dtype)
 
 

@@ -15,7 +15,7 @@ from .backends import Advanced, Chains, cpu, reference, run
 from .backends.choose import Choice, choose
 from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
-from .conditions import kind_of
+from .conditions import are_labels
 from .description import check_shape, describe
 from .energies import Energy, first_tensor, n_classes, takes_condition
 from .langevin import Bounds, Langevin
@@ -203,10 +203,10 @@ def langevin_sample(
         x = uniform_states(seed, Stream.INITIAL, numbers, 0, dim, clamp=rule.clamp, dtype=dtype)
     else:
         x = init if init.ndim == 2 else init.detach().reshape(n_chains, dim)
-    given = _one_condition(labels, condition)
+    frozen = _checked_frozen(frozen, n_chains, tuple(shape), device)
     done, info = advance_chains(
         energy,
-        Chains(x, seed, numbers, first_steps, given, _checked_frozen(frozen, n_chains, tuple(shape), device)),
+        Chains(x, seed, numbers, first_steps, labels, frozen, condition),
         rule,
         steps,
         shape=shape,
@@ -260,19 +260,19 @@ def advance_chains(
     if parameter is not None and not _same_device(parameter.device, x.device):
         raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    labels = _checked_condition(energy, chains.labels, chains.numbers, dtype)
+    chains = _checked_beside(energy, chains, dtype)
     if torch.compiler.is_compiling():
         from .backends import compiling
 
         choice, done = compiling.advance(
-            energy, chains._replace(labels=labels), rule, steps, shape=shape, dtype=dtype, backend=backend,
+            energy, chains, rule, steps, shape=shape, dtype=dtype, backend=backend,
             precision=precision, on_nonfinite=on_nonfinite, thin=thin, telemetry=telemetry,
         )  # fmt: skip
         if cuda_graph:
             done = done._replace(cuda_graph="a compiled call records nothing by itself")
     else:
         choice, done = _advance(
-            energy, chains._replace(labels=labels), rule, steps, shape, dtype, backend, precision,
+            energy, chains, rule, steps, shape, dtype, backend, precision,
             on_nonfinite, cuda_graph, thin, telemetry, check_start,
         )  # fmt: skip
     if done.telemetry is None:
@@ -303,8 +303,9 @@ def _advance(
     device = chains.x.device
     start = chains.x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        kind = None if chains.labels is None else kind_of(chains.labels)
-        choice = choose(energy, device, dtype, backend, precision, condition=kind)
+        kind = "labels" if chains.labels is not None else "condition"
+        asked = None if chains.beside is None else kind
+        choice = choose(energy, device, dtype, backend, precision, condition=asked)
         if start is not None and not run.tells_of_the_start(choice.path, steps):
             run.check_finite(start)
             start = None
@@ -318,16 +319,15 @@ def _advance(
         description = choice.description
         if description is not None:
             check_shape(energy, description, shape)
-        module = Energy(energy, shape, x.dtype)
+        module = Energy(energy, shape, x.dtype, kind)
         if len(x) > 0 and readable(device):
             if description is not None and len(shape) > 1:
                 # Its layers alone do not tell whether it takes images. Of an MLP two states tell as much as all.
                 module(x[:2], None if chains.labels is None else chains.labels[:2] * 0)
-            n = None
-            if chains.labels is not None and kind == "labels":
+            if (given := chains.beside) is not None and are_labels(given):
                 n = n_classes(energy, x.reshape(len(x), *shape)) if description is None else description.n_classes
-            if n is not None and chains.labels is not None:
-                run.check_classes(chains.labels, n)
+                if n is not None:
+                    run.check_classes(given, n)
         why_not_recorded = _why_not_recorded(choice, device) if cuda_graph else None
         recorder = CudaRecorder(device) if cuda_graph and why_not_recorded is None else None
         energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
@@ -386,41 +386,34 @@ def check_integers(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
 
 
-def _one_condition(labels: Tensor | None, condition: Tensor | None) -> Tensor | None:
-    """What the energy is given beside x."""
+def _checked_beside(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> Chains:
+    """With contiguous labels of int64, or a contiguous condition, of the states' dtype if it is floating point."""
+    labels, condition, numbers = chains.labels, chains.condition, chains.numbers
     if labels is not None and condition is not None:
         raise ValueError("an energy takes labels= or condition= beside x, got both: leave one out")
+    kind, given = ("labels", labels) if labels is not None else ("condition", condition)
+    if given is None:
+        return chains
     if labels is not None:
         check_integers("labels", labels)
-        return labels
-    if condition is not None and not isinstance(condition, Tensor):
+    elif not isinstance(condition, Tensor):
         raise TypeError(f"condition must be a tensor (n_chains, ...), got {type(condition).__name__}")
-    return condition
-
-
-def _checked_condition(
-    energy: nn.Module, condition: Tensor | None, chains: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """Contiguous, of int64 or the states' dtype. chains: (n_chains,), where the states are."""
-    if condition is None:
-        return None
-    kind = kind_of(condition)
-    shape = f"({len(chains)},)" if kind == "labels" else f"({len(chains)}, ...)"
-    if condition.ndim == 0 or len(condition) != len(chains) or not _same_device(condition.device, chains.device):
+    fits = given.shape == numbers.shape if labels is not None else given.shape[:1] == numbers.shape
+    if not fits or not _same_device(given.device, numbers.device):
+        shape = f"({len(numbers)},)" if labels is not None else f"({len(numbers)}, ...)"
         raise ValueError(
-            f"{kind} must be {shape}, one per chain, on {chains.device}, got {tuple(condition.shape)} on "
-            f"{condition.device}"
+            f"{kind} must be {shape}, one per chain, on {numbers.device}, got {tuple(given.shape)} on {given.device}"
         )
     if not takes_condition(energy, kind):
-        given = "labels were" if kind == "labels" else "a condition was"
         raise ValueError(
-            f"{given} given, and {type(energy).__name__}.forward takes x only, or nothing that is named for them: wrap "
-            f'a classifier in ClassifierEnergy, name the argument "{kind}", set condition_argument = "NAME" on the '
-            f"module, or leave {kind}= out"
+            f"{kind}= was given, and {type(energy).__name__}.forward takes x only, or nothing that is named for it: "
+            f'wrap a classifier in ClassifierEnergy, name the argument "{kind}", set condition_argument = "NAME" on '
+            f"the module, or leave {kind}= out"
         )
-    if kind == "labels":
-        return condition.to(torch.int64).contiguous()
-    return (condition.to(dtype) if condition.is_floating_point() else condition).contiguous()
+    if labels is not None:
+        return chains._replace(labels=labels.to(torch.int64).contiguous())
+    given = given.detach()
+    return chains._replace(condition=(given.to(dtype) if given.is_floating_point() else given).contiguous())
 
 
 def _checked_frozen(

@@ -16,6 +16,6 @@ def plain_number(value: Any) -> Any:
     """Numbers of NumPy, and tensors and arrays without dims, as Python's; all else as it is, for a check to refuse."""
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         return value.item()
-    if isinstance(value, Tensor) and value.ndim == 0 and readable(value.device):
+    if isinstance(value, Tensor) and value.ndim == 0 and value.device.type != "meta" and readable(value.device):
         return value.item()
     return value

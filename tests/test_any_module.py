@@ -1,7 +1,12 @@
 """Modules as people write them: each is read for what it is, or goes by autograd; the reference is the truth."""
 
+import argparse
 import functools
+import gc
+import itertools
 import threading
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from fastebm import (
+    Activation,
     ChainPool,
     ClassifierEnergy,
     GaussianEnergy,
@@ -340,6 +346,159 @@ class Reshapes(Usual):
         return self.net(x.reshape(-1, 2)).view(x.shape[0], -1).sum(1)
 
 
+def told(forward, **attributes):
+    """A ``Layers`` with this forward, and attributes."""
+
+    def make():
+        model = type("Told", (Layers,), {"forward": forward})()
+        for name, value in attributes.items():
+            setattr(model, name, value() if callable(value) and not isinstance(value, type) else value)
+        return model
+
+    return make
+
+
+def body(self, x):
+    return self.out(F.silu(self.second(F.silu(self.first(x))))).squeeze(-1)
+
+
+def clamps_weights(self, x):
+    self.out.weight.data.clamp_(min=0.0)
+    return body(self, x)
+
+
+def normalises_weights(self, x):
+    self.first.weight.data = self.first.weight.data / self.first.weight.data.norm(dim=1, keepdim=True)
+    return body(self, x)
+
+
+def other_weights(self, x):
+    doubled = {name: 2 * p for name, p in self.first.named_parameters()}
+    return self.out(F.silu(self.second(torch.func.functional_call(self.first, doubled, (x,))))).squeeze(-1)
+
+
+def swapped_weights(self, x):
+    kept = self.first._parameters["weight"]
+    self.first._parameters["weight"] = self.spare
+    value = body(self, x)
+    self.first._parameters["weight"] = kept
+    return value
+
+
+def drops(self, x):
+    self.drop.train()
+    h = self.drop(F.silu(self.first(x)))
+    self.drop.eval()
+    return self.out(F.silu(self.second(h))).squeeze(-1) * 0 + x.square().sum(1)
+
+
+def by_instance(self, x):
+    return body(self, x) * (3 if isinstance(x, torch.Tensor) else 1)
+
+
+def by_helper(self, x):
+    return body(self, x) * (3 if is_a_tensor(x) else 1)
+
+
+def is_a_tensor(x):
+    return torch.is_tensor(x)
+
+
+def by_attribute(self, x):
+    return body(self, x) * (1 if hasattr(x, "requires_grad") else 3)
+
+
+def catches(self, x):
+    try:
+        return body(self, x) * len(x)
+    except Exception:
+        return body(self, x)
+
+
+def catches_a_tensor(self, x):
+    try:
+        return self.out(F.silu(self.second(F.silu(F.linear(x, self.plain))))).squeeze(-1)
+    except Exception:
+        return body(self, x)
+
+
+def catches_a_number(self, x):
+    try:
+        return body(self, x) * float(x.detach().abs().mean() > -1) * 2
+    except Exception:
+        return body(self, x)
+
+
+def iterates(self, x):
+    return body(self, x) * next(self.numbers)
+
+
+class Schedule:
+    t = 0
+
+
+def schedules(self, x):
+    self.schedule.t += 1
+    return body(self, x) / (1 + self.schedule.t)
+
+
+def halves_a_tensor(self, x):
+    self.beta.mul_(0.5)
+    return body(self, x) * self.beta
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+reverse = Reversed.apply
+
+
+def reverses(self, x):
+    return self.out(Reversed.apply(F.silu(self.second(F.silu(self.first(x)))))).squeeze(-1)
+
+
+def reverses_by_name(self, x):
+    return self.out(reverse(F.silu(self.second(F.silu(self.first(x)))))).squeeze(-1)
+
+
+def counts_in_the_class(self, x):
+    type(self).calls = getattr(type(self), "calls", 0) + 1
+    return body(self, x) / (1 + type(self).calls)
+
+
+class Scaled(torch.Tensor):
+    """A subclass with arithmetic of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result.as_subclass(torch.Tensor) if func is F.linear else result
+
+
+def subclass_weight():
+    model = mlp()
+    model[2].weight = nn.Parameter(model[2].weight.detach().as_subclass(Scaled))
+    return model
+
+
+def one_bias():
+    model = mlp()
+    model[0].bias = nn.Parameter(torch.full((1,), 1.0))
+    return model
+
+
+class CallImpl(nn.Linear):
+    def _call_impl(self, *args, **kwargs):
+        return 2 * super()._call_impl(*args, **kwargs)
+
+
 def replaced_forward():
     model = Usual()
     inner = model.forward
@@ -396,6 +555,26 @@ OTHERS = {
     "gradient pre-hook": hooked("register_full_backward_pre_hook", lambda m, go: (3 * go[0],), at=2),
     "sum of one that counts": lambda: SumEnergy([Counts(), GaussianEnergy()]),
     "average with a hook": lambda: hooked_average(),
+    "clamps its weights": told(clamps_weights),
+    "normalises its weights": told(normalises_weights),
+    "other weights": told(other_weights),
+    "swapped weights": told(swapped_weights, spare=lambda: torch.ones(8, DIM)),
+    "drops out": told(drops),
+    "asks isinstance": told(by_instance),
+    "asks in a helper": told(by_helper),
+    "asks for an attribute": told(by_attribute),
+    "catches an error": told(catches),
+    "catches that of a tensor": told(catches_a_tensor, plain=lambda: torch.full((8, DIM), 0.1)),
+    "catches that of a number": told(catches_a_number),
+    "iterator": told(iterates, numbers=lambda: itertools.repeat(0.5)),
+    "schedule": told(schedules, schedule=lambda: Schedule()),
+    "tensor that halves": told(halves_a_tensor, beta=lambda: torch.tensor(2.0)),
+    "autograd function": told(reverses),
+    "autograd function by name": told(reverses_by_name),
+    "counts in its class": told(counts_in_the_class),
+    "subclass of tensors": subclass_weight,
+    "one bias for all": one_bias,
+    "call of its own": lambda: nn.Sequential(CallImpl(DIM, 4), nn.SiLU(), nn.Linear(4, 1)),
 }
 
 
@@ -426,6 +605,83 @@ def make_again(make, state):
     model = make()
     model.load_state_dict(state)
     return model
+
+
+def test_nothing_of_a_reading_stays():
+    """Neither symbols nor numbers, in what a module holds and what its class holds; generators are not moved."""
+
+    class Keeps(Layers):
+        def forward(self, x):
+            self.seen["all"].append(x)
+            self.settings.last = x
+            type(self).shared = x
+            self.note(x)
+            np.random.rand()  # noqa: NPY002
+            return body(self, x)
+
+        def _note(self, x):
+            self.noted = x
+
+    model = Keeps()
+    model.seen, model.settings, model.note = {"all": []}, types.SimpleNamespace(last=None), model._note
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    assert "changes the module" in why_not_fused(model)
+    assert model.seen == {"all": []}
+    assert model.settings.last is None
+    assert not hasattr(model, "noted")
+    assert not hasattr(Keeps, "shared")
+    assert np.random.rand() == np.random.RandomState(0).rand()  # noqa: NPY002
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(0)))
+
+
+def test_copies_close_no_files(tmp_path):
+    class Logging(Layers):
+        def __init__(self):
+            super().__init__()
+            self.file = (tmp_path / "log").open("w")
+
+        def __del__(self):
+            self.file.close()
+
+        def forward(self, x):
+            return body(self, x)
+
+    model = Logging()
+    assert "has a __del__" in why_not_fused(model)
+    gc.collect()
+    assert not model.file.closed
+
+
+@pytest.mark.parametrize(
+    "settings", [types.SimpleNamespace(scale=2.0), argparse.Namespace(scale=2.0), Activation("relu", 2.0)]
+)
+def test_settings_are_read(settings):
+    def forward(self, x):
+        return body(self, x) * getattr(self.settings, "scale", 2.0)
+
+    assert_same(told(forward, settings=settings)(), path="tiles")
+
+
+def test_a_module_with_a_forward_of_its_own_is_let_go():
+    model = Usual()
+    model.forward = types.MethodType(Optional.forward, model)
+    sampled(model, "auto", labels=LABELS)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.append(Usual()), lambda m: m.pop(0), lambda m: m.extend([Usual(), Usual()])]
+)
+def test_sums_with_fewer_or_more_weights_than_energies_are_refused(change):
+    model = SumEnergy([Usual(), Usual()], [1.0, 2.0])
+    change(model.energies)
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match="a SumEnergy has one weight per energy, got 2 for"):
+            sampled(model, backend)
 
 
 def test_a_global_hook_is_seen():
@@ -486,6 +742,26 @@ class Told(nn.Module):
         return scale * pull(x, group)
 
 
+class ToldInOptions(nn.Module):
+    condition_argument = "group"
+
+    def forward(self, x, **options):
+        return pull(x, options["group"])
+
+
+class Scripted(nn.Module):
+    def forward(self, x, labels):
+        return (x - 6.0 * labels[:, None] + 3.0).square().sum(1) / 2
+
+
+class Steps(nn.Module):
+    """Two arguments: timesteps are no labels."""
+
+    def forward(self, x, y=None, t=None):
+        assert y is None
+        return x.square().sum(1) * (1 + t)
+
+
 class Prior(nn.Module):
     """Its second argument is no label."""
 
@@ -505,6 +781,8 @@ TAKERS = {
     "required": Required,
     "positional only": PositionalOnly,
     "told": Told,
+    "told in options": ToldInOptions,
+    "script": lambda: torch.jit.script(Scripted()),
     "sum": lambda: SumEnergy([ByName(), Prior()]),
     "sum with a classifier": lambda: SumEnergy([ClassifierEnergy(mlp(out=2)), KeywordOnly(), Prior()]),
     "average": lambda: AveragedModel(KeywordOnly()),
@@ -549,8 +827,19 @@ def test_labels_that_shift_x_have_their_effect():
 )
 def test_labels_that_nobody_takes_are_refused(make):
     model = make()
-    with pytest.raises(ValueError, match=r"labels were given, and .*\.forward takes x only, or nothing that is named"):
+    with pytest.raises(ValueError, match=r"labels= was given, and .*\.forward takes x only, or nothing that is named"):
         sampled(model, "auto", labels=LABELS)
+
+
+def test_a_name_that_is_none_is_refused():
+    class Typo(nn.Module):
+        condition_argument = "sgima"
+
+        def forward(self, x, sigma=None):
+            return x.square().sum(1)
+
+    with pytest.raises(ValueError, match="condition_argument is 'sgima', and its forward has no argument of that name"):
+        sampled(Typo(), "auto", condition=torch.ones(N, 1))
 
 
 def test_what_is_ambiguous_is_refused():
@@ -587,10 +876,11 @@ class Attributes(nn.Module):
 CONDITIONS = {
     "noise level": (NoiseLevel, torch.linspace(0.5, 2.0, N)[:, None]),
     "noise level in float64": (NoiseLevel, torch.linspace(0.5, 2.0, N, dtype=torch.float64)[:, None]),
-    "image": (Measured, torch.randn(N, 2, 3)),
-    "attributes": (Attributes, torch.rand(N, 4) > 0.5),
-    "integers": (Attributes, torch.randint(3, (N, 4))),
+    "image": (Measured, torch.linspace(-1, 1, N * 6).reshape(N, 2, 3)),
+    "attributes": (Attributes, torch.arange(N)[:, None] > torch.arange(4)),
+    "integers": (Attributes, torch.arange(N * 4).reshape(N, 4) % 3),
     "labels": (Optional, LABELS),
+    "timesteps": (Steps, torch.arange(N)),
     "average": (lambda: AveragedModel(NoiseLevel()), torch.linspace(0.5, 2.0, N)[:, None]),
     "a sum": (lambda: SumEnergy([Prior(), NoiseLevel(), mlp()]), torch.linspace(0.5, 2.0, N)[:, None]),
 }
@@ -624,7 +914,7 @@ def test_one_condition_only():
         sampled(Optional(), "auto", labels=LABELS, condition=LABELS)
     with pytest.raises(ValueError, match="a classifier takes labels"):
         sampled(ClassifierEnergy(mlp(out=2)), "auto", condition=torch.ones(N, 1))
-    with pytest.raises(ValueError, match=r"a condition was given, and Sequential\.forward takes x only"):
+    with pytest.raises(ValueError, match=r"condition= was given, and Sequential\.forward takes x only"):
         sampled(mlp(), "auto", condition=torch.ones(N, 1))
 
 

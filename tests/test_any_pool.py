@@ -118,6 +118,8 @@ def test_adding_without_the_condition_is_refused():
     before = everything(pool)
     with pytest.raises(ValueError, match="this pool has condition: pass those of the samples"):
         pool.add(torch.zeros(2, DIM))
+    with pytest.raises(TypeError, match=r"must be of torch\.float32, as that of the pool, got torch\.complex64"):
+        pool.add(torch.zeros(2, DIM), condition=torch.ones(2, 1) + 0j)
     with pytest.raises(ValueError, match=r"condition must be \(2, 1\)"):
         pool.add(torch.zeros(2, DIM), condition=torch.ones(2, 3))
     assert same(before, everything(pool))

@@ -684,7 +684,7 @@ def test_labels_stay_with_their_chains():
     other.labels = None
     other.sample(energy, 20, RULE, 1)
     assert other.last.labels is None
-    with pytest.raises(ValueError, match=r"labels were given, and MLPEnergy.forward takes x only"):
+    with pytest.raises(ValueError, match=r"labels= was given, and MLPEnergy.forward takes x only"):
         pool.sample(MLPEnergy(DIM, (4,)), 20, RULE, 1)
 
 

@@ -24,9 +24,8 @@ class Chains(NamedTuple):
     """What ``advance`` moves, and where each chain stands in the noise's counter.
 
     x: (n_chains, dim) states. seed: 64 bits, an int or a (1,) int64 tensor. numbers, first_steps: (n_chains,) int64
-    global chain numbers and lifetime steps. labels: (n_chains,) int64, or another condition (n_chains, ...) that the
-    energy takes beside x, or None. frozen: (1 or n_chains, dim) bool,
-    coordinates that stay, or None.
+    global chain numbers and lifetime steps. labels: (n_chains,) int64, or None. frozen: (1 or n_chains, dim) bool,
+    coordinates that stay, or None. condition: (n_chains, ...), in place of labels, or None: not for closed forms.
     """
 
     x: Tensor
@@ -35,6 +34,12 @@ class Chains(NamedTuple):
     first_steps: Tensor
     labels: Tensor | None = None
     frozen: Tensor | None = None
+    condition: Tensor | None = None
+
+    @property
+    def beside(self) -> Tensor | None:
+        """What the energy takes beside x."""
+        return self.condition if self.labels is None else self.labels
 
     def rows(self, rows: slice | Tensor) -> Chains:
         """Some of the chains: views for a slice."""
@@ -46,6 +51,7 @@ class Chains(NamedTuple):
             self.first_steps[rows],
             None if self.labels is None else self.labels[rows],
             frozen if frozen is None or len(frozen) == 1 else frozen[rows],
+            None if self.condition is None else self.condition[rows],
         )
 
 

@@ -448,9 +448,9 @@ def advance_module(
             updates[0].t.fill_(t)
             if rule.noise_first:
                 x = moved(0, x, x)
-            grad = energy.pulled_back(x.detach().requires_grad_(), chains.labels).resolve_neg().contiguous()
+            grad = energy.pulled_back(x.detach().requires_grad_(), chains.beside).resolve_neg().contiguous()
             x = moved(-1, x, grad)
             if done.trajectory is not None and (t + 1) % thin == 0:
                 done.trajectory[:, t // thin] = x
         updates[-1].tell(done, steps)
-    return done._replace(x=x, energy=energy(x, chains.labels))
+    return done._replace(x=x, energy=energy(x, chains.beside))

@@ -192,10 +192,10 @@ def advance_module(
     """
 
     def gradient(x: Tensor) -> Tensor:
-        return _aligned(energy.gradient(x, chains.labels))
+        return _aligned(energy.gradient(x, chains.beside))
 
     done = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry, recorder)
-    return done._replace(energy=energy(chains.x, chains.labels))
+    return done._replace(energy=energy(chains.x, chains.beside))
 
 
 def advance_products(

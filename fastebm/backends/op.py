@@ -139,7 +139,7 @@ def advance(
 ) -> Advanced:  # fmt: skip
     """The operator on a call. chains.x: as the operator takes it. chains.seed: a tensor."""
     x, energy, first_bad, trajectory, told = langevin(
-        *chains,
+        *chains[:6],
         [weight for mlp in description.mlps for weight in mlp.weights],
         [bias for mlp in description.mlps for bias in mlp.biases],
         encode_networks(description.mlps),

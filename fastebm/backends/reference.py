@@ -50,7 +50,7 @@ def advance(
         a_t, b_t = a[:, t, None], b[:, t, None]
         if rule.noise_first:
             x, _ = settled(x, x + b_t * noise, noise_bounds, t)
-        grad = energy.gradient(x, chains.labels)
+        grad = energy.gradient(x, chains.beside)
         if frozen is not None:
             grad = grad.masked_fill(frozen, 0.0)
         moved = x - a_t * rule.clip(grad) if rule.noise_first else rule.update(x, grad, noise, a_t, b_t)
@@ -61,4 +61,4 @@ def advance(
         if trajectory is not None and (t + 1) % thin == 0:
             trajectory[:, t // thin] = x
     told = Telemetry(grad_norm, clipped / max(steps, 1), clamped / max(steps, 1)) if telemetry else None
-    return Advanced(x, energy(x, chains.labels), first_bad, trajectory, told)
+    return Advanced(x, energy(x, chains.beside), first_bad, trajectory, told)

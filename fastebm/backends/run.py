@@ -156,7 +156,7 @@ def settle(
         return
     if on_nonfinite == "raise":
         raise NonFiniteError(_diagnosis(weights(), done, bad, rule, steps))
-    conditions, chains = chains.labels, chains.rows(bad)
+    conditions, chains = chains.beside, chains.rows(bad)
     ages, last = chains.first_steps + steps, done.x[bad]
     fresh = uniform_states(
         chains.seed, Stream.POOL, chains.numbers, ages, last.shape[1], clamp=rule.clamp, dtype=last.dtype
