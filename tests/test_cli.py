@@ -129,47 +129,6 @@ def test_a_toy_from_training_to_pictures(tmp_path, few_fresh_steps, capsys):
     assert abs(x).max() < 5  # in the pinwheel's units, whose box is narrower than the states'
 
 
-def test_the_users_own_table_from_training_to_samples(tmp_path, few_fresh_steps, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    rows = rng.normal([100.0, -3.0, 1e6], [1.0, 0.1, 50.0], (80, 3))
-    lines = ["height,weight,salary", *(",".join(map(repr, row)) for row in rows.tolist())]
-    (tmp_path / "people.csv").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", "--data", "people.csv", *SMALL]) == 0
-    (out,) = (tmp_path / "runs").iterdir()
-    assert out.name.startswith("people-")
-    assert "AUROC against held-out rows: uniform" in capsys.readouterr().out
-    recorded = json.loads((out / "config.json").read_text())["data"]
-    assert recorded["columns"] == ["height", "weight", "salary"]
-    assert recorded["name"] == str(tmp_path / "people.csv")
-    assert len(recorded["sha256"]) == 64
-
-    monkeypatch.chdir("/")
-    assert main(["sample", str(out), "-n", "50", "--out", str(tmp_path / "x.npy")]) == 0
-    capsys.readouterr()
-    x = np.load(tmp_path / "x.npy")
-    assert x.shape == (50, 3)
-    assert (abs(x.mean(0) - rows.mean(0)) < 2 * rows.std(0)).all()
-    message = _error(capsys, "sample", out, "--out", tmp_path / "x.png")
-    assert "samples of 3 dims make no picture: give --out a name that ends in .npy" in message
-
-
-def test_a_run_on_a_file_resumes_by_its_folder(tmp_path, few_fresh_steps, monkeypatch, capsys):
-    data, out = tmp_path / "x.npy", tmp_path / "run"
-    np.save(data, np.random.default_rng(0).normal(size=(80, 2)))
-    with monkeypatch.context() as patch:
-        patch.setattr(cli._Signals, "arrived", lambda self: setattr(self, "number", signal.SIGINT) or True)
-        assert main(["train", "--data", str(data), *SMALL, "--out", str(out)]) == 128 + signal.SIGINT
-    assert f"to go on: fastebm train --resume {out}\n" in capsys.readouterr().err
-    assert f"is trained on {data}, not on moons" in _error(capsys, "train", "moons", "--resume", out)
-    assert "leave out --data" in _error(capsys, "train", "--data", data, "--resume", out)
-    data.rename(tmp_path / "y.npy")
-    assert "x.npy, which the run is trained on, is gone" in _error(capsys, "train", "--resume", out)
-    (tmp_path / "y.npy").rename(data)
-    assert main(["train", "--resume", str(out)]) == 0
-    assert (out / "summary.json").exists()
-
-
 def test_info_says_what_would_run(capsys):
     assert main(["info", "--device", "cpu", "--input-size", "5", "--hidden-sizes", "6,7", "--activation", "tanh"]) == 0
     text = capsys.readouterr().out
@@ -207,7 +166,6 @@ def test_help_names_the_defaults(capsys):
         (["train", "digits", "--backend", "cuda"], "invalid choice: 'cuda'"),
         (["train"], "train needs one of the data sets (digits, mnist5k, moons, "),
         (["train", "moons", "--data", "file"], "and not both"),
-        (["train", "--data", "file"], "data must be a .npy or .csv file, got"),
         (["train", "--data", "x.csv"], "x.csv: No such file or directory"),
         (["train", "moons", "--seed", "-1"], "seed must be an int in [0, 2**63), got -1"),
         (["train", "rings", "--pool-size", "9"], "batch_size must be <= pool_size: got"),
@@ -342,7 +300,7 @@ def _environment():
 def test_import_brings_no_optional_package():
     code = (
         "import sys, torch; before = set(sys.modules); import fastebm\n"  # torch itself imports tqdm if it can
-        "packages = {'matplotlib', 'sklearn', 'tqdm', 'safetensors', 'triton'}\n"
+        "packages = {'matplotlib', 'pandas', 'sklearn', 'tqdm', 'safetensors', 'triton'}\n"
         "sys.exit(', '.join(packages & (sys.modules.keys() - before)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
