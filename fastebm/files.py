@@ -68,12 +68,14 @@ _MISSING = {
 }
 
 _NUMBER = {
-    mark: re.compile(rf"\s*[+-]?(\d+({mark}\d*)?|{mark}\d+)([eE][+-]?\d+)?\s*|\s*[+-]?inf(inity)?\s*", re.IGNORECASE)
-    for mark in (r"\.", ",")
+    mark: re.compile(
+        rf"\s*[+-]?(\d+([{mark}]\d*)?|[{mark}]\d+)([eE][+-]?\d+)?\s*|\s*[+-]?inf(inity)?\s*", re.IGNORECASE
+    )
+    for mark in ".,"
 }
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*")
 # 1,234 may be a thousand or a decimal; 0,123 and 12,34 are decimals.
-_THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(,\d{3})+\s*")
+_THOUSANDS = {mark: re.compile(rf"\s*[+-]?[1-9]\d{{0,2}}([{mark}]\d{{3}})+\s*") for mark in ".,"}
 # Numbers with thousands too, which are refused, but in cells of their own.
 _NUMBERLIKE = re.compile(r"\s*[+-]?[\d.,']+([eE][+-]?\d+)?\s*|\s*[+-]?inf(inity)?\s*", re.IGNORECASE)
 _BOOLEANS = {"true": 1.0, "false": 0.0}
@@ -222,10 +224,10 @@ def _positions(path: Path, raw: _Raw, columns: Sequence[str], drop: Sequence[str
                     f"column {name!r} has no name and counts the rows, so it is taken for an index and left out: "
                     "--columns keeps what it names"
                 )
-            elif is_unnamed and len(set(cells)) == len(cells):
+            elif is_unnamed:
                 others = shlex.join(raw.names[j] for j in kept if j != i)
                 raise ValueError(
-                    f"{path}: column {name!r} has no name and holds whole numbers, each once, as an index does: "
+                    f"{path}: column {name!r} has no name and holds whole numbers, as an index may: "
                     f"--drop {shlex.quote(name)} leaves it out, --columns {shlex.quote(name)} {others} keeps it"
                 )
         elif is_unnamed:
@@ -252,21 +254,27 @@ def _list(names: Sequence[str], most: int = 5) -> str:
 
 def _decimal(path: Path, raw: _Raw, positions: Sequence[int]) -> str:
     """The decimal mark of text: a comma if a cell can be read in no other way."""
-    with_comma: tuple[int, int] | None = None
+    unclear: dict[str, tuple[int, int]] = {}
+    points_are_clear = raw.separator == ","  # who writes decimal commas has other separators
     for i in positions:
         for row, cell in enumerate(raw.columns[i]):
             if "," in cell and _NUMBER[","].fullmatch(cell):
-                if not _THOUSANDS.fullmatch(cell):
+                if not _THOUSANDS[","].fullmatch(cell):
                     return ","
-                with_comma = with_comma or (row, i)
-    if with_comma is None:
-        return "."
-    row, i = with_comma
-    cell = raw.columns[i][row]
-    raise ValueError(
-        f"{path}: {cell!r} in column {raw.names[i]!r}, {raw.place(row)}, may be a thousand or a decimal comma: write "
-        "thousands without a comma, and decimals with a point"
-    )
+                unclear.setdefault(",", (row, i))
+            elif not points_are_clear and "." in cell and _NUMBER["."].fullmatch(cell):
+                points_are_clear = not _THOUSANDS["."].fullmatch(cell)
+                unclear.setdefault(".", (row, i))
+    if "," in unclear:
+        row, i = unclear[","]
+        raise ValueError(
+            f"{path}: {raw.columns[i][row]!r} in column {raw.names[i]!r}, {raw.place(row)}, may be a thousand or a "
+            "decimal comma: write thousands without a comma, and decimals with a point"
+        )
+    if "." in unclear and not points_are_clear:
+        row, i = unclear["."]
+        raw.notes.append(f"{raw.columns[i][row]!r} in column {raw.names[i]!r} is read as a decimal, not as a thousand")
+    return "."
 
 
 def _numbers(path: Path, raw: _Raw, positions: Sequence[int], decimal: str) -> NDArray[np.float64]:
@@ -296,7 +304,7 @@ def _numbers(path: Path, raw: _Raw, positions: Sequence[int], decimal: str) -> N
         more = f", ... ({len(bad)} columns in all)" if len(bad) > 5 else ""
         raise ValueError(
             f"{path}: every column must be of plain numbers{mark}, and these are not: {', '.join(bad[:5])}{more}: "
-            f"--drop {shlex.join(names)} leaves them out, --columns names those to keep; else write numbers"
+            f"mend such cells, or leave those columns out by --drop {shlex.join(names)} (--columns names those to keep)"
         )
     if booleans:
         raw.notes.append(f"false and true are read as 0 and 1 in {_list(booleans)}")
@@ -320,7 +328,7 @@ def _fill(out: NDArray[np.float64], cells: NDArray[Any], decimal: str) -> tuple[
             if not any(isinstance(cell, str) and "_" in cell for cell in cells):
                 out[:] = cells
                 return None
-    is_number = _NUMBER[r"\." if decimal == "." else decimal].fullmatch
+    is_number = _NUMBER[decimal].fullmatch
     booleans = _are_booleans(cells)
     bad: list[int] = []
     for row, cell in enumerate(cells):
@@ -508,9 +516,12 @@ def _records(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     if separator == " ":
         lines = (" ".join(line.split()) + "\n" for line in lines)
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    for cells in reader:
-        if len(cells) > 1 or (cells and cells[0].strip()):
-            yield reader.line_num, cells
+    try:
+        for cells in reader:
+            if len(cells) > 1 or (cells and cells[0].strip()):
+                yield reader.line_num, cells
+    except csv.Error as error:  # a cell of more than 131,072 characters
+        raise ValueError(f"line {reader.line_num + 1} of the text is no line of a table: {error}") from None
 
 
 def _is_number(cell: str) -> bool:
@@ -552,6 +563,9 @@ def _is_header(path: Path, first: list[str], rest: list[list[str]], line: int, n
     like_names = _like_names([(cell, below[i]) for i, cell in enumerate(first) if number[i]])
     if not texts:
         # Above an index there may be no name, but every other column has one.
+        if not first[0].strip() and all(number[1:]) and _counts(below[0]):
+            notes.append(taken)
+            return True
         if not like_names or not all(number[1:]) or (not number[0] and first[0].strip()):
             return False
         if number[0] and _counts([first[0], *below[0]]):
@@ -612,6 +626,7 @@ def _counts(cells: list[str]) -> bool:
 def _names(first: list[str], rest: list[list[str]]) -> list[str]:
     """The first line, with an empty name before it where R wrote none for the names of its rows."""
     is_short = len(first) > 1 and bool(rest) and all(len(cells) == len(first) + 1 for cells in rest)
+    is_short = is_short and any(cells[-1].strip() for cells in rest)  # no separators that end the lines
     return ["", *first] if is_short else first
 
 
@@ -677,7 +692,7 @@ def _require_even(path: Path, body: str, separator: str, width: int, skipped: in
         if len(cells) != width:
             first = "the line of names" if of_names else "the first line"
             hint = "mend it, or delete what is no line of the table"
-            if len(cells) == 2 * width and separator == ",":
+            if len(cells) == 2 * width and separator == "," and all(map(_is_number, cells)):
                 hint = "decimal commas need another separator, such as ;"
             raise ValueError(
                 f"{path}: every line must have as many cells: line {skipped + line} has {len(cells)}, {first} has "

@@ -105,6 +105,7 @@ NUMBERS_AS_NAMES = {
     "twenty": list(range(20)),
     "a float index": [0.0, 1.0, 2.0],
     "columns put side by side": [0, 1, 0, 1],
+    "two years": [2019, 2020],
 }
 
 
@@ -250,7 +251,12 @@ def test_an_unnamed_column_that_may_be_an_index_is_asked_or_said(tmp_path, frame
     assert columns == ("Unnamed: 0", "height", "weight", "salary")
     assert notes == ["column 1 has no name, and is called 'Unnamed: 0'"]
     path = _write(tmp_path / "x.csv", frame.set_axis(LABELS).to_csv())
-    assert "these are not: 'Unnamed: 0' ('red' in line 2 and 59 more): --drop 'Unnamed: 0'" in _refusal(path)
+    message = _refusal(path)
+    assert "these are not: 'Unnamed: 0' ('red' in line 2 and 59 more): mend such cells, or leave" in message
+    assert "by --drop 'Unnamed: 0'" in message
+    path = _write(tmp_path / "x.csv", frame.set_axis(pd.MultiIndex.from_product([range(6), range(10)])).to_csv())
+    assert "column 'Unnamed: 0' has no name and holds whole numbers, as an index may" in _refusal(path)
+    assert _read(path, drop=["Unnamed: 0", "Unnamed: 1"])[0] == ("height", "weight", "salary")
     # With a name it is the user's own column; that it rises is said.
     path = _write(tmp_path / "x.csv", frame.to_csv(index_label="id"))
     columns, _, notes = _read(path)
@@ -322,6 +328,24 @@ def test_decimal_commas_are_read_and_said(tmp_path, frame, write):
 )
 def test_thousands_and_mixed_decimals_are_named(tmp_path, text, message):
     assert message in _refusal(_write(tmp_path / "x.csv", text))
+
+
+def test_three_decimals_between_semicolons_are_said(tmp_path):
+    """Where each cell with a point might be a thousand: 1.234 in a European hand."""
+    for cells, said in (
+        (["1.234", "12.345", "7"], True),
+        (["1.234", "0.345", "7"], False),
+        (["1.5", "2.5", "7"], False),
+    ):
+        for separator in ";,":
+            path = _write(
+                tmp_path / "x.csv",
+                "a,b\n".replace(",", separator) + _rows(cells * 20, _floats(N) > 0, separator=separator),
+            )
+            _, values, notes = _read(path)
+            assert values[0, 0] == float(cells[0])
+            note = "'1.234' in column 'a' is read as a decimal, not as a thousand"
+            assert (note in notes) == (said and separator == ";")
 
 
 def test_texts_in_other_encodings(tmp_path, table):
@@ -399,6 +423,11 @@ def test_blank_lines_quotes_and_commas_at_the_end(tmp_path, table):
         ('a,b\n"x\ny",2\n' + "1,2\n" * 70 + "3\n", "line 74 has 1"),
         ("a,b\n" + "1,2\n" * 70 + '"3,4\n', "a quote is opened in line 72 and never closed"),
         ("a,b\n1\n" + "1,2\n" * 70, "line 2 has 1, the line of names has 2"),
+        ("a,b\n" + "1,2,\n" * 70, "line 2 has 3, the line of names has 2"),
+        (
+            "<html>\n" + "<p>hi, there</p>\n" * 70,
+            "line 2 has 2, the line of names has 1 (separated by commas): mend it",
+        ),
     ],
 )
 def test_uneven_lines_are_named(tmp_path, text, message):
@@ -423,7 +452,7 @@ def mixed(tmp_path, frame):
 def test_columns_are_chosen_by_name(mixed, frame):
     message = _refusal(mixed)
     assert "'date' ('2024-01-01' in line 2 and 59 more), 'colour of hair' ('red' in line 2 and 59 more)" in message
-    assert "--drop date 'colour of hair' leaves them out, --columns names those to keep" in message
+    assert "or leave those columns out by --drop date 'colour of hair' (--columns names those to keep)" in message
     columns, values, _ = _read(mixed, drop=["date", "colour of hair"])
     assert columns == ("height", "weight", "salary")
     np.testing.assert_array_equal(values, frame[list(columns)])
@@ -447,6 +476,22 @@ def test_columns_that_are_not_there_are_named(mixed, options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         load_array(mixed, **options)
     assert message in str(error.value)
+
+
+def test_a_counting_column_without_a_name_tells_numbers_above_the_others_are_names(tmp_path):
+    x = np.random.default_rng(0).integers(0, 50, (N, 2))
+    for names in ([2019, 2024], [7, 3], [0.5, 0.25]):
+        pd.DataFrame(x, columns=names).to_csv(tmp_path / "x.csv")
+        columns, values, notes = _read(tmp_path / "x.csv")
+        assert columns == tuple(map(str, names))
+        np.testing.assert_array_equal(values, x)
+        assert "is taken as the names of the columns" in notes[0]
+
+
+def test_a_cell_of_a_book_is_no_traceback(tmp_path):
+    path = _write(tmp_path / "x.csv", "a,b\n" + "1,2\n" * 60 + "x" * 200_000 + ",1\n")
+    with pytest.raises(ValueError, match="field larger than field limit"):
+        load_array(path)
 
 
 def test_names_that_come_again_are_numbered_as_pandas_does(tmp_path, table):
