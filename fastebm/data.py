@@ -401,14 +401,14 @@ def _flattened(path: Path, table: Table) -> list[str]:
         if reach >= _LITTLE_ROOM:
             continue
         row = int(far.argmax())
+        n_near = len(values) - len(far_others) + len(near)
         told = (
-            f"column {name!r}: {values[row]:g} in {table.place(row)} lies so far out that, once scaled, "
-            f"{len(values) - (len(far_others) - len(near)):,} of {len(values):,} rows are within "
-            f"{reach:.1g} standard deviations of each other's middle"
+            f"column {name!r}: {values[row]:g} in {table.place(row)} lies so far out that {n_near:,} of "
+            f"{len(values):,} rows are within {reach:.1g} standard deviations of the median"
         )
         ways = f"mend or delete such rows, take the logarithm, or --drop {shlex.quote(name)}"
         if reach < _NO_ROOM:
-            raise ValueError(f"{path}: {told}, and nothing can be learnt of them: {ways}")
+            raise ValueError(f"{path}: {told}, where they can't be told apart: {ways}")
         notes.append(f"{told}: if that is no true value, {ways}")
     return notes
 

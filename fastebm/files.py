@@ -49,22 +49,7 @@ _WAYS_OUT = {
 
 # Cells without a value: the words that pandas takes for one, and a few that other programs write.
 _MISSING = {
-    "",
-    "na",
-    "n/a",
-    "nan",
-    "-nan",
-    "null",
-    "none",
-    "<na>",
-    "#n/a",
-    "#na",
-    "nat",
-    "?",
-    "-",
-    "--",
-    ".",
-    "missing",
+    *("", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "#n/a", "#na", "nat", "?", "-", "--", ".", "missing")
 }
 
 _NUMBER = {
@@ -76,13 +61,14 @@ _NUMBER = {
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*")
 # 1,234 may be a thousand or a decimal; 0,123 and 12,34 are decimals.
 _THOUSANDS = {mark: re.compile(rf"\s*[+-]?[1-9]\d{{0,2}}([{mark}]\d{{3}})+\s*") for mark in ".,"}
-# Numbers with thousands too, which are refused, but in cells of their own.
-_NUMBERLIKE = re.compile(r"\s*[+-]?[\d.,']+([eE][+-]?\d+)?\s*|\s*[+-]?inf(inity)?\s*", re.IGNORECASE)
+_CODE = re.compile(r"\s*[+-]?0\d+\s*")
+_GROUPED = re.compile(r"[+-]?\d[\d.,']*")
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 _WORDS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'", " ": "spaces"}
 
-# Records that separator, decimals and names are found by: enough to see every form that a column's cells take.
-_SAMPLE = 200
+# Records that separator and names are found by, enough to see every form that a column's cells take, and the characters
+# that these are looked for in: a copy of all of a large file takes longer than the rest.
+_SAMPLE, _HEAD = 200, 1_000_000
 
 # float64 holds every whole number up to here, and not all beyond.
 _EXACT = 2.0**53
@@ -134,6 +120,7 @@ class _Raw:
     place: Callable[[int], str]
     header: bool | None = None
     separator: str | None = None
+    marks: str = ""  # of text: which of ",._" its cells can hold
     notes: list[str] = field(default_factory=list)
 
 
@@ -256,7 +243,8 @@ def _decimal(path: Path, raw: _Raw, positions: Sequence[int]) -> str:
     """The decimal mark of text: a comma if a cell can be read in no other way."""
     unclear: dict[str, tuple[int, int]] = {}
     points_are_clear = raw.separator == ","  # who writes decimal commas has other separators
-    for i in positions:
+    is_plain = "," not in raw.marks and (points_are_clear or "." not in raw.marks)
+    for i in () if is_plain else positions:
         for row, cell in enumerate(raw.columns[i]):
             if "," in cell and _NUMBER[","].fullmatch(cell):
                 if not _THOUSANDS[","].fullmatch(cell):
@@ -287,13 +275,18 @@ def _numbers(path: Path, raw: _Raw, positions: Sequence[int], decimal: str) -> N
         cells = raw.columns[i]
         if cells.dtype.kind == "b" or _are_booleans(cells):
             booleans.append(raw.names[i])
-        wrong = _fill(x[:, j], cells, decimal)
+        wrong = _fill(x[:, j], cells, decimal, "_" in raw.marks)
         if wrong is not None:
             row, count = wrong
             names.append(raw.names[i])
             more = f" and {count - 1:,} more" if count > 1 else ""
             bad.append(f"{raw.names[i]!r} ({str(cells[row])[:40]!r} in {raw.place(row)}{more})")
-        elif (rounded := _inexact(cells, x[:, j])) is not None:
+        elif code := next((cell for cell in cells[:_SAMPLE] if isinstance(cell, str) and _CODE.fullmatch(cell)), None):
+            raw.notes.append(
+                f"{code.strip()!r} in column {raw.names[i]!r} is read as a whole number, though it begins with 0, "
+                "as codes do, and digits behind a decimal comma"
+            )
+        if wrong is None and (rounded := _inexact(cells, x[:, j])) is not None:
             cell, name = str(cells[rounded]).strip(), raw.names[i]
             raise ValueError(
                 f"{path}: column {name!r} holds whole numbers beyond 2**53, which float64 rounds ({cell} "
@@ -315,19 +308,20 @@ def _are_booleans(cells: NDArray[Any]) -> bool:
     return len(cells) > 0 and all(isinstance(cell, str) and cell.strip().lower() in _BOOLEANS for cell in cells)
 
 
-def _fill(out: NDArray[np.float64], cells: NDArray[Any], decimal: str) -> tuple[int, int] | None:
-    """Write cells (n,) as numbers to out (n,); else the first row that is no number, and how many are none."""
+def _fill(out: NDArray[np.float64], cells: NDArray[Any], decimal: str, slowly: bool) -> tuple[int, int] | None:
+    """Write cells (n,) as numbers to out (n,); else the first row that is no number, and how many are none.
+
+    slowly: one by one, as where cells may be 1_000: float() reads that, and no program writes it for a thousand.
+    """
     if cells.dtype.kind in "biuf":
         out[:] = cells
         return None
     if cells.dtype.kind != "O":  # dates, and spans of time
         return (0, len(cells)) if len(cells) > 0 else None
-    if decimal == ".":
+    if decimal == "." and not slowly:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            # float() takes 1_000 too, which no program writes for a thousand.
-            if not any(isinstance(cell, str) and "_" in cell for cell in cells):
-                out[:] = cells
-                return None
+            out[:] = cells
+            return None
     is_number = _NUMBER[decimal].fullmatch
     booleans = _are_booleans(cells)
     bad: list[int] = []
@@ -439,8 +433,9 @@ def _read_text(path: Path, header: bool | None, layout: Layout | None) -> _Raw:
     text = _decoded(path, notes)
     comments, skipped, declared = _preamble(text)
     body = text.split("\n", skipped)[skipped] if skipped else text
-    separator = declared or _separator(body) if layout is None or layout.separator is None else layout.separator
-    sample = list(itertools.islice(_records(body, separator), _SAMPLE))
+    head = body if len(body) < _HEAD else body[: body.rfind("\n", 0, _HEAD) + 1] or body
+    separator = declared or _separator(head) if layout is None or layout.separator is None else layout.separator
+    sample = list(itertools.islice(_records(head, separator), _SAMPLE))
     if not sample:
         raise ValueError(f"{path} has no rows: it needs lines of numbers")
     if separator != "," and not (separator == "\t" and ".tsv" in path.suffixes) and len(sample[0][1]) > 1:
@@ -468,9 +463,11 @@ def _read_text(path: Path, header: bool | None, layout: Layout | None) -> _Raw:
         notes.append(
             f"the file has no line of names, so columns are called 0{last}: --header takes its first line as one"
         )
-        return _Raw([str(i) for i in range(width)], columns, _lines(body, separator, skipped), False, separator, notes)
-    names = _unique([name.strip() or f"Unnamed: {i}" for i, name in enumerate(names)], notes)
-    return _Raw(names, columns, _lines(body, separator, skipped), header, separator, notes)
+        names = [str(i) for i in range(width)]
+    else:
+        names = _unique([name.strip() or f"Unnamed: {i}" for i, name in enumerate(names)], notes)
+    marks = "".join(mark for mark in ",._" if mark in body and (mark != separator or '"' in body))
+    return _Raw(names, columns, _lines(body, separator, skipped), header, separator, marks, notes)
 
 
 def _decoded(path: Path, notes: list[str]) -> str:
@@ -535,6 +532,12 @@ def _is_missing(cell: str) -> bool:
 def _separator(text: str) -> str:
     """The separator that cuts lines into as many cells each, and most of them into numbers."""
     best, most = ",", (0.0, 0.0)
+
+    def is_value(cell: str) -> bool:
+        # Numbers with thousands too, which are refused, but as cells of their own.
+        word = cell.strip().lower()
+        return word in _MISSING or word in _BOOLEANS or _is_number(cell) or bool(_GROUPED.fullmatch(word))
+
     for separator in "\t;|, ":
         cells = [cells for _, cells in itertools.islice(_records(text, separator), _SAMPLE)]
         rows = cells[1:] or cells
@@ -542,7 +545,7 @@ def _separator(text: str) -> str:
             continue
         width, count = Counter(map(len, rows)).most_common(1)[0]
         flat = [cell for row in rows for cell in row]
-        numbers = sum(bool(_NUMBERLIKE.fullmatch(cell)) or _is_missing(cell) for cell in flat) / len(flat)
+        numbers = sum(map(is_value, flat)) / len(flat)
         score = (count / len(rows) * numbers, count / len(rows))
         # Blanks also stand within dates and text: they separate only where that leaves numbers alone.
         if width > 1 and score > most and (separator != " " or most == (0.0, 0.0) or numbers == 1.0):
@@ -552,16 +555,21 @@ def _separator(text: str) -> str:
 
 def _is_header(path: Path, first: list[str], rest: list[list[str]], line: int, notes: list[str]) -> bool:
     """Whether the first line holds names. What is not plain is noted, and what is open is an error."""
-    below = [[cells[i] for cells in rest if i < len(cells)] for i in range(len(first))]
+    columns = range(len(first))
+    below = [[cells[i] for cells in rest if i < len(cells)] for i in columns]
     number = [_is_number(cell) for cell in first]
-    texts = [i for i, cell in enumerate(first) if not number[i] and not _is_missing(cell)]
-    if not any(number):
+    boolean = [cell.strip().lower() in _BOOLEANS for cell in first]
+    texts = [i for i, cell in enumerate(first) if not (number[i] or boolean[i] or _is_missing(cell))]
+    if not any(number) and not any(boolean):
         return bool(texts)
     shown = ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
     taken = f"the first line ({shown}) is taken as the names of the columns: --no-header reads it as a row"
     unclear = f"{path}: line {line} ({shown}) may be names or a row: say so by --header or --no-header"
-    like_names = _like_names([(cell, below[i]) for i, cell in enumerate(first) if number[i]])
+    like_names = any(number) and _like_names([(cell, below[i]) for i, cell in enumerate(first) if number[i]])
+    like_names |= any(number[i] and below[i] and all(c.strip().lower() in _BOOLEANS for c in below[i]) for i in columns)
     if not texts:
+        if any(boolean):
+            return False
         # Above an index there may be no name, but every other column has one.
         if not first[0].strip() and all(number[1:]) and _counts(below[0]):
             notes.append(taken)

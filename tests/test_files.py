@@ -106,13 +106,14 @@ NUMBERS_AS_NAMES = {
     "a float index": [0.0, 1.0, 2.0],
     "columns put side by side": [0, 1, 0, 1],
     "two years": [2019, 2020],
+    "above true and false": [0.5, 0.25],
 }
 
 
 @pytest.mark.parametrize("names", NUMBERS_AS_NAMES.values(), ids=NUMBERS_AS_NAMES.keys())
 @pytest.mark.parametrize("index", [False, True])
 def test_numbers_in_the_first_line_are_names_and_this_is_said(tmp_path, names, index):
-    x = _floats(N, len(names))
+    x = _floats(N, len(names)) > 0 if names[0] == 0.5 else _floats(N, len(names))
     pd.DataFrame(x, columns=names).to_csv(tmp_path / "x.csv", index=index)
     columns, values, notes = _read(tmp_path / "x.csv")
     np.testing.assert_array_equal(values, x)
@@ -140,6 +141,8 @@ ROWS_WITHOUT_NAMES = {
     "one column": np.round(_floats((N), 1), 2),
     "rising rows": np.cumsum(np.abs(_floats(N, 9)) + 0.1, axis=1),
     "numbers with an exponent": 1e-30 * _floats(N, 2),
+    "true and false": np.random.default_rng(4).random((N, 3)) < 0.5,
+    "one true or false": np.random.default_rng(5).random((N, 1)) < 0.5,
     "zeros and ones": np.random.default_rng(4).integers(0, 2, (N, 5)),
 }
 
@@ -152,6 +155,7 @@ def test_a_first_line_of_data_is_data_and_the_lack_of_names_is_said(tmp_path, x,
     np.testing.assert_array_equal(values, x)
     assert columns == tuple(str(i + index) for i in range(x.shape[1]))
     assert "no line of names" in notes[0]
+    assert any("read as 0 and 1" in note for note in notes) == (x.dtype == bool)
     assert any("taken for an index and left out" in note for note in notes) == index
     if index:
         _, values, _ = _read(tmp_path / "x.csv", columns=[str(i) for i in range(x.shape[1] + 1)])
@@ -346,6 +350,19 @@ def test_three_decimals_between_semicolons_are_said(tmp_path):
             assert values[0, 0] == float(cells[0])
             note = "'1.234' in column 'a' is read as a decimal, not as a thousand"
             assert (note in notes) == (said and separator == ";")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("x,zip\n" + _rows(_floats(N), [f"{i * 997 % 100_000:05d}" for i in range(N)]), "'00000' in column 'zip'"),
+        (_rows([f"{v:.5f}".replace(".", ",") for v in 1 + np.abs(_floats(N))]), "in column '1'"),
+        ("t;x\n" + _rows([f"{i % 24:02d}" for i in range(N)], _floats(N), separator=";"), "'00' in column 't'"),
+    ],
+)
+def test_whole_numbers_that_begin_with_0_are_said(tmp_path, text, code):
+    _, _, notes = _read(_write(tmp_path / "x.csv", text))
+    assert any(code in note and "is read as a whole number, though it begins with 0" in note for note in notes)
 
 
 def test_texts_in_other_encodings(tmp_path, table):
