@@ -449,14 +449,8 @@ def _read_text(path: Path, header: bool | None, layout: Layout | None) -> _Raw:
     if header:
         line = sample[0][0]
         body, skipped = body.split("\n", line)[-1] if len(sample) > 1 else "", skipped + line
-    elif comments and width > 1:
-        (_, cells), *_ = [*_records(comments[-1], separator), (0, [])]
-        # A row of numbers that is commented out is no line of names.
-        if len(cells) == width and not (
-            all(map(_is_number, cells)) and not _like_names([(cell, []) for cell in cells])
-        ):
-            names = cells
-            notes.append(f"the names of the columns are taken from the comment {comments[-1]!r}")
+    elif comments and (names := _names_of_comment(comments[-1], separator, width)) is not None:
+        notes.append(f"the names of the columns are taken from the comment {comments[-1]!r}")
     columns = _cells(path, body, separator, width, skipped, of_names=header)
     if names is None:
         last = f" to {width - 1}" if width > 1 else ""
@@ -638,18 +632,25 @@ def _names(first: list[str], rest: list[list[str]]) -> list[str]:
     return ["", *first] if is_short else first
 
 
+def _names_of_comment(comment: str, separator: str, width: int) -> list[str] | None:
+    """The names in the comment above the first line, as numpy.savetxt writes them, if it has as many cells."""
+    cells = next((cells for _, cells in _records(comment, separator)), [])
+    if width == 1 or len(cells) != width:
+        return None
+    # A row of numbers that is commented out is no line of names.
+    is_row = all(map(_is_number, cells)) and not _like_names([(cell, []) for cell in cells])
+    return None if is_row else cells
+
+
 def _unique(names: list[str], notes: list[str]) -> list[str]:
     """As pandas does: a name that comes again is x.1, then x.2."""
-    result: list[str] = []
-    renamed: list[str] = []
+    seen: dict[str, None] = {}
     for name in names:
-        new = next(new for k in itertools.count() if (new := f"{name}.{k}" if k else name) not in result)
-        if new != name:
-            renamed.append(new)
-        result.append(new)
-    if renamed:
+        new = next(new for k in itertools.count() if (new := f"{name}.{k}" if k else name) not in seen)
+        seen[new] = None
+    if renamed := [new for new, name in zip(seen, names, strict=True) if new != name]:
         notes.append(f"names that come again are numbered: {_list(renamed)}")
-    return result
+    return list(seen)
 
 
 def _lines(body: str, separator: str, skipped: int) -> Callable[[int], str]:
