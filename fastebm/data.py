@@ -119,8 +119,9 @@ class DataInfo:
     def from_dict(cls, values: Mapping[str, Any]) -> DataInfo:
         """From what JSON makes of it."""
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        layout = values.get("layout")
-        return cls(**{**entries, "layout": None if layout is None else Layout.from_dict(layout)})
+        if (layout := values.get("layout")) is not None:
+            entries["layout"] = Layout(**{**layout, "positions": tuple(layout["positions"])})
+        return cls(**entries)
 
 
 DIGITS = DataInfo("digits", "images", (8, 8), (0.0, 1.0), levels=16)
