@@ -110,7 +110,7 @@ def _parser() -> _Parser:
     )  # fmt: skip
     command.add_argument(
         "--data", type=Path, default=argparse.SUPPRESS, metavar="FILE",
-        help="instead of a data set, your own table (n, d) of real numbers: CSV or other text, Parquet or .npy",
+        help="instead of a data set, your own table (n, d) of real numbers: CSV, TSV, Parquet or .npy",
     )  # fmt: skip
     command.add_argument(
         "--columns", nargs="+", default=argparse.SUPPRESS, metavar="NAME",

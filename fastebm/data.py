@@ -320,7 +320,7 @@ def load_array(
     drop: Sequence[str] = (),
     header: bool | None = None,
 ) -> Points:
-    """The user's own table (n, d) of real numbers, n >= 50, from a file of text (CSV, say), Parquet or .npy.
+    """The user's own table (n, d) of real numbers, n >= 50, from a file of text (CSV, TSV), Parquet or .npy.
 
     What is decided on the way (which line holds names, which column is an index) is said by a UserWarning each.
 

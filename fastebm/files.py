@@ -89,10 +89,8 @@ def read(
     is_text = suffix in _TEXT
     how, text = layout or Layout(), ""
     if not is_text and suffix not in (".parquet", ".npy"):
-        raise ValueError(
-            f"data must be text ({', '.join(_TEXT)}), .parquet or .npy, got {path}: decompress it, or read it with "
-            "pandas, NumPy or PyTorch and save it by to_csv or np.save"
-        )
+        ways = "decompress it, or read it with pandas, NumPy or PyTorch and save it by to_csv or np.save"
+        raise ValueError(f"data must be text ({', '.join(_TEXT)}), .parquet or .npy, got {path}: {ways}")
     if not is_text and header is not None:
         raise ValueError(f"--header and --no-header are for text files, got {path}")
     if is_text:
@@ -116,8 +114,7 @@ def read(
             notes.append("decimal commas are read as decimal points")
             how = dataclasses.replace(how, decimal=",")
             frame = _parsed(path, text, how).set_axis(frame.columns, axis=1)
-    if max(how.positions, default=-1) >= frame.shape[1]:
-        last = max(how.positions)
+    if (last := max(how.positions)) >= frame.shape[1]:
         raise ValueError(f"{path} has {frame.shape[1]} columns, and column {last} was read before: put it back")
     frame = frame.iloc[:, list(how.positions)]
     x = _numbers(path, frame, how, place, notes)
@@ -138,19 +135,18 @@ def _positions(
     kept = [names.index(name) for name in columns or names if name not in drop]
     if not kept:
         raise ValueError(f"--drop leaves no column of {path}: it has {_list(names, 20)}")
-    for i in () if columns else list(kept):
-        is_unnamed = names[i].startswith("Unnamed: ")
-        if len(kept) == 1 or not (is_unnamed or (i == 0 and layout.header is False)):
+    for i, name in enumerate(names):
+        is_unnamed = name.startswith("Unnamed: ")
+        if columns or i not in kept or len(kept) == 1 or not (is_unnamed or (i == 0 and layout.header is False)):
             continue
         values = frame.iloc[:, i].to_numpy()
-        if values.dtype.kind == "i" and len(values) and values[0] in (0, 1) and (np.diff(values) == 1).all():
+        if values.dtype.kind == "i" and values[:1].tolist() in ([0], [1]) and (np.diff(values) == 1).all():
             kept.remove(i)
             what = "counts the rows, so it is taken for an index and left out: --columns keeps what it names"
-        elif is_unnamed:
-            what = f"does not count the rows, so it is kept: --drop {shlex.quote(names[i])} leaves it out"
         else:
-            continue
-        notes.append(f"column {names[i]!r} has no name and {what}")
+            what = f"does not count the rows, so it is kept: --drop {shlex.quote(name)} leaves it out"
+        if is_unnamed or i not in kept:
+            notes.append(f"column {name!r} has no name and {what}")
     return tuple(kept)
 
 
@@ -194,10 +190,10 @@ def _numbers(
             rounded = ", which float64 rounds," if is_whole else ""
             bad[name] = f"{name!r} ({str(cells.iloc[row])[:40]!r}{rounded} in {place(row)})"
     if bad:
-        more = f", ... ({len(bad)} in all)" if len(bad) > 5 else ""
+        told = ", ".join([*bad.values()][:5]) + ", ..." * (len(bad) > 5)
         marks = " with decimal commas" if layout.decimal == "," else ""
         raise ValueError(
-            f"{path}: columns must be of numbers{marks}, and these are not: {', '.join([*bad.values()][:5])}{more}: "
+            f"{path}: columns must be of numbers{marks}, and these are not: {told}: "
             f"mend such cells, or leave those columns out by --drop {shlex.join(bad)} (--columns names those to keep)"
         )
     if booleans := [name for name, cells in frame.items() if is_bool_dtype(cells)]:
@@ -253,11 +249,8 @@ def _decoded(path: Path) -> str:
     """The file's text, with every line ended by a newline character."""
     with open(path, "rb") as file:
         encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = path.read_text(encoding)
-    except UnicodeError:
-        text = "\0"
-    if "\0" in text:  # of UTF-16 without its mark, say
+    text = path.read_text(encoding, errors="replace")
+    if "\ufffd" in text or "\0" in text:  # what was replaced; UTF-16 without its mark
         raise ValueError(f"{path} is no text in UTF-8: save it as UTF-8")
     return text
 

@@ -1,15 +1,17 @@
-"""Data sets: their their shapes, scales and splits. The user's own files are in test_files.py."""
+"""Data sets: their shapes, scales and splits. The user's own files are in test_files.py."""
 
 import dataclasses
 import json
 import sys
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from fastebm import data
-from fastebm.data import DIGITS, SETS, DataInfo, Images, load, load_array, reload
+from fastebm import data, files
+from fastebm.data import DIGITS, SETS, DataInfo, Images, _flattened, load, load_array, reload
 from fastebm.recipe import TrainConfig, recipe
 
 TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
@@ -174,3 +176,62 @@ def test_a_batch_has_distinct_rows():
     assert rows.shape == (512, 2)
     assert len(rows.unique(dim=0)) == 512
     assert data.Points(points.info, points.train[:5], points.test).batch(5, 0.0, torch.Generator()).shape == (5, 2)
+
+
+# -- a value that leaves the others no room ------------------------------------------------------------------
+
+
+def _with(values, **cells):
+    for row, value in cells.items():
+        values[int(row[1:])] = value
+    return values
+
+
+_RNG = np.random.default_rng(3)
+FLATTENED = {
+    "1e12 among ones": _with(_RNG.normal(size=200), r7=1e12),
+    "two of them": _with(_RNG.normal(size=500), r3=1e8, r9=-1e8),
+    "-9999 and wider": _with(_RNG.normal(0, 1e-3, 300), **{f"r{i}": -9999.0 for i in range(0, 300, 20)}),
+    "1e20 where it is missing": _with(_RNG.normal(size=1000), **{f"r{i}": 1e20 for i in range(0, 1000, 50)}),
+    "milliseconds among seconds": _with(_RNG.uniform(1.7e9, 1.7e9 + 1e3, 400), r5=1.7e12),
+    "mostly zeros, and one": _with(np.where(_RNG.random(1000) < 0.9, 0, _RNG.normal(size=1000)), r11=-3e7),
+}
+
+
+@pytest.mark.parametrize("column", FLATTENED.values(), ids=FLATTENED.keys())
+def test_a_value_that_flattens_its_column_is_named(tmp_path, column):
+    path = tmp_path / "x.csv"
+    pd.DataFrame({"good": _RNG.normal(size=len(column)), "bad one": column}).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="lies so far out") as error:
+        load_array(path)
+    message = str(error.value)
+    row = int(abs(column - np.median(column)).argmax())
+    assert f"column 'bad one': {column[row]:g} in line {row + 2} lies so far out" in message
+    assert "mend or delete such rows, take the logarithm, or --drop 'bad one'" in message
+    assert load_array(path, columns=["good"]).dim == 1
+
+
+def test_a_value_that_leaves_little_room_is_said(tmp_path):
+    np.save(tmp_path / "x.npy", np.stack([_with(_RNG.normal(size=1000), r4=1e4), _RNG.normal(size=1000)], 1))
+    with pytest.warns(UserWarning, match="column '0': 10000 in row 4 lies so far out .* if that is no true value"):
+        load_array(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [60, 1000, 30_000])
+def test_heavy_tails_and_rare_values_are_no_faults(tmp_path, n, seed):
+    rng = np.random.default_rng(seed)
+    columns = {
+        "lognormal 3": rng.lognormal(0, 3, n),
+        "Cauchy counts": np.floor(np.abs(rng.standard_cauchy(n))),
+        "Pareto 1.1": rng.pareto(1.1, n),
+        "95% zeros": np.where(rng.random(n) < 0.95, 0.0, rng.lognormal(0, 2, n)),
+        "rare ones": _with(np.zeros(n), r7=1.0),
+        "two clusters": np.where(rng.random(n) < 0.3, 1e6, 0.0) + rng.normal(size=n),
+        "a few at 20 sigma": _with(rng.normal(size=n), r3=20.0, r5=-20.0),
+        "far from zero": 1e9 + rng.normal(size=n),
+    }
+    table = files.Table(tuple(columns), np.stack([*columns.values()], 1), str, files.Layout(), ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _flattened(tmp_path, table) == []
