@@ -174,6 +174,7 @@ def _numbers(
     path: Path, frame: Any, layout: Layout, place: Callable[[int], str], notes: list[str]
 ) -> NDArray[np.float64]:
     """The columns of a frame, (n, d) float64; missing values are NaN."""
+    import pandas as pd
     from pandas.api.types import infer_dtype, is_bool_dtype, is_numeric_dtype
 
     x = np.empty(frame.shape)
@@ -184,7 +185,9 @@ def _numbers(
             x[:, j] = cells.to_numpy(np.float64, na_value=np.nan)
             is_bad = (np.abs(x[:, j]) >= _EXACT) & is_whole
         else:
-            is_bad = _is_no_number(cells, layout.decimal)
+            words = cells.astype(str).str.translate(str.maketrans(",.", ".,") if layout.decimal == "," else {})
+            is_word = (pd.to_numeric(words, errors="coerce").isna() & cells.notna()).to_numpy(bool)
+            is_bad = is_word if is_word.any() else cells.notna().to_numpy()
         if is_bad.any():
             row = int(is_bad.argmax())
             rounded = ", which float64 rounds," if is_whole else ""
@@ -199,15 +202,6 @@ def _numbers(
     if booleans := [name for name, cells in frame.items() if is_bool_dtype(cells)]:
         notes.append(f"false and true are read as 0 and 1 in {_list(booleans)}")
     return x
-
-
-def _is_no_number(cells: Any, decimal: str) -> NDArray[np.bool_]:
-    """Cells that are the reason for which pandas made no numbers of a column, (n,); all of them where none is."""
-    import pandas as pd
-
-    words = cells.astype(str).str.translate(str.maketrans(",.", ".,") if decimal == "," else {})
-    is_bad = (pd.to_numeric(words, errors="coerce").isna() & cells.notna()).to_numpy(bool)
-    return is_bad if is_bad.any() else np.asarray(cells.notna())
 
 
 def _read_npy(path: Path) -> Any:
