@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,7 @@ from .backends import cpu
 from .backends.choose import BACKENDS, choose
 from .bench import run as suite
 from .checkpoint import write_atomically
-from .data import SETS, DataInfo, load, load_array
+from .data import SETS, DataInfo, Points, load, load_array
 from .energies import MLPEnergy
 from .mlp import ACTIVATIONS
 from .processes import Processes, launched
@@ -109,7 +110,18 @@ def _parser() -> _Parser:
     )  # fmt: skip
     command.add_argument(
         "--data", type=Path, default=argparse.SUPPRESS, metavar="FILE",
-        help="instead of a data set, your own: .npy of an array (n, d) of real numbers, or .csv",
+        help="instead of a data set, your own table (n, d) of real numbers: CSV, TSV, Parquet or .npy",
+    )  # fmt: skip
+    command.add_argument(
+        "--columns", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
+        help="of --data: the columns to keep, by name (0, 1, ... where the file has no names); default: all",
+    )  # fmt: skip
+    command.add_argument(
+        "--drop", nargs="+", default=argparse.SUPPRESS, metavar="NAME", help="of --data: the columns to leave out"
+    )
+    command.add_argument(
+        "--header", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="of --data that are text: whether the first line holds names (default: found out)",
     )  # fmt: skip
     for flag, kind, default, text in (
         ("--steps", int, f"{_DEFAULTS.steps} for digits", "training iterations"),
@@ -225,16 +237,19 @@ def _flat(sizes: list[list[int]]) -> tuple[int, ...]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    _need("tqdm", "matplotlib", "sklearn", "safetensors")
+    _need("tqdm", "matplotlib", "pandas", "sklearn", "safetensors")
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "checkpoint_every")}
     if "hidden_sizes" in given:
         given["hidden_sizes"] = _flat(given["hidden_sizes"])
     resume, name, file = (given.pop(key, None) for key in ("resume", "dataset", "data"))
+    reading = {key: given.pop(key) for key in ("columns", "drop", "header") if resume is None and key in given}
     if resume is None:
+        if reading and file is None:
+            raise ValueError(f"--{next(iter(reading))} is for --data FILE: leave it out, or name a file")
         if (name is None) == (file is None):
             raise ValueError(f"train needs one of the data sets ({', '.join(SETS)}) or --data FILE, and not both")
         seed = dataclasses.replace(_DEFAULTS, seed=given.get("seed", _DEFAULTS.seed)).seed  # checked
-        data = load(name, seed) if file is None else load_array(file, seed)
+        data = load(name, seed) if file is None else _read(file, seed, **reading)
         out = given.pop("out", None)
         config = TrainConfig(**{**recipe(data), **given})
     else:
@@ -293,6 +308,17 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of 10")
     print(f"  look at {out / 'samples.png'}, energies.png and training.png")
     return 0
+
+
+def _read(file: Path, seed: int, **reading: Any) -> Points:
+    """The user's file; what was decided on the way is told in a line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load_array(file, seed, **reading)
+    if _rank() == 0:
+        for warning in caught:
+            print(f"fastebm: {warning.message}", file=sys.stderr)
+    return data
 
 
 def _has_checkpoint(out: Path) -> bool:

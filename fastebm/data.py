@@ -6,13 +6,14 @@ from one to the other, and goes into config.json.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping
+import shlex
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from . import files
+from .files import Layout, Table
 
 __all__ = ["DIGITS", "SETS", "Data", "DataInfo", "Images", "Points", "load", "load_array", "load_digits", "reload"]
 
@@ -41,6 +45,13 @@ _SPREAD = {"plane": 4.0, "table": 1.0}
 # in a wider box, starts in uniform noise never find the data.
 _MAX_SCORE, _MARGIN = 5.0, 1.1
 
+# Standard deviations that all but a few values of a column must reach over. Langevin noise of a table is 0.2 in every
+# step: what lies within a 200th of that is lost in it, which is an error, and within a 20th of it hard to learn.
+_NO_ROOM, _LITTLE_ROOM = 1e-3, 1e-2
+
+# Of a column's rows, the share that may count as a few far ones; a mark for missing values can be that common.
+_MAX_FAR = 0.1
+
 
 # -- what a run records -------------------------------------------------------------------------------------
 
@@ -57,7 +68,7 @@ class DataInfo:
         levels: of images: grey levels 0 .. levels. A state is the level divided by levels.
         columns: of other kinds: their names. offset, scale: a number a column,
             state = clip((value - offset) / scale, lo, hi).
-        sha256: of the values in the user's file.
+        sha256: of the values in the user's file. layout: how they were read; None in runs of earlier versions.
     """
 
     name: str
@@ -69,6 +80,7 @@ class DataInfo:
     offset: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     sha256: str | None = None
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         is_points = self.kind in ("plane", "table")
@@ -107,6 +119,8 @@ class DataInfo:
     def from_dict(cls, values: Mapping[str, Any]) -> DataInfo:
         """From what JSON makes of it."""
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if (layout := values.get("layout")) is not None:
+            entries["layout"] = Layout(**{**layout, "positions": tuple(layout["positions"])})
         return cls(**entries)
 
 
@@ -297,38 +311,107 @@ def load_breast_cancer(name: str, seed: int, info: DataInfo | None) -> Points:
     return _points(name, tuple(map(str, bunch.feature_names)), benign, seed, info, outliers={"malignant": malignant})
 
 
-def load_array(path: str | os.PathLike[str], seed: int = 0, info: DataInfo | None = None) -> Points:
-    """The user's own array (n, d) of real numbers, from .npy or .csv (with or without a line of names).
+def load_array(
+    path: str | os.PathLike[str],
+    seed: int = 0,
+    info: DataInfo | None = None,
+    *,
+    columns: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    header: bool | None = None,
+) -> Points:
+    """The user's own table (n, d) of real numbers, n >= 50, from a file of text (CSV, TSV), Parquet or .npy.
+
+    What is decided on the way (which line holds names, which column is an index) is said by a UserWarning each.
 
     Args:
         seed: of the split. info: of an earlier load, whose values must be these, and whose scaling is taken over.
+        columns: names of the columns to keep, in this order; none: all. drop: names of those to leave out. Where the
+            file has no names, they are "0", "1", ...
+        header: of text: whether the first line holds names; None: found out.
 
     Raises:
         ValueError, OSError: no such file, or nothing that can be trained on. Pickles are never read.
     """
     path = Path(path).resolve()
-    if path.suffix.lower() not in _READERS:
-        raise ValueError(f"data must be a .npy or .csv file, got {path}")
     if info is not None and not path.is_file():
         raise ValueError(f"{path}, which the run is trained on, is gone: put it back")
-    columns, x, place = _READERS[path.suffix.lower()](path)
-    if x.ndim != 2 or x.shape[1] == 0:
-        way_out = ": reshape(-1, 1) makes it one column" if x.ndim == 1 else ""
-        raise ValueError(f"{path} must hold an array (n, d) with d >= 1, got shape {x.shape}{way_out}")
+    layout = None if info is None else info.layout or _old_layout(info)
+    table = files.read(path, columns=columns, drop=drop, header=header, layout=layout)
+    x = table.x
     if len(x) < _MIN_ROWS:
         raise ValueError(f"{path} has {len(x)} rows: it needs {_MIN_ROWS} to train on some and hold out others")
-    if len(bad := np.argwhere(~np.isfinite(x))) > 0:
-        row, column = bad[0].tolist()
-        more = f", as are {len(bad) - 1:,} more" if len(bad) > 1 else ""
-        raise ValueError(
-            f"{path}: {place(row, column)} is not finite ({x[row, column]}){more}: fill in or leave out such values"
-        )
-
+    _require_finite(path, table)
     sha256 = hashlib.sha256(repr(x.shape).encode() + x.astype("<f8").tobytes()).hexdigest()
     if info is not None and info.sha256 != sha256:
         raise ValueError(f"{path} has changed since the run began, which can't go on with other values: put it back")
+    if info is None:
+        for note in (*table.notes, *_flattened(path, table)):
+            warnings.warn(f"{path.name}: {note}", UserWarning, stacklevel=2)
     n_test = min(round(_TEST_SHARE * len(x)), _MAX_TEST)
-    return _points(str(path), columns, x, seed, info, n_test=n_test, sha256=sha256)
+    return _points(str(path), table.columns, x, seed, info, n_test=n_test, sha256=sha256, layout=table.layout)
+
+
+def _old_layout(info: DataInfo) -> Layout:
+    """How earlier versions read a file: all its columns; the first line had names if they are not "column i"."""
+    is_text = Path(info.name).suffix.lower() == ".csv"
+    header = any(name != f"column {i}" for i, name in enumerate(info.columns, 1)) if is_text else None
+    return Layout(tuple(range(info.dim)), header, "," if is_text else None)
+
+
+def _require_finite(path: Path, table: Table) -> None:
+    for what, is_bad, ways in (
+        ("missing values", np.isnan(table.x), "fill them in, delete such rows"),
+        ("infinite values", np.isinf(table.x), "mend them, delete such rows"),
+    ):
+        if is_bad.any():
+            found = [j for j in range(len(table.columns)) if is_bad[:, j].any()]
+            told = []
+            for j in found[:5]:
+                rows = np.flatnonzero(is_bad[:, j])
+                told.append(
+                    f"{table.columns[j]!r} ({len(rows):,} of {len(table.x):,}, first {table.place(int(rows[0]))})"
+                )
+            more = f", ... ({len(found)} columns in all)" if len(found) > 5 else ""
+            drop = shlex.join(table.columns[j] for j in found)
+            raise ValueError(
+                f"{path}: {what} in {', '.join(told)}{more}: {ways}, or leave such columns out by --drop {drop}"
+            )
+
+
+def _flattened(path: Path, table: Table) -> list[str]:
+    """Notes of columns that a few far values leave little room in; those that are left none are an error.
+
+    A column is scaled by its standard deviation, which one huge value can make. What counts is how far the others then
+    reach: all that are not equal to the median (many tables are mostly zeros), but for the furthest hundredth of them,
+    and a value beside these that comes again and again, as -9999 for a missing one does. A logarithmic normal
+    of sigma 2 reaches 2.5 deviations so, and a Cauchy column of 10,000 rows 0.6, or in one file of a hundred 0.01.
+    """
+    notes = []
+    for name, values in zip(table.columns, table.x.T, strict=True):
+        with np.errstate(all="ignore"):
+            deviation, far = float(values.std()), np.abs(values - np.median(values))
+        far_others = far[far > 0]
+        if not math.isfinite(deviation) or len(far_others) == 0:
+            continue
+        edge = np.partition(far_others, -max(1, len(far_others) // 100))[-max(1, len(far_others) // 100)]
+        near = far_others[far_others < edge]
+        if len(near) == 0 or len(far_others) - len(near) > _MAX_FAR * len(values):
+            continue
+        reach = float(near.max()) / deviation
+        if reach >= _LITTLE_ROOM:
+            continue
+        row = int(far.argmax())
+        n_near = len(values) - len(far_others) + len(near)
+        told = (
+            f"column {name!r}: {values[row]:g} in {table.place(row)} lies so far out that {n_near:,} of "
+            f"{len(values):,} rows are within {reach:.1g} standard deviations of the median"
+        )
+        ways = f"mend or delete such rows, take the logarithm, or --drop {shlex.quote(name)}"
+        if reach < _NO_ROOM:
+            raise ValueError(f"{path}: {told}, where they can't be told apart: {ways}")
+        notes.append(f"{told}: if that is no true value, {ways}")
+    return notes
 
 
 def _points(
@@ -341,6 +424,7 @@ def _points(
     n_test: int | None = None,
     outliers: Mapping[str, NDArray[Any]] | None = None,
     sha256: str | None = None,
+    layout: Layout | None = None,
 ) -> Points:
     """Split, and scaled by the training rows unless info is given."""
     n_test = round(_TEST_SHARE * len(x)) if n_test is None else n_test
@@ -350,7 +434,9 @@ def _points(
         constant = [column for column, spread in zip(columns, np.ptp(train, axis=0), strict=True) if spread == 0]
         if constant:
             names = ", ".join(map(repr, constant[:5])) + (", ..." if len(constant) > 5 else "")
-            raise ValueError(f"{name}: nothing varies among the training rows in {names}: leave such columns out")
+            raise ValueError(
+                f"{name}: nothing varies among the training rows in {names}: leave such columns out (--drop)"
+            )
         kind = "plane" if len(columns) == 2 else "table"
         with np.errstate(all="ignore"):
             offset, scale = train.mean(axis=0), train.std(axis=0) / _SPREAD[kind]
@@ -367,77 +453,11 @@ def _points(
             offset=tuple(offset.tolist()),
             scale=tuple(scale.tolist()),
             sha256=sha256,
+            layout=layout,
         )
     return Points(
         info, info.to_states(train), info.to_states(test), {k: info.to_states(v) for k, v in (outliers or {}).items()}
     )
-
-
-# -- the user's files ---------------------------------------------------------------------------------------
-
-# The names of the columns, the values (n, d) float64, and where a value stands in the file, in words.
-_Read = tuple[tuple[str, ...], NDArray[Any], Callable[[int, int], str]]
-
-
-def _read_npy(path: Path) -> _Read:
-    with open(path, "rb") as file:
-        try:
-            x = np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, EOFError, MemoryError) as error:
-            raise ValueError(f"{path} is no array of numbers in NumPy's .npy format: {error}") from None
-    if x.dtype.kind not in "biuf":
-        raise ValueError(f"{path} must hold real numbers, got dtype {x.dtype}")
-    columns = tuple(f"column {i}" for i in range(x.shape[1] if x.ndim == 2 else 0))
-    return columns, x.astype(np.float64), lambda row, column: f"[{row}, {column}]"
-
-
-def _read_csv(path: Path) -> _Read:
-    """Numbers between commas; the first line is of names if none of its cells is a number."""
-    rows: list[list[float]] = []
-    lines: list[int] = []
-    columns: tuple[str, ...] = ()
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            for cells in reader:
-                if not cells:
-                    continue  # a blank line
-                if not columns:
-                    is_names = not any(map(_is_number, cells)) and any(cell.strip() for cell in cells)
-                    columns = tuple(
-                        cell.strip() or f"column {i}" if is_names else f"column {i}" for i, cell in enumerate(cells, 1)
-                    )
-                    if is_names:
-                        continue
-                if len(cells) != len(columns):
-                    raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the first {len(columns)}")
-                try:
-                    rows.append([float(cell) for cell in cells])
-                except ValueError:
-                    i = next(i for i, cell in enumerate(cells) if not _is_number(cell))
-                    what = f"{cells[i][:40]!r} is no number" if cells[i].strip() else "an empty cell"
-                    raise ValueError(f"line {reader.line_num}, column {i + 1}: {what}") from None
-                lines.append(reader.line_num)
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is no text in UTF-8") from None
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def place(row: int, column: int) -> str:
-        return f"line {lines[row]}, column {column + 1}"
-
-    return columns, np.array(rows, np.float64).reshape(len(rows), len(columns)), place
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-_READERS: dict[str, Callable[[Path], _Read]] = {".npy": _read_npy, ".csv": _read_csv}
 
 
 @dataclass(frozen=True)

@@ -139,13 +139,15 @@ class TrainConfig:
         return self.learning_rate * share[self.decay] * warm
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON. Data that have no layout have no such entry, as in runs of earlier versions."""
 
         def listed(values: dict[str, Any]) -> dict[str, Any]:
             return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
         values = dataclasses.asdict(self)
-        return listed({**values, "data": listed(values["data"])})
+        layout = values["data"].pop("layout")
+        data = listed(values["data"]) | ({} if layout is None else {"layout": listed(layout)})
+        return listed({**values, "data": data})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -12,11 +12,13 @@ import time
 
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from fastebm import checkpoint, cli, evaluate, processes, train
 from fastebm.cli import main
+from fastebm.data import load_array
 from fastebm.recipe import recipe
 
 SMALL = ["--steps", "3", "--batch-size", "16", "--hidden-sizes", "8", "4", "--device", "cpu"]
@@ -129,47 +131,6 @@ def test_a_toy_from_training_to_pictures(tmp_path, few_fresh_steps, capsys):
     assert abs(x).max() < 5  # in the pinwheel's units, whose box is narrower than the states'
 
 
-def test_the_users_own_table_from_training_to_samples(tmp_path, few_fresh_steps, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    rows = rng.normal([100.0, -3.0, 1e6], [1.0, 0.1, 50.0], (80, 3))
-    lines = ["height,weight,salary", *(",".join(map(repr, row)) for row in rows.tolist())]
-    (tmp_path / "people.csv").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", "--data", "people.csv", *SMALL]) == 0
-    (out,) = (tmp_path / "runs").iterdir()
-    assert out.name.startswith("people-")
-    assert "AUROC against held-out rows: uniform" in capsys.readouterr().out
-    recorded = json.loads((out / "config.json").read_text())["data"]
-    assert recorded["columns"] == ["height", "weight", "salary"]
-    assert recorded["name"] == str(tmp_path / "people.csv")
-    assert len(recorded["sha256"]) == 64
-
-    monkeypatch.chdir("/")
-    assert main(["sample", str(out), "-n", "50", "--out", str(tmp_path / "x.npy")]) == 0
-    capsys.readouterr()
-    x = np.load(tmp_path / "x.npy")
-    assert x.shape == (50, 3)
-    assert (abs(x.mean(0) - rows.mean(0)) < 2 * rows.std(0)).all()
-    message = _error(capsys, "sample", out, "--out", tmp_path / "x.png")
-    assert "samples of 3 dims make no picture: give --out a name that ends in .npy" in message
-
-
-def test_a_run_on_a_file_resumes_by_its_folder(tmp_path, few_fresh_steps, monkeypatch, capsys):
-    data, out = tmp_path / "x.npy", tmp_path / "run"
-    np.save(data, np.random.default_rng(0).normal(size=(80, 2)))
-    with monkeypatch.context() as patch:
-        patch.setattr(cli._Signals, "arrived", lambda self: setattr(self, "number", signal.SIGINT) or True)
-        assert main(["train", "--data", str(data), *SMALL, "--out", str(out)]) == 128 + signal.SIGINT
-    assert f"to go on: fastebm train --resume {out}\n" in capsys.readouterr().err
-    assert f"is trained on {data}, not on moons" in _error(capsys, "train", "moons", "--resume", out)
-    assert "leave out --data" in _error(capsys, "train", "--data", data, "--resume", out)
-    data.rename(tmp_path / "y.npy")
-    assert "x.npy, which the run is trained on, is gone" in _error(capsys, "train", "--resume", out)
-    (tmp_path / "y.npy").rename(data)
-    assert main(["train", "--resume", str(out)]) == 0
-    assert (out / "summary.json").exists()
-
-
 def test_info_says_what_would_run(capsys):
     assert main(["info", "--device", "cpu", "--input-size", "5", "--hidden-sizes", "6,7", "--activation", "tanh"]) == 0
     text = capsys.readouterr().out
@@ -207,7 +168,6 @@ def test_help_names_the_defaults(capsys):
         (["train", "digits", "--backend", "cuda"], "invalid choice: 'cuda'"),
         (["train"], "train needs one of the data sets (digits, mnist5k, moons, "),
         (["train", "moons", "--data", "file"], "and not both"),
-        (["train", "--data", "file"], "data must be a .npy or .csv file, got"),
         (["train", "--data", "x.csv"], "x.csv: No such file or directory"),
         (["train", "moons", "--seed", "-1"], "seed must be an int in [0, 2**63), got -1"),
         (["train", "rings", "--pool-size", "9"], "batch_size must be <= pool_size: got"),
@@ -332,6 +292,120 @@ def test_an_explosion_is_one_line(run, tmp_path, monkeypatch, capsys):
     assert _newest(tmp_path / "run").step == 0
 
 
+# -- the user's own file ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frame():
+    x = np.random.default_rng(0).normal([0.0, 5.0, 1e9], [1.0, 1e-3, 2.0], (60, 3))
+    return pd.DataFrame(x, columns=["height", "weight", "salary"])
+
+
+PANDAS_WRITES = {
+    "as is": ({}, 1),
+    "without index": ({"index": False}, 0),
+    "without header": ({"index": False, "header": False}, 1),
+    "without header, with index": ({"header": False}, 2),
+    "semicolons and decimal commas": ({"sep": ";", "decimal": ",", "index": False}, 2),
+    "tabs": ({"sep": "\t", "index": False}, 0),
+    "names of numbers": ({"index": False, "header": [0, 1, 2]}, 1),
+}
+
+
+@pytest.mark.parametrize(("options", "notes"), PANDAS_WRITES.values(), ids=PANDAS_WRITES.keys())
+def test_train_on_what_pandas_writes(tmp_path, frame, monkeypatch, capsys, options, notes):
+    """To the first step: the rows that it is given, and a line for each decision."""
+    seen = {}
+
+    def train(config, out, *, data, **_):
+        seen.update(config=config, data=data)
+        raise RuntimeError("enough seen")
+
+    monkeypatch.setattr(cli, "train", train)
+    frame.to_csv(tmp_path / "x.csv", **options)
+    assert main(["train", "--data", str(tmp_path / "x.csv"), *SMALL, "--out", str(tmp_path / "run")]) == 1
+    *told, last = capsys.readouterr().err.splitlines()
+    assert last == "fastebm: error: enough seen"
+    assert all(line.startswith("fastebm: x.csv: ") for line in told)
+    assert len(told) == notes, told
+    np.save(tmp_path / "x.npy", frame)
+    same = load_array(tmp_path / "x.npy")
+    assert torch.equal(seen["data"].train, same.train)
+    assert seen["config"].data.sha256 == same.info.sha256
+
+
+def test_a_table_of_dates_and_text_from_training_to_samples(tmp_path, frame, few_fresh_steps, monkeypatch, capsys):
+    frame.insert(0, "date", [f"2024-01-{1 + i % 28:02d}" for i in range(60)])
+    frame["colour"] = ["red", "blue", "green"] * 20
+    frame["age"] = np.random.default_rng(1).normal(size=60)
+    frame.loc[3, "weight"] = np.nan
+    frame.to_csv(tmp_path / "people.csv", sep=";", decimal=",")
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--data", "people.csv", *SMALL]
+    assert "'date' ('2024-01-01' in line 2), 'colour' ('red'" in _error(capsys, *command)
+    message = _error(capsys, *command, "--drop", "date", "colour")
+    assert "missing values in 'weight' (1 of 60, first line 5)" in message
+    assert list(tmp_path.iterdir()) == [tmp_path / "people.csv"]
+    assert main([*command, "--columns", "salary", "height", "age"]) == 0
+    printed = capsys.readouterr()
+    assert "fastebm: people.csv: decimal commas are read as decimal points\n" in printed.err
+    (out,) = (tmp_path / "runs").iterdir()
+    recorded = json.loads((out / "config.json").read_text())["data"]
+    assert recorded["columns"] == ["salary", "height", "age"]
+    assert list(recorded["layout"].values()) == [[4, 2, 6], True, ";", ",", 0]
+    monkeypatch.chdir("/")
+    assert main(["sample", str(out), "-n", "50", "--out", str(tmp_path / "x.npy")]) == 0
+    x = np.load(tmp_path / "x.npy")
+    assert x.shape == (50, 3)
+    rows = frame[recorded["columns"]]
+    assert (abs(x.mean(0) - rows.mean()) < 2 * rows.std()).all()
+    capsys.readouterr()
+    message = _error(capsys, "sample", out, "--out", tmp_path / "x.png")
+    assert "samples of 3 dims make no picture: give --out a name that ends in .npy" in message
+
+
+def test_a_run_on_a_file_resumes_by_its_folder(tmp_path, frame, few_fresh_steps, monkeypatch, capsys):
+    data, out = tmp_path / "x.csv", tmp_path / "run"
+    frame.to_csv(data, header=[0, 1, 2])
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Signals, "arrived", lambda self: setattr(self, "number", signal.SIGINT) or True)
+        command = ["train", "--data", str(data), "--drop", "1", *SMALL, "--out", str(out)]
+        assert main(command) == 128 + signal.SIGINT
+    err = capsys.readouterr().err
+    assert "(, 0, 1, ...) is taken as the names of the columns" in err
+    assert f"to go on: fastebm train --resume {out}\n" in err
+    assert f"is trained on {data}, not on moons" in _error(capsys, "train", "moons", "--resume", out)
+    assert "leave out --data" in _error(capsys, "train", "--data", data, "--resume", out)
+    assert "leave out --columns" in _error(capsys, "train", "--resume", out, "--columns", "0")
+    assert "leave out --header" in _error(capsys, "train", "--resume", out, "--no-header")
+    data.rename(tmp_path / "y.csv")
+    assert "x.csv, which the run is trained on, is gone" in _error(capsys, "train", "--resume", out)
+    (tmp_path / "y.csv").rename(data)
+    assert main(["train", "--resume", str(out)]) == 0
+    assert "fastebm: x.csv" not in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["data"]["columns"] == ["0", "2"]
+    assert (out / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["moons", "--columns", "x"], "--columns is for --data FILE: leave it out, or name a file"),
+        (["digits", "--drop", "0"], "--drop is for --data FILE"),
+        (["moons", "--no-header"], "--header is for --data FILE"),
+        (["--data", "x.csv", "--columns", "a", "--drop", "b"], "give one of the two"),
+        (["--data", "x.csv", "--drop", "hieght"], "has no column 'hieght'"),
+        (["--data", "x.csv", "--no-header"], "'height'"),
+        (["--data", "x.xlsx"], "read it with pandas"),
+    ],
+)
+def test_bad_choices_are_one_clear_line(tmp_path, frame, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    frame.to_csv("x.csv", index=False)
+    assert message in _error(capsys, "train", *arguments)
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.csv"]
+
+
 # -- processes ----------------------------------------------------------------------------------------------
 
 
@@ -342,7 +416,7 @@ def _environment():
 def test_import_brings_no_optional_package():
     code = (
         "import sys, torch; before = set(sys.modules); import fastebm\n"  # torch itself imports tqdm if it can
-        "packages = {'matplotlib', 'sklearn', 'tqdm', 'safetensors', 'triton'}\n"
+        "packages = {'matplotlib', 'pandas', 'sklearn', 'tqdm', 'safetensors', 'triton'}\n"
         "sys.exit(', '.join(packages & (sys.modules.keys() - before)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())

@@ -1,17 +1,17 @@
-"""Data sets: their shapes and scales, the user's own files, and every way in which a file can be no data."""
+"""Data sets: their shapes, scales and splits. The user's own files are in test_files.py."""
 
 import dataclasses
-import io
 import json
-import pickle
 import sys
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from fastebm import data
-from fastebm.data import DIGITS, SETS, DataInfo, Images, load, load_array, reload
+from fastebm import data, files
+from fastebm.data import DIGITS, SETS, DataInfo, Images, _flattened, load, load_array, reload
 from fastebm.recipe import TrainConfig, recipe
 
 TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
@@ -21,17 +21,6 @@ TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
 def table():
     """Columns of scales far apart."""
     return np.random.default_rng(0).normal([0.0, 5.0, 1e9], [1.0, 1e-3, 2.0], (100, 3))
-
-
-def _write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def _npy(array, **options):
-    file = io.BytesIO()
-    np.save(file, array, **options)
-    return file.getvalue()
 
 
 # -- the sets -----------------------------------------------------------------------------------------------
@@ -143,6 +132,14 @@ def test_scaling_goes_there_and_back(tmp_path, table):
     assert far[0, 0] == points.info.clamp[1]
 
 
+def test_an_outlier_does_not_blow_up_the_box(tmp_path, table):
+    table[7, 0] = 1e3
+    np.save(tmp_path / "x.npy", table)
+    points = load_array(tmp_path / "x.npy")
+    assert points.info.clamp == (-5.0, 5.0)
+    assert torch.cat([points.train, points.test]).abs().max() <= 5.0
+
+
 def test_data_info_survives_json_and_refuses_nonsense():
     for info in (DIGITS, load("rings").info):
         values = json.loads(json.dumps(dataclasses.asdict(info)))
@@ -165,97 +162,6 @@ def test_recipes_are_configurations():
     assert TrainConfig(**recipe(load("digits"))) == TrainConfig()
 
 
-# -- the user's files ---------------------------------------------------------------------------------------
-
-
-def test_npy_and_csv_of_the_same_values_are_the_same_data(tmp_path, table):
-    np.save(tmp_path / "x.npy", table)
-    rows = "".join(",".join(map(repr, row)) + "\n" for row in table.tolist())
-    plain = load_array(_write(tmp_path / "plain.csv", rows))
-    named = load_array(_write(tmp_path / "named.csv", "\ufeffheight, weight ,\n\n" + rows))
-    points = load_array(tmp_path / "x.npy")
-    for other in (plain, named):
-        assert torch.equal(other.train, points.train)
-        assert torch.equal(other.test, points.test)
-        assert other.info.sha256 == points.info.sha256
-    assert (len(points.train), len(points.test)) == (80, 20)
-    assert points.info.columns == ("column 0", "column 1", "column 2")  # as NumPy counts
-    assert plain.info.columns == ("column 1", "column 2", "column 3")
-    assert named.info.columns == ("height", "weight", "column 3")
-    assert points.info.name == str(tmp_path / "x.npy")
-    assert not torch.equal(load_array(tmp_path / "x.npy", seed=1).test, points.test)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int16, np.uint8, ">f8"])
-def test_any_real_numbers_will_do(tmp_path, dtype):
-    array = np.random.default_rng(0).integers(0, 100, (2, 60)).astype(dtype).T  # in Fortran's order
-    points = load_array(_write(tmp_path / "x.NPY", _npy(array)))
-    assert points.info.kind == "plane"
-    together = np.concatenate([points.info.to_data(points.train), points.info.to_data(points.test)])
-    assert np.allclose(np.sort(together, axis=0), np.sort(array.astype(float), axis=0), atol=1e-4)
-
-
-def test_an_outlier_does_not_blow_up_the_box(tmp_path, table):
-    table[7, 0] = 1e6
-    points = load_array(_write(tmp_path / "x.npy", _npy(table)))
-    assert points.info.clamp == (-5.0, 5.0)
-    assert torch.cat([points.train, points.test]).abs().max() <= 5.0
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("x.txt", "1,2\n", r"must be a \.npy or \.csv file, got .*x\.txt"),
-        ("x.csv", "", "shape"),
-        ("x.csv", "a,b\n", "got shape|has 0 rows"),
-        ("x.csv", "1,2\n" * 49, "has 49 rows: it needs 50"),
-        ("x.csv", "1,2\n" * 20 + "3,oops\n", r"x\.csv: line 21, column 2: 'oops' is no number"),
-        ("x.csv", "1,2\n" * 20 + "3,\n", "line 21, column 2: an empty cell"),
-        ("x.csv", "a,b\n" + "1,2\n" * 20 + "3\n", "line 22 has 1 cells, the first 2"),
-        ("x.csv", "a,2\n" + "1,2\n" * 60, "line 1, column 1: 'a' is no number"),
-        ("x.csv", "1;2\n" * 60, "line 2, column 1: '1;2' is no number"),
-        ("x.csv", "1,2\n" * 60 + "nan,inf\n", r"line 61, column 1 is not finite \(nan\), as are 1 more"),
-        ("x.csv", '"1\n', "unexpected end of data"),
-        ("x.csv", b"\xff\xfe1,2\n", "is no text in UTF-8"),
-        ("x.csv", "".join(f"{i},7\n" for i in range(60)), "nothing varies among the training rows in 'column 2'"),
-        ("x.csv", "".join(f"{i},{i}e306\n" for i in range(60)), "too large or too close"),
-        ("x.npy", _npy(np.zeros(60)), r"\(n, d\) with d >= 1, got shape \(60,\): reshape\(-1, 1\)"),
-        ("x.npy", _npy(np.zeros((60, 4, 4))), r"got shape \(60, 4, 4\)"),
-        ("x.npy", _npy(np.zeros((60, 0))), r"got shape \(60, 0\)"),
-        ("x.npy", _npy(np.zeros((60, 2), complex)), "must hold real numbers, got dtype complex128"),
-        ("x.npy", _npy(np.full((60, 2), "a")), "must hold real numbers, got dtype <U1"),
-        ("x.npy", _npy(np.full((60, 2), np.inf)), r"\[0, 0\] is not finite \(inf\), as are 119 more"),
-        ("x.npy", _npy(np.full((60, 2), None), allow_pickle=True), "no array of numbers .* allow_pickle=False"),
-        ("x.npy", pickle.dumps([1]), "no array of numbers in NumPy's .npy format"),
-        ("x.npy", b"", "no array of numbers"),
-        ("x.npy", _npy(np.ones((60, 2)))[:-8], "no array of numbers"),
-    ],
-)
-def test_what_is_no_data_is_refused_in_words(tmp_path, name, text, message):
-    path = _write(tmp_path / name, text)
-    with pytest.raises(ValueError, match=message) as error:
-        load_array(path)
-    assert str(path) in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_a_file_is_needed_unchanged_to_go_on(tmp_path, table):
-    path = _write(tmp_path / "x.npy", _npy(table))
-    points = load_array(path, seed=3)
-    again = reload(points.info, seed=3)
-    assert torch.equal(again.train, points.train)
-    assert again.info == points.info
-    table[0, 0] += 1.0
-    _write(path, _npy(table))
-    with pytest.raises(ValueError, match=r"x\.npy has changed since the run began"):
-        reload(points.info, seed=3)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"x\.npy, which the run is trained on, is gone"):
-        reload(points.info, seed=3)
-    with pytest.raises(FileNotFoundError):
-        load_array(path)
-
-
 def test_sets_are_loaded_again_with_the_scaling_of_the_run():
     points = load("moons", seed=5)
     shifted = dataclasses.replace(points.info, offset=(0.0, 0.0))
@@ -270,3 +176,62 @@ def test_a_batch_has_distinct_rows():
     assert rows.shape == (512, 2)
     assert len(rows.unique(dim=0)) == 512
     assert data.Points(points.info, points.train[:5], points.test).batch(5, 0.0, torch.Generator()).shape == (5, 2)
+
+
+# -- a value that leaves the others no room ------------------------------------------------------------------
+
+
+def _with(values, **cells):
+    for row, value in cells.items():
+        values[int(row[1:])] = value
+    return values
+
+
+_RNG = np.random.default_rng(3)
+FLATTENED = {
+    "1e12 among ones": _with(_RNG.normal(size=200), r7=1e12),
+    "two of them": _with(_RNG.normal(size=500), r3=1e8, r9=-1e8),
+    "-9999 and wider": _with(_RNG.normal(0, 1e-3, 300), **{f"r{i}": -9999.0 for i in range(0, 300, 20)}),
+    "1e20 where it is missing": _with(_RNG.normal(size=1000), **{f"r{i}": 1e20 for i in range(0, 1000, 50)}),
+    "milliseconds among seconds": _with(_RNG.uniform(1.7e9, 1.7e9 + 1e3, 400), r5=1.7e12),
+    "mostly zeros, and one": _with(np.where(_RNG.random(1000) < 0.9, 0, _RNG.normal(size=1000)), r11=-3e7),
+}
+
+
+@pytest.mark.parametrize("column", FLATTENED.values(), ids=FLATTENED.keys())
+def test_a_value_that_flattens_its_column_is_named(tmp_path, column):
+    path = tmp_path / "x.csv"
+    pd.DataFrame({"good": _RNG.normal(size=len(column)), "bad one": column}).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="lies so far out") as error:
+        load_array(path)
+    message = str(error.value)
+    row = int(abs(column - np.median(column)).argmax())
+    assert f"column 'bad one': {column[row]:g} in line {row + 2} lies so far out" in message
+    assert "mend or delete such rows, take the logarithm, or --drop 'bad one'" in message
+    assert load_array(path, columns=["good"]).dim == 1
+
+
+def test_a_value_that_leaves_little_room_is_said(tmp_path):
+    np.save(tmp_path / "x.npy", np.stack([_with(_RNG.normal(size=1000), r4=1e4), _RNG.normal(size=1000)], 1))
+    with pytest.warns(UserWarning, match="column '0': 10000 in row 4 lies so far out .* if that is no true value"):
+        load_array(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [60, 1000, 30_000])
+def test_heavy_tails_and_rare_values_are_no_faults(tmp_path, n, seed):
+    rng = np.random.default_rng(seed)
+    columns = {
+        "lognormal 3": rng.lognormal(0, 3, n),
+        "Cauchy counts": np.floor(np.abs(rng.standard_cauchy(n))),
+        "Pareto 1.1": rng.pareto(1.1, n),
+        "95% zeros": np.where(rng.random(n) < 0.95, 0.0, rng.lognormal(0, 2, n)),
+        "rare ones": _with(np.zeros(n), r7=1.0),
+        "two clusters": np.where(rng.random(n) < 0.3, 1e6, 0.0) + rng.normal(size=n),
+        "a few at 20 sigma": _with(rng.normal(size=n), r3=20.0, r5=-20.0),
+        "far from zero": 1e9 + rng.normal(size=n),
+    }
+    table = files.Table(tuple(columns), np.stack([*columns.values()], 1), str, files.Layout(), ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _flattened(tmp_path, table) == []
