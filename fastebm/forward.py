@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 import random
 from argparse import Namespace
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from logging import Logger
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, SimpleNamespace
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -202,9 +203,14 @@ def _traced(module: nn.Module, path: str, where: str) -> Iterator[Operation]:
 def _check_code(module: nn.Module, where: str) -> None:
     """Symbols are no tensors, and what an autograd.Function does to them can't be seen: code that asks for the one or
     calls the other is not run at all."""
-    todo: list[Any] = [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, FunctionType)]
-    for cls in {cls for m in module.modules() for cls in type(m).__mro__ if not _is_library(cls.__module__)}:
-        todo += [v for v in vars(cls).values() if isinstance(v, FunctionType)]
+    methods: dict[str, list[Any]] = {}  # of all classes, by name, and functions that are attributes
+    for m in module.modules():
+        classes = [cls for cls in type(m).__mro__ if not _is_library(cls.__module__)]
+        for name, value in itertools.chain(m.__dict__.items(), *(vars(cls).items() for cls in classes)):
+            value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if isinstance(value, FunctionType):
+                methods.setdefault(name, []).append(value)
+    todo = [function for name in ("forward", "__call__", "__getattr__") for function in methods.get(name, ())]
     seen: set[Any] = set()
     while todo:
         function = todo.pop()
@@ -218,7 +224,10 @@ def _check_code(module: nn.Module, where: str) -> None:
             raise Unknown(f"the forward of {where} may ask whether something is a tensor ({function.__qualname__})")
         used = [function.__globals__.get(name) for name in names]
         used += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        modules = [v for v in used if isinstance(v, ModuleType) and not _is_library(v.__name__)]
+        used += [vars(v).get(name) for v in modules for name in names]
         todo += [value for value in used if isinstance(value, FunctionType)]
+        todo += [method for name in names for method in methods.get(name, ())]
         of_class = [value.__self__ for value in used if isinstance(value, MethodType)]
         if any(isinstance(cls, type) and issubclass(cls, torch.autograd.Function) for cls in of_class):
             raise Unknown(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
@@ -231,7 +240,7 @@ def _names_in(code: CodeType) -> frozenset[str]:
 
 
 def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in ("torch", "builtins", "typing", "abc", "collections", "functools")
+    return (module or "").partition(".")[0] in ("torch", "fastebm", "numpy", "builtins")
 
 
 def _is_filled(cell: CellType) -> bool:

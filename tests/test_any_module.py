@@ -171,6 +171,7 @@ READ = {
     "wrapper of a wrapper": Parent,
     "norms": Normed,
     "in a Sequential": lambda: nn.Sequential(Usual(), nn.Identity()),
+    "an MLPEnergy inside": lambda: told(lambda self, x: -self.inner(x), inner=MLPEnergy(DIM, (5, 4)))(),
     "Negative": lambda: Negative(Usual()),
     "a term of a sum": lambda: SumEnergy([Parent(), GaussianEnergy(0.0, 2.0), Usual()], [0.5, 1.0, -0.5]),
     "an average": lambda: AveragedModel(Usual()),
@@ -352,7 +353,7 @@ def told(forward, **attributes):
     def make():
         model = type("Told", (Layers,), {"forward": forward})()
         for name, value in attributes.items():
-            setattr(model, name, value() if callable(value) and not isinstance(value, type) else value)
+            setattr(model, name, value() if isinstance(value, types.FunctionType) else value)
         return model
 
     return make

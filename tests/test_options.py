@@ -955,7 +955,7 @@ BAD = {
         r"pass input_size= or init=: .*its terms take different numbers of dims",
     ),
     "dims of a Gaussian": (
-        lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(5))]), {}, ValueError, "does not take states of shape",
+        lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(5))]), {}, ValueError, r"a mean of shape \(5,\)",
     ),
     "a column of means": (  # (4, 3) - (3, 1) would be no error of 3 chains
         lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(3, 1))]), {}, ValueError,
