@@ -209,7 +209,7 @@ class Truth:
             assert largest((done.energy - self.energy[:n])[sure]) <= self.energy_tolerance
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dim=st.sampled_from([1, 2, 3, 16, 63, 64, 100]) | st.integers(1, 128),
     widths=st.lists(st.sampled_from([1, 3, 16, 17, 33, 64, 100]), min_size=1, max_size=6),

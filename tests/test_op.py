@@ -241,7 +241,7 @@ SUMS = {
 
 
 @every_compiler
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("class", "sum"))) for n in SUMS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "logsumexp")) for n in SUMS])
 def test_the_same_bits_of_heads_and_sums(name, backend, untouched):
     make, given = SUMS[name]
     energy, x = make(), torch.randn(5, 3)
@@ -265,6 +265,7 @@ def test_the_same_bits_of_heads_and_sums(name, backend, untouched):
     same(states, trajectory(x)[0])
 
 
+@pytest.mark.slow
 def test_terms_are_never_stale():
     energy = every_term()
     counting = Counting()
@@ -382,6 +383,7 @@ def test_weights_changed_in_the_same_graph():
     same(samples, langevin_sample(twin, batch_size=4, seed=3, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_structure_is_never_stale():
     def f(energy):
         return langevin_sample(energy, batch_size=4, seed=3, **OPTIONS)
@@ -460,6 +462,7 @@ def test_seeds_and_sizes_that_vary():
     assert counting.n == n + 1
 
 
+@pytest.mark.slow
 @every_compiler
 def test_errors_reach_the_caller(backend):
     energy = MLPEnergy(2, (8,), "softplus")

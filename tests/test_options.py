@@ -54,6 +54,10 @@ FAST_PATHS = ("torch", "products", *REGIMES)  # these promise bits
 PATHS = ("reference", "update", *FAST_PATHS)
 BACKENDS = ("reference", "torch", "triton")
 every_path = pytest.mark.parametrize("path", PATHS)
+# of tests that take longest on the streaming kernel, whose interpreter goes through all chunks
+seldom_streaming = pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path == "streaming")) for path in PATHS]
+)
 every_fast_path = pytest.mark.parametrize("path", FAST_PATHS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 DIM, CLASSES = 5, 3
@@ -310,7 +314,7 @@ def cases(draw):
     }  # fmt: skip
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases(), regime=st.sampled_from([*REGIMES, *IN_MEMORY]))
 def test_any_energy_with_any_option(device, case, regime):
     check_agreement(device, ("torch", "products", regime), **case)
@@ -327,7 +331,8 @@ def test_many_energies_with_many_options(device, case):
     ("head", "terms"),
     [
         *(pytest.param(head, (), marks=pytest.mark.slow) for head in HEADS),
-        ("scalar", TERMS),
+        pytest.param("scalar", TERMS, marks=pytest.mark.slow),
+        ("scalar", ("gaussian",)),
         pytest.param("class", ("wide gaussian", "classifier", "slope"), marks=pytest.mark.slow),
         pytest.param("logsumexp", ("linear",), marks=pytest.mark.slow),
     ],
@@ -546,7 +551,7 @@ def test_telemetry_by_hand(device, path):
     assert done.trajectory[0, :, 0].tolist() == [0.75, 1.25, 1.75, 2.0, 2.0, 2.0, 2.0, 2.0]
 
 
-@every_path
+@seldom_streaming
 def test_a_trajectory_is_the_run_at_each_step(device, path):
     energy = make_energy(19, [9], head="class", terms=("gaussian",)).to(device)
     x, counters = begin(40, 19, device, classes=CLASSES, frozen="chains")

@@ -150,6 +150,7 @@ def test_takes_no_more_instructions_than_committed(quick, committed, key):
 
 
 @linux
+@pytest.mark.slow
 def test_what_a_normal_costs(quick, committed):
     """A step beside one without noise: 16 instructions a normal, and once for a thread's 32 the keys of ten rounds."""
     keys, column = [key for key in QUICK if key[:2] == ("sm_90", "64-[128,128]")], "warp_instructions_per_chain_step"

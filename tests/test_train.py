@@ -251,6 +251,7 @@ def test_a_run_whose_file_has_changed_does_not_go_on(tmp_path, gaussians):
     assert _content(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_known_outliers_are_measured_beside_plain_detectors(tmp_path):
     data = load("breast_cancer")
     summary = train(_small(data), tmp_path / "run", data=data)

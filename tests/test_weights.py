@@ -303,7 +303,7 @@ def test_chains_that_explode_are_raised(device):
     ("regime", "precision"),
     [
         pytest.param("streaming", "ieee", marks=pytest.mark.slow),
-        ("streaming", "bf16x3"),
+        pytest.param("streaming", "bf16x3", marks=pytest.mark.slow),
         ("resident", "bf16x3"),
     ],
 )
