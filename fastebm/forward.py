@@ -22,7 +22,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from logging import Logger
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +131,14 @@ def operations(module: nn.Module) -> list[Operation]:
     """
     if not torch.compiler.is_compiling() and _has_any_global_hook():  # type: ignore[no-untyped-call]
         raise Unknown("a hook on all modules is registered, which may change what they compute")
-    return list(_operations(module, ""))
+    try:
+        return list(_operations(module, ""))
+    except Unknown:
+        raise
+    except (
+        Exception
+    ) as error:  # attributes that can't be copied, containers in themselves: a user's objects may be anything
+        raise Unknown(f"it can't be read: {type(error).__name__}: {error}") from error
 
 
 def _operations(module: nn.Module, path: str) -> Iterator[Operation]:
@@ -201,8 +217,8 @@ def _traced(module: nn.Module, path: str, where: str) -> Iterator[Operation]:
 
 
 def _check_code(module: nn.Module, where: str) -> None:
-    """Symbols are no tensors, and what an autograd.Function does to them can't be seen: code that asks for the one or
-    calls the other is not run at all."""
+    """Symbols are no tensors, what an autograd.Function does to them can't be seen, and a global generator would be
+    moved: code that may do such things is not run at all."""
     methods: dict[str, list[Any]] = {}  # of all classes, by name, and functions that are attributes
     for m in module.modules():
         classes = [cls for cls in type(m).__mro__ if not _is_library(cls.__module__)]
@@ -228,9 +244,14 @@ def _check_code(module: nn.Module, where: str) -> None:
         used += [vars(v).get(name) for v in modules for name in names]
         todo += [value for value in used if isinstance(value, FunctionType)]
         todo += [method for name in names for method in methods.get(name, ())]
-        of_class = [value.__self__ for value in used if isinstance(value, MethodType)]
-        if any(isinstance(cls, type) and issubclass(cls, torch.autograd.Function) for cls in of_class):
+        owners = [v.__self__ for v in used if isinstance(v, (MethodType, BuiltinMethodType))]
+        if any(isinstance(v, type) and issubclass(v, torch.autograd.Function) for v in owners):
             raise Unknown(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
+        if "random" in names or any(isinstance(v, _GENERATORS) for v in (*used, *owners)):
+            raise Unknown(f"the forward of {where} may draw random numbers ({function.__qualname__})")
+
+
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -362,7 +383,7 @@ def _graph(module: nn.Module, where: str) -> fx.Graph:
     """What the forward does to x."""
     tracer = _Tracer()
     copied = _copy(module, where, tracer)
-    before, generators = _state(copied), _generators()
+    before = _state(copied)
     classes = {type(m): dict(vars(type(m))) for m in copied.modules() if not type(m).__module__.startswith("torch.")}
     try:
         with torch.inference_mode(False), torch.enable_grad(), _NoTensors(tracer):
@@ -373,26 +394,11 @@ def _graph(module: nn.Module, where: str) -> fx.Graph:
         raise Unknown(f"the forward of {where} can't be read: {text[:200]}") from error
     finally:
         changed = [_restored(cls, members) for cls, members in classes.items()]
-        if drawn := _drawn(generators, _generators()):
-            random.setstate(generators[0])
-            np.random.set_state(generators[1])  # noqa: NPY002
     if tracer.refused is not None:
         raise Unknown(f"the forward of {where} can't be read: {tracer.refused}")
     if _state(copied) != before or any(changed):
         raise Unknown(f"the forward of {where} changes the module")
-    if drawn:
-        raise Unknown(f"the forward of {where} draws random numbers")
     return tracer.graph
-
-
-def _generators() -> tuple[Any, Any]:
-    """States of Python's and NumPy's. Those of PyTorch make tensors, which are refused."""
-    return random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def _drawn(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
-    same = all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
-    return before[0] != after[0] or not same
 
 
 def _restored(cls: type, members: dict[str, Any]) -> bool:

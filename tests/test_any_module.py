@@ -4,6 +4,7 @@ import argparse
 import functools
 import gc
 import itertools
+import random
 import threading
 import types
 import weakref
@@ -617,7 +618,6 @@ def test_nothing_of_a_reading_stays():
             self.settings.last = x
             type(self).shared = x
             self.note(x)
-            np.random.rand()  # noqa: NPY002
             return body(self, x)
 
         def _note(self, x):
@@ -625,15 +625,56 @@ def test_nothing_of_a_reading_stays():
 
     model = Keeps()
     model.seen, model.settings, model.note = {"all": []}, types.SimpleNamespace(last=None), model._note
-    np.random.seed(0)  # noqa: NPY002
-    torch.manual_seed(0)
     assert "changes the module" in why_not_fused(model)
     assert model.seen == {"all": []}
     assert model.settings.last is None
     assert not hasattr(model, "noted")
     assert not hasattr(Keeps, "shared")
+
+
+draw = np.random.rand
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda self, x: body(self, x) * np.random.rand(),  # noqa: NPY002
+        lambda self, x: body(self, x) * random.random(),
+        lambda self, x: body(self, x) * draw(),
+        lambda self, x: body(self, x) + x @ torch.randn(DIM),
+        lambda self, x: body(self, x) * float(torch.rand(())),
+        lambda self, x: F.dropout(body(self, x), 0.5),
+    ],
+)
+def test_reading_moves_no_generator(drawn):
+    model = told(drawn)()
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    torch.manual_seed(0)
+    assert why_not_fused(model).startswith("not an MLP that can be read")
     assert np.random.rand() == np.random.RandomState(0).rand()  # noqa: NPY002
+    assert random.random() == random.Random(0).random()
     assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(0)))
+
+
+def test_objects_that_can_not_be_copied_harm_nothing():
+    looped, model = [], Layers()
+    looped.append(looped)
+    model.attribute = looped
+    assert "RecursionError" in why_not_fused(model)
+    assert sampled(model, "auto")[1].path == "autograd"
+
+    class NeedsArguments(Layers):
+        def __new__(cls, size):
+            return super().__new__(cls)
+
+        def __init__(self, size):
+            super().__init__()
+
+        def forward(self, x):
+            return body(self, x)
+
+    assert sampled(NeedsArguments(3), "auto")[1].path == "autograd"
 
 
 def test_copies_close_no_files(tmp_path):
