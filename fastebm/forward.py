@@ -7,7 +7,7 @@ a value, or may tell symbols from tensors. (What a forward does to objects outsi
 it does here too.)
 
 Unlike ``torch.fx.symbolic_trace`` this patches no class while it runs, which would reach modules that other threads
-call, and it makes no copy of layers: it takes about a millisecond.
+call, and it makes no copy of layers.
 """
 
 from __future__ import annotations

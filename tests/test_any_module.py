@@ -51,12 +51,15 @@ def sampled(model, backend, *, shape=(DIM,), **options):
 
 
 def assert_same(model, *, path, shape=(DIM,), **options):
-    """All backends that a CPU has agree with the reference; ``path`` is what the default call takes."""
+    """All paths, those in Triton's interpreter too, agree with the reference. path: what the default call takes."""
     expected, _ = sampled(model, "reference", shape=shape, **options)
     for backend in ("auto", "torch"):
         found, info = sampled(model, backend, shape=shape, **options)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert info.path == path, info.why_not_fused
+    found, info = sampled(model, "triton", shape=shape, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # products of three bf16 parts
+    assert info.path == ("resident" if path == "tiles" else path)
     start, _ = sampled(model, "torch", shape=shape, **options, steps=0)
     wide, info = sampled(model, "torch", shape=shape, **options, init=start.double())
     torch.testing.assert_close(wide.float(), expected, rtol=1e-4, atol=1e-4)
