@@ -151,7 +151,7 @@ class ClassifierEnergy(nn.Module):
             return -logits.logsumexp(dim=1)
         if not are_labels(labels):
             raise ValueError(f"a classifier takes labels (batch,), integers, got {tuple(labels.shape)} {labels.dtype}")
-        return -logits.gather(1, labels[:, None])[:, 0]
+        return -logits.gather(1, labels.long()[:, None])[:, 0]
 
 
 def _checked_logits(logits: object, x: Tensor) -> Tensor:

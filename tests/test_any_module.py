@@ -926,6 +926,7 @@ CONDITIONS = {
     "integers": (Attributes, torch.arange(N * 4).reshape(N, 4) % 3),
     "labels": (Optional, LABELS),
     "timesteps": (Steps, torch.arange(N)),
+    "classes in int32": (lambda: ClassifierEnergy(mlp(out=2)), LABELS.int()),
     "average": (lambda: AveragedModel(NoiseLevel()), torch.linspace(0.5, 2.0, N)[:, None]),
     "a sum": (lambda: SumEnergy([Prior(), NoiseLevel(), mlp()]), torch.linspace(0.5, 2.0, N)[:, None]),
 }
