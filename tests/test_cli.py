@@ -215,6 +215,7 @@ def test_damaged_and_taken_runs(run, tmp_path, capsys):
     assert "nothing to resume" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_resumed_and_sampled_by_its_name(run, tmp_path, capsys):
     shutil.copytree(run, again := tmp_path / "run")
     end = (again / "checkpoints" / "step-00000003" / "rows-0.safetensors").read_bytes()

@@ -577,6 +577,7 @@ def test_without_a_folder_to_keep_them_in(tmp_path):
     assert result(run(**where))[:2] == ["numba", "True"]
 
 
+@pytest.mark.slow
 def test_without_numba():
     without = "import sys; sys.modules['numba'] = None" + SCRIPT
     found = result(run(without))
@@ -597,6 +598,7 @@ print(torch.get_num_threads(), len(seen), x.numpy().tobytes().hex()[:4000])
 """
 
 
+@pytest.mark.slow
 def test_omp_num_threads_says_how_many_work():
     one, two = (result(run(THREADS, OMP_NUM_THREADS=n)) for n in "12")
     assert one[:2] == ["1", "1"]

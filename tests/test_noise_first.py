@@ -195,7 +195,7 @@ def test_the_published_loop_in_a_pool(recipe, call):
 @pytest.mark.parametrize(
     ("head", "terms", "clamp", "clamp_noise"),
     [
-        ("class", ("gaussian", "linear"), "dims", True),
+        pytest.param("class", ("gaussian", "linear"), "dims", True, marks=pytest.mark.slow),
         ("logsumexp", (), "numbers", False),
         pytest.param("scalar", ("linear",), "none", True, marks=pytest.mark.slow),
         pytest.param("class", ("gaussian",), "dims", False, marks=pytest.mark.slow),

@@ -443,6 +443,7 @@ def test_fresh_noise_without_a_seed(backend):
         same(f()[0], first)
 
 
+@pytest.mark.slow
 def test_seeds_and_sizes_that_vary():
     energy = MLPEnergy(2, (8,))
 

@@ -54,11 +54,14 @@ FAST_PATHS = ("torch", "products", *REGIMES)  # these promise bits
 PATHS = ("reference", "update", *FAST_PATHS)
 BACKENDS = ("reference", "torch", "triton")
 every_path = pytest.mark.parametrize("path", PATHS)
-# of tests that take longest on the streaming kernel, whose interpreter goes through all chunks
-seldom_streaming = pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path == "streaming")) for path in PATHS]
-)
-every_fast_path = pytest.mark.parametrize("path", FAST_PATHS)
+
+
+def _seldom(paths, often):
+    """Each path, those that take many seconds in the interpreter as slow tests."""
+    marked = [pytest.param(path, marks=[] if path in often else pytest.mark.slow) for path in paths]
+    return pytest.mark.parametrize("path", marked)
+
+
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 DIM, CLASSES = 5, 3
 
@@ -551,7 +554,7 @@ def test_telemetry_by_hand(device, path):
     assert done.trajectory[0, :, 0].tolist() == [0.75, 1.25, 1.75, 2.0, 2.0, 2.0, 2.0, 2.0]
 
 
-@seldom_streaming
+@_seldom(PATHS, often=("reference", "torch", "resident"))
 def test_a_trajectory_is_the_run_at_each_step(device, path):
     energy = make_energy(19, [9], head="class", terms=("gaussian",)).to(device)
     x, counters = begin(40, 19, device, classes=CLASSES, frozen="chains")
@@ -593,7 +596,7 @@ def test_no_steps_or_no_chains(device, path, n_chains):
             torch.testing.assert_close(done.energy.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@every_fast_path
+@_seldom(FAST_PATHS, often=("torch", "products", "resident"))
 def test_bits_do_not_depend_on_the_batch(device, path):
     """Prefixes, the rest and a permutation of chains with labels, masks and coefficients of their own."""
     energy = make_energy(19, [20, 11], head="class", terms=("classifier", "gaussian", "linear")).to(device)
@@ -795,7 +798,7 @@ def by(path):
     return sampler
 
 
-LAW_PATHS = (("torch", 100_000), ("resident", FEW), ("streaming", FEW))
+LAW_PATHS = (("torch", 100_000), ("resident", FEW), pytest.param("streaming", FEW, marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize(("path", "n_chains"), LAW_PATHS)

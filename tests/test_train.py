@@ -226,7 +226,7 @@ def _small(data, **changes):
     return TrainConfig(**{**recipe(data), **tiny, "fresh_steps": 3, **changes})
 
 
-@pytest.mark.parametrize("dim", [1, 2, 14])
+@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow), 14])
 def test_a_table_or_plane_is_reported_and_resumed_from_its_folder_alone(tmp_path, gaussians, dim):
     config = _small(gaussians(dim))
     with pytest.raises(Stopped):
