@@ -38,7 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 DIM, N, STEPS = 19, 40, 5
 NUMBA = ("numba", "numba autograd")
 SELDOM = [pytest.param(path, marks=pytest.mark.slow) for path in (*IN_MEMORY, "eight warps")]
-every_path = pytest.mark.parametrize("path", [*PATHS, *NUMBA, *SELDOM])
+every_path = pytest.mark.parametrize("path", [*PATHS, *NUMBA])
+every_path_and_place = pytest.mark.parametrize("path", [*PATHS, *NUMBA, *SELDOM])
 
 
 def moved(path, energy, x, rule, steps, counters, **asked):
@@ -117,7 +118,7 @@ def as_published(recipe, energy, x, counters):
 
 
 @every_recipe
-@every_path
+@every_path_and_place
 def test_every_path_is_the_published_loop(device, path, recipe):
     energy, x, counters = published_case(recipe, device)
     done = moved(path, energy, x, PUBLISHED[recipe][1], STEPS, counters)
@@ -360,7 +361,7 @@ def test_noise_far_beyond_the_bounds_and_a_drift_farther_still(device, path):
     assert largest(expected.x[~bad]) == 1.0
 
 
-@every_path
+@every_path_and_place
 @pytest.mark.parametrize("clamp", [pytest.param(None, marks=pytest.mark.slow), (-1e38, math.inf), "far"])
 def test_chains_explode_at_different_steps(device, path, clamp):
     """A random walk towards float32's end; one clamp puts chains near it, from where noise takes them beyond."""
