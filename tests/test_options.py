@@ -324,7 +324,7 @@ def test_any_energy_with_any_option(device, case, regime):
 
 
 @pytest.mark.slow
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
 def test_many_energies_with_many_options(device, case):
     check_agreement(device, (*FAST_PATHS, *IN_MEMORY), **case)
