@@ -66,14 +66,12 @@ def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> 
         ValueError: it is ambiguous.
     """
     inner = unwrapped(module)
-    # torch.compile warns of caches, which it does not use
-    others_of = _others.__wrapped__ if torch.compiler.is_compiling() else _others
     if isinstance(inner, torch.jit.ScriptModule):
         others = _of_script(inner)
     elif "forward" in inner.__dict__:
-        others = _others.__wrapped__(inner.forward, True)  # not kept: it may hold the module
-    else:
-        others = others_of(type(inner).forward, False)
+        others = _others(inner.forward, 0)  # not kept: it may hold the module
+    else:  # torch.compile warns of caches, which it does not use
+        others = (_others if torch.compiler.is_compiling() else _others_kept)(type(inner).forward, 1)
     told = getattr(inner, "condition_argument", "")
     if told is None:
         return None
@@ -90,15 +88,14 @@ def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> 
     named: list[inspect.Parameter] = []
     for known in (_LABELS,) if kind == "labels" else (_CONDITIONS, _LABELS):
         named = named or [p for p in plain if p.name == kind] or [p for p in plain if p.name.lower() in known]
-    if len(named) > 1:
-        named = [p for p in named if p in required]
-    elif not named and len(required) == 1:
+    if not named and len(required) == 1:
         named = required
     elif not named and alone and kind == "condition" and len(others) == len(plain) == 1:
         named = plain
-    if len(named) == 1:
-        return named[0]
-    if named or len(others) > len(plain) or sum(p.name.lower() in _LABELS for p in plain) > 1:
+    found = named if len(named) == 1 else [p for p in named if p in required]
+    if len(found) == 1:
+        return found[0]
+    if named or len(others) > len(plain):
         names = ", ".join(str(p) for p in others)
         raise ValueError(
             f"{type(inner).__name__}.forward takes ({names}) beside x, and which of them is the {kind} is not clear: "
@@ -119,11 +116,12 @@ def _of_script(module: nn.Module) -> list[inspect.Parameter]:
     ]
 
 
-@lru_cache(maxsize=1024)
-def _others(forward: Callable[..., Any], bound: bool) -> list[inspect.Parameter]:
-    """All parameters but self and the states."""
+def _others(forward: Callable[..., Any], first: int) -> list[inspect.Parameter]:
+    """All parameters but the states and what comes before them. first: where the states are."""
     parameters = list(inspect.signature(forward).parameters.values())
-    first = 0 if bound else 1
     if len(parameters) > first and parameters[first].kind is not inspect.Parameter.VAR_POSITIONAL:
         first += 1
     return parameters[first:]
+
+
+_others_kept = lru_cache(maxsize=1024)(_others)

@@ -394,7 +394,8 @@ def _flattened(path: Path, table: Table) -> list[str]:
         far_others = far[far > 0]
         if not math.isfinite(deviation) or len(far_others) == 0:
             continue
-        edge = np.partition(far_others, -max(1, len(far_others) // 100))[-max(1, len(far_others) // 100)]
+        n_furthest = max(1, len(far_others) // 100)
+        edge = np.partition(far_others, -n_furthest)[-n_furthest]
         near = far_others[far_others < edge]
         if len(near) == 0 or len(far_others) - len(near) > _MAX_FAR * len(values):
             continue

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .conditions import unwrapped
 from .energies import ClassifierEnergy, GaussianEnergy, SumEnergy, takes_condition
-from .forward import Unknown, check_hooks, plain
+from .forward import check_hooks, plain
 from .mlp import MLP, NotAnMLP, check_affine, effective_weight, read_mlp, reading
 from .tracing import operator
 
@@ -168,10 +168,7 @@ def _terms(module: nn.Module, scale: Tensor | None) -> Iterator[tuple[Tensor | N
     if ours is not None:
         if not plain(module, ours):
             raise NotAnMLP(f"{name} has a forward of its own")
-        try:
-            check_hooks(module, name)
-        except Unknown as error:
-            raise NotAnMLP(str(error)) from error
+        check_hooks(module, name)
         if isinstance(module, nn.Linear) and module.out_features != 1:
             raise NotAnMLP(f"a Linear term has {module.out_features} outputs, not one")
     if isinstance(module, SumEnergy):

@@ -62,23 +62,21 @@ class Draws:
             ValueError: there are too few of a label.
         """
         device = self.starts.device
-        classes, counts = torch.unique(wanted, return_counts=True)
-        held, n_held = torch.unique(labels, return_counts=True)
-        at = torch.searchsorted(held, classes).clamp_(max=len(held) - 1)
-        there = torch.where(held[at] == classes, n_held[at], 0)
-        if bool((there < counts).any()):
-            i = int((there < counts).nonzero()[0])
-            raise ValueError(
-                f"labels asks for {int(counts[i])} chains of label {int(classes[i])}, and the pool has {int(there[i])}"
-            )
         numbers = torch.arange(self.n_chains, device=device)
         w0, w1, _, _ = (w[:, 0] for w in words(self.starts.seed, Stream.POOL, numbers, number, 1, _DRAW_BLOCK))
         order = torch.argsort((w0 << 31) | (w1 >> 1))
         order = order[torch.argsort(labels[order], stable=True)]  # by label, and at random among equal ones
-        sorted_wanted, at = torch.sort(wanted, stable=True)
-        ranks = torch.arange(len(wanted), device=device) - torch.searchsorted(sorted_wanted, sorted_wanted)
-        chosen = order[torch.searchsorted(labels[order], sorted_wanted) + ranks]
-        drawn = torch.empty_like(chosen).index_copy_(0, at, chosen)[None]
+        held = labels[order]
+        asked, at = torch.sort(wanted, stable=True)
+        first, end = torch.searchsorted(held, asked), torch.searchsorted(held, asked, right=True)
+        places = first + torch.arange(len(asked), device=device) - torch.searchsorted(asked, asked)
+        if bool((places >= end).any()):
+            i = int((places >= end).nonzero()[0])
+            raise ValueError(
+                f"labels asks for {int((asked == asked[i]).sum())} chains of label {int(asked[i])}, and the pool has "
+                f"{int(end[i] - first[i])}"
+            )
+        drawn = torch.empty_like(asked).index_copy_(0, at, order[places])[None]
         restarts = _coins(self.starts.seed, number, drawn, reinit_prob)
         (draw,) = self._local(number, drawn, restarts)
         return self._started(draw, number)

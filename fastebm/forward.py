@@ -44,27 +44,27 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "Activated",
     "Affine",
     "Flatten",
-    "Named",
+    "NotAnMLP",
     "Operation",
     "Scale",
     "Squeeze",
-    "Unknown",
     "check_hooks",
     "operations",
     "plain",
 ]
 
 
-class Unknown(Exception):
-    """Why a forward can't be read: the message names the operation, the hook or the module."""
+class NotAnMLP(Exception):
+    """Why a module is not an MLP energy that fastebm can read: the message names the layer, operation or hook."""
 
 
-class Named(NamedTuple):
-    """An activation by its name in torch.nn.functional, with its arguments by name."""
+class Activated(NamedTuple):
+    """A function with its options by name, as the layer that calls it takes them too."""
 
-    function: str
+    layer: Callable[..., nn.Module]
     options: Mapping[str, Any]
 
 
@@ -95,7 +95,7 @@ class Operation(NamedTuple):
     """where: in words, for an error. what: a layer of the module itself, or one of the above."""
 
     where: str
-    what: nn.Module | Named | Affine | Scale | Flatten | Squeeze
+    what: nn.Module | Activated | Affine | Scale | Flatten | Squeeze
 
 
 def plain(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -119,26 +119,26 @@ def check_hooks(module: nn.Module, where: str) -> None:
     kinds += ["forward pre-hook"] if module._forward_pre_hooks and not isinstance(module, nn.Linear) else []
     kinds += ["backward hook"] if module._backward_hooks or module._backward_pre_hooks else []
     if kinds:
-        raise Unknown(f"{where} has a {kinds[0]}, which may change what it computes")
+        raise NotAnMLP(f"{where} has a {kinds[0]}, which may change what it computes")
 
 
 def operations(module: nn.Module) -> list[Operation]:
     """In the order of the forward pass, for x alone. The module is in eval mode.
 
     Raises:
-        Unknown: there is an operation that is not known, a branch on values, or anything else that a chain of
+        NotAnMLP: there is an operation that is not known, a branch on values, or anything else that a chain of
             operations does not tell.
     """
     if not torch.compiler.is_compiling() and _has_any_global_hook():  # type: ignore[no-untyped-call]
-        raise Unknown("a hook on all modules is registered, which may change what they compute")
+        raise NotAnMLP("a hook on all modules is registered, which may change what they compute")
     try:
         return list(_operations(module, ""))
-    except Unknown:
+    except NotAnMLP:
         raise
     except (
         Exception
     ) as error:  # attributes that can't be copied, containers in themselves: a user's objects may be anything
-        raise Unknown(f"it can't be read: {type(error).__name__}: {error}") from error
+        raise NotAnMLP(f"it can't be read: {type(error).__name__}: {error}") from error
 
 
 def _operations(module: nn.Module, path: str) -> Iterator[Operation]:
@@ -152,7 +152,7 @@ def _operations(module: nn.Module, path: str) -> Iterator[Operation]:
     elif _is_layer(module):
         yield Operation(where, module)
     elif torch.compiler.is_compiling():
-        raise Unknown(f"the forward of {where} can't be read in a compiled call")
+        raise NotAnMLP(f"the forward of {where} can't be read in a compiled call")
     else:
         yield from _traced(module, path, where)
 
@@ -177,15 +177,15 @@ def _traced(module: nn.Module, path: str, where: str) -> Iterator[Operation]:
         if name:
             check_hooks(child, here)
         if isinstance(child, torch.jit.ScriptModule):
-            raise Unknown(f"{here} is made of TorchScript, whose code can't be read")
+            raise NotAnMLP(f"{here} is made of TorchScript, whose code can't be read")
         if "forward" in child.__dict__:
-            raise Unknown(f"{here} has a forward of its own, set on the instance")
+            raise NotAnMLP(f"{here} has a forward of its own, set on the instance")
         if hasattr(type(child), "__del__"):
-            raise Unknown(f"{here} has a __del__, which a copy of it would run")
+            raise NotAnMLP(f"{here} has a __del__, which a copy of it would run")
     _check_code(module, where)
     graph = _graph(module, where)
     if _listed(_graph(module, where)) != _listed(graph):
-        raise Unknown(f"the forward of {where} does something else each time")
+        raise NotAnMLP(f"the forward of {where} does something else each time")
     parameters = dict(module.named_parameters(remove_duplicate=False))
     chain: Any = None
     shapes: set[fx.Node] = set()  # of the states
@@ -195,7 +195,7 @@ def _traced(module: nn.Module, path: str, where: str) -> Iterator[Operation]:
             chain = node
         elif node.op == "output":
             if node.args != (chain,):
-                raise Unknown(f"the forward of {where} puts out something else than its last operation")
+                raise NotAnMLP(f"the forward of {where} puts out something else than its last operation")
         elif _is_shape(node):
             shapes.add(node)
         elif _is_count(node, shapes):
@@ -203,17 +203,17 @@ def _traced(module: nn.Module, path: str, where: str) -> Iterator[Operation]:
         elif node.op != "get_attr":
             first = [arg for arg in (*node.args, *node.kwargs.values()) if arg is chain]
             if len(first) != 1 or (node.op == "call_module" and (node.args != (chain,) or node.kwargs)):
-                raise Unknown(f"the forward of {where} is no chain of operations: {_text(node)}")
+                raise NotAnMLP(f"the forward of {where} is no chain of operations: {_text(node)}")
             if node.op == "call_module":
                 yield from _operations(names[str(node.target)], _joined(path, str(node.target)))
             else:
                 what = _known(node, chain, counts, parameters)
                 if what is None:
-                    raise Unknown(f"the forward of {where} does what no MLP does: {_text(node)}")
+                    raise NotAnMLP(f"the forward of {where} does what no MLP does: {_text(node)}")
                 yield Operation(f"{_text(node)} in {where}", what)
             chain = node
         if node is chain and sum(not (_is_shape(user) or _is_count(user, shapes)) for user in node.users) > 1:
-            raise Unknown(f"the forward of {where} is no chain of operations: {_text(node)} is used twice")
+            raise NotAnMLP(f"the forward of {where} is no chain of operations: {_text(node)} is used twice")
 
 
 def _check_code(module: nn.Module, where: str) -> None:
@@ -235,9 +235,9 @@ def _check_code(module: nn.Module, where: str) -> None:
         seen.add(function)
         names = _names_in(function.__code__)
         if "apply" in names:
-            raise Unknown(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
+            raise NotAnMLP(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
         if "is_tensor" in names or names >= {"isinstance", "Tensor"}:
-            raise Unknown(f"the forward of {where} may ask whether something is a tensor ({function.__qualname__})")
+            raise NotAnMLP(f"the forward of {where} may ask whether something is a tensor ({function.__qualname__})")
         used = [function.__globals__.get(name) for name in names]
         used += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         modules = [v for v in used if isinstance(v, ModuleType) and not _is_library(v.__name__)]
@@ -246,9 +246,9 @@ def _check_code(module: nn.Module, where: str) -> None:
         todo += [method for name in names for method in methods.get(name, ())]
         owners = [v.__self__ for v in used if isinstance(v, (MethodType, BuiltinMethodType))]
         if any(isinstance(v, type) and issubclass(v, torch.autograd.Function) for v in owners):
-            raise Unknown(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
+            raise NotAnMLP(f"the forward of {where} may call an autograd.Function ({function.__qualname__})")
         if "random" in names or any(isinstance(v, _GENERATORS) for v in (*used, *owners)):
-            raise Unknown(f"the forward of {where} may draw random numbers ({function.__qualname__})")
+            raise NotAnMLP(f"the forward of {where} may draw random numbers ({function.__qualname__})")
 
 
 _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
@@ -337,7 +337,7 @@ class _Tracer(GraphAppendingTracer):
 
     def refuse(self, why: str) -> Any:
         self.refused = self.refused or why
-        raise Unknown(why)
+        raise NotAnMLP(why)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
@@ -391,13 +391,13 @@ def _graph(module: nn.Module, where: str) -> fx.Graph:
             tracer.create_node("output", "output", (tracer.create_arg(value),), {})
     except Exception as error:  # whatever a user's code raises when it is given a symbol
         text = tracer.refused or " ".join(str(error).split()) or type(error).__name__
-        raise Unknown(f"the forward of {where} can't be read: {text[:200]}") from error
+        raise NotAnMLP(f"the forward of {where} can't be read: {text[:200]}") from error
     finally:
         changed = [_restored(cls, members) for cls, members in classes.items()]
     if tracer.refused is not None:
-        raise Unknown(f"the forward of {where} can't be read: {tracer.refused}")
+        raise NotAnMLP(f"the forward of {where} can't be read: {tracer.refused}")
     if _state(copied) != before or any(changed):
-        raise Unknown(f"the forward of {where} changes the module")
+        raise NotAnMLP(f"the forward of {where} changes the module")
     return tracer.graph
 
 
@@ -418,7 +418,7 @@ def _copy(module: nn.Module, where: str, tracer: _Tracer) -> nn.Module:
     empty: dict[int, Tensor] = {}
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
-            raise Unknown(f"{name} of {where} has no shape yet: call the module once")
+            raise NotAnMLP(f"{name} of {where} has no shape yet: call the module once")
         meta = torch.empty_like(parameter, device="meta")
         empty[id(parameter)] = meta = nn.Parameter(meta, requires_grad=parameter.requires_grad)
         tracer.names[id(meta)] = name
@@ -481,7 +481,7 @@ def _apart(value: Any, copies: Mapping[int, Any], where: str) -> Any:
         new.__dict__.update({k: _apart(v, copies, where) for k, v in vars(value).items()})
         return new
     size = f" of {len(value)}" if isinstance(value, _CONTAINERS) else ""
-    raise Unknown(f"{where} is a {type(value).__name__}{size}, which its forward may change")
+    raise NotAnMLP(f"{where} is a {type(value).__name__}{size}, which its forward may change")
 
 
 def _is_holder(value: object) -> bool:
@@ -525,25 +525,25 @@ def _state(module: nn.Module) -> list[Any]:
 
 # -- known operations ----------------------------------------------------------------------------------------------
 
-_ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    F.silu: ("silu", ("inplace",)),
-    F.relu: ("relu", ("inplace",)),
-    torch.relu: ("relu", ()),
-    torch.relu_: ("relu", ()),
-    F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")),
-    F.elu: ("elu", ("alpha", "inplace")),
-    F.softplus: ("softplus", ("beta", "threshold")),
-    F.gelu: ("gelu", ("approximate",)),
-    torch.tanh: ("tanh", ()),
-    torch.tanh_: ("tanh", ()),
-    torch.sigmoid: ("sigmoid", ()),
-    torch.sigmoid_: ("sigmoid", ()),
-    "relu": ("relu", ()),
-    "relu_": ("relu", ()),
-    "tanh": ("tanh", ()),
-    "tanh_": ("tanh", ()),
-    "sigmoid": ("sigmoid", ()),
-    "sigmoid_": ("sigmoid", ()),
+_ACTIVATIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    F.silu: (nn.SiLU, ("inplace",)),
+    F.relu: (nn.ReLU, ("inplace",)),
+    torch.relu: (nn.ReLU, ()),
+    torch.relu_: (nn.ReLU, ()),
+    F.leaky_relu: (nn.LeakyReLU, ("negative_slope", "inplace")),
+    F.elu: (nn.ELU, ("alpha", "inplace")),
+    F.softplus: (nn.Softplus, ("beta", "threshold")),
+    F.gelu: (nn.GELU, ("approximate",)),
+    torch.tanh: (nn.Tanh, ()),
+    torch.tanh_: (nn.Tanh, ()),
+    torch.sigmoid: (nn.Sigmoid, ()),
+    torch.sigmoid_: (nn.Sigmoid, ()),
+    "relu": (nn.ReLU, ()),
+    "relu_": (nn.ReLU, ()),
+    "tanh": (nn.Tanh, ()),
+    "tanh_": (nn.Tanh, ()),
+    "sigmoid": (nn.Sigmoid, ()),
+    "sigmoid_": (nn.Sigmoid, ()),
 }
 
 _NEGATIONS = (operator.neg, torch.neg, torch.negative, "neg", "negative")
@@ -571,7 +571,7 @@ def _is_count(node: fx.Node, shapes: set[fx.Node]) -> bool:
 
 def _known(
     node: fx.Node, chain: fx.Node, counts: set[fx.Node], parameters: Mapping[str, Tensor]
-) -> Named | Affine | Scale | Flatten | Squeeze | None:
+) -> Activated | Affine | Scale | Flatten | Squeeze | None:
     """What a call of a function or method does to ``chain``; None: not known."""
     target: Any = node.target
     args: Any = node.args
@@ -584,11 +584,11 @@ def _known(
         return None
     rest = args[1:]
     if target in _ACTIVATIONS:
-        name, names = _ACTIVATIONS[target]
+        layer, names = _ACTIVATIONS[target]
         options = {**dict(zip(names, rest, strict=False)), **kwargs}
         known = len(rest) <= len(names) and options.keys() <= set(names)
         options.pop("inplace", None)
-        return Named(name, options) if known else None
+        return Activated(layer, options) if known else None
     if target is F.dropout:
         options = {**dict(zip(("p", "training", "inplace"), rest, strict=False)), **kwargs}
         return Scale(1.0) if options.get("training", True) is False else None

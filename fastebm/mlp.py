@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .forward import Affine, Flatten, Named, Operation, Scale, Squeeze, Unknown, operations, plain
+from .forward import Activated, Affine, Flatten, NotAnMLP, Operation, Scale, Squeeze, operations, plain
 from .tracing import operator
 
 __all__ = [
@@ -41,10 +41,6 @@ __all__ = [
 ]
 
 _aten = torch.ops.aten
-
-
-class NotAnMLP(Exception):
-    """Why a module is not an MLP energy that fastebm can read: the message names the layer."""
 
 
 @dataclass(frozen=True)
@@ -268,36 +264,20 @@ def read_mlp(module: nn.Module, head: str = "scalar", *, bare: bool = False) -> 
         NotAnMLP: naming the layer that does not fit.
     """
     with reading(module):
-        try:
-            mlp = _assemble(operations(module), head)
-        except Unknown as error:
-            raise NotAnMLP(str(error)) from error
+        mlp = _assemble(operations(module), head)
     # torch 2.13 can't compile a detach under torch.inference_mode; operators let no gradient through anyway
     return mlp if bare or torch.compiler.is_compiling() else mlp.detached()
 
 
-def _read_activation(what: nn.Module | Named) -> Activation | None:
-    if isinstance(what, Named):
+def _read_activation(what: nn.Module | Activated) -> Activation | None:
+    if isinstance(what, Activated):
         if not all(isinstance(value, (int, float, str)) for value in what.options.values()):
             return None
-        return _read_activation(_LAYERS[what.function](**what.options))
+        return _read_activation(what.layer(**what.options))
     for name, rule in ACTIVATIONS.items():
         if plain(what, rule.layer) and (parameter := rule.read(what)) is not None:
             return Activation(name, parameter)
     return None
-
-
-# Of functions in torch.nn.functional, the modules that call them with the same arguments.
-_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-    "gelu": nn.GELU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
 
 
 def _assemble(operations: list[Operation], head: str) -> MLP:

@@ -171,11 +171,7 @@ def langevin_sample(
     if not isinstance(energy, nn.Module):
         raise TypeError(f"energy must be a torch.nn.Module, got {type(energy).__name__}")
     steps, first_chain = _count("steps", steps), _count("first_chain", first_chain)
-    # one int64 number as a tensor stays one: it is read on the device
-    seed = seed if isinstance(seed, Tensor) and seed.dtype == torch.int64 else plain_number(seed)
-    first_step = (
-        first_step if isinstance(first_step, Tensor) and first_step.dtype == torch.int64 else plain_number(first_step)
-    )
+    seed, first_step = _on_device_or_plain(seed), _on_device_or_plain(first_step)
     thin = _checked_thin(thin, steps, return_trajectory, on_nonfinite)
     parameter = first_tensor(energy)
     if init is None:
@@ -303,9 +299,8 @@ def _advance(
     device = chains.x.device
     start = chains.x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        kind = "labels" if chains.labels is not None else "condition"
-        asked = None if chains.beside is None else kind
-        choice = choose(energy, device, dtype, backend, precision, condition=asked)
+        condition = None if chains.beside is None else chains.kind
+        choice = choose(energy, device, dtype, backend, precision, condition=condition)
         if start is not None and not run.tells_of_the_start(choice.path, steps):
             run.check_finite(start)
             start = None
@@ -319,7 +314,7 @@ def _advance(
         description = choice.description
         if description is not None:
             check_shape(energy, description, shape)
-        module = Energy(energy, shape, x.dtype, kind)
+        module = Energy(energy, shape, x.dtype, chains.kind)
         if len(x) > 0 and readable(device):
             if description is not None and len(shape) > 1:
                 # Its layers alone do not tell whether it takes images. Of an MLP two states tell as much as all.
@@ -391,7 +386,7 @@ def _checked_beside(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> Ch
     labels, condition, numbers = chains.labels, chains.condition, chains.numbers
     if labels is not None and condition is not None:
         raise ValueError("an energy takes labels= or condition= beside x, got both: leave one out")
-    kind, given = ("labels", labels) if labels is not None else ("condition", condition)
+    kind, given = chains.kind, chains.beside
     if given is None:
         return chains
     if labels is not None:
@@ -477,6 +472,11 @@ def _checked_first_steps(first_step: int | Tensor, steps: int, chains: Tensor) -
         )
     first_steps = first_step.to(chains.device)
     return (first_steps if first_steps.shape == chains.shape else first_steps.reshape(1).expand_as(chains)).contiguous()
+
+
+def _on_device_or_plain(value: Any) -> Any:
+    """A tensor of int64 stays one: it is read on the device, when the call runs."""
+    return value if isinstance(value, Tensor) and value.dtype == torch.int64 else plain_number(value)
 
 
 def _count(name: str, value: int) -> int:

@@ -64,6 +64,14 @@ settings.load_profile("fastebm")
 
 
 @pytest.fixture
+def seeded() -> Iterator[None]:
+    """PyTorch's generator starts from 0, and goes on afterwards as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
 def device() -> str:
     """Where kernels run: "cuda" when there, else "cpu" (backend="triton" then runs in the interpreter)."""
     return "cuda" if torch.cuda.is_available() else "cpu"

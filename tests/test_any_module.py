@@ -33,11 +33,7 @@ from fastebm.energies import energy as energy_of
 DIM, N = 6, 5
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def mlp(dim: int = DIM, out: int = 1) -> nn.Sequential:

@@ -17,11 +17,7 @@ RULE = Langevin(0.1, 1.0)
 LABELS = torch.arange(60) % 3
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Noisy(nn.Module):

@@ -15,11 +15,7 @@ from fastebm.mlp import NotAnMLP
 DIM, CLASSES = 3, 4
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def mlp(dim=DIM):

@@ -18,12 +18,7 @@ from fastebm import (
 from fastebm.energies import Energy
 from fastebm.mlp import ACTIVATIONS, read_mlp
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("make", [build, MLPEnergy])

@@ -10,12 +10,7 @@ from torch.nn.utils import weight_norm as hook_weight_norm
 from fastebm import Activation, MLPEnergy, langevin_sample, why_not_fused
 from fastebm.mlp import ACTIVATIONS, NotAnMLP, read_mlp
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Wrapper(nn.Module):

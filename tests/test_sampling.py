@@ -18,16 +18,12 @@ from fastebm.noise import Stream, normal, uniform
 DIM = 3
 BACKENDS = ["reference", "torch", "triton"]
 # The interpreter computes in NumPy, which warns where a GPU overflows in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

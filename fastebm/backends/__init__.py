@@ -37,6 +37,11 @@ class Chains(NamedTuple):
     condition: Tensor | None = None
 
     @property
+    def kind(self) -> str:
+        """Of ``beside``: "labels" or "condition", the word that it was given by."""
+        return "condition" if self.labels is None else "labels"
+
+    @property
     def beside(self) -> Tensor | None:
         """What the energy takes beside x."""
         return self.condition if self.labels is None else self.labels
