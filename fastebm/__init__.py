@@ -1,12 +1,26 @@
 """fastebm: fast Langevin sampling and training of energy-based models in PyTorch."""
 
-from .backends.choose import why_not_fused
-from .energies import ClassifierEnergy, GaussianEnergy, MLPEnergy, Negative, SumEnergy, build, build_energy_fn, energy
-from .langevin import Langevin
-from .mlp import Activation
-from .objectives import contrastive_divergence_loss
-from .pool import ChainPool, PoolCall, PoolStats
-from .sampling import NonFiniteError, SampleInfo, langevin_sample
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backends.choose import why_not_fused
+    from .energies import (
+        ClassifierEnergy,
+        GaussianEnergy,
+        MLPEnergy,
+        Negative,
+        SumEnergy,
+        build,
+        build_energy_fn,
+        energy,
+    )
+    from .langevin import Langevin
+    from .mlp import Activation
+    from .objectives import contrastive_divergence_loss
+    from .pool import ChainPool, PoolCall, PoolStats
+    from .sampling import NonFiniteError, SampleInfo, langevin_sample
+    from .scoring import TrainedRun, load
 
 __version__ = "0.1.0"
 
@@ -23,10 +37,35 @@ __all__ = [
     "PoolStats",
     "SampleInfo",
     "SumEnergy",
+    "TrainedRun",
     "build",
     "build_energy_fn",
     "contrastive_divergence_loss",
     "energy",
     "langevin_sample",
+    "load",
     "why_not_fused",
 ]
+
+_HOMES = ("backends.choose", "energies", "langevin", "mlp", "objectives", "pool", "sampling", "scoring")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module, at its first use: they bring PyTorch, which takes seconds, and the command has
+    something to do before that (``__main__``)."""
+    if name in __all__:
+        for module in (import_module(f".{home}", __name__) for home in _HOMES):
+            if name in module.__all__:
+                globals()[name] = found = getattr(module, name)
+                return found
+    elif not name.startswith("_"):
+        try:
+            return import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import math
 import os
-import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from . import files
-from .files import Layout, Table
+from . import files, inspection
+from .files import Layout
+from .words import did_you_mean
 
 __all__ = ["DIGITS", "SETS", "Data", "DataInfo", "Images", "Points", "load", "load_array", "load_digits", "reload"]
 
@@ -44,13 +44,6 @@ _SPREAD = {"plane": 4.0, "table": 1.0}
 # Chains are held within the data's range and a tenth more, but never further out than this many standard deviations:
 # in a wider box, starts in uniform noise never find the data.
 _MAX_SCORE, _MARGIN = 5.0, 1.1
-
-# Standard deviations that all but a few values of a column must reach over. Langevin noise of a table is 0.2 in every
-# step: what lies within a 200th of that is lost in it, which is an error, and within a 20th of it hard to learn.
-_NO_ROOM, _LITTLE_ROOM = 1e-3, 1e-2
-
-# Of a column's rows, the share that may count as a few far ones; a mark for missing values can be that common.
-_MAX_FAR = 0.1
 
 
 # -- what a run records -------------------------------------------------------------------------------------
@@ -102,6 +95,11 @@ class DataInfo:
     @property
     def dim(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def deviation(self) -> tuple[float, ...]:
+        """Standard deviations of the training rows of a plane or table, per column."""
+        return tuple(scale * _SPREAD[self.kind] for scale in self.scale)
 
     def to_states(self, x: ArrayLike) -> Tensor:
         """Values of a plane or table, (n, dim), in its own units -> states (n, dim) float32."""
@@ -173,12 +171,16 @@ class Points:
     """Rows of a plane or a table, as states, split in two.
 
     train: (n_train, dim), test: (n_test, dim), float32; outliers: name -> (n, dim), known to be of another kind.
+    train_labels: (n_train,) words, of rows with classes. findings: what is odd about the values, in words
+    (``inspection.findings``).
     """
 
     info: DataInfo
     train: Tensor
     test: Tensor
     outliers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    train_labels: NDArray[np.str_] | None = None
+    findings: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -203,7 +205,7 @@ def load(name: str, seed: int = 0, info: DataInfo | None = None) -> Data:
         ValueError: there is no such set, or it needs a package that is missing.
     """
     if name not in SETS:
-        raise ValueError(f"there is no data set {name!r}: take one of {', '.join(SETS)}")
+        raise ValueError(f"there is no data set {name!r}{did_you_mean(name, SETS)} (there are {', '.join(SETS)})")
     return SETS[name].load(name, seed, info)
 
 
@@ -319,16 +321,20 @@ def load_array(
     columns: Sequence[str] = (),
     drop: Sequence[str] = (),
     header: bool | None = None,
+    label: str | None = None,
 ) -> Points:
     """The user's own table (n, d) of real numbers, n >= 50, from a file of text (CSV, TSV), Parquet or .npy.
 
-    What is decided on the way (which line holds names, which column is an index) is said by a UserWarning each.
+    What is decided on the way (which line holds names, which columns are of no use) is said by a UserWarning each.
 
     Args:
         seed: of the split. info: of an earlier load, whose values must be these, and whose scaling is taken over.
-        columns: names of the columns to keep, in this order; none: all. drop: names of those to leave out. Where the
-            file has no names, they are "0", "1", ...
+        columns: names of the columns to keep, in this order; none: all but those that count the rows, are the same
+            in every row, or are of words. drop: names of those to leave out. Where the file has no names, they are
+            "0", "1", ...
         header: of text: whether the first line holds names; None: found out.
+        label: "NAME": a column of classes, which is left out. "NAME=VALUE": the rows that have this value are what
+            is trained on, and the others are outliers, by their value.
 
     Raises:
         ValueError, OSError: no such file, or nothing that can be trained on. Pickles are never read.
@@ -337,19 +343,30 @@ def load_array(
     if info is not None and not path.is_file():
         raise ValueError(f"{path}, which the run is trained on, is gone: put it back")
     layout = None if info is None else info.layout or _old_layout(info)
-    table = files.read(path, columns=columns, drop=drop, header=header, layout=layout)
-    x = table.x
-    if len(x) < _MIN_ROWS:
-        raise ValueError(f"{path} has {len(x)} rows: it needs {_MIN_ROWS} to train on some and hold out others")
-    _require_finite(path, table)
-    sha256 = hashlib.sha256(repr(x.shape).encode() + x.astype("<f8").tobytes()).hexdigest()
+    table = files.read(path, columns=columns, drop=drop, header=header, label=label, layout=layout)
+    sha256 = hashlib.sha256(repr(table.x.shape).encode() + table.x.astype("<f8").tobytes()).hexdigest()
     if info is not None and info.sha256 != sha256:
         raise ValueError(f"{path} has changed since the run began, which can't go on with other values: put it back")
-    if info is None:
-        for note in (*table.notes, *_flattened(path, table)):
-            warnings.warn(f"{path.name}: {note}", UserWarning, stacklevel=2)
+    table = inspection.complete(path, table)
+    value, labels, outliers = table.layout.value, table.labels, dict[str, NDArray[Any]]()
+    if labels is not None and value is not None:
+        others = [word for word in np.unique(labels) if word not in (value, "")]
+        outliers = {f"label={word}": table.x[labels == word] for word in others}
+        if len(others) > files.MAX_LABELS:
+            outliers = {"other labels": table.x[labels != value]}
+        table, labels = table.rows(labels == value), None
+    x = table.x
+    if len(x) < _MIN_ROWS:
+        what = "" if value is None else f" with the label {value!r}"
+        raise ValueError(f"{path} has {len(x)} rows{what}: it needs {_MIN_ROWS} to train on some and hold out others")
+    notes = (*table.notes, *inspection.flattened(path, table)) if info is None else ()
+    for note in notes:
+        warnings.warn(f"{path.name}: {note}", UserWarning, stacklevel=2)
     n_test = min(round(_TEST_SHARE * len(x)), _MAX_TEST)
-    return _points(str(path), table.columns, x, seed, info, n_test=n_test, sha256=sha256, layout=table.layout)
+    return _points(
+        str(path), table.columns, x, seed, info, n_test=n_test, outliers=outliers, labels=labels, sha256=sha256,
+        layout=table.layout, findings=inspection.findings(table),
+    )  # fmt: skip
 
 
 def _old_layout(info: DataInfo) -> Layout:
@@ -357,62 +374,6 @@ def _old_layout(info: DataInfo) -> Layout:
     is_text = Path(info.name).suffix.lower() == ".csv"
     header = any(name != f"column {i}" for i, name in enumerate(info.columns, 1)) if is_text else None
     return Layout(tuple(range(info.dim)), header, "," if is_text else None)
-
-
-def _require_finite(path: Path, table: Table) -> None:
-    for what, is_bad, ways in (
-        ("missing values", np.isnan(table.x), "fill them in, delete such rows"),
-        ("infinite values", np.isinf(table.x), "mend them, delete such rows"),
-    ):
-        if is_bad.any():
-            found = [j for j in range(len(table.columns)) if is_bad[:, j].any()]
-            told = []
-            for j in found[:5]:
-                rows = np.flatnonzero(is_bad[:, j])
-                told.append(
-                    f"{table.columns[j]!r} ({len(rows):,} of {len(table.x):,}, first {table.place(int(rows[0]))})"
-                )
-            more = f", ... ({len(found)} columns in all)" if len(found) > 5 else ""
-            drop = shlex.join(table.columns[j] for j in found)
-            raise ValueError(
-                f"{path}: {what} in {', '.join(told)}{more}: {ways}, or leave such columns out by --drop {drop}"
-            )
-
-
-def _flattened(path: Path, table: Table) -> list[str]:
-    """Notes of columns that a few far values leave little room in; those that are left none are an error.
-
-    A column is scaled by its standard deviation, which one huge value can make. What counts is how far the others then
-    reach: all that are not equal to the median (many tables are mostly zeros), but for the furthest hundredth of them,
-    and a value beside these that comes again and again, as -9999 for a missing one does. A logarithmic normal
-    of sigma 2 reaches 2.5 deviations so, and a Cauchy column of 10,000 rows 0.6, or in one file of a hundred 0.01.
-    """
-    notes = []
-    for name, values in zip(table.columns, table.x.T, strict=True):
-        with np.errstate(all="ignore"):
-            deviation, far = float(values.std()), np.abs(values - np.median(values))
-        far_others = far[far > 0]
-        if not math.isfinite(deviation) or len(far_others) == 0:
-            continue
-        n_furthest = max(1, len(far_others) // 100)
-        edge = np.partition(far_others, -n_furthest)[-n_furthest]
-        near = far_others[far_others < edge]
-        if len(near) == 0 or len(far_others) - len(near) > _MAX_FAR * len(values):
-            continue
-        reach = float(near.max()) / deviation
-        if reach >= _LITTLE_ROOM:
-            continue
-        row = int(far.argmax())
-        n_near = len(values) - len(far_others) + len(near)
-        told = (
-            f"column {name!r}: {values[row]:g} in {table.place(row)} lies so far out that {n_near:,} of "
-            f"{len(values):,} rows are within {reach:.1g} standard deviations of the median"
-        )
-        ways = f"mend or delete such rows, take the logarithm, or --drop {shlex.quote(name)}"
-        if reach < _NO_ROOM:
-            raise ValueError(f"{path}: {told}, where they can't be told apart: {ways}")
-        notes.append(f"{told}: if that is no true value, {ways}")
-    return notes
 
 
 def _points(
@@ -424,8 +385,10 @@ def _points(
     *,
     n_test: int | None = None,
     outliers: Mapping[str, NDArray[Any]] | None = None,
+    labels: NDArray[np.str_] | None = None,
     sha256: str | None = None,
     layout: Layout | None = None,
+    findings: tuple[str, ...] = (),
 ) -> Points:
     """Split, and scaled by the training rows unless info is given."""
     n_test = round(_TEST_SHARE * len(x)) if n_test is None else n_test
@@ -457,7 +420,12 @@ def _points(
             layout=layout,
         )
     return Points(
-        info, info.to_states(train), info.to_states(test), {k: info.to_states(v) for k, v in (outliers or {}).items()}
+        info,
+        info.to_states(train),
+        info.to_states(test),
+        {k: info.to_states(v) for k, v in (outliers or {}).items()},
+        None if labels is None else labels[order[n_test:]],
+        findings,
     )
 
 

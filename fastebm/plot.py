@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["energies_figure", "marginals_figure", "plane_figure", "png", "samples_figure", "training_figure"]
+__all__ = ["encoded", "energies_figure", "marginals_figure", "plane_figure", "png", "samples_figure", "training_figure"]
 
 # One colour a kind in every picture (Okabe & Ito's palette, told apart by colour-blind readers too).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -40,8 +40,13 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
+    return encoded(figure, "png")
+
+
+def encoded(figure: Figure, kind: str) -> bytes:
+    """The figure as a file. kind: "png", "jpg" or "pdf"."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
+    figure.savefig(data, format=kind, dpi=150)
     return data.getvalue()
 
 

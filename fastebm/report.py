@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -18,16 +21,26 @@ from .recipe import TrainConfig
 from .sampling import SampleInfo, langevin_sample
 from .threads import survives_fork
 
-__all__ = ["fresh_samples", "landscape", "report"]
+__all__ = ["ENERGIES", "energies_of", "fresh_samples", "landscape", "report", "train_energies"]
+
+# Of a run folder: the energies of the training rows, sorted, float32 (n,), so that the run scores other rows where its
+# data are not.
+ENERGIES = "train_energies.npy"
+
+# Rows whose energies are computed at once.
+_ROWS = 65536
 
 # Fresh chains are numbered past any pool's (fewer than 2**31), so that they never share its noise.
 _FIRST_FRESH_CHAIN = 2**31
 
-# Steps of fresh chains between two calls of on_steps.
-_FRESH_CHUNK = 50
+# Between two calls of on_steps: about so many seconds, and steps at most.
+_FRESH_SECONDS, _FRESH_CHUNK = 0.5, 50
 
 # Cells a side of the grid on which an energy of two dims is drawn.
 _GRID = 256
+
+# Sets of outliers in the picture of energies; there are colours for no more.
+_MAX_SHOWN = 4
 
 # A class is present with at least this share of the samples: one or two stray ones are no mode.
 _MIN_CLASS_SHARE = 0.01
@@ -49,7 +62,8 @@ def fresh_samples(
 
     Args:
         steps: None: config.fresh_steps. seed: of starts and noise. backend: None: the configuration's.
-        on_steps: called with the steps done and all of them, every few steps; what it raises ends the sampling.
+        on_steps: called with the steps done and all of them, first with 0 and then every half second or so; what it
+            raises ends the sampling.
     """
     steps = config.fresh_steps if steps is None else steps
     rule = config.sampler(steps)
@@ -68,13 +82,30 @@ def fresh_samples(
         )
 
     x, info = advance(input_size=dim, batch_size=n, steps=0)
-    noise = rule.noise_scale.split(_FRESH_CHUNK) if steps > 0 else ()  # type: ignore[union-attr]
-    done = 0
-    for part in noise:
+    done, chunk = 0, 1
+    on_steps(done, steps)
+    while done < steps:
+        started = time.perf_counter()
+        part = rule.noise_scale[done : done + chunk]  # type: ignore[index]
         x, info = advance(init=x, steps=len(part), noise_scale=part, first_step=done)
         done += len(part)
         on_steps(done, steps)
+        chunk = int(chunk * _FRESH_SECONDS / (time.perf_counter() - started))
+        chunk = min(max(chunk, 1), _FRESH_CHUNK)
     return x, info
+
+
+def energies_of(model: nn.Module, states: Tensor) -> Tensor:
+    """(n, dim) states, wherever they are -> (n,) on the CPU."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return torch.cat([energy(model, part.to(device)).cpu() for part in torch.split(states, _ROWS)])
+
+
+def train_energies(model: nn.Module, data: Data) -> NDArray[np.float32]:
+    """Energies of the training rows, sorted: (n_train,)."""
+    states = data.train / data.levels if isinstance(data, Images) else data.train
+    return np.sort(energies_of(model, states).float().numpy())
 
 
 def landscape(model: nn.Module, info: DataInfo) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -87,8 +118,7 @@ def landscape(model: nn.Module, info: DataInfo) -> tuple[NDArray[Any], NDArray[A
     middle = 0.5 * (edges[1:] + edges[:-1])
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     states = torch.stack([x, y], -1).reshape(-1, 2).float()
-    with torch.no_grad():
-        e = energy(model, states.to(next(model.parameters()).device)).cpu()
+    e = energies_of(model, states)
     return info.to_data(torch.stack([edges, edges], 1)), e.reshape(_GRID, _GRID).numpy()
 
 
@@ -98,40 +128,39 @@ def report(
     data: Data,
     metrics: list[dict[str, float]],
     out: Path,
-    begin: Callable[[str], None],
+    begin: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Samples, measures and pictures of a trained energy; returns what summary.json tells of them.
 
     Args:
         metrics: the lines of metrics.jsonl. out: the folder that the pictures are written to.
-        begin: called with what goes on, in words; what it raises ends the report.
+        begin: called with what goes on, in words, and how many steps of how many are done (0 of 0 where there are
+            none); what it raises ends the report.
     """
-    device = next(model.parameters()).device
     samples, info = fresh_samples(
         model,
         config,
         config.n_fresh,
         dim=data.dim,
         seed=config.seed,
-        on_steps=lambda done, steps: begin(f"sampling {config.n_fresh:,} fresh chains: step {done} of {steps}"),
+        on_steps=lambda done, steps: begin(f"sampling {config.n_fresh:,} fresh chains", done, steps),
     )
     samples = samples.cpu()
 
-    begin("measuring")
     held_out = _held_out(data, config)
-    with torch.no_grad():
-        energies = {
-            name: energy(model, x.to(device)).cpu().numpy() for name, x in {**held_out, "samples": samples}.items()
-        }
+    energies = {name: energies_of(model, x).numpy() for name, x in {**held_out, "samples": samples}.items()}
+    file = io.BytesIO()
+    np.save(file, train_energies(model, data))
+    checkpoint.write_atomically(out / ENERGIES, file.getvalue())
     measures: dict[str, Any] = {
         f"auroc_{name}": evaluate.auroc(energies["test"], energies[name]) for name in held_out if name != "test"
     }
     if isinstance(data, Images):
-        measures |= _image_measures(data, samples, config.seed)
+        measures |= _image_measures(data, samples, config.seed, begin)
     else:
-        measures |= _point_measures(data, samples, config.seed)
+        measures |= _point_measures(data, samples, config.seed, begin)
 
-    begin("drawing")
+    begin("drawing", 0, 0)
     widths = " → ".join(map(str, (data.dim, *config.hidden_sizes, 1)))
     title = f"fastebm: MLP energy {widths} after {config.steps:,} steps"
     fresh = f"Fresh samples: noise, then {config.fresh_steps:,} Langevin steps"
@@ -149,7 +178,7 @@ def report(
             figure = plot.plane_figure(points, landscape(model, data.info), data.info.columns, title=title)
         else:
             figure = plot.marginals_figure(points, data.info.columns, title=title)
-        rows, shown = "rows", [name for name in held_out if name != "test"]
+        rows, shown = "rows", [name for name in held_out if name != "test"][:_MAX_SHOWN]
     checkpoint.write_atomically(out / "samples.png", plot.png(figure))
     named = {f"test {rows}": energies["test"], "fresh samples": energies["samples"]}
     words = {"shuffled": f"{'pixel' if rows == 'digits' else 'column'}-shuffled {rows}", "uniform": "uniform noise"}
@@ -164,7 +193,7 @@ def report(
     return {
         **measures,
         "seed": config.seed,
-        "device": str(device),
+        "device": str(device := next(model.parameters()).device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "backend": info.backend,
@@ -199,23 +228,41 @@ def _held_out(data: Data, config: TrainConfig) -> dict[str, Tensor]:
     return {**states, **data.outliers}
 
 
-def _image_measures(data: Images, samples: Tensor, seed: int) -> dict[str, Any]:
+def _image_measures(data: Images, samples: Tensor, seed: int, begin: Callable[[str, int, int], None]) -> dict[str, Any]:
     quantised = data.quantise(samples).numpy()
     shares = evaluate.class_shares(data.train.numpy(), data.train_labels.numpy(), quantised)
     return {
-        "two_sample_accuracy": evaluate.two_sample_accuracy(data.test.numpy(), quantised, seed=seed),
+        "two_sample_accuracy": _two_sample_accuracy(data.test.numpy(), quantised, seed, begin),
         "classes_present": sum(share >= _MIN_CLASS_SHARE for share in shares),
         "class_shares": shares,
     }
 
 
-def _point_measures(data: Points, samples: Tensor, seed: int) -> dict[str, Any]:
+def _point_measures(data: Points, samples: Tensor, seed: int, begin: Callable[[str, int, int], None]) -> dict[str, Any]:
     train, test = data.train.numpy(), data.test.numpy()
-    measures = {"two_sample_accuracy": evaluate.two_sample_accuracy(test, samples.numpy(), seed=seed)}
+    measures: dict[str, Any] = {"two_sample_accuracy": _two_sample_accuracy(test, samples.numpy(), seed, begin)}
     for name, outliers in data.outliers.items():
         for baseline, value in evaluate.baseline_aurocs(train, test, outliers.numpy(), seed=seed).items():
             measures[f"auroc_{name}_{baseline}"] = value
+    if data.train_labels is not None:
+        names, labels = np.unique(data.train_labels, return_inverse=True)
+        shares = evaluate.class_shares(train, labels, samples.numpy())
+        of_data = np.bincount(labels, minlength=len(names)) / len(labels)
+        measures |= {
+            "classes_present": sum(share >= _MIN_CLASS_SHARE for share in shares),
+            "class_shares": dict(zip(names.tolist(), shares, strict=True)),
+            "class_shares_of_data": dict(zip(names.tolist(), of_data.tolist(), strict=True)),
+        }
     return measures
+
+
+def _two_sample_accuracy(
+    real: NDArray[Any], fake: NDArray[Any], seed: int, begin: Callable[[str, int, int], None]
+) -> float:
+    def on_fold(done: int, total: int) -> None:
+        begin("measuring", done, total)
+
+    return evaluate.two_sample_accuracy(real, fake, seed=seed, on_fold=on_fold)
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import statistics
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import torch
 
 from .kernels import cpu as kernels
 
-__all__ = ["Spares", "Team", "outside_inference", "share", "survives_fork", "threads", "together"]
+__all__ = ["Spares", "Team", "fastest", "outside_inference", "share", "survives_fork", "threads", "together"]
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _Item = TypeVar("_Item")
@@ -44,6 +46,32 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# Fewer threads are taken where they save more than this: what a measurement of a few calls can tell from chance.
+_GAIN = 1.1
+
+
+def fastest(work: Callable[[], object], rounds: int = 3) -> dict[int, float]:
+    """Seconds that ``work`` takes by number of threads, of all, half of them, ... and one, the number to take first.
+
+    Where another process is busy on the cores, each of PyTorch's operations waits for the thread that shares a core
+    with it: two threads have been 3 to 30 times slower than one.
+    """
+    numbers = [torch.get_num_threads()]
+    while numbers[-1] > 1:
+        numbers.append(numbers[-1] // 2)
+    seconds: dict[int, list[float]] = {n: [] for n in numbers}
+    work()  # kernels are compiled, memory is taken
+    for _ in range(rounds):
+        for n in numbers:
+            with threads(n):
+                started = time.perf_counter()
+                work()
+                seconds[n].append(time.perf_counter() - started)
+    medians = {n: statistics.median(times) for n, times in seconds.items()}
+    best = min(numbers, key=lambda n: medians[n] * (_GAIN if n < numbers[0] else 1.0))
+    return {n: medians[n] for n in sorted(numbers, key=lambda n: n != best)}
 
 
 def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], None], n_threads: int) -> None:

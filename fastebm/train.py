@@ -22,6 +22,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checkpoint
+from .backends import Chains
 from .data import Data, reload
 from .energies import MLPEnergy, energy
 from .objectives import contrastive_divergence_loss
@@ -37,8 +39,9 @@ from .pool import ChainPool
 from .processes import Processes
 from .recipe import RETIRED, TrainConfig
 from .report import report
-from .sampling import NonFiniteError, langevin_sample
-from .threads import survives_fork
+from .sampling import NonFiniteError, advance_chains, langevin_sample
+from .threads import fastest, survives_fork
+from .words import did_you_mean
 
 __all__ = [
     "Stopped",
@@ -46,13 +49,14 @@ __all__ = [
     "load_model",
     "resolve_device",
     "saved_config",
+    "seconds_of_a_step",
     "train",
 ]
 
 CHECKPOINTS, LOCK, SUMMARY = "checkpoints", ".lock", "summary.json"
 
-# What a run may be resumed with another value of: nothing that says what it computes.
-FREE_SETTINGS = ("device", "backend", "on_nonfinite")
+# What a run may be resumed with another value of: nothing that says what it has computed. More steps extend it.
+FREE_SETTINGS = ("steps", "device", "backend", "on_nonfinite")
 
 # Steps between checkpoints: a few seconds of work to lose, and far more time training than writing.
 CHECKPOINT_EVERY = 250
@@ -96,12 +100,69 @@ def build_model(config: TrainConfig, data_dim: int) -> MLPEnergy:
         return MLPEnergy(data_dim, config.hidden_sizes, config.activation)
 
 
+def check_memory(config: TrainConfig, dim: int, device: torch.device) -> None:
+    """An error for a run that can't fit in memory: by the time that memory has run out, the system ends the process.
+
+    Raises:
+        ValueError: with what takes how much.
+    """
+    sizes = (dim, *config.hidden_sizes, 1)
+    # the weights, their gradient, Adam's two moments, their average, and a copy on its way to the disk
+    weights = 6 * sum(n_in * n_out + n_out for n_in, n_out in pairwise(sizes))
+    pool, batch = 2 * config.pool_size * dim, 4 * config.batch_size * sum(sizes)
+    gib, there = [4 * n / 2**30 for n in (weights, pool, batch)], _memory(device) / 2**30
+    if sum(gib) > there:
+        raise ValueError(
+            f"training needs some {sum(gib):,.0f} GiB, and {device} has {there:,.0f}: {gib[0]:,.1f} for the weights "
+            f"of hidden_sizes {config.hidden_sizes}, {gib[1]:,.1f} for a pool_size of {config.pool_size:,}, and "
+            f"{gib[2]:,.1f} for a batch_size of {config.batch_size:,}: take less"
+        )
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes that a device has, or that this process may use of them; inf where nobody knows."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    known = [math.inf]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for of_container in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(ValueError, OSError):
+            known.append(int(Path(of_container).read_text()))
+    return min(known)
+
+
+def seconds_of_a_step(config: TrainConfig, data: Data) -> dict[int, float]:
+    """Of training on the CPU, by number of threads, the best number first (``threads.fastest``). It is the work of a
+    step, on a model of its own: nothing of a run is moved."""
+    model = build_model(config, data.dim)
+    steps = config.langevin_steps
+    rule = config.sampler(steps)
+    real = data.batch(config.batch_size, config.dequantisation, torch.Generator().manual_seed(config.seed))
+
+    def step() -> None:
+        samples, _ = advance_chains(
+            model,
+            Chains(real, config.seed, torch.arange(len(real)), torch.zeros(len(real), dtype=torch.int64)),
+            rule,
+            steps,
+            shape=(data.dim,),
+            backend=config.backend,
+            on_nonfinite="ignore",
+        )
+        energies = energy(model, torch.cat([real, samples.x]))
+        contrastive_divergence_loss(energies[: len(real)], energies[len(real) :], config.alpha).backward()  # type: ignore[no-untyped-call]
+
+    return fastest(step)
+
+
 class _Run:
     """All that changes while training. ``save`` and ``load`` are inverse to each other, bit for bit."""
 
     def __init__(self, config: TrainConfig, data: Data, device: torch.device, processes: Processes) -> None:
         if config.batch_size > len(data.train):
             raise ValueError(f"batch_size must be <= {len(data.train)}, the training rows, got {config.batch_size}")
+        check_memory(config, data.dim, device)
         self.config, self.device, self.processes = config, device, processes
         self.model = build_model(config, data.dim).to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
@@ -142,6 +203,7 @@ class _Run:
         values = {
             "config": self.config.to_dict(),
             "seconds": self.seconds,
+            "threads": torch.get_num_threads(),
             "pool": {k: v for k, v in pool.items() if not isinstance(v, Tensor)},
         }
         rows = {k: v for k, v in pool.items() if isinstance(v, Tensor)}
@@ -189,10 +251,14 @@ def located(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """
     path = Path(path)
     whole = path.absolute()
+    if path.is_file() and (path.parent / CHECKPOINTS).is_dir():
+        raise ValueError(f"{path} is a file of a run: name its folder, {path.parent}")
     if re.fullmatch(r"step-\d+", path.name) and whole.parent.name == CHECKPOINTS:
         return (path.parent.parent if len(path.parts) > 2 else whole.parent.parent), path
     if not (path / CHECKPOINTS).is_dir():
-        raise ValueError(f"{path} is no run of fastebm: there is no {path / CHECKPOINTS}")
+        runs = {str(near.parent) for near in (*path.parent.glob(f"*/{CHECKPOINTS}"), *path.glob(f"*/{CHECKPOINTS}"))}
+        near = did_you_mean(str(path), runs) or (f": there are {', '.join(sorted(runs)[-5:])}" if runs else "")
+        raise ValueError(f"{path} is no run of fastebm: there is no {path / CHECKPOINTS}{near}")
     return path, checkpoint.newest(path / CHECKPOINTS)
 
 
@@ -205,11 +271,15 @@ def saved_config(run: str | os.PathLike[str]) -> TrainConfig:
     out, path = located(run)
     config = _config_of(path, checkpoint.Saved(path).values)
     copy_path = out / "config.json"
-    if copy_path.exists() and _fixed(_read_json(copy_path)) != _fixed(config.to_dict()):
+    if not copy_path.exists():
+        return config
+    asked = _read_json(copy_path)
+    if _fixed(asked) != _fixed(config.to_dict()):
         raise ValueError(
             f"{copy_path} is not the configuration that {path} was trained with: undo the change, or delete {copy_path}"
         )
-    return config
+    # A run that was extended, and then killed before its next checkpoint, goes on to its new end.
+    return TrainConfig.from_dict({**config.to_dict(), "steps": asked["steps"]}) if "steps" in asked else config
 
 
 def _fixed(config: Any) -> Any:
@@ -255,26 +325,28 @@ def train(
     checkpoint_every: int = CHECKPOINT_EVERY,
     process_group: dist.ProcessGroup | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,
-    on_phase: Callable[[str], None] = lambda phase: None,
+    on_phase: Callable[[str, int, int], None] = lambda words, done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, sample, measure, draw: the whole run folder.
 
     A run that was stopped, killed or raised out of, and then resumed, ends with the same bits as one that was
-    not (on the same device, backend, number of threads and processes).
+    not (on the same device, backend, number of threads and processes; of steps, too).
 
     Args:
         out: a folder that does not exist or is empty; with ``resume``, that of a run, or a checkpoint in it: those
             after it are then deleted with the next one that is written.
         data: None: what the configuration names. Else the configuration is of this.
-        resume: go on from a checkpoint. ``config`` must be the run's own (``saved_config``), save for device, backend
-            and on_nonfinite. The number of processes may be another.
+        resume: go on from a checkpoint. ``config`` must be the run's own (``saved_config``), save for device, backend,
+            on_nonfinite, and steps, which may be more than the run was to have: the learning rate of a step is then
+            that of the longer run. The number of processes may be another.
         checkpoint_every: steps between checkpoints. One is also written at the start, at the end and when stopped.
         process_group: of processes that train this run together, each of which makes the same call. Each moves its
             part of the chains and takes its part of the data; ``out`` is one folder for all. Losses and gradients are
             those of one process, but for the order of sums. The first one writes, samples and measures.
         on_step: is given the line of metrics.jsonl of every finished step.
-        on_phase: is given, in words, what goes on after training.
+        on_phase: is given, in words, what goes on after training, and how many steps of how many are done (0 of 0
+            where there are none).
         should_stop: asked after every step, and now and then afterwards; true saves the run and raises ``Stopped``, on
             all processes if on one.
 
@@ -307,6 +379,11 @@ def train(
                 if _fixed(saved_config(source).to_dict()) != _fixed(config.to_dict()):
                     raise ValueError(f"the run in {out} has another configuration: resume it with its own")
                 saved = checkpoint.Saved(located(source)[1])
+                if config.steps < saved.step:
+                    raise ValueError(
+                        f"the run in {out} has done {saved.step} steps: steps must be more to extend it, got "
+                        f"{config.steps}; to go on from an earlier checkpoint name that"
+                    )
         run = _Run(config, data, device, processes)
         if saved is not None:
             run.load(saved)
@@ -491,16 +568,16 @@ def _report(
     metrics: list[dict[str, float]],
     out: Path,
     n_nonfinite: int,
-    on_phase: Callable[[str], None],
+    on_phase: Callable[[str, int, int], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Samples, measures and pictures of a trained run."""
     config = run.config
 
-    def begin(phase: str) -> None:
+    def begin(words: str, done: int, total: int) -> None:
         if should_stop():
             raise Stopped(out, run.step, config.steps)
-        on_phase(phase)
+        on_phase(words, done, total)
 
     started = time.perf_counter()
     summary = {

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from fastebm import data, files
-from fastebm.data import DIGITS, SETS, DataInfo, Images, _flattened, load, load_array, reload
+from fastebm import data, files, inspection
+from fastebm.data import DIGITS, SETS, DataInfo, Images, load, load_array, reload
 from fastebm.recipe import TrainConfig, recipe
 
 TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
@@ -112,7 +112,9 @@ def test_breast_cancer_trains_on_benign_rows_alone():
 
 
 def test_an_unknown_name_is_told_the_others():
-    with pytest.raises(ValueError, match=r"no data set 'faces': take one of digits, .*breast_cancer"):
+    with pytest.raises(ValueError, match="no data set 'moon': did you mean moons"):
+        load("moon")
+    with pytest.raises(ValueError, match=r"no data set 'faces' \(there are digits, .*breast_cancer"):
         load("faces")
 
 
@@ -234,4 +236,4 @@ def test_heavy_tails_and_rare_values_are_no_faults(tmp_path, n, seed):
     table = files.Table(tuple(columns), np.stack([*columns.values()], 1), str, files.Layout(), ())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _flattened(tmp_path, table) == []
+        assert inspection.flattened(tmp_path, table) == []

@@ -128,7 +128,7 @@ def test_a_first_line_of_data_is_data_and_the_lack_of_names_is_said(tmp_path, x,
     assert columns == tuple(str(i + index) for i in range(x.shape[1]))
     assert "no line of names was found, so columns are called 0" in notes[0]
     assert any("read as 0 and 1" in note for note in notes) == (x.dtype == bool)
-    assert any("taken for an index and left out" in note for note in notes) == index
+    assert any("counts the rows, as an index does, so it is left out" in note for note in notes) == index
 
 
 def test_text_in_a_first_line_of_data_is_told_by_its_column(tmp_path):
@@ -150,6 +150,7 @@ def test_text_in_a_first_line_of_data_is_told_by_its_column(tmp_path):
         lambda frame: frame.to_csv(sep="\t"),
         lambda frame: frame.to_csv(quoting=1),
         lambda frame: frame.set_axis(range(1, N + 1)).to_csv(),
+        lambda frame: frame.set_axis(range(100, N + 100)).to_csv(),
         lambda frame: frame.reset_index(names="Unnamed: 0").to_csv(index=False),
         lambda frame: frame.reset_index(names="Unnamed: 0").to_csv(),  # read and written once more
     ],
@@ -159,13 +160,13 @@ def test_an_unnamed_index_is_left_out_and_this_is_said(tmp_path, frame, write):
     columns, values, notes = _read(path)
     assert columns == ("height", "weight", "salary")
     np.testing.assert_array_equal(values, frame)
-    assert any("'Unnamed: 0' has no name and counts the rows, so it is taken for an index" in note for note in notes)
+    assert any("column 'Unnamed: 0' counts the rows, as an index does, so it is left out" in note for note in notes)
     columns, values, _ = _read(path, columns=["Unnamed: 0", "salary"])
     assert columns == ("Unnamed: 0", "salary")
     np.testing.assert_array_equal(values[:, 1], frame["salary"])
 
 
-@pytest.mark.parametrize("index", [range(N)[::-1], _floats(N), range(100, 100 + N), [1, 1, 2] * 20])
+@pytest.mark.parametrize("index", [range(N)[::-1], _floats(N), range(0, 2 * N, 2), [1, 1, 2] * 20])
 def test_an_unnamed_column_that_does_not_count_is_kept_and_said(tmp_path, frame, index):
     path = _write(tmp_path / "x.csv", frame.set_axis(index).to_csv())
     columns, values, notes = _read(path)
@@ -175,11 +176,9 @@ def test_an_unnamed_column_that_does_not_count_is_kept_and_said(tmp_path, frame,
     np.testing.assert_array_equal(_read(path, drop=["Unnamed: 0"])[1], frame)
 
 
-def test_columns_with_a_name_and_lone_columns_are_kept(tmp_path, frame):
-    path = _write(tmp_path / "x.csv", frame.to_csv(index_label="id"))
-    assert _read(path)[::2] == (("id", "height", "weight", "salary"), [])
+def test_a_lone_column_is_kept(tmp_path, frame):
+    path = tmp_path / "x.csv"
     assert _read(_write(path, _rows(range(5, N + 5))))[1][:, 0].tolist() == list(range(5, N + 5))
-    assert "'Unnamed: 0' ('red' in line 2)" in _refusal(_write(path, frame.set_axis(LABELS).to_csv()))
     # R writes no name above those of its rows: never an index without a word.
     path = _write(path, "height,weight,salary\n" + frame.to_csv(header=False))
     assert "the first row has more than the line of names" in _refusal(path)
@@ -217,8 +216,8 @@ def test_decimal_commas_are_read_and_said(tmp_path, frame, options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a;b\n" + _rows(["1.234,5"] * N, ["2,5"] * N, separator=";"), "'a' ('1.234,5' in line 2)"),
-        ("a,b\n" + _rows(['"1,234.5"'] * N, _floats(N)), "'a' ('1,234.5' in line 2)"),
+        ("a;b\n" + _rows(["1.234,5", "2,5"] * 30, ["2,5", "3,5"] * 30, separator=";"), "'a' ('1.234,5' in line 2)"),
+        ("a,b\n" + _rows(['"1,234.5"', "2.5"] * 30, _floats(N)), "'a' ('1,234.5' in line 2)"),
         (_rows(['"1,234"'] * N, [2.5] * N), "'1,234' in column '0', line 1, may be a thousand or have a decimal comma"),
         (_rows(["999", "1,234"] * 30, [2] * N, separator=";"), "'1,234' in column '0', line 2, may be a thousand"),
         (_rows(["1,5"] * N, ["1.5"] * N, separator=";"), "with decimal commas, and these are not: '1' ('1.5' in"),
@@ -250,8 +249,7 @@ def test_encodings_and_comments(tmp_path, table):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n" + "1,2\n" * 70 + "3\n", "missing values in 'b' (1 of 71, first line 72)"),
-        ("a,b,c\n" + "1,2\n" * 70, "missing values in 'c' (70 of 70, first line 2)"),
+        ("a,b\n" + "1,2\n4,5\n3\n" * 70, "missing values in 'b' (70 of 210, first line 4), 33% of the rows: fill"),
         ("a,b\n" + "1,2\n" * 70 + "3,4,5\n1,2\n", "Expected 2 fields in line 72, saw 3"),
         ("#\na b\n" + "1 2\n" * 70 + "1 2 3\n", "separated by spaces: Expected 2 fields in line 73, saw 3"),
         ("a,b\n" + "1,2,3\n" * 70, "the first row has more than the line of names"),
@@ -267,19 +265,87 @@ def test_uneven_lines_are_named(tmp_path, text, message):
     assert message in _refusal(_write(tmp_path / "x.csv", text))
 
 
+@pytest.mark.parametrize(
+    ("column", "why"),
+    [
+        (range(7, N + 7), "counts the rows, as an index does"),
+        ([7.5] * N, "holds '7.5' in every row"),
+        (["x"] * N, "holds 'x' in every row"),
+        ([None] * N, "is empty"),
+        (LABELS, "is of words ('red', 'blue', 'green'), which --label extra takes for classes"),
+        ([chr(97 + i // 26) + chr(97 + i % 26) for i in range(N)], "is of words ('aa', 'ab', 'ac', ... (60 in all))"),
+        ([*LABELS[:-1], None], "is of words"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_columns_of_no_use_are_left_out_and_this_is_said(tmp_path, frame, column, why, suffix):
+    table, path = frame.assign(extra=column), tmp_path / f"x.{suffix}"
+    table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    columns, values, notes = _read(path)
+    assert columns == ("height", "weight", "salary")
+    np.testing.assert_array_equal(values, frame)
+    assert len(notes) == 1
+    assert f"column 'extra' {why}" in notes[0]
+    assert notes[0].endswith(", so it is left out: --columns keeps what it names")
+    if "counts" in why:
+        assert _read(path, columns=["extra", "height"])[0] == ("extra", "height")
+    else:
+        assert "'extra'" in _refusal(path, columns=["extra", "height"])
+
+
+@pytest.mark.parametrize(
+    "column", [DATES, ["5 kg", "3 kg"] * 30, ["a1", "b2"] * 30, [*_floats(N - 1), "oops"], ["  ", "no"] * 30]
+)
+def test_words_that_may_be_numbers_or_dates_are_never_left_out(tmp_path, frame, column):
+    path = tmp_path / "x.csv"
+    frame.assign(extra=column).to_csv(path, index=False, quoting=1)
+    assert "columns must be of numbers, and these are not: 'extra'" in _refusal(path)
+
+
+def test_labels_are_kept_beside_the_states(tmp_path, frame):
+    frame["kind"], frame["class"] = ["good", "bad", "good"] * 20, np.where(frame["height"] < 0, 1.0, 2.0)
+    path = tmp_path / "x.csv"
+    frame.to_csv(path, index=False)
+    points = load_array(path, label="class", drop=["kind"])
+    assert points.info.columns == ("height", "weight", "salary")
+    is_low = points.info.to_data(points.train)[:, 0] < 0
+    assert points.train_labels.tolist() == np.where(is_low, "1", "2").tolist()
+    again = reload(points.info, 0)
+    assert np.array_equal(again.train_labels, points.train_labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frame = pd.concat([frame] * 2)  # 80 good rows
+        frame.to_csv(path, index=False)
+        points = load_array(path, label="kind=good", columns=["height", "weight"])
+        assert (len(points.train) + len(points.test), points.train_labels) == (80, None)
+        assert {name: len(x) for name, x in points.outliers.items()} == {"label=bad": 40}
+        bad = frame.loc[frame["kind"] == "bad", ["height", "weight"]].to_numpy()
+        np.testing.assert_allclose(points.outliers["label=bad"], points.info.to_states(bad), atol=1e-6)
+        assert torch.equal(reload(points.info, 0).outliers["label=bad"], points.outliers["label=bad"])
+    for label, words in (
+        ("knd", "has no column 'knd': did you mean kind?"),
+        ("kind=Good", "no row has 'Good' in column 'kind': did you mean good?: there are 'good', 'bad'"),
+        ("height", "column 'height' has 60 values, too many for classes"),
+    ):
+        assert words in _refusal(path, label=label)
+    with pytest.raises(ValueError, match="name the same column, 'kind'"):
+        load_array(path, label="kind", columns=["kind", "height"])
+
+
 def test_columns_are_chosen_by_name(tmp_path, frame):
-    table = frame.assign(date=DATES, **{"colour of hair": LABELS})
+    table = frame.assign(date=DATES, **{"colour of hair": [f"no. {i % 3}" for i in range(N)]})
     table.to_csv(tmp_path / "x.csv", index=False)
     path = tmp_path / "x.csv"
     message = _refusal(path)
-    assert "'date' ('2024-01-01' in line 2), 'colour of hair' ('red' in line 2): mend such cells" in message
+    assert "'date' ('2024-01-01' in line 2), 'colour of hair' ('no. 0' in line 2): mend such cells" in message
     assert "or leave those columns out by --drop date 'colour of hair' (--columns names those to keep)" in message
     assert _read(path, drop=["date", "colour of hair"])[0] == ("height", "weight", "salary")
     columns, values, _ = _read(path, columns=["salary", "height"])
     assert columns == ("salary", "height")
     np.testing.assert_array_equal(values, frame[list(columns)])
     for options, words in (
-        ({"drop": ["Date"]}, "has no column 'Date': it has 'height', 'weight'"),
+        ({"drop": ["Date"]}, "has no column 'Date': did you mean date?: it has 'height', 'weight'"),
+        ({"drop": ["height,date"]}, "has no column 'height,date': names are separated by spaces: it has"),
         ({"columns": ["7"]}, "has no column '7'"),
         ({"columns": ["height", "height"]}, "--columns takes each name once"),
         ({"drop": list(table.columns)}, "--drop leaves no column"),
@@ -303,14 +369,23 @@ def test_booleans_and_names_that_come_again_are_said(tmp_path, words):
 
 @pytest.mark.parametrize("word", ["", "NA", "nan", "N/A", "null", "None", "?", "#N/A", "<NA>", "  "])
 @pytest.mark.parametrize("decimal", [".", ","])
-def test_missing_values_are_named(tmp_path, frame, word, decimal):
+def test_rows_with_missing_values_are_left_out_while_they_are_few(tmp_path, frame, word, decimal):
     text = frame.astype(object)
     text.iloc[[3, 7], 1] = np.nan
     text.iloc[0, 2] = np.nan
     path = _write(tmp_path / "x.csv", text.to_csv(index=False, sep=";", decimal=decimal, na_rep=word))
+    told = "missing values in 'weight' (2 of 60, first line 5), 'salary' (1 of 60, first line 2)"
+    notes = _read(path)[2]
+    assert notes[-1] == f"{told}: these 3 rows are left out"
+    points = load_array(path)
+    assert len(points.train) + len(points.test) == 57
+    text.iloc[10:14, 0] = np.nan
+    _write(path, text.to_csv(index=False, sep=";", decimal=decimal, na_rep=word))
     message = _refusal(path)
-    assert "missing values in 'weight' (2 of 60, first line 5), 'salary' (1 of 60, first line 2)" in message
-    assert "fill them in, delete such rows, or leave such columns out by --drop weight salary" in message
+    assert "first line 2), 12% of the rows: fill them in" in message
+    assert "delete such rows, or leave such columns out by --drop height weight salary" in message
+    frame = frame.drop(columns="height").assign(height=_floats(N))
+    _write(path, text.assign(height=frame["height"]).to_csv(index=False, sep=";", decimal=decimal, na_rep=word))
     np.testing.assert_array_equal(_read(path, drop=["weight", "salary"])[1], frame[["height"]])
 
 
@@ -381,7 +456,7 @@ def test_any_real_numbers_will_do(tmp_path, dtype):
         ("x.csv", b"", "has no rows: it needs lines of numbers"),
         ("x.csv", b"a,b\n", "has 0 rows: it needs 50"),
         ("x.csv", b"1,2.5\n" * 49, "has 49 rows: it needs 50"),
-        ("x.csv", "a,b\n" + _rows(_floats(N), [7] * N), "nothing varies among the training rows in 'b'"),
+        ("x.csv", "a,b\n" + _rows([8] * N, [7] * N), "nothing varies among the training rows in 'a', 'b'"),
         ("x.csv", "a,b\n" + _rows(_floats(N), [f"{i}e306" for i in range(N)]), "too large or too close"),
     ],
 )
@@ -410,11 +485,10 @@ def test_parquet_is_read_as_csv_is(tmp_path, frame):
     ("column", "message"),
     [
         (pd.to_datetime(DATES), "'extra' ('2024-01-01"),
-        (LABELS, "'extra' ('red' in row 0)"),
+        ([f"no. {i}" for i in range(N)], "'extra' ('no. 0' in row 0)"),
         ([1.5, None] * 30, "missing values in 'extra' (30 of 60, first row 1)"),
         (pd.array([1, None] * 30, "Int64"), "missing values in 'extra' (30 of 60, first row 1)"),
-        ([None] * N, "missing values in 'extra' (60 of 60, first row 0)"),
-        ([2**53 + 1] * N, "'extra' ('9007199254740993', which float64 rounds, in row 0)"),
+        ([2**53 + 1, 5] * 30, "'extra' ('9007199254740993', which float64 rounds, in row 0)"),
     ],
 )
 def test_columns_of_parquet_that_are_not_numbers_are_named(tmp_path, frame, column, message):

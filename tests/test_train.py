@@ -152,9 +152,13 @@ def test_stopped_while_sampling_and_measuring(tmp_path, tiny_images, whole):
     phases = []
     with pytest.raises(Stopped, match="step 6 of 6"):
         train(
-            TINY, tmp_path / "run", data=tiny_images, on_phase=phases.append, should_stop=lambda: len(phases) == 2
+            TINY, tmp_path / "run", data=tiny_images, on_phase=lambda *phase: phases.append(phase),
+            should_stop=lambda: len(phases) == 6,
         )  # fmt: skip
-    assert phases == ["sampling 60 fresh chains: step 3 of 3", "measuring"]
+    sampling = "sampling 60 fresh chains"
+    assert phases[0] == (sampling, 0, 3)
+    assert (sampling, 3, 3) in phases
+    assert phases[-1][0] == "measuring"
     train(TINY, tmp_path / "run", data=tiny_images, resume=True)
     _same_end(tmp_path / "run", whole)
     clock = ("seconds", "seconds_after_training")
@@ -178,7 +182,7 @@ def test_the_run_folder_is_complete(whole, tiny_images):
     names = {path.name for path in whole.iterdir()}
     assert names == {
         ".lock", "config.json", "checkpoints", "metrics.jsonl", "summary.json", "samples.png", "energies.png",
-        "training.png",
+        "training.png", "train_energies.npy",
     }  # fmt: skip
     assert _tree(whole / "checkpoints") == {"LATEST"} | {
         f"step-0000000{step}/{name}"
@@ -340,7 +344,9 @@ def test_a_damaged_checkpoint_is_named_and_changes_nothing_and_the_one_before_se
 
 def test_resuming_with_another_configuration_is_refused(tmp_path, tiny_images, whole):
     with pytest.raises(ValueError, match="another configuration"):
-        train(dataclasses.replace(TINY, steps=7), whole, data=tiny_images, resume=True)
+        train(dataclasses.replace(TINY, alpha=7.0), whole, data=tiny_images, resume=True)
+    with pytest.raises(ValueError, match="has done 6 steps: steps must be more to extend it, got 5"):
+        train(dataclasses.replace(TINY, steps=5), whole, data=tiny_images, resume=True)
     with pytest.raises(ValueError, match="is no run of fastebm"):
         train(TINY, tmp_path, data=tiny_images, resume=True)
 
@@ -349,9 +355,32 @@ def test_an_edited_config_is_not_silently_ignored(tmp_path, tiny_images):
     with pytest.raises(Stopped):
         train(TINY, tmp_path / "run", data=tiny_images, should_stop=lambda: True)
     path = tmp_path / "run" / "config.json"
-    path.write_text(path.read_text().replace('"steps": 6', '"steps": 60'))
+    path.write_text(path.read_text().replace('"alpha": 0.001', '"alpha": 0.002'))
     with pytest.raises(ValueError, match="undo the change"):
         train(TINY, tmp_path / "run", data=tiny_images, resume=True)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_finished_run_can_be_extended(tmp_path, tiny_images, no_report, is_killed):
+    """Where the learning rate does not depend on the number of steps, to the bits of the longer run."""
+    short = dataclasses.replace(TINY, steps=3, decay="none")
+    longer = dataclasses.replace(short, steps=6)
+    train(longer, tmp_path / "straight", data=tiny_images)
+    train(short, tmp_path / "run", data=tiny_images)
+
+    def killed(row):
+        raise KeyboardInterrupt
+
+    if is_killed:  # before the first checkpoint of the longer run
+        with pytest.raises(KeyboardInterrupt):
+            train(longer, tmp_path / "run", data=tiny_images, resume=True, on_step=killed)
+        assert _newest(tmp_path / "run").step == 3
+        assert saved_config(tmp_path / "run") == dataclasses.replace(longer, data=tiny_images.info)
+        longer = saved_config(tmp_path / "run")
+    train(longer, tmp_path / "run", data=tiny_images, resume=True)
+    _same_end(tmp_path / "run", tmp_path / "straight")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 6
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 # -- explosions ---------------------------------------------------------------------------------------------
@@ -627,7 +656,8 @@ def test_fresh_samples_do_not_depend_on_their_number_or_on_the_chunks(whole, tin
     seen = []
     few, _ = fresh_samples(model, config, 4, dim=9, steps=7, seed=1, on_steps=lambda *done: seen.append(done))
     assert torch.equal(many[:4], few)
-    assert seen == [(3, 7), (6, 7), (7, 7)]
+    assert (seen[0], seen[-1]) == ((0, 7), (7, 7))
+    assert all(0 < b - a <= 3 for (a, _), (b, _) in itertools.pairwise(seen))
     assert info.backend in ("torch", "triton")
     assert not torch.equal(many, fresh_samples(model, config, 20, dim=9, steps=7, seed=2)[0])
 

@@ -1,0 +1,117 @@
+"""``fastebm sample``: new samples of a trained energy."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..checkpoint import write_atomically
+from ..data import DataInfo
+from ..energies import MLPEnergy
+from ..recipe import TrainConfig
+from ..report import fresh_samples, landscape
+from ..threads import fastest
+from ..train import load_model, resolve_device
+from .options import add_device, add_threads, check_writable, count, need, on_threads, positive
+from .progress import Progress
+
+_WORDS = "Samples of a trained energy, from chains that start in uniform noise."
+_ARRAYS = (".csv", ".npy", ".npz")
+_PICTURES = (".png", ".jpg", ".pdf")
+
+# Steps, and chains at most, by which the threads are timed.
+_TIMED_STEPS, _TIMED_CHAINS = 5, 2048
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser("sample", help="draw samples from a run", description=_WORDS)
+    command.set_defaults(run=_sample)
+    command.add_argument("source", type=Path, metavar="RUN", help="a run folder of fastebm train")
+    command.add_argument("-n", type=positive, default=64, metavar="N", help="number of samples")
+    command.add_argument(
+        "--out", type=Path, required=True, default=argparse.SUPPRESS, metavar="FILE",
+        help="what to write: .csv (columns by their names), .npy or .npz, in the data's units (images in [0, 1]); "
+        ".png, .jpg or .pdf: a picture of images or 2-D points",
+    )  # fmt: skip
+    command.add_argument(
+        "--steps", type=count, default=argparse.SUPPRESS, help="Langevin steps from noise (default: the run's)"
+    )
+    command.add_argument("--seed", type=count, default=0, help="of starts and noise")
+    add_device(command, default="auto")
+    add_threads(command)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    check_writable(out, (*_ARRAYS, *_PICTURES))
+    is_picture = out.suffix.lower() in _PICTURES
+    need("safetensors", "tqdm", *(["matplotlib"] if is_picture else ["pandas"] if out.suffix.lower() == ".csv" else []))
+
+    device = resolve_device(arguments.device)
+    model, config = load_model(arguments.source)
+    if is_picture and config.data.kind == "table":
+        raise ValueError(
+            f"samples of {config.data.dim} dims make no picture: give --out a name that ends in {', '.join(_ARRAYS)}"
+        )
+    n_threads = getattr(arguments, "threads", None)
+    with Progress() as progress:
+        if n_threads is None and device.type == "cpu" and torch.get_num_threads() > 1:
+            progress.show("timing the first steps")
+            seconds = fastest(lambda: _steps(model, config, min(arguments.n, _TIMED_CHAINS), arguments.backend))
+            n_threads, other = next(iter(seconds)), max(seconds)
+            if n_threads < other:
+                times = f"{seconds[other] / seconds[n_threads]:.1f} times slower"
+                progress.note(
+                    f"threads: {n_threads} of {other}, with which this machine is {times} (--threads sets it)"
+                )
+        with on_threads(n_threads):
+            samples, info = fresh_samples(
+                model.to(device),
+                config,
+                arguments.n,
+                dim=config.data.dim,
+                steps=getattr(arguments, "steps", None),
+                seed=arguments.seed,
+                backend=arguments.backend,
+                on_steps=lambda done, steps: progress.show("sampling", done, steps),
+            )
+    x = config.data.to_data(samples)
+    write_atomically(out, _picture(x, model, config.data, out) if is_picture else _array(x, config.data, out))
+    print(f"{out}: {arguments.n:,} samples ({info.backend}, {info.path}, on {device})")
+    return 0
+
+
+def _steps(model: MLPEnergy, config: TrainConfig, n: int, backend: str) -> None:
+    fresh_samples(model, config, n, dim=config.data.dim, steps=_TIMED_STEPS, backend=backend)
+
+
+def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo, out: Path) -> bytes:
+    from .. import plot
+
+    title = f"{len(x):,} samples"
+    if data.kind == "images":
+        figure = plot.samples_figure({title: (x * data.levels).round() / data.levels})
+    else:
+        figure = plot.plane_figure({title: x}, landscape(model, data), data.columns, over=True)
+    return plot.encoded(figure, out.suffix.lower().removeprefix("."))
+
+
+def _array(x: NDArray[Any], data: DataInfo, out: Path) -> bytes:
+    file = io.BytesIO()
+    if out.suffix.lower() == ".npy":
+        np.save(file, x)
+    elif out.suffix.lower() == ".npz":
+        arrays = {"samples": x, **({"columns": np.array(data.columns)} if data.columns else {})}
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    else:
+        import pandas as pd
+
+        columns = data.columns or range(data.dim)
+        pd.DataFrame(x.reshape(len(x), -1), columns=columns).to_csv(file, index=False)
+    return file.getvalue()

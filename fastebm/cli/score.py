@@ -1,0 +1,108 @@
+"""``fastebm score``: how unlike the training data the rows of a file are."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import evaluate, inspection
+from ..checkpoint import write_atomically
+from ..files import Table, find, read, read_images
+from ..scoring import TrainedRun, load
+from .options import check_writable, need
+from .progress import Progress
+
+_WORDS = """Energies of rows, in the units of the training data: the higher, the less likely. --out has a line per row,
+the most unlikely first: its number from 0, its energy, the percentage of the training rows whose energy is no
+higher (100: unlike all of them), and the number of columns beyond the range of the training data."""
+
+# Of the rows, those that are printed.
+_SHOWN = 5
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser("score", help="find the anomalies in a file", description=_WORDS)
+    command.set_defaults(run=_score)
+    command.add_argument("source", type=Path, metavar="RUN", help="a run folder of fastebm train")
+    command.add_argument(
+        "file", type=Path, metavar="FILE",
+        help="rows in the units that the run was trained on: CSV, TSV, Parquet (columns are found by their names) or "
+        ".npy; of images, .npy of values in [0, 1]",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, default=None, metavar="FILE", help="a .csv to write")
+    command.add_argument(
+        "--label", default=None, metavar="NAME=VALUE",
+        help="a column of FILE and what it holds in ordinary rows: prints the AUROC against the others",
+    )  # fmt: skip
+    command.add_argument(
+        "--header", action=argparse.BooleanOptionalAction, default=None,
+        help="of text: whether the first line holds names (default: found out)",
+    )  # fmt: skip
+    command.add_argument(
+        "--check-units", action=argparse.BooleanOptionalAction, default=True,
+        help="refuse rows in other units than the training data's",
+    )  # fmt: skip
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    if arguments.out is not None:
+        check_writable(arguments.out, (".csv",))
+    need("safetensors", "tqdm", "pandas", "sklearn")
+    if arguments.label is not None and "=" not in arguments.label:
+        raise ValueError(f"--label takes NAME=VALUE, what ordinary rows hold, got {arguments.label!r}")
+    with Progress() as progress:
+        progress.show(f"reading {arguments.source}")
+        run = load(arguments.source)
+        progress.show(f"reading {arguments.file}")
+        table = _table(run, arguments)
+        for note in table.notes:
+            progress.note(f"{arguments.file.name}: {note}")
+        progress.show("scoring")
+        energies = run.energy(table.x, check_units=arguments.check_units).numpy()
+    order = np.argsort(-energies, kind="stable")
+    percentiles, outside = run.percentile(energies), run.outside(table.x)
+    if arguments.out is not None:
+        rows = zip(table.numbers[order], energies[order], percentiles[order], outside[order], strict=True)
+        write_atomically(arguments.out, _csv(rows))
+    _tell(arguments, table, energies, percentiles, order)
+    return 0
+
+
+def _table(run: TrainedRun, arguments: argparse.Namespace) -> Table:
+    path = find(arguments.file)
+    if run.data.kind == "images" and path.suffix.lower() == ".npy":
+        return read_images(path, run.data.shape)
+    names = run.data.columns or tuple(map(str, range(run.data.dim)))
+    table = read(path, columns=names, header=arguments.header, label=arguments.label, by_position=True)
+    return inspection.complete(path, table)
+
+
+def _csv(rows: Any) -> bytes:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["row", "energy", "percentile", "columns_outside"])
+    writer.writerows([int(i), f"{e:.9g}", f"{p:.6g}", int(n)] for i, e, p, n in rows)
+    return file.getvalue().encode()
+
+
+def _tell(
+    arguments: argparse.Namespace, table: Table, energies: NDArray[Any], percentiles: NDArray[Any], order: NDArray[Any]
+) -> None:
+    where = "" if arguments.out is None else f"{arguments.out}: "
+    print(f"{where}{len(energies):,} rows, of which {(percentiles >= 99).sum():,} are above 99 % of the training rows")
+    for i in order[:_SHOWN]:
+        print(
+            f"  row {table.numbers[i]} ({table.place(int(i))}): energy {energies[i]:.4g}, above {percentiles[i]:.1f} %"
+        )
+    if arguments.label is not None and table.labels is not None:
+        value = table.layout.value
+        is_known = table.labels != ""
+        ordinary = table.labels == value
+        auroc = evaluate.auroc(energies[ordinary], energies[is_known & ~ordinary])
+        print(f"  AUROC of the energy, {arguments.label} against the others: {auroc:.3f}")

@@ -1,0 +1,323 @@
+"""``fastebm train``: from data to a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import signal
+import time
+import types
+import typing
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoint
+from ..data import SETS, Data, load, load_array
+from ..files import find
+from ..processes import Processes, launched
+from ..recipe import TrainConfig, recipe
+from ..train import (
+    CHECKPOINT_EVERY,
+    FREE_SETTINGS,
+    SUMMARY,
+    Stopped,
+    check_memory,
+    located,
+    resolve_device,
+    saved_config,
+    seconds_of_a_step,
+    train,
+)
+from ..words import did_you_mean
+from .options import add_device, add_threads, flat, need, on_threads, positive, rank, sizes
+from .progress import Progress, Signals
+
+_DEFAULTS = TrainConfig()
+_WORDS = """Train an MLP energy by persistent contrastive divergence, then sample from it, measure it on held-out data
+and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume goes on with the same bits. On several processes:
+torchrun --nproc-per-node 2 -m fastebm train ..."""
+
+# How a file is read; a resumed run reads it as before.
+_READING = ("columns", "drop", "header", "label")
+
+# Entries of the configuration that come from the data.
+_OF_DATA = ("data", "clamp")
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser("train", help="train an energy on real data", description=_WORDS, epilog=_keys())
+    command.set_defaults(run=_train)
+    # SUPPRESS tells what was given from what was not, which --resume has to know.
+    command.add_argument(
+        "dataset", nargs="?", metavar="DATASET", default=None,
+        help="; ".join(f"{name}: {entry.words}" for name, entry in SETS.items()) + "; or --data FILE",
+    )  # fmt: skip
+    command.add_argument(
+        "--data", type=Path, default=argparse.SUPPRESS, metavar="FILE",
+        help="instead of a data set, your own table (n, d) of real numbers: CSV, TSV, Parquet or .npy",
+    )  # fmt: skip
+    command.add_argument(
+        "--columns", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
+        help="of --data: the columns to keep, by name (0, 1, ... where the file has no names); default: all",
+    )  # fmt: skip
+    command.add_argument(
+        "--drop", nargs="+", default=argparse.SUPPRESS, metavar="NAME", help="of --data: the columns to leave out"
+    )
+    command.add_argument(
+        "--label", default=argparse.SUPPRESS, metavar="NAME[=VALUE]",
+        help="of --data: a column that tells each row's class, which is left out; with a value, train on the rows "
+        "that have it, and measure how well the energy finds the others",
+    )  # fmt: skip
+    command.add_argument(
+        "--header", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="of --data that are text: whether the first line holds names (default: found out)",
+    )  # fmt: skip
+    for flag, kind, default, text in (
+        (
+            "--steps",
+            int,
+            f"{_DEFAULTS.steps} for digits",
+            "training iterations; with --resume, more of them extend the run",
+        ),
+        ("--seed", int, _DEFAULTS.seed, "of everything random"),
+        ("--batch-size", int, f"{_DEFAULTS.batch_size} for digits", "real rows, and chains, an iteration"),
+        ("--pool-size", int, f"{_DEFAULTS.pool_size} for digits", "persistent chains"),
+    ):
+        command.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
+    command.add_argument(
+        "--hidden-sizes",
+        type=sizes,
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help=f"hidden widths, from the input up (default: {' '.join(map(str, _DEFAULTS.hidden_sizes))} for digits)",
+    )
+    command.add_argument(
+        "--set", nargs="+", action="extend", default=argparse.SUPPRESS, metavar="KEY=VALUE", dest="settings",
+        help="any other value of the recipe; the keys are below",
+    )  # fmt: skip
+    add_device(command, default=argparse.SUPPRESS)
+    add_threads(command)
+    command.add_argument(
+        "--on-nonfinite", choices=["raise", "reinit"], default=argparse.SUPPRESS,
+        help="chains that leave the finite numbers end the run, or start anew (default: raise)",
+    )  # fmt: skip
+    command.add_argument(
+        "--checkpoint-every", type=positive, default=CHECKPOINT_EVERY, metavar="N", help="steps between checkpoints"
+    )
+    command.add_argument(
+        "--out", type=Path, default=argparse.SUPPRESS, metavar="RUN",
+        help="run folder to write: new or empty (default: runs/<data>-<time>)",
+    )  # fmt: skip
+    command.add_argument(
+        "--resume", type=Path, default=argparse.SUPPRESS, metavar="RUN",
+        help="run folder to go on with, as if it had never stopped, or one of its checkpoints/step-N; --steps, the "
+        "number of processes, --device, --backend, --on-nonfinite, --threads and --checkpoint-every may change",
+    )  # fmt: skip
+
+
+# -- the recipe's values by name ----------------------------------------------------------------------------
+
+
+def _fields() -> dict[str, Any]:
+    """Type by name of what --set takes."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainConfig) if field.name not in _OF_DATA}
+
+
+def _keys() -> str:
+    told = (f"{name}={_as_text(getattr(_DEFAULTS, name))}" for name in sorted(_fields()))
+    return "Keys of --set, with the values for digits (fastebm/recipe.py says what they are): " + " ".join(told)
+
+
+def _as_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """The values of --set."""
+    fields, values = _fields(), dict[str, Any]()
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE, as in --set learning_rate=0.001, got {word!r}")
+        if key not in fields:
+            of_data = f": {key} comes from the data" if key in _OF_DATA else did_you_mean(key, fields)
+            raise ValueError(f"--set has no key {key!r}{of_data} (fastebm train --help lists them)")
+        if key in values:
+            raise ValueError(f"--set was given {key} twice: {_as_text(values[key])} and {text}")
+        values[key] = _parsed(key, text.strip(), fields[key])
+    return values
+
+
+def _parsed(key: str, text: str, kind: Any) -> Any:
+    """Text as a value of one of the kinds that TrainConfig has: int, float, str, tuples of numbers, or None."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    try:
+        if typing.get_origin(kind) is tuple:
+            of = typing.get_args(kind)[0]
+            return tuple(of(part) for part in text.split(","))
+        return kind(text)
+    except ValueError:
+        words = {int: "a whole number", float: "a number"}.get(kind, "numbers, separated by commas")
+        none = " or none" if types.NoneType in kinds else ""
+        raise ValueError(f"--set {key}= takes {words}{none}, got {text!r}") from None
+
+
+# -- the command --------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    need("tqdm", "matplotlib", "pandas", "sklearn", "safetensors")
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "checkpoint_every")}
+    if "hidden_sizes" in given:
+        given["hidden_sizes"] = flat(given["hidden_sizes"])
+    settings = _settings(given.pop("settings", ()))
+    if twice := [key for key in settings if key in given]:
+        raise ValueError(f"--{twice[0].replace('_', '-')} and --set {twice[0]}= were both given: leave one out")
+    resume, name, file, n_threads = (given.pop(key, None) for key in ("resume", "dataset", "data", "threads"))
+    with Progress(rank() == 0) as progress:
+        if resume is None:
+            reading = {key: given.pop(key) for key in _READING if key in given}
+            out = given.pop("out", None)
+            data = _data(name, file, {**given, **settings}.get("seed", _DEFAULTS.seed), reading, progress)
+            config = TrainConfig(**{**recipe(data), **given, **settings})
+        else:
+            _check_resumed(given, settings, file)
+            out, data = located(resume)[0], None
+            config = TrainConfig.from_dict({**saved_config(resume).to_dict(), **given, **settings})
+            if name not in (None, config.data.name):
+                raise ValueError(f"the run in {out} is trained on {config.data.name}, not on {name}: leave {name} out")
+            if resume == out and (out / SUMMARY).exists() and config.steps <= _saved(out).step:
+                if rank() == 0:
+                    print(f"{out} is complete: there is nothing to resume (--steps N, more than it has, extends it)")
+                return 0
+        with launched(config.device) as group:
+            if group is None and n_threads is None:
+                n_threads = _n_threads(config, data, resume, progress)
+            if out is None:  # by the clock of the first process
+                new = Path("runs") / time.strftime(f"{name or file.stem}-%Y%m%d-%H%M%S")
+                out = Path(Processes(group).gather(str(new))[0])
+            source = f"{config.data.name} " if config.data.name in SETS else ""
+            again = f"fastebm train {source}--resume {shlex.quote(str(out))}"
+            with Signals() as signals, on_threads(n_threads):
+                try:
+                    summary = train(
+                        config,
+                        out if resume is None else resume,
+                        data=data,
+                        resume=resume is not None,
+                        checkpoint_every=arguments.checkpoint_every,
+                        process_group=group,
+                        on_step=lambda row: progress.train(row, config.steps),
+                        on_phase=progress.show,
+                        should_stop=signals.arrived,
+                    )
+                except Stopped as stopped:
+                    progress.note(f"{stopped} and saved; to go on: {again}")
+                    return 128 + (signals.number or signal.SIGTERM)  # 0: another process had the signal
+                except KeyboardInterrupt:
+                    where = f"; to go on from the last checkpoint: {again}" if _has_checkpoint(out) else ""
+                    progress.note(f"interrupted{where}")
+                    return 128 + (signals.number or signal.SIGINT)
+    if rank() == 0:
+        _tell(out, config, summary)
+    return 0
+
+
+def _data(name: str | None, file: Path | None, seed: Any, reading: dict[str, Any], progress: Progress) -> Data:
+    if reading and file is None:
+        raise ValueError(f"--{next(iter(reading))} is for --data FILE: leave it out, or name a file")
+    if (name is None) == (file is None):
+        raise ValueError(f"train needs one of the data sets ({', '.join(SETS)}) or --data FILE, and not both")
+    seed = dataclasses.replace(_DEFAULTS, seed=seed).seed  # checked
+    if file is not None:
+        return _read(file, seed, reading, progress)
+    name = str(name)
+    if name not in SETS:
+        is_file = Path(name).exists() or Path(name).suffix
+        near = f": did you mean --data {name}?" if is_file else did_you_mean(name, SETS)
+        raise ValueError(f"there is no data set {name!r}{near} (there are {', '.join(SETS)}, and --data FILE)")
+    progress.show(f"reading {name}")
+    return load(name, seed)
+
+
+def _read(file: Path, seed: int, reading: dict[str, Any], progress: Progress) -> Data:
+    """The user's file; what was decided on the way, and found in it, is told in a line each."""
+    if str(file) in SETS and not file.exists():
+        raise ValueError(f"--data takes a file: did you mean fastebm train {file}?")
+    find(file)
+    progress.show(f"reading {file}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load_array(file, seed, **reading)
+    for warning in caught:
+        progress.note(str(warning.message))
+    for finding in data.findings:
+        progress.note(f"{file.name}: {finding}")
+    names = ", ".join(data.info.columns[:8]) + (", ..." if data.dim > 8 else "")
+    progress.note(
+        f"{file.name}: {len(data.train):,} rows to train on and {len(data.test):,} held out, of "
+        f"{data.dim} column{'s' * (data.dim > 1)}: {names}"
+    )
+    return data
+
+
+def _check_resumed(given: dict[str, Any], settings: dict[str, Any], file: Path | None) -> None:
+    """An error for what a run can't be resumed with."""
+    fixed = [f"--{key.replace('_', '-')}" for key in given if key not in FREE_SETTINGS]
+    fixed += [f"--set {key}" for key in settings if key not in FREE_SETTINGS]
+    fixed += ["--data"] if file is not None else []
+    if fixed:
+        raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(fixed)}")
+
+
+def _saved(run: Path) -> checkpoint.Saved:
+    return checkpoint.Saved(located(run)[1])
+
+
+def _n_threads(config: TrainConfig, data: Data | None, resume: Path | None, progress: Progress) -> int | None:
+    """How many threads to train with; None: as many as PyTorch has. A resumed run has as many as before."""
+    if resume is not None or data is None:
+        saved = None if resume is None else _saved(resume).values.get("threads")
+        return min(saved, torch.get_num_threads()) if isinstance(saved, int) else None
+    if torch.get_num_threads() == 1 or resolve_device(config.device).type != "cpu":
+        return None
+    check_memory(config, data.dim, torch.device("cpu"))
+    progress.show("timing the first steps")
+    seconds = seconds_of_a_step(config, data)
+    best, *others = seconds
+    told = ", ".join(f"{1e3 * seconds[n]:.0f} ms with {n}" for n in others)
+    progress.note(f"threads: {best}, with which a step takes {1e3 * seconds[best]:.0f} ms ({told}; --threads sets it)")
+    return best
+
+
+def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+    what = "digits" if config.data.kind == "images" else "rows"
+    print(
+        f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"
+    )
+    aurocs = {k.removeprefix("auroc_"): v for k, v in summary.items() if k.startswith("auroc_")}
+    print(f"  AUROC against held-out {what}: {', '.join(f'{k} {v:.3f}' for k, v in aurocs.items())}")
+    print(f"  a random forest tells samples from {what}: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
+    if "classes_present" in summary:
+        n = len(summary["class_shares"])
+        print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of {n}")
+    print(f"  look at {out / 'samples.png'}, energies.png and training.png")
+
+
+def _has_checkpoint(out: Path) -> bool:
+    try:
+        located(out)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,195 @@
+"""A trained run, applied to rows in the units of its data: energies, and where they stand among the training rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .data import DataInfo, reload
+from .energies import MLPEnergy
+from .recipe import TrainConfig
+from .report import ENERGIES, energies_of, fresh_samples, train_energies
+from .train import SUMMARY, load_model, located
+from .words import listed
+
+__all__ = ["TrainedRun", "load"]
+
+# Of all cells, the share that may lie beyond the range of the training rows. Of breast_cancer's malignant rows, which
+# are anomalies, 5 % do.
+_MOST_OUTSIDE = 0.25
+
+# Rows are taken for standardised ones if this share of them has a higher energy than all but 1 % of the training rows,
+# and fewer than half do when they are read as standardised.
+_SURELY_FAR, _NOT_FAR = 0.9, 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """What ``load`` gives.
+
+    Args:
+        model: the energy of states: what chains move in, (n, dim). For images these are values in [0, 1], for rows
+            ``(x - data.offset) / data.scale`` within ``data.clamp``. It is what ``langevin_sample`` and pools take.
+        config: all hyper-parameters. data: what it was trained on, and in which units.
+        train_energies: (n_train,) sorted energies of the training rows.
+    """
+
+    model: MLPEnergy
+    config: TrainConfig
+    train_energies: NDArray[np.float32]
+
+    @property
+    def data(self) -> DataInfo:
+        return self.config.data
+
+    def energy(self, x: Any, *, check_units: bool = True) -> Tensor:
+        """Energies of rows in the units of the data: the higher, the less likely.
+
+        A value beyond the range that chains move in (``outside``) counts as the nearest in it: of the energy
+        further out nothing was learnt.
+
+        Args:
+            x: (n, d) rows, or (n, height, width) images in [0, 1]: a tensor, an array, or a DataFrame, of which the
+                columns are taken by name.
+            check_units: refuse rows that are clearly in other units, as standardised ones are where the run was
+                trained on raw values, or the other way round.
+
+        Returns:
+            (n,) float32.
+
+        Raises:
+            ValueError: rows of another shape, that are not finite, or in other units.
+        """
+        return self._energy(self._rows(x), check_units)
+
+    def percentile(self, energies: ArrayLike) -> NDArray[np.float64]:
+        """The percentage of the training rows whose energy is no higher, of each energy: 100 is unlike all of them.
+
+        The model has seen the training rows, so of new rows like them somewhat more than 5 % are above 95.
+        """
+        e = np.asarray(energies, np.float32)
+        return 100.0 * np.searchsorted(self.train_energies, e, side="right") / len(self.train_energies)
+
+    def outside(self, x: Any) -> NDArray[np.int64]:
+        """Of each row, the number of columns beyond the range that chains move in: the training rows' and a tenth
+        more, within five standard deviations. (n,)"""
+        n: NDArray[np.int64] = self._outside(self._rows(x)).sum(axis=1)
+        return n
+
+    def sample(self, n: int, *, steps: int | None = None, seed: int = 0) -> NDArray[Any]:
+        """New samples in the units of the data, from chains that start in uniform noise: (n, *data.shape).
+
+        Args:
+            steps: of Langevin; None: the run's.
+        """
+        samples, _ = fresh_samples(self.model, self.config, n, dim=self.data.dim, steps=steps, seed=seed)
+        return self.data.to_data(samples)
+
+    def _rows(self, x: Any) -> NDArray[np.float64]:
+        """(n, dim), finite, in the data's units."""
+        data = self.data
+        if hasattr(x, "columns") and data.columns:
+            names = {str(name): name for name in x.columns}
+            if missing := [name for name in data.columns if name not in names]:
+                raise ValueError(
+                    f"the run was trained on columns that are not there: {listed(missing)}; there are "
+                    f"{listed([*names])}"
+                )
+            x = x[[names[name] for name in data.columns]]
+        rows = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, np.float64)
+        if rows.ndim < 2 or rows.shape[1:] not in (data.shape, (data.dim,)):
+            shape = " or ".join(f"(n, {', '.join(map(str, s))})" for s in dict.fromkeys([data.shape, (data.dim,)]))
+            mistake = ""
+            if rows.shape in (data.shape, (data.dim,)):
+                mistake = ": of one row make x[None]"
+            elif rows.ndim == 2 and not hasattr(x, "columns"):
+                mistake = ": was an index or a label left in, or a column left out?"
+            raise ValueError(f"rows must be {shape}, as those of {data.name}, got shape {rows.shape}{mistake}")
+        rows = rows.reshape(len(rows), -1)
+        if not (finite := np.isfinite(rows)).all():
+            bad = np.flatnonzero(~finite.all(axis=1))
+            raise ValueError(f"rows must be finite, got NaN or inf in {len(bad)} of {len(rows)} (first: {bad[0]})")
+        if data.kind == "images" and len(rows) > 0 and not 0.0 <= rows.min() <= rows.max() <= 1.0:
+            levels = f": divide grey levels by {data.levels}" if rows.min() >= 0 else ": (x + 1) / 2 maps [-1, 1] there"
+            raise ValueError(f"images must be in [0, 1], got values from {rows.min():g} to {rows.max():g}{levels}")
+        return rows
+
+    def _outside(self, rows: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """(n, dim)"""
+        if self.data.kind == "images":
+            return np.zeros(rows.shape, np.bool_)
+        scores = (rows - self.data.offset) / self.data.scale
+        lo, hi = self.data.clamp
+        return (scores < lo) | (scores > hi)
+
+    def _energy(self, rows: NDArray[np.float64], check_units: bool) -> Tensor:
+        e = energies_of(self.model, self._states(rows))
+        if check_units and self.data.kind != "images" and len(rows) > 0:
+            self._check_units(rows, e)
+        return e
+
+    def _states(self, rows: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(rows).float() if self.data.kind == "images" else self.data.to_states(rows)
+
+    def _check_units(self, rows: NDArray[np.float64], e: Tensor) -> None:
+        data = self.data
+        mean, deviation = np.array(data.offset), np.array(data.deviation)
+        is_standard = bool((np.abs(mean) < 0.1).all() and (np.abs(deviation - 1.0) < 0.1).all())
+        outside = self._outside(rows)
+        way_out = "check_units=False (fastebm score --no-check-units) scores them as they are"
+        if outside.mean() > _MOST_OUTSIDE:
+            j = int(outside.mean(axis=0).argmax())
+            guess = (
+                "the run was trained on standardised columns: standardise these by the same means and deviations"
+                if is_standard
+                else "are they in other units, standardised, or in another order?"
+            )
+            raise ValueError(
+                f"{outside.mean():.0%} of the cells are beyond anything that the run was trained on: in column "
+                f"{data.columns[j]!r} the median is {np.median(rows[:, j]):g}, and the training rows have mean "
+                f"{mean[j]:g} and standard deviation {deviation[j]:g}; {guess} ({way_out})"
+            )
+        far = float(np.quantile(self.train_energies, 0.99))
+        if is_standard or float((e > far).double().mean()) < _SURELY_FAR:
+            return
+        raw = rows * deviation + mean
+        if float((energies_of(self.model, self._states(raw)) > far).double().mean()) < _NOT_FAR:
+            raise ValueError(
+                "these rows seem to be standardised, and the run was trained on values as they are: the column "
+                f"{data.columns[0]!r} has the median {np.median(rows[:, 0]):g}, and the training rows have mean "
+                f"{mean[0]:g} and standard deviation {deviation[0]:g}; give rows in its units ({way_out})"
+            )
+
+
+def load(run: str | os.PathLike[str]) -> TrainedRun:
+    """The trained energy of a run folder of ``fastebm train``, for rows in the units of its data:
+
+        run = fastebm.load("runs/measurements")
+        run.energy(rows)                        # (n,) the higher, the less likely
+        run.percentile(run.energy(rows))        # among the training rows
+        run.sample(1000)                        # new rows
+
+    Args:
+        run: the folder, or one of its checkpoints/step-N.
+
+    Raises:
+        ValueError: no run, a damaged one, or one that has not ended and whose data are gone.
+    """
+    model, config = load_model(run)
+    out, path = located(run)
+    kept = out / ENERGIES
+    # Not those of a run that goes on, or of an earlier checkpoint.
+    if kept.exists() and (out / SUMMARY).exists() and located(out)[1].resolve() == path.resolve():
+        try:
+            energies = np.load(kept, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{kept} is damaged ({error}): delete it, and it is computed from the data") from None
+    else:
+        energies = train_energies(model, reload(config.data, config.seed))
+    return TrainedRun(model, config, energies)
