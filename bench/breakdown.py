@@ -1,30 +1,33 @@
-"""Where the time goes on a CPU: python bench/breakdown.py
+"""Where the time goes on a CPU: steps, pools, first calls, each taken apart.
 
-Parts are run alone, in turns with the whole, since a profiler does not see into compiled code. The fastest round of
-each counts, as nothing makes a machine too fast. The rest is the whole without its parts. What runs alone may find more
-of its data in cache, or less, and takes its turn at another moment of a noisy machine; the rest has that too.
+    python bench/breakdown.py       some minutes; writes breakdown.csv into --out
+
+A profiler does not see into compiled code, so parts are run alone, in turns with the whole. The fastest round of each
+counts, since noise only slows a machine down. The rest is the whole minus its parts. It includes an error: a part that
+runs alone may find more or less of its data in cache, and runs at another moment of a noisy machine.
 
 STEPS, the default call on one thread and on all:
 
-- products: the library's products of an MLP's gradient, on as many tiles of as many rows.
-- normals: as many normal numbers, by the kernel that draws them.
-- gradient: PyTorch's own, of an energy that is a module.
-- call: a call without steps: checks, what is made ready for the steps, the last energies.
+- products: the matrix products of an MLP's gradient, on the same tiles as in the call.
+- normals: the same number of normal numbers, by the same kernel.
+- gradient: PyTorch's own, for an energy that is a module.
+- call: a call without steps: checks, preparation, the last energies.
 - The rest is activations and updates.
 
 POOLS, a batch drawn and written back (``pool.py``):
 
-- draws: which chains, which of them start anew, and where.
-- take, put: their states and what else the pool keeps for each chain, copied out of it and back.
+- draws: which chains, which of them restart, and where.
+- take, put: copying their states, and what else the pool keeps for each chain, out of it and back.
 
-FIRST CALLS, in a process whose cache is empty (``compilation.py``), in the order in which things happen:
+FIRST CALLS, in a process with an empty cache (``compilation.py``), in the order in which things happen:
 
 - import: of Numba. registries: what Numba sets up before its first function, here an empty one.
-- kernels, each by its name. later call: the same call once more.
+- kernels, each under its name. later call: the same call once more.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -43,7 +46,7 @@ from fastebm.bench.compilation import CACHES
 from fastebm.bench.contestants import CONTESTANTS
 from fastebm.bench.pool import ROUND, draws_and_writes
 from fastebm.bench.problem import SEED, Problem
-from fastebm.bench.rows import RESULTS, provenance, rounded, write
+from fastebm.bench.rows import add_out, provenance, rounded, script, write
 from fastebm.bench.run import on_threads
 from fastebm.bench.training import fastebm_pool
 from fastebm.kernels import cpu as kernels
@@ -106,7 +109,7 @@ def _on(n: int, run: Callable[[], object]) -> None:
 
 
 def parts_of_steps(p: Problem) -> Runs:
-    """Each alone, on as many threads, in the parts that the call has."""
+    """Each alone, on as many threads and in as many parts as the call."""
     case, n_threads = p.case, torch.get_num_threads()
     call = DEFAULT.prepare(p, 0, case.noise_std)
     if p.mlp is None:
@@ -132,7 +135,7 @@ def parts_of_steps(p: Problem) -> Runs:
 
         return {"normals": normals, "gradient": gradient, "call": call}
 
-    # The last weight has one row, and those of few dims are multiplied within other loops.
+    # The last weight has one row; those of few dims are multiplied within other loops.
     hidden = [w for w in p.mlp.weights[:-1] if min(w.shape) > FEW_DIMS]
     ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
     operands = Spares(lambda: [(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways])
@@ -169,7 +172,7 @@ def draw_of(rows: int, n_blocks: int) -> kernels.Call:
 
 
 def pools(key: str, case: TrainingCase, seconds: float = SECONDS) -> list[Row]:
-    """Of one draw and write-back; ROUND are worked out, and timed, at once."""
+    """Per draw and write-back; ROUND of them are computed, and timed, together."""
     found = fastest(parts_of_pools(case), seconds)
     return rows_of("pools", key, case, {name: value / ROUND for name, value in found.items()}, torch.get_num_threads())
 
@@ -181,7 +184,7 @@ def parts_of_pools(case: TrainingCase) -> Runs:
     numbers, data = itertools.count(ROUND), trainer.states()
     steps, started, restarts = (torch.zeros(n, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32))
     energy, energies = torch.zeros(n), torch.zeros(case.batch_size)
-    # states as they are, so that to put them back changes none
+    # states as they are: putting them back changes nothing
     taken = [copies.take(draw._replace(restart=draw.restart[:0]), data, steps) for draw in drawn]
 
     def draws() -> None:
@@ -207,7 +210,14 @@ def first_calls(key: str, processes: int = PROCESSES) -> list[Row]:
     for _ in range(processes):
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, **dict.fromkeys(CACHES, folder)}
-            command = [sys.executable, "-m", "fastebm.bench.breakdown", key, str(torch.get_num_threads())]
+            command = [
+                sys.executable,
+                "-m",
+                "fastebm.bench.breakdown",
+                "--first-call",
+                key,
+                str(torch.get_num_threads()),
+            ]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     return rows_of(
@@ -248,7 +258,18 @@ def parts_of_a_first_call(key: str) -> dict[str, float]:
     return {"whole": whole, **parts, "later call": min(seconds_of(run, _CPU) for _ in range(3))}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script(__doc__)
+    add_out(parser)
+    parser.add_argument(
+        "--first-call", nargs=2, help=argparse.SUPPRESS
+    )  # one process' part, as JSON: see first_calls()
+    arguments = parser.parse_args(argv)
+    if arguments.first_call:
+        key, n_threads = arguments.first_call
+        torch.set_num_threads(int(n_threads))
+        print(json.dumps(parts_of_a_first_call(key)))
+        return 0
     rows = []
     with on_threads(None):
         for key in SHOWN:
@@ -259,12 +280,9 @@ def main() -> int:
             rows += first_calls(key)
     for row in rows:
         print(*row.values())
-    write(RESULTS / "breakdown.csv", rows, provenance("numba"))
+    write(arguments.out / "breakdown.csv", rows, provenance("numba"))
     return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        sys.exit(main())
-    torch.set_num_threads(int(sys.argv[2]))
-    print(json.dumps(parts_of_a_first_call(sys.argv[1])))
+    sys.exit(main())

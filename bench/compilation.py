@@ -1,6 +1,10 @@
-"""What the first call costs: compilation, in a process with empty caches, and in a second one that finds them.
+"""What compilation adds to the first call, in a process with empty caches and in a second process that finds them full.
 
-python bench/compilation.py CASE CONTESTANT PRECISION DEVICE THREADS    one process' part, as JSON: for run.py
+    python bench/run.py --cases 'compile-*'                                all of it, with rows: some minutes
+    python bench/compilation.py CASE CONTESTANT PRECISION DEVICE THREADS   one process: up to a minute
+
+The second is what run.py starts for each process. It prints the seconds of the first call and of a later one as JSON,
+and writes no file.
 """
 
 from __future__ import annotations
@@ -11,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastebm.bench.cases import COMPILATION, Case
+from fastebm.bench.rows import script
 
-# Empty at first, full for the second process. JAX keeps only compilations of over a second unless told otherwise.
+# Empty at first, full for the second process. By default JAX keeps only compilations that took over a second.
 CACHES = (
     *("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
     "JAX_COMPILATION_CACHE_DIR",
@@ -32,8 +37,8 @@ WAYS = {
 }
 
 
-def first_calls(key: str, name: str, precision: str, device: str, threads: str) -> dict[str, Any]:
-    """In this process: seconds of preparing and calling a contestant for the first time, and of the next call."""
+def first_calls(key: str, name: str, precision: str, device: str, threads: int) -> dict[str, Any]:
+    """In this process: seconds to prepare and call a contestant for the first time, and seconds of a later call."""
     import torch
     from fastebm.bench.clock import seconds_of
     from fastebm.bench.contestants import CONTESTANTS
@@ -41,7 +46,7 @@ def first_calls(key: str, name: str, precision: str, device: str, threads: str) 
 
     case = COMPILATION[key]
     p = Problem(case, torch.device(device))
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     contestant = next(c for c in CONTESTANTS if (c.name, c.precision) == (name, precision))
     try:
         with matmul(precision):
@@ -59,11 +64,11 @@ def first_calls(key: str, name: str, precision: str, device: str, threads: str) 
 def measure(
     key: str, contestants: Iterable[tuple[str, str]], device: str, threads: int, limit: float = 300.0
 ) -> Iterable[dict[str, Any]]:
-    """One row per (name, precision): two processes after each other, with caches of their own.
+    """One row per (name, precision): two processes, one after the other, with a cache folder of their own.
 
-    first_call_seconds: from preparing to the end of the first run, packages of the contestant imported within, but for
-    torch and fastebm. second_process_seconds: the same with the first one's caches on disk. later_call_seconds: a warm
-    call. first_call_more, second_process_more: seconds beyond a later call.
+    first_call_seconds: from preparing to the end of the first run; importing the contestant's packages counts, except
+    torch and fastebm. second_process_seconds: the same with the caches that the first process left. later_call_seconds:
+    a warm call. first_call_more, second_process_more: seconds beyond a later call.
     """
     case: Case = COMPILATION[key]
     for name, precision in contestants:
@@ -102,5 +107,17 @@ def brief(row: dict[str, Any]) -> str:
     return f"{name}: first call {times[0]}, in a second process {times[1]}, later {times[2]}"
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script(__doc__)
+    parser.add_argument("case", choices=list(COMPILATION))
+    parser.add_argument("contestant")
+    parser.add_argument("precision")
+    parser.add_argument("device", choices=list(WAYS))
+    parser.add_argument("threads", type=int)
+    a = parser.parse_args(argv)
+    print(json.dumps(first_calls(a.case, a.contestant, a.precision, a.device, a.threads)))
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(first_calls(*sys.argv[1:])))
+    sys.exit(main())

@@ -1,14 +1,14 @@
 """What only a GPU can tell, in one visit to a bare machine; `bash bench/on_gpu.sh` runs it.
 
-    python bench/gpu.py visit --stages NAME[=SECONDS] ... --out FOLDER [--budget SECONDS] [--dry]
-    python bench/gpu.py rows FOLDER [FOLDER ...]     bench/results/gpu.csv and gpu_sweep.csv of what visits brought back
-    python bench/gpu.py launch NAME                  one small launch, for tools that watch a process
+    python bench/gpu.py visit --stages NAME[=SECONDS] ...   under five minutes; writes into --out, by default runs/gpu
+    python bench/gpu.py rows FOLDER [FOLDER ...]            gpu.csv and gpu_sweep.csv from what visits brought back
+    python bench/gpu.py launch NAME                         one small launch, for tools that watch a process
 
-A visit may end at any moment, so each result is a line of FOLDER/rows.jsonl from the moment it is known: one JSON
-object with what was measured, the job, its status, and machine, versions, commit and date.
+A visit may end at any moment, so each result is written at once, as a line of rows.jsonl: one JSON object with what was
+measured, the job, its status, and machine, versions, commit and date. Without a CUDA device a visit writes nothing.
 
-Stages run in forks of a process that has imported torch and triton but never touched CUDA: a kernel that loses the
-CUDA context, or a process that dies or hangs, costs its own job, and a new fork goes on behind it.
+Stages run in forks of a process that has imported torch and triton but never touched CUDA. A kernel that loses the
+CUDA context, or a process that dies or hangs, costs only its own job: a new fork goes on with the next one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ Row = dict[str, Any]
 
 MAX_RESTARTS = 8
 
-# Where the tests of a stage are; what a GPU is not for, or what takes it minutes, is left out.
+# The tests of a stage, without those that need no GPU or take minutes on it.
 TESTS = {
     "tests-a": (
         ["tests/test_gpu.py"],
@@ -59,17 +60,17 @@ TESTS = {
 }
 DRY_TESTS = (["tests/test_gpu.py", "tests/test_langevin.py"], "test")
 
-# Those that a GPU is not for would take the time of the others.
+# Contestants for a CPU would only take the others' time.
 ON_GPU = tuple(c for c in CONTESTANTS if c.name not in ("fastebm", "fastebm-reference"))
 
-# In all cases before the others in any: ours, and what came closest.
+# Run first, in all cases: ours, and what came closest.
 FIRST = tuple(
     c for c in ON_GPU if c.name in ("eager", "fastebm-triton", "fastebm-graph", "compile+graph", "closed-form+graph")
 )
 
 
 def device() -> torch.device:
-    """Asked in forks only: CUDA can't be used in a fork of a process that has touched it."""
+    """Only for forks: CUDA can't be used in a fork of a process that has touched it."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -99,7 +100,7 @@ def read(path: Path) -> list[Row]:
 
 
 def told(what: str, job: str, row: Row) -> str:
-    """A row in a line."""
+    """A row as one line."""
     if "contestant" in row and row["status"] != "FAILED":
         return f"{job}: {brief(row)}"
     kept = {k: v for k, v in rows.rounded(row).items() if v not in ("", None) and k not in ("kernel", "n_chains")}
@@ -154,7 +155,7 @@ class Worker:
 
 
 def run(workers: Sequence[Worker], until: float) -> None:
-    """All workers at once. One that dies goes on behind the job that it died in; at ``until`` all are killed."""
+    """All workers at once. One that dies goes on after the job that it died in; at ``until`` all are killed."""
     running = list(workers)
     for worker in running:
         worker.start()
@@ -183,7 +184,7 @@ def stop(worker: Worker) -> None:
 
 
 def claimed(folder: Path, names: Iterable[str]) -> Iterator[str]:
-    """Names that no other process has taken, each of them taken: work shared by any number of processes."""
+    """Take and yield the names that no other process has taken: work shared by any number of processes."""
     folder.mkdir(exist_ok=True)
     for i, name in enumerate(names):
         try:
@@ -231,7 +232,7 @@ class Visit:
         def work(worker: Worker) -> None:
             for n in numbers:
                 for kernel in kernels:
-                    if kernel.precision is not None or n <= 65_536:  # more would take these seconds a call
+                    if kernel.precision is not None or n <= 65_536:  # more chains would take seconds per call
                         time_it = functools.partial(launches.time_alone, kernel, n, device(), 0.3, self.dry)
                         self.job(worker, f"{kernel.name} x {n}", time_it)
 
@@ -249,7 +250,7 @@ class Visit:
             def report(test: str, row: Row) -> None:
                 self.journal.add(what, test, row)
 
-            # a test that loses the CUDA context must not cost the next ones theirs
+            # a test that loses the CUDA context must not cost the next tests theirs
             run_tests(files, wanted, self.work / f"{what}-claims", worker.underway, report, context_is_lost)
 
         run([self.worker(what, str(k), work) for k in range(n)], until)
@@ -292,7 +293,7 @@ class Visit:
         run([self.worker("profile", "all", work)], until)
 
     def watched(self, until: float) -> None:
-        """compute-sanitizer on small launches, and ncu on two kernels, each in a process of its own."""
+        """compute-sanitizer on small launches, and ncu on two kernels, each in a separate process."""
         python = [sys.executable, __file__, "launch"]
         nothing = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that memcheck sees each tensor's end
         two = [launches.SHIPPED[0].name, launches.SHIPPED[2].name]
@@ -339,7 +340,7 @@ class Visit:
         run([self.worker("sweep", "all", work)], until)
 
     def job(self, worker: Worker, name: str, work: Callable[[], Row]) -> None:
-        """Do it and journal it, unless that is done, or a process has died of it."""
+        """Do the work and journal it, unless that is done already or a process died of it."""
         if name in worker.lost or name in self.journal.done(worker.what):
             return
         worker.underway(name)
@@ -353,10 +354,10 @@ class Visit:
         if context_is_lost():
             raise RuntimeError("the CUDA context is lost")
 
-    # -- compilation beside the stages that do not time --
+    # -- compilation during the stages that do not time --
 
     def warm(self, jobs: Callable[[], list[tuple[str, Callable[[], object]]]], processes: int) -> None:
-        """Compile what later stages time, in processes of their own, which stand still while a stage times."""
+        """Compile what later stages time, in separate processes, which are paused while a stage times."""
         folder = self.work / "warm-claims"
 
         def work(worker: Worker) -> None:
@@ -401,7 +402,7 @@ class Visit:
 
 
 def timed_kernels(dry: bool) -> list[tuple[str, Callable[[], object]]]:
-    """What the race compiles, the first cases' first."""
+    """What the race compiles, in the order of its cases."""
     found: dict[str, Callable[[], object]] = {}
 
     def prepare(c: Contestant, case: Case, steps: Sequence[int]) -> None:
@@ -418,7 +419,7 @@ def timed_kernels(dry: bool) -> list[tuple[str, Callable[[], object]]]:
                 few = Case(case.dim, case.widths, 512)
                 found.setdefault(f"{case.energy} {c.name} {c.precision}", functools.partial(prepare, c, few, [1]))
             elif c.name in ("jax", "blackjax"):
-                # what XLA compiles has the number of chains and steps in it
+                # XLA compiles for a number of chains and steps
                 work = [(law_case(case), [GATE_STEPS]), (case, [1, case.steps])]
                 for of, steps in work:
                     found.setdefault(
@@ -439,7 +440,7 @@ def swept_kernels(dry: bool) -> list[tuple[str, Callable[[], object]]]:
     return list(jobs.items())
 
 
-# Seconds that each may take; what ends early leaves its time to the next.
+# Seconds that each may take; a stage that ends early leaves its time to the next.
 STAGES = {
     "shipped": 75,
     "alone": 35,
@@ -451,24 +452,26 @@ STAGES = {
     "sweep": 80,
 }
 
-WARMED = ("timings", "sweep")  # stages that time what takes long to compile
+WARMED = ("timings", "sweep")  # stages whose kernels take long to compile
 
 
 def visit(asked: Sequence[tuple[str, float]], out: Path, budget: float, dry: bool) -> int:
     """asked: stages, and the seconds of each, which are stretched or shrunk to fill the budget."""
     start, stages = time.time(), [name for name, _ in asked]
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         here = Visit(out, Path(folder), dry, Journal(out, {}))
-        environ = functools.partial(write_environment, out, stages, budget)
+        path = Path(folder) / "environment.json"  # not in out yet: without a CUDA device a visit leaves nothing
+        environ = functools.partial(write_environment, path, stages, budget)
         run([here.worker("environment", "all", lambda worker: environ())], start + 60)
-        if not (out / "environment.json").exists():
+        if not path.exists():
             print("no environment could be read; see errors.log", file=sys.stderr)
             return 70
-        environment = json.loads((out / "environment.json").read_text())
+        environment = json.loads(path.read_text())
         if not dry and environment["capability"] is None:
             print("no CUDA device", file=sys.stderr)
             return 69
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / "environment.json")
         here.journal.common = {name: environment[name] for name in PROVENANCE}
         cores = os.cpu_count() or 1
         warmers = 1 if dry else max(1, cores * 3 // 8)
@@ -508,8 +511,8 @@ def nvidia_smi(query: str | None = None) -> str:
         return "none"
 
 
-def write_environment(out: Path, stages: Sequence[str], budget: float) -> None:
-    """environment.json: the machine, the packages, the state of the clocks, and the visit's arguments."""
+def write_environment(path: Path, stages: Sequence[str], budget: float) -> None:
+    """The machine, the packages, the state of the clocks, and the visit's arguments."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     there = torch.cuda.is_available()
     clocks = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,memory.total,persistence_mode"
@@ -526,15 +529,13 @@ def write_environment(out: Path, stages: Sequence[str], budget: float) -> None:
         "nvidia_smi": nvidia_smi().splitlines(),
         "packages": dict(sorted(found.items())),
     }
-    new = out / "environment.new"
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(out / "environment.json")
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # -- result files --------------------------------------------------------------------------------------------------
 
 
-def write_rows(folders: Sequence[Path]) -> int:
+def write_rows(folders: Sequence[Path], out: Path) -> int:
     """gpu.csv (shipped kernels, their times alone, the race) and gpu_sweep.csv; of a job measured twice, the last."""
     found: dict[tuple[str, str], Row] = {}
     for folder in folders:
@@ -554,8 +555,8 @@ def write_rows(folders: Sequence[Path]) -> int:
             last = [
                 {k: v for k, v in row.items() if k not in common} | {k: row.get(k, "") for k in common} for row in kept
             ]
-            rows.write(rows.RESULTS / f"{name}.csv", last, common={})
-            print(f"{rows.RESULTS / name}.csv: {len(kept)} rows")
+            rows.write(out / f"{name}.csv", last, common={})
+            print(f"{out / name}.csv: {len(kept)} rows")
     tests = [row for row in found.values() if row["what"].startswith("tests")]
     for status in ("passed", "skipped", "failed", "error"):
         print(f"tests {status}: {sum(row['status'] == status for row in tests)}")
@@ -569,23 +570,25 @@ def stage(text: str) -> tuple[str, float]:
     return name, float(seconds or STAGES[name])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = rows.script(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    of_visit = commands.add_parser("visit")
+    of_visit = commands.add_parser("visit", allow_abbrev=False)
     of_visit.add_argument(
         "--stages", nargs="+", type=stage, required=True, metavar="NAME[=SECONDS]", help=", ".join(STAGES)
     )
-    of_visit.add_argument("--out", type=Path, default=rows.RESULTS / "gpu")
-    of_visit.add_argument("--budget", type=float, default=285.0, metavar="SECONDS")
+    rows.add_out(of_visit, "runs/gpu", committed=None)
+    of_visit.add_argument("--budget", type=float, default=285.0, metavar="SECONDS", help="default: 285")
     of_visit.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU, kernels in the interpreter")
-    commands.add_parser("rows").add_argument("folders", type=Path, nargs="+")
-    of_launch = commands.add_parser("launch")
+    of_rows = commands.add_parser("rows", allow_abbrev=False)
+    of_rows.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="the --out of a visit")
+    rows.add_out(of_rows)
+    of_launch = commands.add_parser("launch", allow_abbrev=False)
     of_launch.add_argument("name", choices=[kernel.name for kernel in launches.SHIPPED])
     of_launch.add_argument("--size", choices=("small", "large"), default="small")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "rows":
-        return write_rows(args.folders)
+        return write_rows(args.folders, args.out)
     if args.command == "launch":
         kernel = next(kernel for kernel in launches.SHIPPED if kernel.name == args.name)
         launches.launch_once(kernel, *((70, 3) if args.size == "small" else (65_536, 10)))

@@ -1,14 +1,14 @@
-"""Figures of docs/performance.md from result rows; nothing here measures.
+"""The figures of docs/performance.md from result rows: speedup.png, throughput.png, roofline.png. Nothing is measured.
 
-    python bench/plot.py                      bench/results/steps.csv -> docs/speedup.png, throughput.png, roofline.png
-    python bench/plot.py --results runs/bench --out runs/bench        from a run of one's own
+    python bench/plot.py                          of the committed rows, into runs/bench: seconds
+    python bench/plot.py --out docs               the same, into docs/
+    python bench/plot.py --results runs/bench     of your own run
 
-The rows of one device: cuda if there are any, unless --device says otherwise.
+Figures show one device: cuda if there are rows of it, unless --device says otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastebm.bench.rows import RESULTS, most_threads, read
+from fastebm.bench.rows import RESULTS, add_out, most_threads, read, script
 
 from fastebm.plot import png
 
-DOCS = RESULTS.parent.parent / "docs"
-# Okabe & Ito's palette, told apart by colour-blind readers too; fastebm in the strong ones.
+# Okabe & Ito's palette, which colour-blind readers can tell apart; fastebm has the strong colours.
 OURS = ("#D55E00", "#E69F00", "#CC79A7", "#A0522D", "#8C564B", "#F0A500")
 OTHERS = ("#666666", "#0072B2", "#56B4E9", "#009E73", "#000000", "#999999", "#4477AA", "#117733", "#88CCEE", "#BBBBBB")
 
@@ -29,7 +28,7 @@ Row = dict[str, Any]
 
 
 def numbers(rows: Sequence[dict[str, str]]) -> list[Row]:
-    """The timed rows, their numbers as floats, each with a name: contestant, and precision unless float32."""
+    """The timed rows with numbers as floats, and a name: the contestant, and its precision unless float32."""
     timed: list[Row] = []
     for row in rows:
         if row["status"] == "ok":
@@ -46,7 +45,7 @@ def _float(text: str) -> float | str:
 
 
 def colours(rows: Sequence[Row]) -> dict[str, str]:
-    """One colour a contestant in every figure, whatever took part in it."""
+    """One colour per contestant, the same in every figure."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     ours = [n for n in names if n.startswith("fastebm")]
     others = [n for n in names if n not in ours]
@@ -68,7 +67,7 @@ def _figure(width: float, height: float, rows: Sequence[Row]) -> Any:
 
 
 def _legend(figure: Any) -> None:
-    """Beside the axes, where it hides nothing; of the names in any of them."""
+    """One legend for all axes, beside them, where it hides nothing."""
     there = {
         name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -98,7 +97,7 @@ def speedups(rows: Sequence[Row]) -> Any:
 
 
 def throughput(rows: Sequence[Row]) -> Any:
-    """Lines: chain-steps/s against the number of chains, a panel an energy that was run with several."""
+    """Lines: chain-steps/s against the number of chains; one panel per energy that was run with several."""
     sizes = {row["energy"]: sorted({r["n_chains"] for r in rows if r["energy"] == row["energy"]}) for row in rows}
     energies = [energy for energy in sizes if len(sizes[energy]) > 1] or list(sizes)
     palette = colours(rows)
@@ -121,7 +120,7 @@ def throughput(rows: Sequence[Row]) -> Any:
 
 
 def roofline(rows: Sequence[Row]) -> Any:
-    """Product FLOP/s against product FLOPs per normal number, under what was measured beside: 1/(1/P + 1/(x N)).
+    """Product FLOP/s against product FLOPs per normal number, under the measured limit 1/(1/P + 1/(x N)).
 
     P: rate of products (of the precision), N: of normal numbers. Dashed: memory, if a step read and wrote the state
     once (8 bytes per normal number). The rates are medians over the rows.
@@ -151,10 +150,12 @@ FIGURES = {"speedup": speedups, "throughput": throughput, "roofline": roofline}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--out", type=Path, default=DOCS, metavar="FOLDER")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser = script(__doc__)
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="where steps.csv is (default: bench/results)"
+    )
+    add_out(parser, committed="docs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there are rows of it")
     arguments = parser.parse_args(argv)
     path = arguments.results / "steps.csv"
     if not path.exists():

@@ -1,17 +1,18 @@
 """What a pool of persistent chains costs: drawing and writing back, steps, a training step, memory.
 
-    python bench/pool.py                 10k, 100k and 1M chains of 784 dims: minutes, and some 15 GB of memory
-    python bench/pool.py --quick         1k and 10k, fewer steps: a minute; writes runs/bench/pool.csv
+    python bench/pool.py                 10k, 100k and 1M chains of 784 dims: minutes, and about 15 GB of memory
+    python bench/pool.py --quick         1k and 10k chains, fewer steps: a minute
 
-One row per number of chains and contestant, in bench/results/pool.csv: those of ``training.py``, fastebm's pool, the
-tutorials' list, torchebm's and ebmkit's buffers, on one recipe, and fastebm with its states stored in 8 bits. The batch
-is that of the UvA tutorial, 128 images of 28 x 28. All contestants and sizes take turns.
+Writes pool.csv into --out, one row per number of chains and contestant. Rows of the same chains, steps and device in
+the file are replaced, others stay. Contestants are those of ``training.py``, on one recipe: fastebm's pool, the
+tutorials' list, torchebm's and ebmkit's buffers; and fastebm with states stored in 8 bits. The batch is that of the UvA
+tutorial: 128 images of 28 x 28. All contestants and sizes take turns.
 
-- draw and write-back: ROUND times draw a batch, restarts and all, and put it back, without steps between; of the times
-  that this takes, one ROUND-th (fastebm works out as many draws at once).
+- draw and write-back: draw a batch, with restarts, and put it back without steps between. ROUND of them are timed
+  together, since fastebm computes that many draws at once; the row has the time of one.
 - chain-steps/s: of draw, K steps, write-back.
-- a training step: that, loss, gradients, Adam.
-- memory: of a process of its own, from before the chains are made to the peak of some training steps.
+- a training step: these, then loss, gradients, Adam.
+- memory: of a separate process, from before the chains are made to the peak of some training steps.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from fastebm.bench.rows import add_out, provenance, replace, rounded, script
 
 ROUND = 64
 UINT8 = "fastebm-uint8"
@@ -94,9 +97,9 @@ def draws_and_writes(trainer: Any) -> None:
 
 
 def memory(name: str, n: int, steps: int, device: str) -> Row:
-    """Peak memory of a process of its own: bytes beyond what it had before the chains were made.
+    """Peak memory of a separate process: bytes beyond what it had before the chains were made.
 
-    peak_bytes: on the device of the chains; host_bytes: in the process, which on a CPU is the same.
+    peak_bytes: on the device of the chains; host_bytes: in the process. On a CPU they are the same.
     """
     command = [sys.executable, "-m", "fastebm.bench.pool", "--memory", name, str(n), str(steps), device]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -108,16 +111,16 @@ def memory(name: str, n: int, steps: int, device: str) -> Row:
 
 def measure_memory(name: str, n: int, steps: int, device: str) -> Row:
     """In this process; see ``memory``."""
-    from dataclasses import replace
+    import dataclasses
 
     import torch
     from fastebm.bench.cases import POOL
     from fastebm.bench.training import real_batches
 
-    case = replace(next(iter(POOL.values())), n_chains=n, steps=steps)
+    case = dataclasses.replace(next(iter(POOL.values())), n_chains=n, steps=steps)
     home = torch.device(device)
 
-    warm = trainers()[name](replace(case, n_chains=2 * case.batch_size), home)
+    warm = trainers()[name](dataclasses.replace(case, n_chains=2 * case.batch_size), home)
     data = real_batches(case, home)
     warm.step(data[0])
     del warm
@@ -134,37 +137,35 @@ def measure_memory(name: str, n: int, steps: int, device: str) -> Row:
 
 
 def _resident(name: str) -> int:
-    """Bytes, as Linux tells them."""
+    """Bytes, from Linux's /proc."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small pools, into runs/bench")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script(__doc__)
+    parser.add_argument("--quick", action="store_true", help="small pools, fewer steps")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU cores (default: all)")
     parser.add_argument("--seconds", type=float, help=f"of timing (default: {SECONDS:g}, quick {QUICK_SECONDS:g})")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for pool.csv (default: bench/results)")
-    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.memory:
-        name, n, steps, device = options.memory
+    add_out(parser)
+    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)  # one process' part, as JSON: see memory()
+    arguments = parser.parse_args(argv)
+    if arguments.memory:
+        name, n, steps, device = arguments.memory
         print(json.dumps(measure_memory(name, int(n), int(steps), device)))
         return 0
 
     import torch
-    from fastebm.bench import rows
     from fastebm.bench.cases import POOL, QUICK_POOL
     from fastebm.bench.run import on_threads
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases, seconds = (QUICK_POOL, QUICK_SECONDS) if options.quick else (POOL, SECONDS)
-    seconds = seconds if options.seconds is None else options.seconds
-    out = options.out or (Path("runs/bench") if options.quick else rows.RESULTS)
-    with on_threads(options.threads) as threads:
-        common = rows.provenance("torchebm", "ebmkit")
+    cases, seconds = (QUICK_POOL, QUICK_SECONDS) if arguments.quick else (POOL, SECONDS)
+    seconds = seconds if arguments.seconds is None else arguments.seconds
+    with on_threads(arguments.threads) as threads:
+        common = provenance("torchebm", "ebmkit")
         found = [{"threads": threads, **row, **common} for row in race(cases, device, seconds)]
-    rows.replace(out / "pool.csv", map(rows.rounded, found), ("n_chains", "steps", "device"))
+    replace(arguments.out / "pool.csv", map(rounded, found), ("n_chains", "steps", "device"))
     for row in found:
         print(brief(row))
     return 1 if any(row["status"] == "FAILED" for row in found) else 0

@@ -1,24 +1,24 @@
-"""How far each precision of the fused kernel is from float64: python bench/precision.py
+"""The error of each precision of the fused kernel against float64.
 
-One step of gradient descent of the kernel itself, which gives the gradient that it computed; beside it the same
-arithmetic in plain PyTorch (tests hold the kernel to twice that error, plus rounding). Errors are root-mean-square over
-256 chains, relative to that of the gradient. Without a GPU the kernel runs in Triton's interpreter, which cuts where a
-GPU rounds to bf16 and multiplies tf32 in full: what a GPU's tensor cores make of the same operands stands in a column
-of its own, in plain PyTorch.
+    python bench/precision.py       one or two minutes on a CPU; writes precision.csv into --out
+
+The kernel takes one step of gradient descent, which tells the gradient that it computed. Beside it stands the same
+arithmetic in plain PyTorch (tests allow the kernel twice that error, plus rounding). Errors are root-mean-square over
+256 chains, relative to the root-mean-square of the gradient. Without a GPU the kernel runs in Triton's interpreter,
+which truncates where a GPU rounds to bf16, and multiplies tf32 operands in full precision. A column of its own has the
+error with the roundings of a GPU's tensor cores, in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from fastebm.bench.cases import DIGITS, TABLE, TOY, Case
 from fastebm.bench.problem import Problem, plain_gradient
-from fastebm.bench.rows import RESULTS, write
+from fastebm.bench.rows import add_out, script, write
 from fastebm.kernels.launch import PRECISIONS
 
 from fastebm import langevin_sample
@@ -51,13 +51,19 @@ def rows_of(case: Case, device: torch.device) -> list[dict[str, object]]:
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script(__doc__)
+    add_out(parser)
+    arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch, which imports triton
     rows = [row for energy in (TOY, TABLE, DIGITS) for row in rows_of(Case(*energy, N_CHAINS), device)]
     for row in rows:
         print(*row.values(), sep="  ")
-    write(RESULTS / "precision.csv", rows)
+    write(arguments.out / "precision.csv", rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

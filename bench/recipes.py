@@ -1,20 +1,20 @@
-"""`fastebm train` on each data set as it comes, measured: in processes of their own, one row a run.
+"""`fastebm train` on each data set with its defaults, measured: one process and one row per run.
 
-    python bench/recipes.py                         every set once, digits with three seeds
-    python bench/recipes.py moons --seeds 0 1 2
+    python bench/recipes.py                         every set once, digits with three seeds: 25 minutes
+    python bench/recipes.py moons --seeds 0 1 2     a minute or two per run; mnist5k takes seven
 
-Rows have the held-out measures of summary.json and the whole process' wall-clock seconds. Those of other sets and seeds
-in the file stay.
+Writes recipes.csv into --out. Rows have the held-out measures of summary.json and the wall-clock seconds of the whole
+process. Rows of the same set and seed in the file are replaced, others stay.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,20 @@ def run(name: str, seed: int) -> dict[str, Any]:
     return {"data": name, "seed": seed, **{k: summary[k] for k in told}, "wall_seconds": wall, **measures}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="*", choices=[[], *SETS], default=[], metavar="DATASET")
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--out", type=Path, default=rows.RESULTS / "recipes.csv")
-    arguments = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = rows.script(__doc__)
+    parser.add_argument("data", nargs="*", choices=[[], *SETS], default=[], metavar="DATASET", help=", ".join(SETS))
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: 0, for digits 0 1 2")
+    rows.add_out(parser)
+    arguments = parser.parse_args(argv)
     common = rows.provenance()
     for name in arguments.data or SETS:
         for seed in arguments.seeds or SEEDS.get(name, (0,)):
             row = rows.rounded(run(name, seed))
             print({k: row[k] for k in ("data", "seed", "two_sample_accuracy", "wall_seconds")}, flush=True)
-            rows.replace(arguments.out, [{**row, **common}], ("data", "seed"))
+            rows.replace(arguments.out / "recipes.csv", [{**row, **common}], ("data", "seed"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,14 +1,15 @@
-"""What every shipped launch configuration takes of a GPU, found by compiling it: no GPU is needed, none is timed.
+"""What every shipped launch configuration takes of a GPU, found by compiling it. No GPU is needed; nothing is timed.
 
-python bench/resources.py            compile everything, replace this triton's rows of bench/results/resources.csv
-python bench/resources.py --check    compile everything, compare with this triton's rows, exit 1 where it falls behind
+    python bench/resources.py            compile everything (minutes), write resources.csv into --out
+    python bench/resources.py --check    compile everything, compare with bench/results/resources.csv, write nothing;
+                                         exit status 1 where the committed rows are better
 
-The code is the compiler's, so there are rows for two: triton 3.6.0, which torch 2.11 pins, and triton 3.9.0. For the
-other one, make a second environment: as CONTRIBUTING.md has it, and then pip install triton==3.6.0 "numpy<2.4"
-(numpy for the interpreter). Run both before a change to the kernels or to choose_launch lands.
+Rows belong to the version of triton that made them, and those of other versions in the file stay. Two versions have
+committed rows: triton 3.6.0, which torch 2.11 pins, and triton 3.9.0. CONTRIBUTING.md says how to make an environment
+for each. Run both with --out bench/results before a change to the kernels or to choose_launch lands.
 
 Counts are read from the machine code (SASS). Rates are computed from them and from data sheets, not measured:
-ceilings that a kernel that never waits would reach.
+ceilings that only a kernel that never waits would reach.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fastebm.bench.cases import ENERGIES
-from fastebm.bench.rows import RESULTS, provenance, read, replace
+from fastebm.bench.rows import RESULTS, add_out, provenance, read, replace, script
 from fastebm.kernels.launch import SHARED_MEMORY, block
 
 COMMITTED = RESULTS / "resources.csv"
@@ -47,7 +48,7 @@ class Machine:
 
 # NVIDIA: A100 data sheet; GA102 whitepaper; Ada whitepaper; H100 data sheet (the H200's SMs are the same); HGX
 # B200 data sheet; RTX Blackwell whitepaper. Where a sheet gives no clock for the tensor peak (H100, B200), the
-# clock is the one that the peak implies: peak / (SMs * FLOPs an SM and clock).
+# clock is the one that the peak implies: peak / (SMs * FLOPs per SM and clock).
 MACHINES = {
     80: Machine("A100 SXM", 108, 1.41e9, 312e12, 156e12),
     86: Machine("RTX 3090", 82, 1.695e9, 71e12, 35.6e12),
@@ -56,11 +57,11 @@ MACHINES = {
     100: Machine("B200", 148, 1.85e9, 2250e12, 1125e12),
     120: Machine("RTX 5090", 170, 2.407e9, 209.5e12, 104.8e12),
 }
-# CUDA C++ Programming Guide: four schedulers an SM, each one warp instruction a clock; 16 lanes of special functions
-# ("Throughput of Native Arithmetic Instructions"); 65,536 registers.
+# CUDA C++ Programming Guide: four schedulers per SM, each issuing one warp instruction per clock; 16 lanes of
+# special functions ("Throughput of Native Arithmetic Instructions"); 65,536 registers.
 SCHEDULERS, MUFU_LANES, REGISTERS = 4, 16, 65536
-# Bytes from L2 an SM and clock: 5,120 over 108 SMs in the A100 whitepaper. Other sheets give none, so it stands
-# for all of them; it is the least certain number here.
+# Bytes from L2 per SM and clock: 5,120 over 108 SMs in the A100 whitepaper. Other sheets give none, so this one is
+# used for all of them. It is the least certain number here.
 L2_BYTES = 5120 / 108
 
 PRECISIONS = ("bf16", "bf16x3", "tf32")  # ieee is for tests
@@ -69,17 +70,17 @@ RULE = {"clamp": [-1.0, 1.0]}  # numbers for step size and noise, as most recipe
 TRITON = importlib.metadata.version("triton")
 
 # Words that a warp may spill in a step, loads and stores, by triton, architecture and precision; what is not named may
-# spill. These are the versions of triton of which rows are committed. The 16 at bf16 are for the streaming kernel:
+# spill. Rows are committed of these versions of triton. The 16 at bf16 are for the streaming kernel:
 # its launch without spills was measured to be slower (kernels/launch.py).
 MAY_SPILL = {
     "3.6.0": {("sm_90", "bf16"): 16, ("sm_90", "bf16x3"): 100},
     "3.9.0": {(architecture, precision): 0 for architecture in ("sm_80", "sm_90") for precision in PRECISIONS},
 }
 
-# Of triton 3.6, what it is there for: of kernels for sm_100 it makes a trap, which counts as no step.
+# Triton 3.6 only for the architectures that it can compile for: for sm_100 it emits a trap, which has no step to count.
 CAPABILITIES = (80, 90) if TRITON == "3.6.0" else tuple(MACHINES)
 
-MORE_INSTRUCTIONS = 1.03  # over the committed row: what a compiler's scheduling may shift without a cause
+MORE_INSTRUCTIONS = 1.03  # over the committed row: less may be the compiler's scheduling alone
 
 Row = dict[str, Any]
 
@@ -266,7 +267,7 @@ def tensor_flops(names: Counter[str]) -> float | None:
 
 
 def flops_of(sizes: Sequence[int], precision: str) -> float:
-    """FLOPs a chain-step: each product forward and backward, a multiplication and an addition; thrice at bf16x3."""
+    """FLOPs per chain-step: each product forward and backward, a multiplication and an addition; thrice at bf16x3."""
     return 4 * sum(n_in * n_out for n_in, n_out in pairwise(sizes)) * (3 if precision == "bf16x3" else 1)
 
 
@@ -291,7 +292,7 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
         counted *= warps / chains
         # the compiler drops products whose columns are all padding
         if not flops_of([compiled["dim"], *compiled["widths"]], precision) <= counted <= flops:
-            raise ValueError(f"{key(compiled)}: {counted} FLOPs a chain-step in the loop found, not {flops}")
+            raise ValueError(f"{key(compiled)}: the loop has {counted} FLOPs per chain-step, expected {flops}")
         flops = counted
 
     registers = int(re.findall(r"\bREG:(\d+)", usage)[0])
@@ -379,8 +380,8 @@ def cuobjdump(option: str, cubin: Path) -> str:
 
 
 def compile_all(cases: Sequence[Row]) -> list[Row]:
-    """Each case's result, see tests/compiling.py; as many processes at a time as there are cores."""
-    # of their own, because TRITON_INTERPRET is read when a kernel is decorated
+    """Each case's result, see tests/compiling.py; one process per core."""
+    # in other processes, because TRITON_INTERPRET is read when a kernel is decorated
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def compile_part(part: Sequence[Row]) -> list[Row]:
@@ -433,19 +434,25 @@ def spills(row: Row, triton: str = TRITON) -> str | None:
 
 
 def worse(row: Row, committed: Row | None) -> str | None:
-    """In what a fresh row falls behind the committed one."""
+    """How a fresh row is worse than the committed one; None if it is not."""
     if committed is None:
         return "no committed row"
     if row["refused"] or committed["refused"]:
-        return None if row["refused"] == committed["refused"] else f"refused: {row['refused']!r} and now not, or so"
+        return (
+            None
+            if row["refused"] == committed["refused"]
+            else f"refused: {row['refused']!r}, committed: {committed['refused']!r}"
+        )
     new, old = (float(r["warp_instructions_per_chain_step"]) for r in (row, committed))
-    return f"{new} instructions a chain-step, {old} committed" if new > old * MORE_INSTRUCTIONS else None
+    return f"{new} instructions per chain-step, {old} committed" if new > old * MORE_INSTRUCTIONS else None
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
     committed = read_committed()
     if not committed:
-        return [f"no rows of triton {TRITON} in {COMMITTED.name}: python bench/resources.py adds them"]
+        return [
+            f"no rows of triton {TRITON} in {COMMITTED.name}: python bench/resources.py --out bench/results adds them"
+        ]
     return [
         " ".join(key(row)) + ": " + text
         for row in rows
@@ -454,14 +461,19 @@ def problems(rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script(__doc__)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--check", action="store_true", help="compare with the committed rows and write nothing")
+    add_out(either)
+    arguments = parser.parse_args(argv)
     rows = compile_rows(list(all_cases()))
-    if "--check" in sys.argv[1:]:
+    if arguments.check:
         found = problems(rows)
         print(*found, sep="\n", end="\n" if found else "")
         return 1 if found else 0
     common = provenance()
-    replace(COMMITTED, [{**row, **common} for row in rows], same=("triton",))
+    replace(arguments.out / "resources.csv", [{**row, **common} for row in rows], same=("triton",))
     return 0
 
 

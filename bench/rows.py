@@ -1,7 +1,11 @@
-"""Self-sufficient result rows: every line of a file in results/ names machine, versions, commit and date."""
+"""Result rows that need nothing beside them: each names its machine, versions, commit and date.
+
+And where scripts write them: into runs/, which git ignores, unless --out names another folder.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import importlib.metadata
@@ -14,6 +18,28 @@ from typing import Any
 
 # resolved: the folder may be reached through a link (on_gpu.sh)
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def script(doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a script, whose docstring is its help."""
+    # no abbreviations: a mistyped option must not start a run
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def add_out(
+    parser: argparse._ActionsContainer, default: str = "runs/bench", committed: str | None = "bench/results"
+) -> None:
+    """``--out FOLDER``, the same in every script. committed: the folder of those files that git tracks, if any."""
+    tracked = f"; {committed} holds the committed files" if committed else ""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(default),
+        metavar="FOLDER",
+        help=f"where to write (default: {default}{tracked})",
+    )
 
 
 def provenance(*peers: str) -> dict[str, Any]:
@@ -33,9 +59,9 @@ def provenance(*peers: str) -> dict[str, Any]:
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]], common: Mapping[str, Any] | None = None) -> None:
-    """Write rows as CSV, each with the provenance of this run, or ``common``, behind its own columns.
+    """Write rows as CSV. Behind its own columns each has ``common``, by default the provenance of this run.
 
-    Rows need not have the same columns: what one lacks is empty.
+    Rows may have different columns. Where a row lacks a column, its cell is empty.
     """
     common = provenance() if common is None else common
     rows = [{**row, **common} for row in rows]
@@ -48,7 +74,10 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], common: Mapping[str, An
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]], same: tuple[str, ...]) -> None:
-    """Write self-sufficient rows, in place of those in the file that have the same values of ``same``; others stay."""
+    """Merge rows into a file: they replace those with the same values of ``same``, and others stay.
+
+    Rows have their provenance already.
+    """
 
     def grouped(some: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
         groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -61,7 +90,7 @@ def replace(path: Path, rows: Iterable[Mapping[str, Any]], same: tuple[str, ...]
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Six digits of every float: more than any clock is good for."""
+    """Floats with six digits: no clock is more precise."""
     return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -71,7 +100,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def most_threads(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """Of each case and device, the rows of the most threads."""
+    """For each case and device, only the rows with the most threads."""
     rows = list(rows)
     most: dict[tuple[str, str], int] = {}
     for row in rows:

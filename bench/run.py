@@ -1,13 +1,14 @@
 """Time the suite: fastebm, what people write, and peers, on the same problems.
 
-    python bench/run.py --quick                      some minutes: one case of every kind
-    python bench/run.py --cases 'table-*' pcd-10000  cases by name, * and ? allowed; without: all
+    python bench/run.py                              all cases: an hour or more
+    python bench/run.py --quick                      one case of every kind: some minutes; also `fastebm bench`
+    python bench/run.py --cases 'table-*' pcd-10000  cases by name, * and ? allowed
     python bench/run.py --contestants eager jax fastebm
-    python bench/run.py --list                       what there is
+    python bench/run.py --list                       names of cases and contestants
 
-`fastebm bench` is the first of these. Writes steps.csv, training.csv, efficiency.csv and compilation.csv into --out,
-one row a point; rows of the same case and device in them are replaced. Exit status: 0, 1 if a contestant FAILED
-its gate or broke, 2 for bad arguments.
+Writes steps.csv, training.csv, efficiency.csv and compilation.csv into --out. Rows of the same case, device and number
+of threads in these files are replaced, others stay. Exit status: 0; 1 if a contestant FAILED its gate or broke; 2 for
+bad arguments.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastebm.bench.cases import COMPILATION, EFFICIENCY, QUICK, STEPS, SUITE, TRAINING, Case
+from fastebm.bench.rows import add_out, script
 
 if TYPE_CHECKING:
     import torch
     from fastebm.bench.contestants import Contestant
     from fastebm.bench.limits import Yardstick
 
-# Heavy imports are within functions: the command line only asks for the arguments, and threads are set before JAX.
+# Heavy imports are within functions: `fastebm --help` needs only the arguments, and threads are set before JAX starts.
 
 PEERS = ("jax", "jaxlib", "torchebm", "ebmkit", "blackjax", "arviz-stats")
 BUDGET, QUICK_BUDGET = 300.0, 32.0
@@ -42,17 +44,15 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="cases by name, * and ? allowed (see --list)")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="contestants by name (default: all)")
-    parser.add_argument("--list", action="store_true", help="say what cases and contestants there are, and end")
+    parser.add_argument("--list", action="store_true", help="print the names of cases and contestants, and end")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU cores for every contestant (default: all)")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS",
-        help=f"of timing for a case; what can't be timed in it is skipped, and said "
-        f"(default: {BUDGET:g}, of the quick set {QUICK_BUDGET:g})",
+        help=f"of timing per case; what takes longer is skipped, and its row says so "
+        f"(default: {BUDGET:g}, for the quick set {QUICK_BUDGET:g})",
     )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="for the CSV files (default: runs/bench)"
-    )
+    add_out(parser)
 
 
 def chosen(patterns: Sequence[str] | None, names: Iterable[str], what: str) -> list[str]:
@@ -70,7 +70,7 @@ def chosen(patterns: Sequence[str] | None, names: Iterable[str], what: str) -> l
 
 @contextmanager
 def on_threads(n: int | None) -> Iterator[int]:
-    """Torch's threads, and the cores that this process may use, which is what JAX goes by; put back afterwards."""
+    """Limit torch's threads, and the cores of this process, which JAX goes by; both are restored afterwards."""
     import torch
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -92,7 +92,7 @@ def on_threads(n: int | None) -> Iterator[int]:
 
 
 def run(arguments: argparse.Namespace, quick: bool) -> int:
-    """All chosen cases; the exit status.
+    """Run the chosen cases; returns the exit status.
 
     Raises:
         ValueError: bad arguments.
@@ -195,7 +195,7 @@ class Runner:
         return told(found, brief)
 
     def _present(self) -> int:
-        """How many contestants do not lack what they need, on the smallest case."""
+        """How many contestants can run here, tried on the smallest case."""
         from fastebm.bench.problem import Missing, Problem
 
         if self._n_present is None:
@@ -230,13 +230,13 @@ def say(text: str) -> None:
 
 
 def transient(text: str) -> None:
-    """What is under way, on a terminal, until the next words."""
+    """What is running now; on a terminal, until the next line."""
     if sys.stderr.isatty():
         print(f"\r\033[K  ... {text}", end="", file=sys.stderr, flush=True)
 
 
 def told(found: Iterable[Row], brief: Callable[[Row], str]) -> list[Row]:
-    """The rows, each said as it comes."""
+    """The rows, each printed as it comes."""
     done = []
     for row in found:
         done.append(row)
@@ -270,7 +270,7 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
     ],
     "efficiency": [
         ("effective samples/s", "ess_per_s", _number),
-        ("a chain-step", "ess_per_step", _number),
+        ("per chain-step", "ess_per_step", _number),
         ("x eager", "times_eager", _times),
     ],
     "compilation": [
@@ -284,7 +284,7 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
 
 
 def print_tables(found: dict[str, list[Row]]) -> None:
-    """On stdout: a table a result file of what was timed, and in words what was not, and why."""
+    """On stdout: one table per result file; then what was not timed, and why."""
     for file, new in found.items():
         columns = TABLES[file]
         body = [["case", "contestant", *(heading for heading, _, _ in columns)]]
@@ -305,8 +305,8 @@ def print_tables(found: dict[str, list[Row]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, and briefly")
+    parser = script(__doc__)
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:

@@ -1,19 +1,19 @@
-"""Tables of README.md and docs/ made from bench/results/: every number in them comes from a committed row.
+"""The tables of README.md and docs/ from bench/results/: every number in them comes from a committed row.
 
-python bench/tables.py            rewrite the tables
-python bench/tables.py --check    exit 1 if one is out of date
+python bench/tables.py --write    rewrite the tables of README.md, docs/performance.md and docs/training.md: seconds
+python bench/tables.py --check    write nothing; exit status 1 if a table is out of date
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastebm.bench.cases import SHOWN
 from fastebm.bench.problem import MM_BF16
-from fastebm.bench.rows import RESULTS, most_threads, read
+from fastebm.bench.rows import RESULTS, most_threads, read, script
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def _made(rows: list[dict[str, str]], command: str, name: str) -> str:
 def digits() -> str:
     rows = [row for row in _timed("recipes.csv") if row["data"] == "digits"]
     if not rows:
-        return "No rows are committed yet: `python bench/recipes.py` makes them."
+        return _none("recipes.py")
     body = [
         [
             "classifier two-sample accuracy, test digits against fresh samples (0.5 is perfect)",
@@ -68,7 +68,7 @@ def recipes() -> str:
     """Every data set, seed 0."""
     rows = [row for row in _timed("recipes.csv") if row["seed"] == "0"]
     if not rows:
-        return "No rows are committed yet: `python bench/recipes.py` makes them."
+        return _none("recipes.py")
     body = []
     for row in rows:
         known = {k.removeprefix("auroc_"): v for k, v in row.items() if k.startswith("auroc_") and v}
@@ -144,9 +144,11 @@ def resources() -> str:
     )
 
 
-# -- timings of bench/run.py, once rows of a quiet machine are committed -----------------------------------------
+# -- timings of bench/run.py -------------------------------------------------------------------------------------
 
-_NONE = "No rows are committed yet: `python bench/run.py --out bench/results` makes them."
+
+def _none(command: str) -> str:
+    return f"No rows are committed yet: `python bench/{command} --out bench/results` makes them."
 
 
 def _timed(name: str) -> list[dict[str, str]]:
@@ -168,7 +170,7 @@ def _threads(row: dict[str, str]) -> str:
 
 
 def _versions(row: dict[str, str], *more: str) -> str:
-    """Of torch, of ``more``, and of the peers that were there."""
+    """Of torch, of ``more``, and of the peers that were installed."""
     names = ("torch", *more, "jax", "torchebm", "ebmkit", "blackjax")
     return ", ".join(f"{name} {row[name]}" for name in names if row.get(name) not in (None, "", "absent"))
 
@@ -184,10 +186,10 @@ def _not_timed(rows: list[dict[str, str]]) -> str:
 
 
 def _timings(name: str, columns: list[tuple[str, str, Callable[[str], str]]], figures: str = "") -> str:
-    """A table of the timed rows of a file, those that were not, and the figures that are there."""
+    """The figures, a table of a file's timed rows, and a list of those that were not timed."""
     rows = most_threads(_timed(name))
     if not rows:
-        return _NONE
+        return _none("run.py")
     body = [
         [row["case"], f"{row['contestant']} {row.get('precision', '')}".strip()]
         + [form(row[column]) if row.get(column) else "" for _, column, form in columns]
@@ -243,7 +245,7 @@ def speed() -> str:
     )
     shown = [ours[case] for case in SHOWN if case in ours]
     if not shown:
-        return _NONE
+        return _none("run.py")
     headings = ["energy", "chains", "times eager", "fastest peer", "times the fastest peer", "of the limit"]
     body = [
         [
@@ -266,17 +268,17 @@ def speed() -> str:
     )
 
 
-# What the parts of a step are called in the tables.
+# Names of the parts of a step in the tables.
 _PARTS = {"products": "products", "normals": "normals", "gradient": "PyTorch's gradient", "call": "call"}
 
 _Breakdown = dict[tuple[str, int], dict[str, float]]
 
 
 def _breakdown(kind: str) -> tuple[_Breakdown, str]:
-    """Of each case and number of threads, the seconds of its parts; and what to say below a table of them."""
+    """For each case and number of threads, the seconds of its parts; and the text below a table of them."""
     rows = [row for row in _timed("breakdown.csv") if row["kind"] == kind]
     if not rows:
-        return {}, _NONE.replace("run.py --out bench/results", "breakdown.py")
+        return {}, _none("breakdown.py")
     found: _Breakdown = {}
     for row in rows:
         found.setdefault((row["case"], int(row["threads"])), {})[row["part"]] = float(row["seconds"])
@@ -362,7 +364,7 @@ def training() -> str:
 def pool() -> str:
     rows = _timed("pool.csv")
     if not rows:
-        return _NONE.replace("run.py --out bench/results", "pool.py")
+        return _none("pool.py")
     columns = [
         ("draw + write-back, us", "draw_and_write_seconds", lambda text: f"{1e6 * float(text):.3g}"),
         ("times the list", "times_list", _number),
@@ -409,7 +411,10 @@ def compilation() -> str:
 
 # -- a visit to a GPU --------------------------------------------------------------------------------------------
 
-_NO_VISIT = "No rows are committed yet: `bash bench/on_gpu.sh` and `python bench/gpu.py rows FOLDER` make them."
+_NO_VISIT = (
+    "No rows are committed yet: `bash bench/on_gpu.sh` and `python bench/gpu.py rows runs/gpu --out bench/results` "
+    "make them."
+)
 
 
 def _visited(what: str, name: str = "gpu.csv") -> list[dict[str, str]]:
@@ -522,7 +527,7 @@ def gpu_race() -> str:
 
 
 def gpu_sweep() -> str:
-    """Of each case the shipped launch and the fastest others."""
+    """For each case the shipped launch and the fastest others."""
     rows = [row for row in _visited("sweep", "gpu_sweep.csv") if row["status"] == "ok"]
     if not rows:
         return _NO_VISIT
@@ -596,8 +601,13 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
 ]
 
 
-def main() -> int:
-    check = "--check" in sys.argv[1:]
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script(__doc__)
+    # required: the bare command must not rewrite files by surprise
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--write", action="store_true", help="rewrite the tables")
+    either.add_argument("--check", action="store_true", help="name the tables that are out of date, and write nothing")
+    arguments = parser.parse_args(argv)
     stale = []
     for file, marker, make in TABLES:
         path = ROOT / file
@@ -609,10 +619,10 @@ def main() -> int:
             raise SystemExit(f"{file} must hold the marks <!-- {marker} --> and <!-- /{marker} --> once, found {found}")
         if new != old:
             stale.append(f"{file}: {marker}")
-            if not check:
+            if arguments.write:
                 path.write_text(new, encoding="utf-8")
-    if check and stale:
-        print("out of date, run python bench/tables.py:", *stale, sep="\n  ")
+    if arguments.check and stale:
+        print("out of date, run python bench/tables.py --write:", *stale, sep="\n  ")
         return 1
     return 0
 

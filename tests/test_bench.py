@@ -1,14 +1,21 @@
-"""The benchmark suite: wrong contestants are found out, the clock takes turns, rows say all that was measured."""
+"""The benchmark suite: wrong contestants are found out, the clock takes turns, rows say all that was measured.
 
+And its scripts write nothing that nobody asked for.
+"""
+
+import contextlib
 import copy
 import csv
 import dataclasses
+import importlib
 import importlib.util
+import io
 import json
 import math
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -323,7 +330,7 @@ def test_a_race_of_pools(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert "| 900 | fastebm-uint8 |" in tables.pool()
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "none")
-    assert tables.pool() == "No rows are committed yet: `python bench/pool.py` makes them."
+    assert tables.pool() == "No rows are committed yet: `python bench/pool.py --out bench/results` makes them."
 
 
 def test_draws_and_writes_of_a_pool_are_those_of_its_samples():
@@ -372,9 +379,9 @@ def test_draws_of_another_law_are_found(kind):
 
 def test_first_calls_in_this_process():
     threads = torch.get_num_threads()
-    found = compilation.first_calls("compile-table", "eager", "float32", "cpu", str(threads))
+    found = compilation.first_calls("compile-table", "eager", "float32", "cpu", threads)
     assert min(found["first"], found["later"]) > 0
-    assert "CUDA device" in compilation.first_calls("compile-table", "graph", "float32", "cpu", str(threads))["missing"]
+    assert "CUDA device" in compilation.first_calls("compile-table", "graph", "float32", "cpu", threads)["missing"]
 
 
 def test_two_processes_share_their_caches_and_no_others(monkeypatch):
@@ -546,9 +553,10 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert {row["threads"] for row in rows.most_threads(both) if row["case"] == "tiny-90"} == {"2"}
 
-    assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert plot.main(["--results", "."]) == 0
     for name in ("speedup", "throughput", "roofline"):
-        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "runs" / "bench" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "SHOWN", ("tiny-70", "not run"))
@@ -560,7 +568,7 @@ def test_run_writes_rows_from_which_figures_and_tables_follow(tiny_suite, tmp_pa
     text = tables.steps()
     assert "| tiny-70 | fastebm float32 |" in text
     assert "- graph, missing in tiny-70, tiny-90: CUDA graphs need a CUDA device" in text
-    assert tables.training() == tables._NONE
+    assert tables.training() == tables._none("run.py")
 
 
 def test_a_wrong_contestant_ends_in_status_1_and_has_no_time(tiny_suite, tmp_path, capsys, monkeypatch):
@@ -638,3 +646,142 @@ def test_rows_may_lack_columns(tmp_path):
 
 def test_the_memory_that_is_free():
     assert 0 < run.free_memory(types.SimpleNamespace(type="cpu"))
+
+
+# --- the scripts ---
+
+ROOT = Path(__file__).parent.parent
+MAIN = 'if __name__ == "__main__":\n'
+SCRIPTS = [path.stem for path in sorted((ROOT / "bench").glob("*.py")) if MAIN in path.read_text(encoding="utf-8")]
+COMMANDS = [[name] for name in SCRIPTS] + [["gpu", name] for name in ("visit", "rows", "launch")]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="triton and GPUs: Linux")
+
+
+def committed():
+    """What a script must not touch unless told to: {path: content}."""
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*"), *(ROOT / "bench" / "results").rglob("*")]
+    return {path: path.read_bytes() for path in files if path.is_file()}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory of its own, and committed files that stay as they are."""
+    before = committed()
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert committed() == before
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def main_of(name):
+    return importlib.import_module(f"fastebm.bench.{name}").main
+
+
+@linux
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_script_explains_itself_and_refuses_what_it_does_not_know(command, elsewhere, capsys):
+    """In this process: importing torch for every script would take a minute. The guard is compared as text."""
+    name, *options = command
+    assert (ROOT / "bench" / f"{name}.py").read_text(encoding="utf-8").endswith(f"\n\n{MAIN}    sys.exit(main())\n")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main_of(name)([*options, "--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: ")
+    if "--out" in said and command != ["gpu"]:
+        assert "(default: runs/" in " ".join(said.split())
+    # and no abbreviations: --hel would print the help
+    for unknown in ("--no-such-option", "--hel"):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main_of(name)([*options, unknown])
+    assert not files(elsewhere)
+
+
+@linux
+@pytest.mark.parametrize("option", ["--help", "--no-such-option"])
+def test_the_same_in_a_process_of_its_own(option, elsewhere):
+    script = [sys.executable, str(ROOT / "bench" / "resources.py"), option]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == (0 if option == "--help" else 2)
+    assert "usage: resources.py" in done.stdout + done.stderr
+    assert not files(elsewhere)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("breakdown", ("steps", "pools", "first_calls")),
+        ("precision", ("rows_of",)),
+        ("recipes", ("run",)),
+        ("resources", ("compile_rows",)),
+        ("pool", ("race",)),
+    ],
+)
+def test_rows_go_to_runs_unless_told(name, work, elsewhere, monkeypatch):
+    module = importlib.import_module(f"fastebm.bench.{name}")
+    about = {"n_chains": 3, "contestant": "", "steps": 2, "device": "cpu", "status": "missing", "note": "not here"}
+    row = {"data": "moons", "seed": 0, "two_sample_accuracy": 0.5, "wall_seconds": 1.0, **about}
+    for function in work:
+        monkeypatch.setattr(module, function, lambda *_: row if name == "recipes" else [row])
+    assert module.main([]) == 0
+    assert module.main(["--out", "there"]) == 0
+    assert module.main(["--out", "there"]) == 0  # the same rows again
+    assert files(elsewhere) == {f"runs/bench/{name}.csv", f"there/{name}.csv"}
+    assert read(elsewhere / "there" / f"{name}.csv") == read(elsewhere / "runs" / "bench" / f"{name}.csv")
+
+
+@pytest.mark.parametrize(
+    ("module", "work", "result", "ask", "asked"),
+    [
+        (
+            *(breakdown, "parts_of_a_first_call", {"whole": 2.0}),
+            *(lambda: breakdown.first_calls("compile-table", 1), ("compile-table",)),
+        ),
+        (
+            *(compilation, "first_calls", {"first": 9.0, "later": 1.0}),
+            lambda: list(compilation.measure("compile-table", [("eager", "float32")], "cpu", 1)),
+            ("compile-table", "eager", "float32", "cpu", 1),
+        ),
+        (
+            *(pools, "measure_memory", {"peak_bytes": 1}),
+            *(lambda: pools.memory("fastebm", 600, 2, "cpu"), ("fastebm", 600, 2, "cpu")),
+        ),
+    ],
+    ids=["breakdown", "compilation", "pool"],
+)
+def test_a_script_understands_what_it_asks_of_a_second_process(module, work, result, ask, asked, monkeypatch):
+    seen = []
+
+    def here(command, **options):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = module.main(command[3:])
+        return subprocess.CompletedProcess(command, status, out.getvalue(), "")
+
+    monkeypatch.setattr(module, work, lambda *arguments: seen.append(arguments) or result)
+    monkeypatch.setattr(module.subprocess, "run", here)
+    assert ask()
+    assert set(seen) == {asked}
+
+
+def test_tables_are_written_only_when_asked(elsewhere, monkeypatch, capsys):
+    for file in {file for file, _, _ in tables.TABLES}:
+        (elsewhere / file).parent.mkdir(exist_ok=True)
+        (elsewhere / file).write_bytes((ROOT / file).read_bytes())
+    for path in (ROOT / "docs").glob("*.png"):  # the tables show the figures that are there
+        (elsewhere / "docs" / path.name).touch()
+    monkeypatch.setattr(tables, "ROOT", elsewhere)
+    readme = elsewhere / "README.md"
+    right = readme.read_text(encoding="utf-8")
+    wrong = right.replace("<!-- digits -->\n", "<!-- digits -->\nstale\n")
+    readme.write_text(wrong, encoding="utf-8")
+    assert tables.main(["--check"]) == 1
+    assert "README.md: digits" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^2$"):
+        tables.main([])
+    assert readme.read_text(encoding="utf-8") == wrong
+    assert tables.main(["--write"]) == 0
+    assert readme.read_text(encoding="utf-8") == right
+    assert tables.main(["--check"]) == 0

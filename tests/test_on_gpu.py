@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastebm.bench import gpu, launches, rows
+from fastebm.bench import gpu, launches
 from fastebm.bench.cases import Case
 from fastebm.bench.contestants import CONTESTANTS, Contestant, compiled_at, eager
 from fastebm.bench.problem import MM_BF16, Missing, Problem
@@ -47,7 +47,7 @@ def of(found, what):
 
 
 @pytest.mark.slow
-def test_part_a(tmp_path, monkeypatch):
+def test_part_a(tmp_path):
     began = time.monotonic()
     found, printed = visited(tmp_path, "--part", "a")
     assert time.monotonic() - began < 180
@@ -90,8 +90,7 @@ def test_part_a(tmp_path, monkeypatch):
     assert "Self CPU" in text
     assert "130-[16, 16] bf16, 70 chains" in text
 
-    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
-    assert gpu.write_rows([tmp_path]) == 0
+    assert gpu.main(["rows", str(tmp_path), "--out", str(tmp_path / "results")]) == 0
     with (tmp_path / "results" / "gpu.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert {row["what"] for row in written} == {"shipped", "alone", "timings"}
@@ -100,7 +99,7 @@ def test_part_a(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_part_b(tmp_path, monkeypatch):
+def test_part_b(tmp_path):
     found, _ = visited(tmp_path, "--part", "b")
     assert {row["status"] for row in of(found, "tests-b").values()} == {"passed", "skipped"}
     sweep = list(of(found, "sweep").values())
@@ -108,8 +107,7 @@ def test_part_b(tmp_path, monkeypatch):
     assert [row["shipped"] for row in sweep] == ["yes", "no"]
     assert all(0 < float(row["error_over_allowed"]) <= 1 for row in sweep)
     assert {row["status"] for row in of(found, "watched").values()} <= {"missing", "error"}  # there is no GPU to watch
-    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
-    gpu.write_rows([tmp_path])
+    assert gpu.main(["rows", str(tmp_path), "--out", str(tmp_path / "results")]) == 0
     assert (tmp_path / "results" / "gpu_sweep.csv").exists()
     assert not (tmp_path / "results" / "gpu.csv").exists()
 
@@ -143,12 +141,43 @@ def test_whatever_a_visit_knew_when_it_was_killed_is_there(tmp_path, rows_before
     assert json.loads((tmp_path / "environment.json").read_text())["commit"] == found[0]["commit"]
 
 
-def test_bad_arguments_are_refused(tmp_path):
-    for options in (["--part", "c"], ["--parts", "a"]):
-        words, environment = command(tmp_path, *options)
+def test_help_and_bad_arguments_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = (["--part", "c"], ["--parts", "a"], ["--budget"], ["--dryy"])
+    for options, status in ((["--help"], 0), *((options, 64) for options in bad)):
+        words, environment = command(tmp_path / "out", *options)
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert done.returncode == 64
-        assert "--part a|b" in done.stderr
+        assert done.returncode == status
+        assert "--part a|b" in (done.stderr if status else done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_there_is_not_is_told(tmp_path):
+    words, environment = command(tmp_path, "--stages", "nope")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 64
+    assert "no stage is called 'nope'" in done.stderr
+
+
+def test_without_a_cuda_device_nothing_is_written(tmp_path, monkeypatch):
+    """By default into runs/gpu; files of an earlier visit stay as they were."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "rows.jsonl").write_text("of an earlier visit\n")
+    environment = {name: value for name, value in os.environ.items() if name != "OUT"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    for options in ([], ["--out", "earlier"]):
+        words = ["bash", str(BENCH / "on_gpu.sh"), *options]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (69, "no CUDA device\n")
+
+    # nor by gpu.py alone
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in ([], ["--out", "earlier"]):
+        assert gpu.main(["visit", "--stages", "profile", *options]) == 69
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+    assert (tmp_path / "earlier" / "rows.jsonl").read_text() == "of an earlier visit\n"
+    assert len(list((tmp_path / "earlier").iterdir())) == 1
 
 
 # -- forks -------------------------------------------------------------------------------------------------------

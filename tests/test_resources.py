@@ -226,6 +226,24 @@ def test_a_triton_without_rows_is_told(monkeypatch):
     assert "no rows of triton 0.0.0" in words
 
 
+def test_a_run_keeps_the_rows_of_other_versions_and_a_check_writes_nothing(tmp_path, monkeypatch, capsys):
+    before = resources.COMMITTED.read_bytes()
+    file = tmp_path / "resources.csv"
+    file.write_text("triton,case\n0.0.0,another\n")
+    monkeypatch.setattr(resources, "compile_rows", lambda cases: [{"case": "mine"}])
+    assert resources.main(["--out", str(tmp_path)]) == 0
+    assert [(row["triton"], row["case"]) for row in resources.read(file)] == [
+        ("0.0.0", "another"), (resources.TRITON, "mine"),
+    ]  # fmt: skip
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resources, "problems", lambda rows: ["slower"])
+    assert resources.main(["--check"]) == 1
+    assert capsys.readouterr().out == "slower\n"
+    assert list(tmp_path.iterdir()) == [file]
+    assert resources.COMMITTED.read_bytes() == before
+
+
 def test_the_committed_rows_are_within_the_rules():
     """Of both versions of triton, whichever is installed."""
     found = [row for row in resources.read(resources.COMMITTED) if resources.spills(row, row["triton"])]
