@@ -3,8 +3,9 @@
     python bench/recipes.py                         every set once, digits with three seeds: 25 minutes
     python bench/recipes.py moons --seeds 0 1 2     a minute or two per run; mnist5k takes seven
 
-Writes recipes.csv into --out. Rows have the held-out measures of summary.json and the wall-clock seconds of the whole
-process. Rows of the same set and seed in the file are replaced, others stay.
+Writes recipes.csv into --out. Rows have the held-out measures of summary.json, the AUROC of `fastebm score` on a CSV of
+held-out rows and known outliers, and the wall-clock seconds of `fastebm train` as a process. Rows of the same set and
+seed in the file are replaced, others stay.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
 from fastebm.bench import rows
 
-from fastebm.data import SETS
+from fastebm.data import SETS, load
+from fastebm.evaluate import auroc
 
 SEEDS = {"digits": (0, 1, 2)}
 
@@ -33,11 +37,27 @@ def run(name: str, seed: int) -> dict[str, Any]:
         subprocess.run(command, check=True)
         wall = time.perf_counter() - started
         summary = json.loads((out / "summary.json").read_text())
+        scored = auroc_of_score(name, seed, out)
     measures = {k: v for k, v in summary.items() if k.startswith("auroc")}
     if "class_shares" in summary:
         measures |= {"classes_present": summary["classes_present"], "least_class_share": min(summary["class_shares"])}
     told = ("two_sample_accuracy", "chain_steps", "backend", "path", "threads", "seconds")
-    return {"data": name, "seed": seed, **{k: summary[k] for k in told}, "wall_seconds": wall, **measures}
+    return {"data": name, "seed": seed, **{k: summary[k] for k in told}, "wall_seconds": wall, **measures, **scored}
+
+
+def auroc_of_score(name: str, seed: int, out: Path) -> dict[str, float]:
+    """`fastebm score` on held-out rows and outliers, as a CSV in the units of the data: by name of the outliers."""
+    data, measures = load(name, seed), {}
+    for kind, outliers in getattr(data, "outliers", {}).items():
+        x = data.info.to_data(torch.cat([data.test, outliers]))
+        frame = pd.DataFrame(x, columns=data.info.columns)
+        frame.to_csv(out.parent / "rows.csv", index=False)
+        command = [sys.executable, "-m", "fastebm", "score", str(out), str(out.parent / "rows.csv")]
+        subprocess.run([*command, "--out", str(out.parent / "scores.csv")], check=True)
+        energies = pd.read_csv(out.parent / "scores.csv").set_index("row")["energy"]
+        n = len(data.test)
+        measures[f"auroc_{kind}_by_score"] = auroc(energies[energies.index < n], energies[energies.index >= n])
+    return measures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from ..backends.choose import BACKENDS
 from ..data import SETS
 from ..threads import threads
 from ..words import did_you_mean
+from .progress import Progress
 
 __all__ = [
     "Parser",
@@ -26,6 +27,7 @@ __all__ = [
     "add_threads",
     "check_writable",
     "count",
+    "fewer_threads",
     "flat",
     "need",
     "on_threads",
@@ -82,6 +84,17 @@ def on_threads(n: int | None) -> Iterator[None]:
         raise ValueError(f"--threads must be at most {cores}, the cores of this machine, got {n}")
     with threads(n or torch.get_num_threads()):
         yield
+
+
+def fewer_threads(seconds: dict[int, float], progress: Progress) -> int:
+    """The number to take, of what ``threads.fastest`` found; said if it is not all of them."""
+    best, everyone = next(iter(seconds)), max(seconds)
+    if best < everyone:
+        progress.note(
+            f"{best} thread{'s' * (best > 1)} of {everyone}, because with {everyone} a step takes "
+            f"{seconds[everyone] / seconds[best]:.1f} times as long on this machine now (--threads sets it)"
+        )
+    return best
 
 
 def count(text: str) -> int:

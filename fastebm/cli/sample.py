@@ -18,7 +18,7 @@ from ..recipe import TrainConfig
 from ..report import fresh_samples, landscape
 from ..threads import fastest
 from ..train import load_model, resolve_device
-from .options import add_device, add_threads, check_writable, count, need, on_threads, positive
+from .options import add_device, add_threads, check_writable, count, fewer_threads, need, on_threads, positive
 from .progress import Progress
 
 _WORDS = "Samples of a trained energy, from chains that start in uniform noise."
@@ -63,13 +63,9 @@ def _sample(arguments: argparse.Namespace) -> int:
     with Progress() as progress:
         if n_threads is None and device.type == "cpu" and torch.get_num_threads() > 1:
             progress.show("timing the first steps")
-            seconds = fastest(lambda: _steps(model, config, min(arguments.n, _TIMED_CHAINS), arguments.backend))
-            n_threads, other = next(iter(seconds)), max(seconds)
-            if n_threads < other:
-                times = f"{seconds[other] / seconds[n_threads]:.1f} times slower"
-                progress.note(
-                    f"threads: {n_threads} of {other}, with which this machine is {times} (--threads sets it)"
-                )
+            timed = min(arguments.n, _TIMED_CHAINS)
+            seconds = fastest(lambda: _steps(model, config, timed, arguments.backend))
+            n_threads = fewer_threads(seconds, progress)
         with on_threads(n_threads):
             samples, info = fresh_samples(
                 model.to(device),

@@ -34,7 +34,7 @@ from ..train import (
     train,
 )
 from ..words import did_you_mean
-from .options import add_device, add_threads, flat, need, on_threads, positive, rank, sizes
+from .options import add_device, add_threads, fewer_threads, flat, need, on_threads, positive, rank, sizes
 from .progress import Progress, Signals
 
 _DEFAULTS = TrainConfig()
@@ -294,11 +294,7 @@ def _n_threads(config: TrainConfig, data: Data | None, resume: Path | None, prog
         return None
     check_memory(config, data.dim, torch.device("cpu"))
     progress.show("timing the first steps")
-    seconds = seconds_of_a_step(config, data)
-    best, *others = seconds
-    told = ", ".join(f"{1e3 * seconds[n]:.0f} ms with {n}" for n in others)
-    progress.note(f"threads: {best}, with which a step takes {1e3 * seconds[best]:.0f} ms ({told}; --threads sets it)")
-    return best
+    return fewer_threads(seconds_of_a_step(config, data), progress)
 
 
 def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
