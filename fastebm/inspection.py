@@ -53,7 +53,8 @@ def complete(path: Path, table: Table) -> Table:
             _holes(path, table, np.isnan(table.x), "missing values", "fill them in, delete such rows", is_missing)
         )
     told = _holes(path, table, np.isnan(table.x), "missing values", "").removeprefix(f"{path}: ")
-    note = f"{told}: these {is_missing.sum():,} rows are left out"
+    n = int(is_missing.sum())
+    note = f"{told}: {n:,} row{'s' * (n > 1)} left out"
     return dataclasses.replace(table.rows(~is_missing), notes=(*table.notes, note))
 
 

@@ -376,7 +376,7 @@ def test_rows_with_missing_values_are_left_out_while_they_are_few(tmp_path, fram
     path = _write(tmp_path / "x.csv", text.to_csv(index=False, sep=";", decimal=decimal, na_rep=word))
     told = "missing values in 'weight' (2 of 60, first line 5), 'salary' (1 of 60, first line 2)"
     notes = _read(path)[2]
-    assert notes[-1] == f"{told}: these 3 rows are left out"
+    assert notes[-1] == f"{told}: 3 rows left out"
     points = load_array(path)
     assert len(points.train) + len(points.test) == 57
     text.iloc[10:14, 0] = np.nan
