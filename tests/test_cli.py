@@ -1,5 +1,6 @@
 """The command, end to end: main() in this process, and real processes where signals and the terminal matter."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,13 +17,13 @@ import pandas as pd
 import pytest
 import torch
 
-from fastebm import checkpoint, evaluate, processes, train
-from fastebm.cli import main
+from fastebm import checkpoint, evaluate, processes, threads, train
+from fastebm.cli import main, options
 from fastebm.cli import progress as progress_module
 from fastebm.cli import sample as sample_command
 from fastebm.cli import train as train_command
 from fastebm.cli.progress import Progress, Signals
-from fastebm.data import load_array
+from fastebm.data import load, load_array
 from fastebm.recipe import recipe
 
 SMALL = ["--steps", "3", "--batch-size", "16", "--hidden-sizes", "8", "4", "--device", "cpu"]
@@ -91,6 +92,115 @@ def test_sample_writes_arrays_and_pictures(run, tmp_path, capsys):
     assert not np.array_equal(a, d)
     assert min(matplotlib.image.imread(tmp_path / "c.PNG", format="png").shape[:2]) > 300
     assert "10 samples (torch, tiles, on cpu)" in capsys.readouterr().out
+
+
+def test_samples_as_tables_arrays_and_pictures(run, tmp_path, few_trees):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal([3.0, 100.0, -5.0], [1.0, 9.0, 0.1], (60, 3)))
+    pd.DataFrame(np.load(tmp_path / "x.npy"), columns=["a", "b c", "d"]).to_csv(tmp_path / "x.csv", index=False)
+    table = tmp_path / "table"
+    assert main(["train", "--data", str(tmp_path / "x.csv"), *SMALL, "--out", str(table)]) == 0
+    for source, columns in ((table, ["a", "b c", "d"]), (run, [str(i) for i in range(64)])):
+        for name in ("y.npy", "y.npz", "y.CSV"):
+            assert main(["sample", str(source), "-n", "9", "--out", str(tmp_path / name)]) == 0
+        x, arrays, frame = np.load(tmp_path / "y.npy"), np.load(tmp_path / "y.npz"), pd.read_csv(tmp_path / "y.CSV")
+        assert np.array_equal(arrays["samples"], x)
+        assert list(frame) == columns
+        assert np.array_equal(frame.to_numpy(x.dtype), x.reshape(9, -1))
+        assert ("columns" in arrays) == (source == table)
+    assert np.load(tmp_path / "y.npz")["samples"].shape == (9, 8, 8)
+    signs = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "pdf": b"%PDF"}
+    for suffix, sign in signs.items():
+        assert main(["sample", str(run), "-n", "9", "--out", str(tmp_path / f"y.{suffix}")]) == 0
+        assert (tmp_path / f"y.{suffix}").read_bytes().startswith(sign)
+
+
+def test_set_takes_any_value_of_the_recipe(tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def train(config, out, **_):
+        seen["config"] = config
+        raise RuntimeError("enough seen")
+
+    monkeypatch.setattr(train_command, "train", train)
+    settings = ["learning_rate=1e-3", "hidden_sizes=8,4", "betas=0.8,0.99", "max_grad_norm=none", "decay=cosine"]
+    settings += ["grad-clip=0.5", "noise_std=0.3", "seed=5"]
+    command = ["train", "moons", "--set", *settings, "--set", "steps=7", "--threads", "1"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 1
+    values = dataclasses.asdict(seen["config"])
+    wanted = {"learning_rate": 1e-3, "hidden_sizes": (8, 4), "betas": (0.8, 0.99), "max_grad_norm": None}
+    wanted |= {"decay": "cosine", "grad_clip": 0.5, "noise_std": 0.3, "seed": 5, "steps": 7}
+    assert {key: values[key] for key in wanted} == wanted
+    assert values["pool_size"] == train_command.TrainConfig().pool_size
+    # The data are those of the seed.
+    assert seen["config"].data == load("moons", 5).info
+
+
+def test_a_finished_run_is_extended(run, tmp_path, capsys):
+    shutil.copytree(run, longer := tmp_path / "run")
+    assert main(["train", "--resume", str(longer), "--steps", "3"]) == 0
+    assert "there is nothing to resume (--steps N, more than it has, extends it)" in capsys.readouterr().out
+    assert main(["train", "--resume", str(longer), "--set", "steps=5"]) == 0
+    assert f"{longer}: 5 steps" in capsys.readouterr().out
+    assert _newest(longer).step == 5
+    assert json.loads((longer / "config.json").read_text())["steps"] == 5
+    assert "has done 5 steps: steps must be more to extend it, got 4" in _error(
+        capsys, "train", "--resume", longer / "checkpoints" / "step-00000005", "--steps", "4"
+    )
+
+
+def test_fewer_threads_are_taken_where_they_are_faster_and_this_is_said(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    slow = {4: 0.03, 2: 0.02, 1: 0.0}
+
+    def work():
+        time.sleep(slow[chosen[-1]])
+
+    chosen = [4]
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    assert next(iter(threads.fastest(work))) == 1
+    slow |= {4: 0.0, 1: 0.03}
+    assert next(iter(threads.fastest(work))) == 4
+    monkeypatch.undo()
+    before = torch.get_num_threads()
+    with Progress() as progress:
+        assert options.fewer_threads({2: 0.01, 4: 0.05, 1: 0.02}, progress) == 2
+        assert options.fewer_threads({4: 0.01, 2: 0.02, 1: 0.02}, progress) == 4
+    assert capsys.readouterr().err == (
+        "fastebm: 2 threads of 4, because with 4 a step takes 5.0 times as long on this machine now "
+        "(--threads sets it)\n"
+    )
+    used = []
+    monkeypatch.setattr(train_command, "seconds_of_a_step", lambda *_: {1: 0.01, 2: 0.05})
+    monkeypatch.setattr(train_command, "train", lambda *_, **__: used.append(torch.get_num_threads()) or {}["stop"])
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError):
+            main(["train", "moons", "--device", "cpu", "--out", str(tmp_path / "run")])
+        assert used == [1]
+        assert torch.get_num_threads() == 2
+        # A resumed run has the number of before, whatever is faster now.
+        monkeypatch.setattr(train_command, "seconds_of_a_step", None)
+        with pytest.raises(KeyError):
+            main(["train", "--resume", str(run), "--steps", "9"])
+        assert used == [1, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_timing_a_step_moves_nothing():
+    points = load("moons")
+    config = train.TrainConfig(**{**recipe(points), "hidden_sizes": (8,), "batch_size": 16})
+    state = torch.get_rng_state()
+    assert set(train.seconds_of_a_step(config, points)) == {torch.get_num_threads(), 1}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_long_sampling_shows_steps_and_time_left(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "_FIRST_LINE", 0.0)
+    monkeypatch.setattr(progress_module, "_LINE_EVERY", 0.0)
+    command = ["sample", str(run), "--steps", "60", "--threads", "1", "--out", str(tmp_path / "x.npy")]
+    assert main(command) == 0
+    assert re.search(r"^sampling: step \d+/60: \d+ s left$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_sample_backends_agree(run, tmp_path):
@@ -485,13 +595,28 @@ def _environment():
 
 def test_import_brings_no_optional_package():
     code = (
-        "import sys, torch; before = set(sys.modules); import fastebm\n"  # torch itself imports tqdm if it can
+        "import sys, torch; before = set(sys.modules)\n"  # torch itself imports tqdm if it can
+        "import fastebm; fastebm.langevin_sample\n"
         "packages = {'matplotlib', 'pandas', 'sklearn', 'tqdm', 'safetensors', 'triton'}\n"
         "sys.exit(', '.join(packages & (sys.modules.keys() - before)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+def test_an_interrupt_while_pytorch_is_imported_has_no_traceback():
+    """At several moments of it; the process ends by the signal."""
+    for seconds in (0.15, 0.5, 1.0):
+        command = [sys.executable, "-m", "fastebm", "info"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT, 0)
+        assert "Traceback" not in err
+        if process.returncode < 0:
+            assert out == err == ""
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])

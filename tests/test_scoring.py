@@ -222,9 +222,7 @@ def test_rows_with_missing_values_are_left_out_and_keep_their_numbers(run, tumou
     holes.loc[[2, 5], "mean area"] = np.nan
     holes.to_csv(tmp_path / "x.csv")
     assert main(["score", str(run), str(tmp_path / "x.csv"), "--out", str(tmp_path / "s.csv")]) == 0
-    assert (
-        "missing values in 'mean area' (2 of 569, first line 4): 2 rows left out" in capsys.readouterr().err
-    )
+    assert "missing values in 'mean area' (2 of 569, first line 4): 2 rows left out" in capsys.readouterr().err
     scores = pd.read_csv(tmp_path / "s.csv").set_index("row")["energy"]
     assert {*range(569)} - {*scores.index} == {2, 5}
     whole = fastebm.load(run).energy(frame)
