@@ -6,6 +6,8 @@ import io
 import matplotlib.image
 import numpy as np
 import pytest
+from fastebm.bench import plot as bench_plot
+from fastebm.bench.rows import RESULTS, most_threads, read
 from matplotlib.text import Text
 from scipy import stats
 
@@ -50,6 +52,11 @@ def energies():
     return plot.energies_figure({name: RNG.normal(i, size=200) for i, name in enumerate(names)}, names[:2])
 
 
+def bench(name, runs=1):
+    rows = [row for row in bench_plot.numbers(most_threads(read(RESULTS / "steps.csv"))) if row["device"] == "cpu"]
+    return bench_plot.FIGURES[name]([{**row, "commit": f"{i % runs:012}"} for i, row in enumerate(rows)])
+
+
 FIGURES = {
     "8x8": lambda: images(100, size=8),
     "28x28": lambda: images(100),
@@ -61,6 +68,8 @@ FIGURES = {
     "40 columns": lambda: table(40),
     "energies": energies,
     "training": lambda: plot.training_figure(metrics()),
+    "many runs": lambda: bench("speedup", runs=20),
+    **{name: lambda name=name: bench(name) for name in bench_plot.FIGURES},
 }
 
 
@@ -113,6 +122,15 @@ def test_a_logarithmic_axis_has_plain_numbers(norms):
     assert 3 <= len(found) <= 8
     assert all(float(label) > 0 for label in found)  # no powers of ten
     assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
+
+
+@pytest.mark.parametrize("name", ["throughput", "roofline"])
+def test_benchmarks_have_plain_numbers(name):
+    for axes in bench(name).axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            found = labels(axis)
+            assert len(found) >= 2
+            assert not any("$" in label for label in found)
 
 
 def test_samples_over_an_energy_stand_out_from_it():
