@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from fastebm.bench.rows import RESULTS, add_out, most_threads, read, script
 
-from fastebm.plot import png
+from fastebm.plot import WIDTH, blank, legend, log_ticks, png
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; fastebm has the strong colours.
-OURS = ("#D55E00", "#E69F00", "#CC79A7", "#A0522D", "#8C564B", "#F0A500")
-OTHERS = ("#666666", "#0072B2", "#56B4E9", "#009E73", "#000000", "#999999", "#4477AA", "#117733", "#88CCEE", "#BBBBBB")
+# Okabe & Ito's palette, told apart by colour-blind readers too; fastebm in the strong ones. There are more contestants
+# than such colours, so each has a mark as well: not as many as colours, or both would come round at once.
+OURS = ("#D55E00", "#E69F00", "#A0522D", "#7F3B08")
+OTHERS = ("#666666", "#0072B2", "#56B4E9", "#009E73", "#000000", "#BBBBBB", "#CC79A7", "#F0E442", "#117733", "#88CCEE")
+MARKS = "osv^DP<>X"
 
 Row = dict[str, Any]
 
@@ -44,78 +46,72 @@ def _float(text: str) -> float | str:
         return text
 
 
-def colours(rows: Sequence[Row]) -> dict[str, str]:
-    """One colour per contestant, the same in every figure."""
+def styles(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """One colour and mark per contestant in every figure, whatever took part in it."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     ours = [n for n in names if n.startswith("fastebm")]
     others = [n for n in names if n not in ours]
     return {
-        **{n: OURS[i % len(OURS)] for i, n in enumerate(ours)},
-        **{n: OTHERS[i % len(OTHERS)] for i, n in enumerate(others)},
+        name: {"color": palette[i % len(palette)], "marker": MARKS[i % len(MARKS)]}
+        for group, palette in ((ours, OURS), (others, OTHERS))
+        for i, name in enumerate(group)
     }
 
 
-def _figure(width: float, height: float, rows: Sequence[Row]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+def _figure(height: float, rows: Sequence[Row]) -> Any:
     first = rows[0]
     machine = first["gpu"] if first["device"] == "cuda" else f"{first['threads']:.0f} threads, {first['cpu']}"
     runs = "; ".join(dict.fromkeys(f"{row['date']}, {row['commit']}" for row in rows))
-    figure.suptitle(f"{machine}, torch {first['torch']}, {runs}", fontsize=9)
-    return figure
-
-
-def _legend(figure: Any) -> None:
-    """One legend for all axes, beside them, where it hides nothing."""
-    there = {
-        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(there.values(), there.keys(), fontsize=8, loc="outside right center")
+    return blank(WIDTH, height, f"{machine}, torch {first['torch']}\n{runs}")
 
 
 def speedups(rows: Sequence[Row]) -> Any:
     """Bars: median seconds of the eager loop over a contestant's, one group per case; quartiles of the latter."""
-    palette, rows = colours(rows), [row for row in rows if row["times_eager"] != ""]
+    palette, rows = styles(rows), [row for row in rows if row["times_eager"] != ""]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = _figure(max(6.0, 2.0 + len(cases)), 4.5, rows)
+    figure = _figure(5.4, rows)
     axes = figure.add_subplot()
     width = 0.8 / len(palette)
-    for i, (name, colour) in enumerate(palette.items()):
+    for i, (name, style) in enumerate(palette.items()):
         own = [row for row in rows if row["name"] == name]
         x = [cases.index(row["case"]) + (i - len(palette) / 2 + 0.5) * width for row in own]
         y = np.array([row["times_eager"] for row in own])
         ends = np.array([[row["eager_seconds"] / row[q] for q in ("seconds_q3", "seconds_q1")] for row in own]).T
-        axes.bar(x, y, width, color=colour, label=name)
+        axes.bar(x, y, width, color=style["color"], label=name)
         axes.errorbar(x, y, abs(ends - y), fmt="none", ecolor="black", elinewidth=0.8)
     axes.axhline(1.0, color="#666666", linewidth=0.8)
-    axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=8)
-    axes.set_ylabel("times the eager loop")
+    axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
+    axes.set_ylabel("times as fast as the eager loop")
     axes.margins(x=0.01)
-    _legend(figure)
+    legend(figure, columns=5)
     return figure
 
 
 def throughput(rows: Sequence[Row]) -> Any:
-    """Lines: chain-steps/s against the number of chains; one panel per energy that was run with several."""
+    """Lines: chain-steps/s against the number of chains, one panel per energy that was run with several."""
+    from matplotlib.ticker import EngFormatter
+
     sizes = {row["energy"]: sorted({r["n_chains"] for r in rows if r["energy"] == row["energy"]}) for row in rows}
     energies = [energy for energy in sizes if len(sizes[energy]) > 1] or list(sizes)
-    palette = colours(rows)
+    palette = styles(rows)
     columns = min(3, len(energies))
-    figure = _figure(4.2 * columns, 3.4 * -(-len(energies) // columns), rows)
+    figure = _figure(1.0 + 3.4 * -(-len(energies) // columns), rows)
     for i, energy in enumerate(energies):
-        axes = figure.add_subplot(-(-len(energies) // columns), columns, i + 1, title=energy)
-        for name, colour in palette.items():
+        axes = figure.add_subplot(-(-len(energies) // columns), columns, i + 1)
+        for name, style in palette.items():
             own = sorted(
                 (r["n_chains"], r["chain_steps_per_s"]) for r in rows if (r["energy"], r["name"]) == (energy, name)
             )
             if own:
-                axes.plot(*zip(*own, strict=True), "o-", color=colour, label=name, markersize=4)
-        axes.set(xscale="log", yscale="log", xlabel="chains", ylabel="chain-steps/s")
+                axes.plot(*zip(*own, strict=True), **style, label=name, markersize=5)
+        axes.set(xscale="log", yscale="log", xlabel="chains", ylabel="" if i % columns else "chain-steps / s")
+        axes.set_title(energy, fontsize=10)
         axes.set_xticks(sizes[energy], [f"{n:,.0f}" for n in sizes[energy]])
+        if len(sizes[energy]) > 3:
+            axes.tick_params(axis="x", rotation=45)
         axes.set_xticks([], minor=True)
-        axes.title.set_fontsize(9)
-    _legend(figure)
+        log_ticks(axes.yaxis, EngFormatter())
+    legend(figure, columns=5)
     return figure
 
 
@@ -125,24 +121,32 @@ def roofline(rows: Sequence[Row]) -> Any:
     P: rate of products (of the precision), N: of normal numbers. Dashed: memory, if a step read and wrote the state
     once (8 bytes per normal number). The rates are medians over the rows.
     """
-    palette = colours(rows)
+    from matplotlib.ticker import EngFormatter
+
+    palette = styles(rows)
     rows = [row for row in rows if row["of_limit"] != "" and row["flops_per_chain_step"] > 0]  # a mixture has none
-    figure = _figure(8.5, 4.8, rows)
+    figure = _figure(6.0, rows)
     axes = figure.add_subplot()
     at = [row["flops_per_chain_step"] / row["dim"] for row in rows]
     x = np.geomspace(min(at) / 2, max(at) * 2, 200)
     normals, bandwidth = (float(np.median([row[k] for row in rows])) for k in ("normal_rate", "bandwidth"))
+    top = 0.0
     for precision, style in zip(dict.fromkeys(row["precision"] for row in rows), itertools.cycle(["-", "-.", ":"])):
         products = float(np.median([row["product_rate"] for row in rows if row["precision"] == precision]))
         line = 1 / (1 / products + 1 / (x * normals))
         axes.plot(x, line, style, color="black", linewidth=1.2, label=f"limit: {precision} products and normals")
+        top = max(top, products)
     axes.plot(x, x * bandwidth / 8, "--", color="black", linewidth=0.8, label="memory")
-    for name, colour in palette.items():
+    for i, (name, style) in enumerate(palette.items()):
         own = [row for row in rows if row["name"] == name]
         rate = [row["chain_steps_per_s"] * row["flops_per_chain_step"] for row in own]
-        axes.plot([row["flops_per_chain_step"] / row["dim"] for row in own], rate, "o", color=colour, label=name)
+        own_at = [row["flops_per_chain_step"] / row["dim"] for row in own]
+        axes.plot(own_at, rate, linestyle="none", **style, label=name, zorder=3.0 - i / len(palette))  # ours on top
     axes.set(xscale="log", yscale="log", xlabel="product FLOPs per normal number", ylabel="product FLOP/s")
-    _legend(figure)
+    axes.set_ylim(top=4.0 * top)  # far above, memory limits nothing
+    log_ticks(axes.xaxis, EngFormatter())
+    log_ticks(axes.yaxis, EngFormatter())
+    legend(figure, columns=5)
     return figure
 
 

@@ -30,13 +30,16 @@ def main(run: str) -> Path:
         clamp=rule.clamp, seed=0, return_trajectory=True, thin=steps // 4,
     )  # fmt: skip
 
-    rows = [real, start, *trajectory.unbind(dim=1)]  # trajectory: (8, 4, 64)
-    figure, axes = plt.subplots(len(rows), 8, figsize=(6, 0.8 * len(rows)), squeeze=False)
-    for row, images in zip(axes, rows, strict=True):
+    rows = {"original": real, "start: lower\nhalf is noise": start}
+    for quarter, states in enumerate(trajectory.unbind(dim=1), 1):  # trajectory: (8, 4, 64)
+        rows[f"after {quarter * steps // 4}\nsteps"] = states
+    figure, axes = plt.subplots(len(rows), 8, figsize=(8, 6.4), layout="constrained")
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(row, images, strict=True):
             ax.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
-            ax.axis("off")
-    figure.suptitle("held out, start, and after each quarter of the steps")
+            ax.set(xticks=[], yticks=[])
+    figure.suptitle("Lower halves of held-out digits, sampled while the upper halves are kept")
     path = Path(run) / "inpainting.png"
     figure.savefig(path)
     return path

@@ -177,7 +177,8 @@ def report(
             points = {name: x[:n] for name, x in points.items()}
             figure = plot.plane_figure(points, landscape(model, data.info), data.info.columns, title=title)
         else:
-            figure = plot.marginals_figure(points, data.info.columns, title=title)
+            bounds = data.info.to_data(torch.tensor(data.info.clamp)[:, None].expand(2, data.dim))
+            figure = plot.marginals_figure(points, data.info.columns, bounds, title=title)
         rows, shown = "rows", [name for name in held_out if name != "test"][:_MAX_SHOWN]
     checkpoint.write_atomically(out / "samples.png", plot.png(figure))
     named = {f"test {rows}": energies["test"], "fresh samples": energies["samples"]}

@@ -38,6 +38,24 @@ def test_large_pool(capsys):
     assert "resumed alike: True" in capsys.readouterr().out
 
 
+def test_inpainting_names_every_row(tmp_path, monkeypatch):
+    from fastebm import MLPEnergy
+    from fastebm.recipe import TrainConfig
+
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    module = example("inpainting")
+    monkeypatch.setattr(module, "load_model", lambda run: (MLPEnergy(64, [4]), TrainConfig()))
+    module.main(str(tmp_path))
+    figure = pyplot.gcf()
+    assert len(figure.axes) == 6 * 8
+    names = [" ".join(axes.get_ylabel().split()) for axes in figure.axes[::8]]
+    assert names == ["original", "start: lower half is noise", *(f"after {n} steps" for n in (50, 100, 150, 200))]
+    left = min(axes.get_tightbbox().x0 for axes in figure.axes)
+    assert left >= 0  # no name is cut
+    pyplot.close(figure)
+
+
 @pytest.mark.slow
 def test_inpainting(tmp_path):
     from fastebm import train

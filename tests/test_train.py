@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastebm import NonFiniteError, checkpoint, evaluate, plot, report
+from fastebm import NonFiniteError, checkpoint, evaluate, report
 from fastebm import train as training
 from fastebm.data import Images, load, load_array
 from fastebm.draws import draw_distinct
@@ -660,16 +660,3 @@ def test_fresh_samples_do_not_depend_on_their_number_or_on_the_chunks(whole, tin
     assert all(0 < b - a <= 3 for (a, _), (b, _) in itertools.pairwise(seen))
     assert info.backend in ("torch", "triton")
     assert not torch.equal(many, fresh_samples(model, config, 20, dim=9, steps=7, seed=2)[0])
-
-
-def test_figures_show_what_they_are_given():
-    grid = plot._mosaic(np.ones((3, 2, 2)), columns=2)
-    assert grid.shape == (7, 7)
-    assert np.nansum(grid) == 12  # three images of four pixels; gaps and the missing fourth are blank
-    figure = plot.energies_figure({"a": [0.0, 1.0], "b": [2.0, 5.0], "c": [3.0]}, ["c"])
-    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert legends == [["a", "b", "c"], ["c"]]
-    with pytest.raises(ValueError, match=r"got shape \(0, 8, 8\)"):
-        plot.samples_figure({"none": np.zeros((0, 8, 8))})
-    with pytest.raises(ValueError, match="no step"):
-        plot.training_figure([])
