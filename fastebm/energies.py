@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,7 @@ __all__ = [
     "energy",
     "first_tensor",
     "n_classes",
+    "shape_of",
     "takes_condition",
 ]
 
@@ -168,20 +170,31 @@ class GaussianEnergy(nn.Module):
     """E(x) = sum_d ((x_d - mean_d) / std_d)^2 / 2: a Gaussian base measure, as a term of a ``SumEnergy``.
 
     Args:
-        mean: a number or a tensor of one state's shape.
+        mean: a number, or a tensor or nested list of one state's shape.
         std: > 0, likewise.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> None:
+    def __init__(self, mean: float | Sequence[Any] | Tensor = 0.0, std: float | Sequence[Any] | Tensor = 1.0) -> None:
         super().__init__()
-        for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.get_default_dtype()).detach().clone()
-            if not bool(value.isfinite().all()) or (name == "std" and not bool((value > 0).all())):
+        for name, given in (("mean", mean), ("std", std)):
+            try:
+                value = torch.as_tensor(given, dtype=torch.get_default_dtype()).detach().clone()
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"{name} must be a number, or numbers of one state's shape, got {given!r}") from None
+            positive = name != "std" or bool((value > 0).all())
+            if value.numel() == 0 or not bool(value.isfinite().all()) or not positive:
                 raise ValueError(f"{name} must be finite{' and > 0' if name == 'std' else ''}, got {value}")
             self.register_buffer(name, value)
+        try:
+            np.broadcast_shapes(self.mean.shape, self.std.shape)
+        except ValueError:
+            shapes = f"{tuple(self.mean.shape)} and {tuple(self.std.shape)}"
+            raise ValueError(
+                f"mean and std must each be a number or of one state's shape, got shapes {shapes}"
+            ) from None
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """An error if states of this shape are not what it takes. (A mean for every chain would fit some batches.)"""
@@ -255,6 +268,18 @@ def first_tensor(model: nn.Module) -> Tensor | None:
     """That tells where a model is, and in which dtype: a parameter, or else a floating-point buffer."""
     parameter = next(model.parameters(), None)
     return next((b for b in model.buffers() if b.is_floating_point()), None) if parameter is None else parameter
+
+
+def shape_of(model: nn.Module) -> tuple[int, ...] | None:
+    """Of one state, as a ``GaussianEnergy`` with a mean or std of that shape tells, alone or in a sum; or None."""
+    model = unwrapped(model)
+    if isinstance(model, GaussianEnergy):
+        return np.broadcast_shapes(model.mean.shape, model.std.shape) or None
+    if isinstance(model, SumEnergy):
+        # one number may be for all dims of what the other terms take
+        told = {shape for e in model.energies if (shape := shape_of(e)) is not None and math.prod(shape) > 1}
+        return told.pop() if len(told) == 1 else None
+    return None
 
 
 def takes_condition(model: nn.Module, kind: str = "labels", *, alone: bool = True) -> bool:

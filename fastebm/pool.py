@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import copies
 from .backends import Advanced, Chains
 from .draws import Draw, Draws
-from .langevin import Bounds, Langevin
+from .langevin import Bounds, Langevin, checked_rule
 from .noise import Stream, draw_seed, words
 from .processes import Processes
 from .sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
@@ -724,6 +724,7 @@ class ChainPool:
 
     def _rule(self, langevin: Langevin) -> Langevin:
         """With the pool's clamp."""
+        langevin = checked_rule(langevin)
         if self.clamp is None:
             return langevin
         if langevin.clamp is not None and not _same_bounds(langevin.clamp, self.clamp, self._dim):

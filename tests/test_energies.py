@@ -348,7 +348,7 @@ def test_energies_from_a_pool_lose_the_negative_phase_with_a_word():
     from fastebm import ChainPool, Langevin, langevin_sample
 
     model, pool = build(3, (4,)), ChainPool(10, 3, seed=0)
-    samples, energies = pool.sample(model, 5, Langevin(0.1), 2)
+    samples, energies = pool.sample(model, 5, Langevin(0.1, 0.005), 2)
     _, info = langevin_sample(model, init=samples, steps=1, return_info=True)
     for lost in (energies, info.energies):
         with pytest.warns(UserWarning, match="the negative phase is lost"):

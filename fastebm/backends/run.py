@@ -184,6 +184,7 @@ def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, rule:
     )
     return (
         f"{n_bad} of {n_chains} chains are not finite ({where}; last finite max |x| = {size:.3g}; step_size = {step}). "
+        f"{f'{rule.advice}. ' if rule.advice else ''}"
         "Try a smaller step_size, grad_clip=, clamp=, or an energy with bounded gradients (spectral_norm=True); "
         'on_nonfinite="reinit" starts such chains anew, "ignore" keeps their last finite state.'
     )
