@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import copies
 from .backends import Advanced, Chains
+from .devices import checked_device, named_device
 from .draws import Draw, Draws
 from .langevin import Bounds, Langevin, checked_rule
 from .noise import Stream, draw_seed, words
@@ -121,11 +122,12 @@ class ChainPool:
         storage_file: str | os.PathLike[str] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = named_device("cpu" if device is None else device)
         self._processes = Processes(process_group, self.device)
         self.draws = self.added = 0
         self.last: PoolCall | None = None
         with self._processes.together():
+            checked_device(self.device)
             n_chains = plain_number(n_chains)
             if isinstance(n_chains, bool) or not isinstance(n_chains, int) or not 1 <= n_chains < 2**31:
                 raise ValueError(f"n_chains must be an int in [1, 2**31), got {n_chains!r}")

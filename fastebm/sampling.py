@@ -19,6 +19,7 @@ from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
 from .conditions import are_labels
 from .description import check_shape, describe
+from .devices import checked_device, named_device
 from .energies import Energy, first_tensor, n_classes, shape_of, takes_condition
 from .langevin import NOISE_SCALE, STEP_SIZE, Bounds, Langevin, checked_rule
 from .mlp import NotAnMLP, evaluating
@@ -183,6 +184,8 @@ def langevin_sample(
     elif isinstance(input_size, (type, MethodType)):
         checked_rule(input_size)  # an error: of a rule, the parentheses are missing
     if rule is None:
+        if step_size is None or noise_scale is None:  # which a rule would put its own numbers for
+            raise TypeError("step_size and noise_scale must each be a float or a tensor, got None")
         rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip, noise_first, clamp_noise)
     else:
         checked_rule(rule)
@@ -199,7 +202,8 @@ def langevin_sample(
     parameter = first_tensor(energy)
     if init is None:
         n_chains, shape = _count("batch_size", batch_size), _shape(energy, input_size, labels is not None)
-        device = torch.device(device if device is not None else "cpu" if parameter is None else parameter.device)
+        known = torch.device("cpu") if parameter is None else parameter.device
+        device = known if device is None else checked_device(device)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
     else:
         _check_init(init, input_size, device)
@@ -590,7 +594,7 @@ def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: to
         raise ValueError(f"init must be (n_chains, *shape) with at least one dim, got shape {tuple(init.shape)}")
     if input_size is not None and state_shape(input_size) != tuple(init.shape[1:]):
         raise ValueError(f"input_size {input_size!r} and init of shape {tuple(init.shape)} disagree: leave one out")
-    if device is not None and not _same_device(torch.device(device), init.device):
+    if device is not None and not _same_device(named_device(device), init.device):
         raise ValueError(f"init is on {init.device} and device={device}: move one, or leave device= out")
 
 
