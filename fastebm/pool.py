@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import copies
 from .backends import Advanced, Chains
 from .devices import checked_device, named_device
 from .draws import Draw, Draws
+from .functions import EnergyLike
 from .langevin import Bounds, Langevin, checked_rule
 from .noise import Stream, draw_seed, words
 from .processes import Processes
@@ -255,7 +256,7 @@ class ChainPool:
     @outside_inference
     def sample(
         self,
-        energy: nn.Module,
+        energy: EnergyLike,
         batch_size: int,
         langevin: Langevin,
         steps: int,
@@ -295,7 +296,7 @@ class ChainPool:
         return self._sample(*arguments)
 
     def _sample(
-        self, energy: nn.Module, batch_size: int, langevin: Langevin, steps: int, labels: Tensor | None, backend: str,
+        self, energy: EnergyLike, batch_size: int, langevin: Langevin, steps: int, labels: Tensor | None, backend: str,
         precision: str | None, cuda_graph: bool, on_nonfinite: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
@@ -372,7 +373,7 @@ class ChainPool:
     @outside_inference
     def advance(
         self,
-        energy: nn.Module,
+        energy: EnergyLike,
         langevin: Langevin,
         steps: int,
         *,
@@ -408,7 +409,7 @@ class ChainPool:
             self._advance(*arguments, on_nonfinite)
 
     def _advance(
-        self, energy: nn.Module, langevin: Langevin, steps: int, chunk_size: int | None, progress: bool | None,
+        self, energy: EnergyLike, langevin: Langevin, steps: int, chunk_size: int | None, progress: bool | None,
         backend: str, precision: str | None, cuda_graph: bool, on_nonfinite: str,
     ) -> None:  # fmt: skip
         options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
@@ -469,7 +470,7 @@ class ChainPool:
         self.last = PoolCall(numbers, labels, 0, n_bad, condition)
 
     def _moved(
-        self, energy: nn.Module, x: Tensor, rows: slice | Tensor, steps_before: Tensor, rule: Langevin, steps: int,
+        self, energy: EnergyLike, x: Tensor, rows: slice | Tensor, steps_before: Tensor, rule: Langevin, steps: int,
         on_nonfinite: str, options: Mapping[str, Any],
     ) -> tuple[Advanced, Tensor]:  # fmt: skip
         """Some chains after their steps, and which of them were not finite; the pool is unchanged."""

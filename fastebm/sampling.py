@@ -21,6 +21,7 @@ from .conditions import are_labels
 from .description import check_shape, describe
 from .devices import checked_device, named_device
 from .energies import Energy, first_tensor, n_classes, shape_of, takes_condition
+from .functions import EnergyLike, as_module, name_of_forward
 from .langevin import NOISE_SCALE, STEP_SIZE, Bounds, Langevin, checked_rule
 from .mlp import NotAnMLP, evaluating
 from .noise import Stream, draw_seed
@@ -42,7 +43,7 @@ class SampleInfo:
     backend: "triton", "torch" or "reference". path: what ran in it ("resident" or "streaming": the fused
     kernel; "tiles" or "products": closed-form gradient; "autograd"). kernels: what noise, update and activations
     were computed by: "triton", "numba" or "torch" (plain PyTorch). why_not_fused: why the fused kernel did not run,
-    or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
+    and what did; or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
     the call is compiled). temperature: implied, noise_scale^2. cuda_graph: with ``cuda_graph=True``, "recorded" or in
     words why no step was; else None.
 
@@ -69,7 +70,7 @@ class SampleInfo:
 
 @survives_fork
 def langevin_sample(
-    energy: nn.Module,
+    energy: EnergyLike,
     input_size: int | Sequence[int] | Langevin | None = None,
     rule: Langevin | None = None,
     *,
@@ -112,8 +113,9 @@ def langevin_sample(
     same bits for each chain, whatever else is in the batch, on one kind of device.
 
     Args:
-        energy: maps (batch, *shape) to (batch,) or (batch, 1). MLPs, a ``ClassifierEnergy`` of one and a
-            ``SumEnergy`` of them take the fused kernel on CUDA. Of a network f that puts out -E: ``Negative(f)``.
+        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). MLPs, a ``ClassifierEnergy`` of one
+            and a ``SumEnergy`` of them take the fused kernel on CUDA. Of a network f that puts out -E: ``Negative(f)``.
+            Modules that a function calls are found, and run in eval mode too (``functions.py`` says where).
         input_size: dims or shape of one state; may be left out with ``init``, or when the energy tells: an MLP, or a
             ``GaussianEnergy`` with a mean of that shape. The rule may stand in its place.
         rule: a ``Langevin``, in place of step_size, noise_scale, clamp, both clips, noise_first and clamp_noise.
@@ -194,8 +196,7 @@ def langevin_sample(
             ("grad_clip", grad_clip, None), ("grad_norm_clip", grad_norm_clip, None),
             ("noise_first", noise_first, False), ("clamp_noise", clamp_noise, False),
         )  # fmt: skip
-    if not isinstance(energy, nn.Module):
-        raise TypeError(f"energy must be a torch.nn.Module, got {type(energy).__name__}")
+    energy = as_module(energy)
     steps, first_chain = _count("steps", steps), _count("first_chain", first_chain)
     seed, first_step = _on_device_or_plain(seed), _on_device_or_plain(first_step)
     thin = _checked_thin(thin, steps, return_trajectory, on_nonfinite)
@@ -256,7 +257,7 @@ def langevin_sample(
 
 @survives_fork
 def advance_chains(
-    energy: nn.Module,
+    energy: EnergyLike,
     chains: Chains,
     rule: Langevin,
     steps: int,
@@ -282,7 +283,7 @@ def advance_chains(
     """
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
-    steps = _count("steps", steps)
+    energy, steps = as_module(energy), _count("steps", steps)
     x = chains.x
     parameter = first_tensor(energy)
     if parameter is not None and not _same_device(parameter.device, x.device):
@@ -467,7 +468,7 @@ def _checked_beside(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> Ch
         )
     if not takes_condition(energy, kind):
         raise ValueError(
-            f"{kind}= was given, and {type(energy).__name__}.forward takes x only, or nothing that is named for it: "
+            f"{kind}= was given, and {name_of_forward(energy)} takes x only, or nothing that is named for it: "
             f'wrap a classifier in ClassifierEnergy, name the argument "{kind}", set condition_argument = "NAME" on '
             f"the module, or leave {kind}= out"
         )
@@ -568,15 +569,15 @@ def _shape(energy: nn.Module, input_size: int | Sequence[int] | None, labels: bo
 def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
     """The shape of one state, from its number of dims or the shape itself."""
     size: Any = plain_number(input_size)
-    if isinstance(size, (Tensor, np.ndarray)) and size.ndim > 1:
-        raise TypeError(
-            f"input_size must be an int or a shape, got {_short(size)}: states to start from are passed as init="
-        )
+    states = "states to start from are passed as init=, (n_chains, *shape)"
+    if isinstance(size, (Tensor, np.ndarray)) and (size.ndim > 1 or isinstance(size, Tensor) or size.dtype.kind == "f"):
+        raise TypeError(f"input_size must be an int or a shape, got {_short(size)}: {states}")
     if not isinstance(size, (int, Sequence, np.ndarray)) or isinstance(size, str):
         raise TypeError(f"input_size must be an int or a shape, got {_short(input_size)}")
     shape = (size,) if isinstance(size, int) else tuple(map(plain_number, size))
     if not shape or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
-        raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {_short(input_size)}")
+        hint = f": {states}" if any(isinstance(s, (float, Sequence)) for s in shape) else ""
+        raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {_short(input_size)}{hint}")
     return shape
 
 

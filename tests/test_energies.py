@@ -151,11 +151,13 @@ class Of(nn.Module):
 @pytest.mark.parametrize(
     ("f", "got"),
     [
-        (lambda x: x, r"shape \(4, 3\)"),
-        (lambda x: x.sum(), r"shape \(\)"),
-        (lambda x: x.sum(0), r"shape \(3,\)"),
-        (lambda x: x.sum(1)[None], r"shape \(1, 4\)"),
-        (lambda x: (x.sum(1), 0), "tuple"),
+        (lambda x: x, r"shape \(4, 3\): one number per coordinate; sum over all dims but the first"),
+        (lambda x: x.sum(), r"shape \(\): one number for the whole batch; drop the mean\(\) or sum\(\)"),
+        (lambda x: x.sum(0), r"shape \(3,\): the first dim is the batch"),
+        (lambda x: x.sum(1)[None], r"shape \(1, 4\): the first dim is the batch"),
+        (lambda x: x[:, :2], r"shape \(4, 2\): several numbers per state; .* ClassifierEnergy"),
+        (lambda x: (x.sum(1), 0), "tuple: return a tensor, one energy for each state"),
+        (lambda x: None, "NoneType: is a return missing"),
     ],
 )
 def test_energy_of_another_shape_is_refused(f, got):

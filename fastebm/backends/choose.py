@@ -13,6 +13,7 @@ from torch import nn
 from ..description import Description, describe
 from ..devices import named_device
 from ..energies import first_tensor
+from ..functions import EnergyLike, as_module
 from ..mlp import NotAnMLP
 from . import cpu
 
@@ -57,13 +58,14 @@ def interpreted() -> bool:
 
 
 def why_not_fused(
-    energy: nn.Module, device: torch.device | str | None = None, *, precision: str | None = None
+    energy: EnergyLike, device: torch.device | str | None = None, *, precision: str | None = None
 ) -> str | None:
     """Why the fused kernel would not run for this energy, and what would instead, in words; None if it would.
 
     Args:
         device: where it would run; None: where the energy's parameters are.
     """
+    energy = as_module(energy)
     if device is None:
         device = torch.device("cpu") if (first := first_tensor(energy)) is None else first.device
     dtype = torch.float32
