@@ -1,7 +1,8 @@
 """Which argument of an energy's forward is its condition: labels, or any other tensor with one row per chain.
 
-It is decided by name, never by position alone: ``forward(x, scale=1.0)`` takes no labels. A module may tell by itself:
-``condition_argument = "sigma"`` on the class or the instance names the argument, and None says that there is none.
+It is decided by name, never by position alone: ``forward(x, scale=1.0)`` takes no labels. A module, or a function, may
+tell by itself: ``condition_argument = "sigma"`` on the class or the instance names the argument, and None says that
+there is none.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .functions import name_of_forward
 
 __all__ = ["are_labels", "condition_parameter", "unwrapped"]
 
@@ -81,7 +84,7 @@ def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> 
             plain.append(inspect.Parameter(told, inspect.Parameter.KEYWORD_ONLY))
         if told not in (p.name for p in plain):
             raise ValueError(
-                f"{type(inner).__name__}.condition_argument is {told!r}, and its forward has no argument of that name"
+                f"condition_argument is {told!r}, and {name_of_forward(inner)} has no argument of that name"
             )
         return next(p for p in plain if p.name == told)
     required = [p for p in plain if p.default is p.empty]
@@ -98,7 +101,7 @@ def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> 
     if named or len(others) > len(plain):
         names = ", ".join(str(p) for p in others)
         raise ValueError(
-            f"{type(inner).__name__}.forward takes ({names}) beside x, and which of them is the {kind} is not clear: "
+            f"{name_of_forward(inner)} takes ({names}) beside x, and which of them is the {kind} is not clear: "
             'set condition_argument = "NAME" on the module, or None if it takes none'
         )
     return None
@@ -118,7 +121,10 @@ def _of_script(module: nn.Module) -> list[inspect.Parameter]:
 
 def _others(forward: Callable[..., Any], first: int) -> list[inspect.Parameter]:
     """All parameters but the states and what comes before them. first: where the states are."""
-    parameters = list(inspect.signature(forward).parameters.values())
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except ValueError:  # written in C, without a signature: of x alone
+        return []
     if len(parameters) > first and parameters[first].kind is not inspect.Parameter.VAR_POSITIONAL:
         first += 1
     return parameters[first:]

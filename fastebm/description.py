@@ -154,7 +154,10 @@ def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> 
 def check_shape(module: nn.Module, description: Description, shape: Sequence[int]) -> None:
     """An error if states (n, *shape) are not what the module takes, of which only the number of dims was read."""
     if description.dim != math.prod(shape):
-        raise ValueError(f"the energy takes {description.dim} dims, and the chains have {math.prod(shape)}")
+        hint = ""
+        if len(shape) > 1 and math.prod(shape[1:]) == description.dim:
+            hint = f": input_size is the shape of one state; {shape[0]} chains are batch_size={shape[0]}"
+        raise ValueError(f"the energy takes {description.dim} dims, and the chains have {math.prod(shape)}{hint}")
     for term in module.modules():
         if isinstance(term, GaussianEnergy):
             term.check_shape(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from .conditions import are_labels, condition_parameter, unwrapped
+from .functions import EnergyLike, as_module, name_of_forward
 from .mlp import ACTIVATIONS, Activation
 from .scalars import plain_number
 
@@ -29,6 +31,7 @@ __all__ = [
     "energy",
     "first_tensor",
     "n_classes",
+    "shape_of",
     "takes_condition",
 ]
 
@@ -104,7 +107,7 @@ def build(
 
 
 def build_energy_fn(
-    trunk: nn.Module,
+    trunk: EnergyLike,
     feature_size: int | None = None,
     hidden_sizes: Sequence[int] = (256, 128),
     activation: str | Activation = "silu",
@@ -121,6 +124,7 @@ def build_energy_fn(
     Returns:
         nn.Sequential(trunk, head), (batch, *shape) -> (batch, 1); it composes further like any module.
     """
+    trunk = as_module(trunk, "trunk")
     if feature_size is None:
         linears = [m for m in trunk.modules() if isinstance(m, nn.Linear)]
         if not linears:
@@ -140,9 +144,9 @@ class ClassifierEnergy(nn.Module):
         classifier: (batch, *shape) -> (batch, C) logits.
     """
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: EnergyLike) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier = as_module(classifier, "classifier")
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """(batch, *shape), and labels (batch,) int64 in [0, C) or None -> (batch,)."""
@@ -168,20 +172,31 @@ class GaussianEnergy(nn.Module):
     """E(x) = sum_d ((x_d - mean_d) / std_d)^2 / 2: a Gaussian base measure, as a term of a ``SumEnergy``.
 
     Args:
-        mean: a number or a tensor of one state's shape.
+        mean: a number, or a tensor or nested list of one state's shape.
         std: > 0, likewise.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> None:
+    def __init__(self, mean: float | Sequence[Any] | Tensor = 0.0, std: float | Sequence[Any] | Tensor = 1.0) -> None:
         super().__init__()
-        for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.get_default_dtype()).detach().clone()
-            if not bool(value.isfinite().all()) or (name == "std" and not bool((value > 0).all())):
+        for name, given in (("mean", mean), ("std", std)):
+            try:
+                value = torch.as_tensor(given, dtype=torch.get_default_dtype()).detach().clone()
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"{name} must be a number, or numbers of one state's shape, got {given!r}") from None
+            positive = name != "std" or bool((value > 0).all())
+            if value.numel() == 0 or not bool(value.isfinite().all()) or not positive:
                 raise ValueError(f"{name} must be finite{' and > 0' if name == 'std' else ''}, got {value}")
             self.register_buffer(name, value)
+        try:
+            np.broadcast_shapes(self.mean.shape, self.std.shape)
+        except ValueError:
+            shapes = f"{tuple(self.mean.shape)} and {tuple(self.std.shape)}"
+            raise ValueError(
+                f"mean and std must each be a number or of one state's shape, got shapes {shapes}"
+            ) from None
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """An error if states of this shape are not what it takes. (A mean for every chain would fit some batches.)"""
@@ -206,15 +221,20 @@ class SumEnergy(nn.Module):
     kernel together.
 
     Args:
-        energies: each maps (batch, *shape) to (batch,) or (batch, 1).
+        energies: each a module or a function, (batch, *shape) -> (batch,) or (batch, 1).
         weights: one number each; None: all 1. Kept as a buffer, ``weights``.
     """
 
     weights: Tensor
 
-    def __init__(self, energies: Iterable[nn.Module], weights: Sequence[float] | Tensor | None = None) -> None:
+    def __init__(self, energies: Iterable[EnergyLike], weights: Sequence[float] | Tensor | None = None) -> None:
         super().__init__()
-        self.energies = nn.ModuleList(energies)
+        # an nn.Sequential gives its layers
+        if not isinstance(energies, Iterable) or isinstance(energies, nn.Sequential):
+            raise TypeError(
+                f"a SumEnergy takes a list of energies, as in SumEnergy([f, g]), got {type(energies).__name__}"
+            )
+        self.energies = nn.ModuleList(as_module(term, "each energy of a sum") for term in energies)
         if len(self.energies) == 0:
             raise ValueError("a SumEnergy needs at least one energy, got none")
         w = torch.ones(len(self.energies)) if weights is None else torch.as_tensor(weights).detach().clone()
@@ -247,7 +267,7 @@ class Negative(SumEnergy):
     ``SumEnergy([f], [-1.0])`` under a name of its own, so an MLP takes the fused kernel.
     """
 
-    def __init__(self, energy: nn.Module) -> None:
+    def __init__(self, energy: EnergyLike) -> None:
         super().__init__([energy], [-1.0])
 
 
@@ -255,6 +275,18 @@ def first_tensor(model: nn.Module) -> Tensor | None:
     """That tells where a model is, and in which dtype: a parameter, or else a floating-point buffer."""
     parameter = next(model.parameters(), None)
     return next((b for b in model.buffers() if b.is_floating_point()), None) if parameter is None else parameter
+
+
+def shape_of(model: nn.Module) -> tuple[int, ...] | None:
+    """Of one state, as a ``GaussianEnergy`` with a mean or std of that shape tells, alone or in a sum; or None."""
+    model = unwrapped(model)
+    if isinstance(model, GaussianEnergy):
+        return np.broadcast_shapes(model.mean.shape, model.std.shape) or None
+    if isinstance(model, SumEnergy):
+        # one number may be for all dims of what the other terms take
+        told = {shape for e in model.energies if (shape := shape_of(e)) is not None and math.prod(shape) > 1}
+        return told.pop() if len(told) == 1 else None
+    return None
 
 
 def takes_condition(model: nn.Module, kind: str = "labels", *, alone: bool = True) -> bool:
@@ -284,7 +316,7 @@ def n_classes(model: nn.Module, x: Tensor) -> int | None:
 
 
 def energy(
-    model: nn.Module,
+    model: EnergyLike,
     x: Tensor,
     params: Mapping[str, Tensor] | None = None,
     *,
@@ -294,7 +326,7 @@ def energy(
     """Energies of a batch: (batch, *shape) -> (batch,), differentiable.
 
     Args:
-        model: maps (batch, *shape) to (batch,) or (batch, 1).
+        model: a module or a function, (batch, *shape) -> (batch,) or (batch, 1).
         params: parameters (and buffers) by name to use in place of the model's own (torch.func.functional_call).
         labels: (batch,) int64, given to the model beside x; or None.
         condition: (batch, ...), any other thing that it takes beside x; or None.
@@ -305,7 +337,7 @@ def energy(
     if labels is not None and condition is not None:
         raise ValueError("an energy takes labels= or condition= beside x, got both")
     kind, given = ("condition", condition) if labels is None else ("labels", labels)
-    return _values(model, x, params, given, kind).reshape(len(x))
+    return _values(as_module(model), x, params, given, kind).reshape(len(x))
 
 
 def _values(
@@ -317,7 +349,7 @@ def _values(
     if condition is not None:
         parameter = condition_parameter(model, kind)
         if parameter is None:
-            raise ValueError(f"{type(model).__name__}.forward takes x only, and {kind}= was given")
+            raise ValueError(f"{name_of_forward(model)} takes x only, and {kind}= was given")
         if parameter.kind is parameter.POSITIONAL_ONLY:
             arguments = (x, condition)
         else:
@@ -329,10 +361,30 @@ def _values(
     n = len(x)
     if not isinstance(value, Tensor) or not (value.shape in ((n,), (n, 1)) or (n == 1 and value.ndim == 0)):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"an energy maps ({n}, ...) to ({n},) or ({n}, 1), got {got}")
+        raise ValueError(f"an energy maps ({n}, ...) to ({n},) or ({n}, 1), got {got}{_mistake(value, x)}")
     if value.is_complex():
         raise ValueError(f"an energy is real, got {value.dtype}: take .real, or .abs(), of what the model puts out")
+    if not value.is_floating_point():
+        raise ValueError(f"an energy is a floating-point number, got {value.dtype}, which has no gradient")
     return value
+
+
+def _mistake(value: object, x: Tensor) -> str:
+    """The likely one, for an energy of another shape."""
+    if value is None:
+        return ": is a return missing?"
+    if not isinstance(value, Tensor):
+        return ": return a tensor, one energy for each state"
+    if value.ndim == 0:
+        return ": one number for the whole batch; drop the mean() or sum() over the states"
+    if value.shape == x.shape:
+        return ": one number per coordinate; sum over all dims but the first, as by .flatten(1).sum(1)"
+    if len(value) == len(x) and x.ndim > 2:
+        shape = tuple(x.shape[1:])
+        return f": a state has shape {shape}; sum over all dims of it (or is the number of chains, batch_size=, in it?)"
+    if len(value) == len(x) and value.ndim == 2:
+        return ": several numbers per state; sum them, or, of a classifier, use ClassifierEnergy"
+    return ": the first dim is the batch, and nothing is left of the others"
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
@@ -418,7 +470,7 @@ class Energy:
             return grad
         raise ValueError(
             "the energy does not depend on x through differentiable operations "
-            "(is there a detach() or torch.no_grad() in its forward?)"
+            "(is there a detach(), an item(), torch.no_grad() or a torch.tensor(...) of its values in its forward?)"
         )
 
     def _evaluated(self, x: Tensor, condition: Tensor | None) -> Tensor:
@@ -435,8 +487,9 @@ class Energy:
                 raise
             shape = ", ".join(str(size) for size in self.shape)
             beside = "" if condition is None else f" with {self.kind} {tuple(condition.shape)}"
-            raise ValueError(
-                f"the energy does not take states of shape (n_chains, {shape}){beside}: {error}"
-            ) from error
+            why = str(error)
+            if "numpy()" in why:  # PyTorch says to detach, which loses the gradient
+                why = "it turns them into NumPy's arrays, which have no gradient: compute it by operations of PyTorch"
+            raise ValueError(f"the energy does not take states of shape (n_chains, {shape}){beside}: {why}") from error
         self._worked = True
         return value

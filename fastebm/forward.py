@@ -25,7 +25,6 @@ from logging import Logger
 from types import (
     BuiltinFunctionType,
     BuiltinMethodType,
-    CellType,
     CodeType,
     FunctionType,
     MethodType,
@@ -42,6 +41,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .functions import FunctionModule, enclosed, is_library, name_of_forward
 
 __all__ = [
     "Activated",
@@ -143,6 +144,8 @@ def operations(module: nn.Module) -> list[Operation]:
 
 def _operations(module: nn.Module, path: str) -> Iterator[Operation]:
     where = f"{path or 'the energy'} ({type(module).__name__})"
+    if isinstance(module, FunctionModule):
+        raise NotAnMLP(f"{path or 'the energy'} is the function {name_of_forward(module)}, and only modules are read")
     check_hooks(module, where)
     if plain(module, nn.Sequential):
         # not named_children(), which leaves out the second use of a layer that appears twice
@@ -221,7 +224,7 @@ def _check_code(module: nn.Module, where: str) -> None:
     moved: code that may do such things is not run at all."""
     methods: dict[str, list[Any]] = {}  # of all classes, by name, and functions that are attributes
     for m in module.modules():
-        classes = [cls for cls in type(m).__mro__ if not _is_library(cls.__module__)]
+        classes = [cls for cls in type(m).__mro__ if not is_library(cls.__module__)]
         for name, value in itertools.chain(m.__dict__.items(), *(vars(cls).items() for cls in classes)):
             value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             if isinstance(value, FunctionType):
@@ -230,7 +233,7 @@ def _check_code(module: nn.Module, where: str) -> None:
     seen: set[Any] = set()
     while todo:
         function = todo.pop()
-        if function in seen or _is_library(function.__module__):
+        if function in seen or is_library(function.__module__):
             continue
         seen.add(function)
         names = _names_in(function.__code__)
@@ -239,8 +242,8 @@ def _check_code(module: nn.Module, where: str) -> None:
         if "is_tensor" in names or names >= {"isinstance", "Tensor"}:
             raise NotAnMLP(f"the forward of {where} may ask whether something is a tensor ({function.__qualname__})")
         used = [function.__globals__.get(name) for name in names]
-        used += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        modules = [v for v in used if isinstance(v, ModuleType) and not _is_library(v.__name__)]
+        used += enclosed(function)
+        modules = [v for v in used if isinstance(v, ModuleType) and not is_library(v.__name__)]
         used += [vars(v).get(name) for v in modules for name in names]
         todo += [value for value in used if isinstance(value, FunctionType)]
         todo += [method for name in names for method in methods.get(name, ())]
@@ -258,18 +261,6 @@ _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 def _names_in(code: CodeType) -> frozenset[str]:
     inner = [_names_in(const) for const in code.co_consts if isinstance(const, CodeType)]
     return frozenset(code.co_names).union(*inner)
-
-
-def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in ("torch", "fastebm", "numpy", "builtins")
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _joined(path: str, name: str) -> str:

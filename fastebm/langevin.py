@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,13 @@ from torch import Tensor
 from .scalars import plain_number
 from .tracing import readable
 
-__all__ = ["Langevin"]
+__all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "checked_rule"]
 
 
 Bounds = tuple[float | Tensor, float | Tensor]
+
+# What the original design starts from, Edifice's: for networks on images, whose gradients are small.
+STEP_SIZE, NOISE_SCALE = 10.0, 0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +54,15 @@ class Langevin:
 
     The chain targets exp(-E/T) as step_size goes to 0 (Roberts & Tweedie 1996; Welling & Teh 2011).
 
+    ``Langevin(0.1)`` targets exp(-E): beside a step size of your own the temperature is 1, unless noise_scale says
+    otherwise. ``Langevin()`` is ``Langevin.edifice()``, a recipe for networks on images, whose gradients are small: at
+    a temperature of 2.5e-5 it is all but gradient descent, and its step is too large for an energy such as x^2 / 2.
+
     Args:
         step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (one value per chain).
-        noise_scale: >= 0, in the same three forms. 0 is gradient descent.
+            None: 10, as in Edifice.
+        noise_scale: >= 0, in the same three forms. 0 is gradient descent. None: 1 beside a step_size that is given,
+            0.005 (Edifice's) beside one that is not.
         grad_clip: elementwise bound on the gradient, > 0, or None.
         clamp: (lo, hi) with lo < hi, applied last, or None. Each a number, or a tensor of one state's shape (or
             one value per dim): bounds of their own for every dim. Infinite bounds are one-sided clamps.
@@ -64,8 +74,8 @@ class Langevin:
         TypeError, ValueError: with the rule, the value received and the way out.
     """
 
-    step_size: float | Tensor = 10.0
-    noise_scale: float | Tensor = 0.005
+    step_size: float | Tensor = None  # type: ignore[assignment]  # never None once it is built
+    noise_scale: float | Tensor = None  # type: ignore[assignment]
     grad_clip: float | None = None
     clamp: Bounds | None = None
     grad_norm_clip: float | None = None
@@ -73,6 +83,10 @@ class Langevin:
     clamp_noise: bool = False
 
     def __post_init__(self) -> None:
+        if self.noise_scale is None:
+            object.__setattr__(self, "noise_scale", NOISE_SCALE if self.step_size is None else 1.0)
+        if self.step_size is None:
+            object.__setattr__(self, "step_size", STEP_SIZE)
         for name in ("step_size", "noise_scale"):
             object.__setattr__(
                 self, name, _checked_coefficient(name, getattr(self, name), positive=name == "step_size")
@@ -122,7 +136,7 @@ class Langevin:
     @classmethod
     def edifice(cls, **options: Any) -> Langevin:
         """Edifice's default: step_size 10, noise_scale 0.005, so a = 5, b = 0.0158."""
-        return cls(10.0, 0.005, **options)
+        return cls(STEP_SIZE, NOISE_SCALE, **options)
 
     @classmethod
     def igebm(cls, **options: Any) -> Langevin:
@@ -151,6 +165,25 @@ class Langevin:
     def temperature(self) -> float | Tensor:
         """Implied temperature T = noise_scale^2, of the form that noise_scale has."""
         return self.noise_scale**2
+
+    @property
+    def advice(self) -> str:
+        """For an error or a warning: which of its numbers are defaults, which may not be meant. Else nothing."""
+        values = (("step_size", self.step_size, STEP_SIZE), ("noise_scale", self.noise_scale, NOISE_SCALE))
+        names = [f"{name} = {value:g}" for name, value, default in values if _is_number(value) and value == default]
+        if not names:
+            return ""
+        are = "are defaults" if len(names) > 1 else "is a default"
+        return (
+            f"{' and '.join(names)} {are}, of a recipe for networks on images, whose gradients are small; for samples "
+            "of exp(-E) pass a rule with a step size of your own, as in langevin_sample(energy, Langevin(0.1))"
+        )
+
+    @property
+    def is_default(self) -> bool:
+        """Whether step and noise are those of ``Langevin()``."""
+        both = (self.step_size, self.noise_scale)
+        return all(map(_is_number, both)) and both == (STEP_SIZE, NOISE_SCALE)
 
     # -- the arithmetic ---------------------------------------------------------------------------------
 
@@ -216,6 +249,18 @@ class Langevin:
         return x - a * self.clip(grad) + b * noise
 
 
+def checked_rule(rule: object) -> Langevin:
+    """An error with the likely mistake if it is none."""
+    if isinstance(rule, Langevin):
+        return rule
+    hint = ""
+    if isinstance(rule, (type, MethodType)):
+        hint = ": are its parentheses missing, as in Langevin(0.1)?"
+    elif isinstance(rule, (int, float)):
+        hint = ": a step size alone is Langevin(0.1), and numbers of chains and steps have names (batch_size=, steps=)"
+    raise TypeError(f"the rule must be a Langevin, got {rule!r}{hint}")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
@@ -269,7 +314,8 @@ def _checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Te
         if not bool(good.all()):
             raise ValueError(f"{rule}, got a tensor with {value[~good].flatten()[0].item()}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+        hint = ": a whole rule is passed as rule=" if isinstance(value, Langevin) else ""
+        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}{hint}")
     elif not ((value > 0 if positive else value >= 0) and value < math.inf):
         raise ValueError(f"{rule}, got {value}")
     checked: float | Tensor = value

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import copies
 from .backends import Advanced, Chains
+from .devices import checked_device, named_device
 from .draws import Draw, Draws
-from .langevin import Bounds, Langevin
+from .functions import EnergyLike
+from .langevin import Bounds, Langevin, checked_rule
 from .noise import Stream, draw_seed, words
 from .processes import Processes
 from .sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
@@ -121,11 +123,12 @@ class ChainPool:
         storage_file: str | os.PathLike[str] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = named_device("cpu" if device is None else device)
         self._processes = Processes(process_group, self.device)
         self.draws = self.added = 0
         self.last: PoolCall | None = None
         with self._processes.together():
+            checked_device(self.device)
             n_chains = plain_number(n_chains)
             if isinstance(n_chains, bool) or not isinstance(n_chains, int) or not 1 <= n_chains < 2**31:
                 raise ValueError(f"n_chains must be an int in [1, 2**31), got {n_chains!r}")
@@ -253,7 +256,7 @@ class ChainPool:
     @outside_inference
     def sample(
         self,
-        energy: nn.Module,
+        energy: EnergyLike,
         batch_size: int,
         langevin: Langevin,
         steps: int,
@@ -293,7 +296,7 @@ class ChainPool:
         return self._sample(*arguments)
 
     def _sample(
-        self, energy: nn.Module, batch_size: int, langevin: Langevin, steps: int, labels: Tensor | None, backend: str,
+        self, energy: EnergyLike, batch_size: int, langevin: Langevin, steps: int, labels: Tensor | None, backend: str,
         precision: str | None, cuda_graph: bool, on_nonfinite: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
@@ -370,7 +373,7 @@ class ChainPool:
     @outside_inference
     def advance(
         self,
-        energy: nn.Module,
+        energy: EnergyLike,
         langevin: Langevin,
         steps: int,
         *,
@@ -406,7 +409,7 @@ class ChainPool:
             self._advance(*arguments, on_nonfinite)
 
     def _advance(
-        self, energy: nn.Module, langevin: Langevin, steps: int, chunk_size: int | None, progress: bool | None,
+        self, energy: EnergyLike, langevin: Langevin, steps: int, chunk_size: int | None, progress: bool | None,
         backend: str, precision: str | None, cuda_graph: bool, on_nonfinite: str,
     ) -> None:  # fmt: skip
         options = {"backend": backend, "precision": precision, "cuda_graph": cuda_graph}
@@ -467,7 +470,7 @@ class ChainPool:
         self.last = PoolCall(numbers, labels, 0, n_bad, condition)
 
     def _moved(
-        self, energy: nn.Module, x: Tensor, rows: slice | Tensor, steps_before: Tensor, rule: Langevin, steps: int,
+        self, energy: EnergyLike, x: Tensor, rows: slice | Tensor, steps_before: Tensor, rule: Langevin, steps: int,
         on_nonfinite: str, options: Mapping[str, Any],
     ) -> tuple[Advanced, Tensor]:  # fmt: skip
         """Some chains after their steps, and which of them were not finite; the pool is unchanged."""
@@ -724,6 +727,7 @@ class ChainPool:
 
     def _rule(self, langevin: Langevin) -> Langevin:
         """With the pool's clamp."""
+        langevin = checked_rule(langevin)
         if self.clamp is None:
             return langevin
         if langevin.clamp is not None and not _same_bounds(langevin.clamp, self.clamp, self._dim):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from .backends.graphs import CudaRecorder
 from .backends.run import NonFiniteError, uniform_states
 from .conditions import are_labels
 from .description import check_shape, describe
-from .energies import Energy, first_tensor, n_classes, takes_condition
-from .langevin import Bounds, Langevin
+from .devices import checked_device, named_device
+from .energies import Energy, first_tensor, n_classes, shape_of, takes_condition
+from .functions import EnergyLike, as_module, name_of_forward
+from .langevin import NOISE_SCALE, STEP_SIZE, Bounds, Langevin, checked_rule
 from .mlp import NotAnMLP, evaluating
 from .noise import Stream, draw_seed
 from .scalars import plain_number
@@ -39,7 +43,7 @@ class SampleInfo:
     backend: "triton", "torch" or "reference". path: what ran in it ("resident" or "streaming": the fused
     kernel; "tiles" or "products": closed-form gradient; "autograd"). kernels: what noise, update and activations
     were computed by: "triton", "numba" or "torch" (plain PyTorch). why_not_fused: why the fused kernel did not run,
-    or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
+    and what did; or None. precision: of the matrix products. seed: reproduces the call (a tensor, where it was one or
     the call is compiled). temperature: implied, noise_scale^2. cuda_graph: with ``cuda_graph=True``, "recorded" or in
     words why no step was; else None.
 
@@ -66,13 +70,14 @@ class SampleInfo:
 
 @survives_fork
 def langevin_sample(
-    energy: nn.Module,
-    input_size: int | Sequence[int] | None = None,
+    energy: EnergyLike,
+    input_size: int | Sequence[int] | Langevin | None = None,
+    rule: Langevin | None = None,
     *,
     batch_size: int = 32,
     steps: int = 60,
-    step_size: float | Tensor = 10.0,
-    noise_scale: float | Tensor = 0.005,
+    step_size: float | Tensor = STEP_SIZE,
+    noise_scale: float | Tensor = NOISE_SCALE,
     init: Tensor | None = None,
     labels: Tensor | None = None,
     condition: Tensor | None = None,
@@ -100,13 +105,20 @@ def langevin_sample(
 
         x' = clamp(x - (step_size/2) clip(dE/dx) + sqrt(step_size) noise_scale xi),   xi ~ N(0, I)
 
+    For samples of exp(-E) pass a rule, ``langevin_sample(energy, Langevin(0.1))``, with a step small beside 4 / the
+    largest curvature of E. The defaults of step_size and noise_scale are for something else: Edifice's recipe for
+    networks on images, whose gradients are small. At T = 2.5e-5 it all but descends, and on x^2 / 2 it explodes.
+
     The energy runs in eval mode and is left as it was. The same weights, start, seed and precision give the
     same bits for each chain, whatever else is in the batch, on one kind of device.
 
     Args:
-        energy: maps (batch, *shape) to (batch,) or (batch, 1). MLPs, a ``ClassifierEnergy`` of one and a
-            ``SumEnergy`` of them take the fused kernel on CUDA. Of a network f that puts out -E: ``Negative(f)``.
-        input_size: dims or shape of one state; may be left out with ``init``, or when the energy is an MLP.
+        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). MLPs, a ``ClassifierEnergy`` of one
+            and a ``SumEnergy`` of them take the fused kernel on CUDA. Of a network f that puts out -E: ``Negative(f)``.
+            Modules that a function calls are found, and run in eval mode too (``functions.py`` says where).
+        input_size: dims or shape of one state; may be left out with ``init``, or when the energy tells: an MLP, or a
+            ``GaussianEnergy`` with a mean of that shape. The rule may stand in its place.
+        rule: a ``Langevin``, in place of step_size, noise_scale, clamp, both clips, noise_first and clamp_noise.
         batch_size: number of chains, >= 0, when there is no ``init``.
         steps: >= 0; 0 returns the start.
         step_size: > 0: a float, a (steps,) schedule, or (n_chains, 1) for one value per chain.
@@ -160,23 +172,39 @@ def langevin_sample(
 
         if not compiled.can_compile(energy, labels, condition, backend, generator):
             return compiled.uncompiled(  # type: ignore[no-any-return]
-                langevin_sample, energy, input_size, batch_size=batch_size, steps=steps, step_size=step_size,
+                langevin_sample, energy, input_size, rule, batch_size=batch_size, steps=steps, step_size=step_size,
                 noise_scale=noise_scale, init=init, labels=labels, condition=condition, frozen=frozen, clamp=clamp,
                 grad_clip=grad_clip, grad_norm_clip=grad_norm_clip, noise_first=noise_first, clamp_noise=clamp_noise,
                 seed=seed, generator=generator, first_chain=first_chain, first_step=first_step, backend=backend,
                 precision=precision, device=device, on_nonfinite=on_nonfinite, cuda_graph=cuda_graph,
                 return_trajectory=return_trajectory, thin=thin, out=out, return_info=return_info,
             )  # fmt: skip
-    rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip, noise_first, clamp_noise)
-    if not isinstance(energy, nn.Module):
-        raise TypeError(f"energy must be a torch.nn.Module, got {type(energy).__name__}")
+    if isinstance(input_size, Langevin):
+        if rule is not None:
+            raise TypeError("a rule is passed once, got two: leave one out")
+        input_size, rule = None, input_size
+    elif isinstance(input_size, (type, MethodType)):
+        checked_rule(input_size)  # an error: of a rule, the parentheses are missing
+    if rule is None:
+        if step_size is None or noise_scale is None:  # which a rule would put its own numbers for
+            raise TypeError("step_size and noise_scale must each be a float or a tensor, got None")
+        rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip, noise_first, clamp_noise)
+    else:
+        checked_rule(rule)
+        _check_nothing_beside(
+            ("step_size", step_size, STEP_SIZE), ("noise_scale", noise_scale, NOISE_SCALE), ("clamp", clamp, None),
+            ("grad_clip", grad_clip, None), ("grad_norm_clip", grad_norm_clip, None),
+            ("noise_first", noise_first, False), ("clamp_noise", clamp_noise, False),
+        )  # fmt: skip
+    energy = as_module(energy)
     steps, first_chain = _count("steps", steps), _count("first_chain", first_chain)
     seed, first_step = _on_device_or_plain(seed), _on_device_or_plain(first_step)
     thin = _checked_thin(thin, steps, return_trajectory, on_nonfinite)
     parameter = first_tensor(energy)
     if init is None:
         n_chains, shape = _count("batch_size", batch_size), _shape(energy, input_size, labels is not None)
-        device = torch.device(device if device is not None else "cpu" if parameter is None else parameter.device)
+        known = torch.device("cpu") if parameter is None else parameter.device
+        device = known if device is None else checked_device(device)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
     else:
         _check_init(init, input_size, device)
@@ -187,7 +215,8 @@ def langevin_sample(
     if out is not None:
         _check_out(out, (n_chains, *((steps // thin,) if thin else ()), *shape), dtype, device)
     if capturing(device):
-        tensors = (init, labels, condition, frozen, step_size, noise_scale, *(clamp or ()), seed, first_step)
+        of_rule = (rule.step_size, rule.noise_scale, *(rule.clamp or ()))
+        tensors = (init, labels, condition, frozen, *of_rule, seed, first_step)
         check_capture(on_nonfinite, seed, first_step, tensors, device)
     dim = math.prod(shape)
     numbers = torch.arange(first_chain, first_chain + n_chains, device=device)
@@ -200,9 +229,10 @@ def langevin_sample(
     else:
         x = init if init.ndim == 2 else init.detach().reshape(n_chains, dim)
     frozen = _checked_frozen(frozen, n_chains, tuple(shape), device)
+    chains = Chains(x, seed, numbers, first_steps, labels, frozen, condition)
     done, info = advance_chains(
         energy,
-        Chains(x, seed, numbers, first_steps, labels, frozen, condition),
+        chains,
         rule,
         steps,
         shape=shape,
@@ -214,6 +244,9 @@ def langevin_sample(
         telemetry=return_info,
         check_start=init is not None,
     )
+    # Not on a GPU: a call would wait for it once more.
+    if rule.clamp is not None and rule.is_default and steps > 0 and device.type == "cpu" and readable(device):
+        _warn_of_jumps(energy, chains._replace(x=done.x), rule, shape, backend)
     samples = done.x if done.trajectory is None else done.trajectory
     if len(shape) > 1:  # no view that is not needed: torch 2.11 can't compile one under torch.inference_mode
         samples = samples.reshape(*samples.shape[:-1], *shape)
@@ -224,7 +257,7 @@ def langevin_sample(
 
 @survives_fork
 def advance_chains(
-    energy: nn.Module,
+    energy: EnergyLike,
     chains: Chains,
     rule: Langevin,
     steps: int,
@@ -250,7 +283,7 @@ def advance_chains(
     """
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}")
-    steps = _count("steps", steps)
+    energy, steps = as_module(energy), _count("steps", steps)
     x = chains.x
     parameter = first_tensor(energy)
     if parameter is not None and not _same_device(parameter.device, x.device):
@@ -348,6 +381,40 @@ def _advance(
     return choice, done
 
 
+def _check_nothing_beside(*options: tuple[str, object, object]) -> None:
+    """options: names, values and defaults of what a rule holds too."""
+    given = [
+        name
+        for name, value, default in options
+        if value is not default and not (isinstance(value, (int, float)) and value == default)
+    ]
+    if given:
+        names, inside = (", ".join(f"{name}{end}" for name in given) for end in ("=", "=..."))
+        raise TypeError(f"a rule holds {names} itself: give it there, as in Langevin({inside}), or leave it out here")
+
+
+def _warn_of_jumps(energy: nn.Module, chains: Chains, rule: Langevin, shape: Sequence[int], backend: str) -> None:
+    """Of default numbers that are too large for the energy, which a clamp hides: most coordinates jump from one bound
+    to the other in each step. That many lie on a bound is no fault by itself: pixels do.
+
+    chains: after their steps.
+    """
+    x = chains.x
+    lo, hi = rule.bounds(x.shape[1], dtype=x.dtype) or (-math.inf, math.inf)
+    at_lo, at_hi = x == lo, x == hi
+    if 2 * int(torch.count_nonzero(at_lo | at_hi)) <= x.numel():
+        return
+    descent = replace(rule, noise_scale=0.0)
+    done, _ = advance_chains(energy, chains, descent, 1, shape=shape, backend=backend, on_nonfinite="ignore")
+    n = int(torch.count_nonzero((at_lo & (done.x == hi)) | (at_hi & (done.x == lo))))
+    if 2 * n > x.numel():
+        warnings.warn(
+            f"the step is too large for this energy: it takes {n} of {x.numel()} coordinates from one bound of the "
+            f"clamp to the other, so the samples are no samples of exp(-E/T). {rule.advice}",
+            stacklevel=4,  # the caller of langevin_sample, which survives_fork wraps
+        )
+
+
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
     if choice.path in run.FUSED:
         return "all steps are one launch of the fused kernel"
@@ -401,7 +468,7 @@ def _checked_beside(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> Ch
         )
     if not takes_condition(energy, kind):
         raise ValueError(
-            f"{kind}= was given, and {type(energy).__name__}.forward takes x only, or nothing that is named for it: "
+            f"{kind}= was given, and {name_of_forward(energy)} takes x only, or nothing that is named for it: "
             f'wrap a classifier in ClassifierEnergy, name the argument "{kind}", set condition_argument = "NAME" on '
             f"the module, or leave {kind}= out"
         )
@@ -489,28 +556,28 @@ def _count(name: str, value: int) -> int:
 
 
 def _shape(energy: nn.Module, input_size: int | Sequence[int] | None, labels: bool) -> tuple[int, ...]:
-    if input_size is None:
-        try:
-            return (describe(energy, labels=labels, bare=True).dim,)
-        except NotAnMLP as error:
-            raise ValueError(
-                f"pass input_size= or init=: the energy does not tell its input's shape ({error})"
-            ) from None
-    return state_shape(input_size)
+    if input_size is not None:
+        return state_shape(input_size)
+    try:
+        return (describe(energy, labels=labels, bare=True).dim,)
+    except NotAnMLP as error:
+        if (told := shape_of(energy)) is not None:
+            return told
+        raise ValueError(f"pass input_size= or init=: the energy does not tell its input's shape ({error})") from None
 
 
 def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
     """The shape of one state, from its number of dims or the shape itself."""
     size: Any = plain_number(input_size)
-    if isinstance(size, (Tensor, np.ndarray)) and size.ndim > 1:
-        raise TypeError(
-            f"input_size must be an int or a shape, got {_short(size)}: states to start from are passed as init="
-        )
+    states = "states to start from are passed as init=, (n_chains, *shape)"
+    if isinstance(size, (Tensor, np.ndarray)) and (size.ndim > 1 or isinstance(size, Tensor) or size.dtype.kind == "f"):
+        raise TypeError(f"input_size must be an int or a shape, got {_short(size)}: {states}")
     if not isinstance(size, (int, Sequence, np.ndarray)) or isinstance(size, str):
         raise TypeError(f"input_size must be an int or a shape, got {_short(input_size)}")
     shape = (size,) if isinstance(size, int) else tuple(map(plain_number, size))
     if not shape or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
-        raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {_short(input_size)}")
+        hint = f": {states}" if any(isinstance(s, (float, Sequence)) for s in shape) else ""
+        raise ValueError(f"input_size must be an int >= 1 or a shape of such ints, got {_short(input_size)}{hint}")
     return shape
 
 
@@ -528,7 +595,7 @@ def _check_init(init: Tensor, input_size: int | Sequence[int] | None, device: to
         raise ValueError(f"init must be (n_chains, *shape) with at least one dim, got shape {tuple(init.shape)}")
     if input_size is not None and state_shape(input_size) != tuple(init.shape[1:]):
         raise ValueError(f"input_size {input_size!r} and init of shape {tuple(init.shape)} disagree: leave one out")
-    if device is not None and not _same_device(torch.device(device), init.device):
+    if device is not None and not _same_device(named_device(device), init.device):
         raise ValueError(f"init is on {init.device} and device={device}: move one, or leave device= out")
 
 

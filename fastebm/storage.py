@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .devices import checked_device, named_device
 from .langevin import Langevin
 from .noise import Stream, random_bytes
 
@@ -62,7 +63,7 @@ class Storage:
         self.device, self.seed, self.first_chain = device, seed, first_chain
         self.dim, self.dtype = dim, dtype
         self.folder = None if file is None else Path(file).parent
-        home = torch.device(device if home is None and file is None else home or "cpu")
+        home = named_device(device if home is None and file is None else "cpu" if home is None else home)
         if dtype not in _DTYPES:
             raise ValueError(f"storage_dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         if home.type not in ("cpu", device.type):
@@ -71,6 +72,7 @@ class Storage:
             raise ValueError(f"storage_file is mapped into host memory: leave storage_device out, got {home}")
         if file is not None and os.path.exists(file):
             raise ValueError(f"storage_file must not exist, as the pool overwrites it: delete {file}, or name another")
+        checked_device(home)
         self.bounds = self.bounds_of(rule)
         self.data = self._mapped(Path(file), n) if file is not None else self._empty(n, home)
 

@@ -13,6 +13,8 @@ from fastebm import MLPEnergy, langevin_sample, why_not_fused
 from fastebm.backends import choose as choosing
 from fastebm.backends.choose import choose, interpreted
 
+NO_DEVICE = "Triton's kernels need a CUDA device, and the state is on cpu"
+FASTEST = "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -41,7 +43,7 @@ def test_the_interpreter_is_on_by_triton_s_variable(value, expected, monkeypatch
 @pytest.mark.usefixtures("no_interpreter")
 def test_why_not_fused_on_a_cpu():
     energy = MLPEnergy(3, (8,))
-    assert why_not_fused(energy) == "kernels run on CUDA devices, and the state is on cpu"
+    assert why_not_fused(energy) == f"{NO_DEVICE}; {FASTEST}"
     assert why_not_fused(energy, "cpu") == why_not_fused(energy, device=CPU) == why_not_fused(energy)
 
 
@@ -59,18 +61,41 @@ def test_why_not_fused_without_parameters():
 def test_why_not_fused_under_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     reason = 'the interpreter is for tests: it runs only where backend="triton" asks for it'
-    assert why_not_fused(MLPEnergy(3, (8,)), "cpu") == reason
+    assert why_not_fused(MLPEnergy(3, (8,)), "cpu") == f"{reason}; {FASTEST}"
     assert "works on CPU tensors, and the state is on cuda" in why_not_fused(MLPEnergy(3, (8,)), "cuda")
 
 
 def test_why_not_fused_in_float64():
-    reason = "kernels keep their state in float32, and this one is torch.float64"
-    assert why_not_fused(MLPEnergy(3, (8,)).double()) == reason
+    assert why_not_fused(MLPEnergy(3, (8,)).double()) == (
+        "Triton's kernels keep their state in float32, and this one is torch.float64; the closed-form gradient runs "
+        "instead, in plain PyTorch (Numba's kernels compute in float32, and the state is torch.float64)"
+    )
 
 
 def test_why_not_fused_names_the_layer_first():
     energy = nn.Sequential(nn.Linear(3, 8), nn.Mish(), nn.Linear(8, 1)).double()
     assert why_not_fused(energy).startswith("not an MLP that can be read: 1 (Mish) is neither nn.Linear nor")
+
+
+@pytest.mark.parametrize(
+    ("energy", "backend", "instead"),
+    [
+        (nn.Sequential(nn.Linear(3, 1)), "auto", "autograd's gradient runs instead, and Numba's kernels for the rest"),
+        (MLPEnergy(3, (8,)), "torch", FASTEST),
+        (MLPEnergy(3, (8,)), "reference", "the definition of correct, and the slowest path"),
+    ],
+)
+def test_what_runs_instead_is_told(energy, backend, instead):
+    _, info = langevin_sample(energy, 3, batch_size=2, steps=1, backend=backend, return_info=True)
+    assert instead in info.why_not_fused
+    assert f'backend="{backend}" was asked for' in info.why_not_fused or backend == "auto"
+
+
+def test_what_runs_without_numba_is_told(monkeypatch):
+    monkeypatch.setattr(choosing.cpu.kernels, "why_not", lambda: "NUMBA_DISABLE_JIT is set")
+    for energy, path in ((MLPEnergy(3, (8,)), "closed-form"), (nn.Sequential(nn.Linear(3, 1)), "autograd's")):
+        found = why_not_fused(energy)
+        assert found.endswith(f"{path} gradient runs instead, in plain PyTorch (NUMBA_DISABLE_JIT is set)")
 
 
 def test_auto_never_picks_the_interpreter(monkeypatch):
@@ -104,6 +129,7 @@ def test_a_gpu_with_another_module_takes_the_fused_update(pretend_gpu):
     choice = choose(nn.Sequential(nn.Linear(3, 1)), CUDA, torch.float32, "auto", None)
     assert (choice.backend, choice.path, choice.description) == ("triton", "autograd", None)
     assert "no hidden layer" in choice.why_not_fused
+    assert choice.why_not_fused.endswith("autograd's gradient runs instead, and one launch for the rest of a step")
 
 
 def test_widths_that_do_not_fit_are_told_with_the_bytes(pretend_gpu):
@@ -112,6 +138,7 @@ def test_widths_that_do_not_fit_are_told_with_the_bytes(pretend_gpu):
     assert choice.backend == "triton"
     assert choice.path == "products"
     assert "need" in choice.why_not_fused
+    assert choice.why_not_fused.endswith("by library products, and one launch for the rest")
     assert "KiB of shared memory, and a block on sm_90 has 227 KiB" in choice.why_not_fused
 
 
@@ -128,19 +155,20 @@ def test_a_precision_that_does_not_fit_names_one_that_does(pretend_gpu, precisio
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_an_old_gpu(pretend_gpu, backend):
     pretend_gpu(75)
-    reason = "kernels need compute capability 8.0 or later, and cuda has 7.5"
+    reason = "Triton's kernels need compute capability 8.0 or later, and cuda has 7.5"
     energy = MLPEnergy(3, (8,))
     if backend == "triton":
         with pytest.raises(ValueError, match=f'backend="triton" can\'t run: {reason}. Use backend="auto" or "torch"'):
             choose(energy, CUDA, torch.float32, backend, None)
     else:
         choice = choose(energy, CUDA, torch.float32, backend, None)
-        assert (choice.backend, choice.path, choice.why_not_fused) == ("torch", "tiles", reason)
+        instead = "the closed-form gradient runs instead, in plain PyTorch"
+        assert (choice.backend, choice.path, choice.why_not_fused) == ("torch", "tiles", f"{reason}; {instead}")
 
 
 def test_without_the_package_triton(monkeypatch):
     monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: None)
-    assert why_not_fused(MLPEnergy(3, (8,))) == "the package triton is not installed"
+    assert why_not_fused(MLPEnergy(3, (8,))) == f"the package triton is not installed; {FASTEST}"
     with pytest.raises(ValueError, match="the package triton is not installed"):
         langevin_sample(MLPEnergy(3, (8,)), backend="triton", steps=1)
     assert langevin_sample(MLPEnergy(3, (8,)), steps=1).shape == (32, 3)

@@ -365,7 +365,7 @@ def test_pools_are_those_of_pytorch(plain, team, small_parts, init, batch_size):
 
 def test_a_pool_in_several_threads_keeps_its_memory_whole(small_parts):
     """Which chains a call gets is then anybody's guess, but all that is written is right."""
-    energy, rule = mlp(6), fastebm.Langevin(step_size=0.1)
+    energy, rule = mlp(6), fastebm.Langevin(0.1, 0.005)
     pool = fastebm.ChainPool(500, 6, seed=3, clamp=(0.0, 1.0))
 
     def work(batch_size, interrupted):
@@ -386,14 +386,14 @@ def test_a_pool_in_several_threads_keeps_its_memory_whole(small_parts):
 def test_a_graph_of_states_that_have_moved_is_refused():
     pool, w = fastebm.ChainPool(50, 6), torch.ones(6, requires_grad=True)
     loss = (pool.states @ w).sum()
-    pool.sample(mlp(6), 8, fastebm.Langevin(step_size=0.1), 1)
+    pool.sample(mlp(6), 8, fastebm.Langevin(0.1, 0.005), 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 def test_a_pool_of_inference_mode_and_one_after_it():
     copies._spares.cache_clear()
-    energy, rule, found = mlp(6), fastebm.Langevin(step_size=0.1), []
+    energy, rule, found = mlp(6), fastebm.Langevin(0.1, 0.005), []
     for mode in (torch.inference_mode, torch.enable_grad):
         with mode():
             pool = fastebm.ChainPool(50, 6, seed=1)
@@ -403,7 +403,7 @@ def test_a_pool_of_inference_mode_and_one_after_it():
 
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
 def test_a_copied_pool_moves_chains_of_its_own(copied_by):
-    energy, rule = mlp(6), fastebm.Langevin(step_size=0.1)
+    energy, rule = mlp(6), fastebm.Langevin(0.1, 0.005)
     pool, same = (fastebm.ChainPool(50, 6, seed=1) for _ in range(2))
     pool.sample(energy, 8, rule, 2)  # what it keeps for the next draw is copied too
     same.sample(energy, 8, rule, 2)
@@ -425,7 +425,7 @@ def test_energies_of_another_dtype(dtype):
             return super().forward(x).to(dtype)
 
     pool = fastebm.ChainPool(50, 6, seed=1)
-    _, energies = pool.sample(Other(6), 8, fastebm.Langevin(step_size=0.01), 2)
+    _, energies = pool.sample(Other(6), 8, fastebm.Langevin(0.01, 0.005), 2)
     assert energies.dtype == pool.energies.dtype == torch.float32
     assert torch.equal(pool.energies[pool.last.chains], energies)
     assert (energies - Square(6)(pool.states[pool.last.chains])).abs().max() < (1e-6 if dtype == torch.float64 else 0.1)

@@ -439,7 +439,7 @@ def test_only_chains_that_are_not_finite_restart(call, init):
         ({"storage_dtype": torch.float16}, "storage_dtype must be one of .* got torch.float16"),
         ({"storage_dtype": torch.uint8}, "uint8 has 256 levels on the clamp: it needs finite bounds, got None"),
         ({"storage_device": "meta"}, "storage_device must be the pool's device, cpu, or cpu, got meta"),
-        ({"storage_device": "cuda", "storage_file": "x", "device": "cuda"}, "leave storage_device out, got cuda"),
+        ({"storage_device": "meta", "storage_file": "x", "device": "meta"}, "leave storage_device out, got meta"),
         ({"storage_file": __file__}, "storage_file must not exist, as the pool overwrites it"),
     ],
 )

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ..description import Description, describe
+from ..devices import named_device
 from ..energies import first_tensor
+from ..functions import EnergyLike, as_module
 from ..mlp import NotAnMLP
 from . import cpu
 
@@ -38,7 +40,7 @@ class Choice:
     gradient), "products" (the same by the library's products, for MLPs too wide for the fused kernel) and "autograd";
     the last two with the fused update kernel if the backend is "triton".
     kernels: what noise, update and activations are computed by: "triton", "numba" (on a CPU, in float32) or "torch".
-    why_not_fused: why the fused kernel does not run, or None if it does.
+    why_not_fused: why the fused kernel does not run, and what does instead; or None if it runs.
     """
 
     backend: str
@@ -56,19 +58,20 @@ def interpreted() -> bool:
 
 
 def why_not_fused(
-    energy: nn.Module, device: torch.device | str | None = None, *, precision: str | None = None
+    energy: EnergyLike, device: torch.device | str | None = None, *, precision: str | None = None
 ) -> str | None:
-    """Why the fused kernel would not run for this energy, in words; None if it would.
+    """Why the fused kernel would not run for this energy, and what would instead, in words; None if it would.
 
     Args:
         device: where it would run; None: where the energy's parameters are.
     """
+    energy = as_module(energy)
     if device is None:
         device = torch.device("cpu") if (first := first_tensor(energy)) is None else first.device
     dtype = torch.float32
     if any(p.dtype == torch.float64 for p in energy.parameters()):
         dtype = torch.float64
-    return choose(energy, torch.device(device), dtype, "auto", precision).why_not_fused
+    return choose(energy, named_device(device), dtype, "auto", precision).why_not_fused
 
 
 def choose(
@@ -95,7 +98,8 @@ def choose(
     # The paths in plain PyTorch compute at full precision, which satisfies any wish for less.
     full = "float64" if dtype == torch.float64 else "ieee"
     if backend == "reference":
-        return Choice("reference", "autograd", None, None, full, 'backend="reference" was asked for', "torch")
+        asked = 'backend="reference" was asked for: the definition of correct, and the slowest path'
+        return Choice("reference", "autograd", None, None, full, asked, "torch")
 
     description, launch, why_not = None, None, None
     try:
@@ -119,12 +123,27 @@ def choose(
         return Choice("triton", launch.regime, description, launch, wanted, None)
     elif no_triton is None:
         path = "autograd" if description is None else "products"
-        return Choice("triton", path, description, None, full, why_not)
+        return Choice("triton", path, description, None, full, f"{why_not}; {_INSTEAD[path, 'triton']}")
     path = "autograd" if description is None else "tiles"
-    by = "numba" if cpu.why_not(device, dtype) is None else "torch"
+    no_numba = cpu.why_not(device, dtype)
+    by = "numba" if no_numba is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
         full = "bf16"
+    if device.type != "cuda" or _capability(device) > 0:  # or nothing runs there
+        why_not = f"{why_not}; {_INSTEAD[path, by]}"
+        why_not += f" ({no_numba})" if device.type == "cpu" and no_numba is not None else ""
     return Choice("torch", path, description, None, full, why_not, by)
+
+
+# What runs where the fused kernel does not, by path and kernels.
+_INSTEAD = {
+    ("tiles", "numba"): "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU",
+    ("tiles", "torch"): "the closed-form gradient runs instead, in plain PyTorch",
+    ("products", "triton"): "the closed-form gradient runs instead, by library products, and one launch for the rest",
+    ("autograd", "numba"): "autograd's gradient runs instead, and Numba's kernels for the rest of a step",
+    ("autograd", "triton"): "autograd's gradient runs instead, and one launch for the rest of a step",
+    ("autograd", "torch"): "autograd's gradient runs instead, in plain PyTorch",
+}
 
 
 def multiplies_bf16() -> bool:
@@ -164,11 +183,11 @@ def _has_triton() -> bool:
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, *, asked: bool) -> str | None:
     if dtype != torch.float32:
-        return f"kernels keep their state in float32, and this one is {dtype}"
+        return f"Triton's kernels keep their state in float32, and this one is {dtype}"
     if interpreted() and device.type != "cpu":
         return f"the interpreter (TRITON_INTERPRET=1) works on CPU tensors, and the state is on {device}"
     if not interpreted() and device.type != "cuda":
-        return f"kernels run on CUDA devices, and the state is on {device}"
+        return f"Triton's kernels need a CUDA device, and the state is on {device}"
     if not _has_triton():  # looks through folders, so where nothing else is in the way
         return "the package triton is not installed"
     if interpreted():
@@ -176,5 +195,5 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, *, asked: bool) ->
     if _capability(device) == 0:
         return "PyTorch finds no CUDA device here"
     if _capability(device) < 80:
-        return f"kernels need compute capability 8.0 or later, and {device} has {_capability(device) / 10}"
+        return f"Triton's kernels need compute capability 8.0 or later, and {device} has {_capability(device) / 10}"
     return None

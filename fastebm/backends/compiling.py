@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..description import check_shape, describe
+from ..functions import EnergyLike
 from ..langevin import Langevin
 from ..mlp import NotAnMLP
 from . import Advanced, Chains, cpu, op
@@ -24,7 +25,7 @@ for _function in (choosing._has_triton, choosing._capability, choosing.default_p
 
 
 def can_compile(
-    energy: nn.Module, labels: Tensor | None, condition: Tensor | None, backend: str, generator: torch.Generator | None
+    energy: EnergyLike, labels: Tensor | None, condition: Tensor | None, backend: str, generator: torch.Generator | None
 ) -> bool:
     """In whole, as one operator. Decided first, so that a graph break leaves none of the call half traced."""
     if not isinstance(energy, nn.Module) or backend == "reference" or condition is not None or generator is not None:

@@ -174,16 +174,20 @@ def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, rule:
     broken = [name for name, p in weights.items() if not bool(p.isfinite().all())]
     if broken:
         return f"{n_bad} of {n_chains} chains are not finite, because the energy's weights are not: {', '.join(broken)}"
-    where = "the energy of a finite state is not finite"
+    where, doubt = "the energy of a finite state is not finite", ": is there a log, a root or a division in it?"
     if bool((done.first_bad >= 0).any()):
         first = int(done.first_bad[done.first_bad >= 0].min())
         where = f"first at step {first} of {steps}"
+        at_once = (done.first_bad == 0) & ~done.energy.isfinite()  # no step is to blame
+        doubt = f", from an energy that is not finite where they start{doubt}" if bool(at_once[bad].all()) else ""
+    where += doubt
     size = float(done.x[bad].abs().max())
     step = (
         f"{rule.step_size:g}" if isinstance(rule.step_size, (int, float)) else f"up to {float(rule.step_size.max()):g}"
     )
     return (
         f"{n_bad} of {n_chains} chains are not finite ({where}; last finite max |x| = {size:.3g}; step_size = {step}). "
+        f"{f'{rule.advice}. ' if rule.advice else ''}"
         "Try a smaller step_size, grad_clip=, clamp=, or an energy with bounded gradients (spectral_norm=True); "
         'on_nonfinite="reinit" starts such chains anew, "ignore" keeps their last finite state.'
     )
