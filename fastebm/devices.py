@@ -50,7 +50,7 @@ def checked_device(device: torch.device | str | int) -> torch.device:
     else:
         is_here, why = _makes_tensors(found), f"PyTorch {torch.__version__} finds no device of this kind here"
     if not is_here:
-        raise ValueError(f"device {str(found)!r} is not here: {why}; leave device= out, or name one that is")
+        raise ValueError(f"device {str(found)!r} is not here: {why}; leave the device out, or name one that is")
     return found
 
 
@@ -65,7 +65,7 @@ def _makes_tensors(device: torch.device) -> bool:
 def _meant(name: Any) -> str:
     """The likely mistake."""
     if name == "auto":
-        return ": leave device= out, and it is found by itself"
+        return ": leave it out, and it is found by itself"
     match = re.fullmatch(r"(cpu|cuda|gpu|nvidia|mps|xpu)[\s:._-]*(\d*)", str(name).strip().lower())
     if match is None:
         return ""

@@ -56,7 +56,9 @@ def as_module(energy: EnergyLike, what: str = "energy") -> nn.Module:
     elif isinstance(energy, (Tensor, np.ndarray)):
         got, hint = f"{got} {tuple(energy.shape)}", ": it is the first argument, and states to start from are init="
     elif isinstance(energy, str):
-        got, hint = repr(energy), ": the energy of a run folder is fastebm.train.load_model(RUN)[0]"
+        got, hint = repr(energy), ": the energy of a run folder is fastebm.load(RUN).model"
+    elif isinstance(getattr(energy, "model", None), nn.Module):  # of fastebm.load, or of a trainer
+        hint = ": pass its .model"
     elif isinstance(energy, (tuple, list)):
         got = f"{got} of {', '.join(type(part).__name__ for part in energy)}"
         hint = ": pass one of them, or their sum, SumEnergy([...])"

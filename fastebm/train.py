@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .backends import Chains
 from .data import Data, reload
+from .devices import checked_device
 from .energies import MLPEnergy, energy
 from .objectives import contrastive_divergence_loss
 from .pool import ChainPool
@@ -81,12 +82,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device {name!r} is not available: {reason}") from None
+    device = checked_device(name)
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no values: name another")
     return device
 
 

@@ -30,6 +30,15 @@ SMALL = ["--steps", "3", "--batch-size", "16", "--hidden-sizes", "8", "4", "--de
 SMALL += ["--set", "fresh_steps=5", "n_fresh=30", "--threads", "1"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_trees():
+    """A report in half a second: most of its time goes to the forests of the two-sample test."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1)
+        patch.setattr(evaluate, "two_sample_accuracy", few)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A tiny run of the whole command, with fewer fresh steps than the recipe's."""
@@ -94,7 +103,7 @@ def test_sample_writes_arrays_and_pictures(run, tmp_path, capsys):
     assert "10 samples (torch, tiles, on cpu)" in capsys.readouterr().out
 
 
-def test_samples_as_tables_arrays_and_pictures(run, tmp_path, few_trees):
+def test_samples_as_tables_arrays_and_pictures(run, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal([3.0, 100.0, -5.0], [1.0, 9.0, 0.1], (60, 3)))
     pd.DataFrame(np.load(tmp_path / "x.npy"), columns=["a", "b c", "d"]).to_csv(tmp_path / "x.csv", index=False)
     table = tmp_path / "table"
@@ -216,13 +225,7 @@ def test_sample_without_steps_is_uniform_noise(run, tmp_path):
     assert x.mean() == pytest.approx(0.5, abs=5 / np.sqrt(12 * x.size))
 
 
-@pytest.fixture
-def few_trees(monkeypatch):
-    small = functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1)
-    monkeypatch.setattr(evaluate, "two_sample_accuracy", small)
-
-
-def test_a_toy_from_training_to_pictures(tmp_path, few_trees, capsys):
+def test_a_toy_from_training_to_pictures(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", "pinwheel", *SMALL, "--pool-size", "40", "--out", str(out)]) == 0
     assert "AUROC against held-out rows: uniform 0." in capsys.readouterr().out
@@ -303,9 +306,14 @@ def test_help_names_the_defaults(capsys):
         (["train", "--data", "x.csv"], "x.csv: No such file or directory"),
         (["train", "moons", "--seed", "-1"], "seed must be an int in [0, 2**63), got -1"),
         (["train", "rings", "--pool-size", "9"], "batch_size must be <= pool_size: got"),
-        (["train", "digits", "--device", "abacus"], "device 'abacus' is not available"),
-        (["train", "digits", "--device", "cuda:99"], "device 'cuda:99' is not available"),
-        (["train", "digits", "--device", "meta"], "device 'meta' is not available"),
+        (
+            ["train", "digits", "--device", "abacus"],
+            "device must be 'cpu', 'cuda', 'cuda:1' or another name of PyTorch's, got 'abacus'",
+        ),
+        (["train", "digits", "--device", "cuda:99"], "device 'cuda:99' is not here"),
+        (["train", "digits", "--device", "gpu"], "did you mean 'cuda'?"),
+        (["train", "digits", "--device", "xpu"], "device 'xpu' is not here"),
+        (["train", "digits", "--device", "meta"], "device 'meta' holds no values"),
         (["train", "digits", "--resume", "nothing"], "nothing is no run of fastebm: there is no nothing/checkpoints"),
         (["train", "digits", "--out", "file/run"], "file/run: Not a directory"),
         (["train", "digits", "--out", "."], ". is not empty"),
@@ -315,7 +323,7 @@ def test_help_names_the_defaults(capsys):
         (["sample", "nothing", "--out", "x.npy", "-n", "many"], "must be an int in [0, 2**32), got 'many'"),
         (["train", "--hidden-sizes", "8", "4", "moons"], "takes numbers: name the data set before it, as in"),
         (["sample", "nothing", "-n", "0", "--out", "x.png"], "must be at least 1, got 0"),
-        (["info", "--device", "cuda:99"], "device 'cuda:99' is not available"),
+        (["info", "--device", "cuda:99"], "device 'cuda:99' is not here"),
         ([], "required: command"),
     ],
 )
@@ -512,7 +520,7 @@ def test_train_on_what_pandas_writes(tmp_path, frame, monkeypatch, capsys, optio
     assert seen["config"].data.sha256 == same.info.sha256
 
 
-def test_a_table_of_dates_and_text_from_training_to_samples(tmp_path, frame, few_trees, monkeypatch, capsys):
+def test_a_table_of_dates_and_text_from_training_to_samples(tmp_path, frame, monkeypatch, capsys):
     frame.insert(0, "date", [f"2024-01-{1 + i % 28:02d}" for i in range(60)])
     frame["colour"] = ["red", "blue", "green"] * 20
     frame["age"] = np.random.default_rng(1).normal(size=60)
@@ -541,7 +549,7 @@ def test_a_table_of_dates_and_text_from_training_to_samples(tmp_path, frame, few
     assert "samples of 3 dims make no picture: give --out a name that ends in .csv" in message
 
 
-def test_a_run_on_a_file_resumes_by_its_folder(tmp_path, frame, few_trees, monkeypatch, capsys):
+def test_a_run_on_a_file_resumes_by_its_folder(tmp_path, frame, monkeypatch, capsys):
     data, out = tmp_path / "x.csv", tmp_path / "run"
     frame.to_csv(data, header=[0, 1, 2])
     with monkeypatch.context() as patch:

@@ -25,7 +25,7 @@ ABSENT = [
     pytest.param(torch.device("cuda", 1), "PyTorch finds no CUDA device here", marks=without_cuda),
     pytest.param(0, "device 'cuda:0' is not here", marks=without_cuda),
     pytest.param("cuda:99", "device 'cuda:99' is not here"),
-    ("hpu", "device 'hpu' is not here: PyTorch .* finds no device of this kind here; leave device= out"),
+    ("hpu", "device 'hpu' is not here: PyTorch .* finds no device of this kind here; leave the device out"),
     ("xpu:1", "device 'xpu:1' is not here"),
 ]
 if not torch.backends.mps.is_available():
@@ -47,7 +47,7 @@ def test_a_device_that_is_not_here(device, match):
         ("CUDA", r"did you mean 'cuda'\?"),
         ("cuda1", r"did you mean 'cuda:1'\?"),
         ("Cpu", r"did you mean 'cpu'\?"),
-        ("auto", "leave device= out, and it is found by itself"),
+        ("auto", "leave it out, and it is found by itself"),
         ("banana", "another name of PyTorch's, got 'banana'$"),
         ("", "got ''$"),
         (-1, "got -1$"),

@@ -280,7 +280,7 @@ def test_a_function_may_name_its_argument():
     [
         (MLPEnergy, r"got the class MLPEnergy: are its parentheses missing, as in MLPEnergy\(\.\.\.\)\?"),
         (nn.Sequential, "got the class Sequential: are its parentheses missing"),
-        ("runs/digits", r"got 'runs/digits': the energy of a run folder is fastebm\.train\.load_model"),
+        ("runs/digits", r"got 'runs/digits': the energy of a run folder is fastebm\.load\(RUN\)\.model"),
         (torch.zeros(4, 3), r"got Tensor \(4, 3\): it is the first argument"),
         (torch.zeros(4, 3).numpy(), r"got ndarray \(4, 3\): it is the first argument"),
         (None, "got NoneType: does what builds it return it"),
