@@ -104,7 +104,7 @@ def test_any_batch_on_torch(dim, widths, activation):
     check_any_batch(on_torch(make_mlp(dim, widths, activation)), make_chains(600, dim), sizes)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16x3"])
+@pytest.mark.parametrize("precision", [pytest.param("ieee", marks=pytest.mark.slow), "bf16x3"])
 @pytest.mark.parametrize("regime", ["resident", "streaming"])
 @pytest.mark.parametrize(("dim", "widths"), [(2, [16, 16]), pytest.param(63, [100, 37, 5], marks=pytest.mark.slow)])
 def test_any_batch_on_triton(device, dim, widths, regime, precision):
@@ -112,7 +112,7 @@ def test_any_batch_on_triton(device, dim, widths, regime, precision):
     check_any_batch(run, make_chains(130, dim), sizes=(65,))
 
 
-@pytest.mark.parametrize("dim", [1, 63, 300])
+@pytest.mark.parametrize("dim", [1, 63, pytest.param(300, marks=pytest.mark.slow)])
 def test_any_batch_of_the_fused_update(device, dim):
     check_any_batch(on_the_fused_update(device), make_chains(70 if dim < 300 else 20, dim), sizes=(9,))
 

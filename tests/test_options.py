@@ -335,7 +335,7 @@ def test_many_energies_with_many_options(device, case):
     [
         *(pytest.param(head, (), marks=pytest.mark.slow) for head in HEADS),
         pytest.param("scalar", TERMS, marks=pytest.mark.slow),
-        ("scalar", ("gaussian",)),
+        pytest.param("scalar", ("gaussian",), marks=pytest.mark.slow),
         pytest.param("class", ("wide gaussian", "classifier", "slope"), marks=pytest.mark.slow),
         pytest.param("logsumexp", ("linear",), marks=pytest.mark.slow),
     ],
@@ -799,7 +799,11 @@ def by(path):
     return sampler
 
 
-LAW_PATHS = (("torch", 100_000), ("resident", FEW), pytest.param("streaming", FEW, marks=pytest.mark.slow))
+LAW_PATHS = (
+    pytest.param("torch", 100_000, marks=pytest.mark.slow),
+    ("resident", FEW),
+    pytest.param("streaming", FEW, marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.parametrize(("path", "n_chains"), LAW_PATHS)

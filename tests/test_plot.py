@@ -73,7 +73,9 @@ FIGURES = {
 }
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "40 columns" else []) for name in FIGURES]
+)
 def test_text_is_large_enough_where_it_is_read_and_legends_hide_nothing(name):
     figure = FIGURES[name]()
     figure.draw_without_rendering()
