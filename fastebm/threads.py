@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,27 +50,33 @@ def threads(n: int) -> Iterator[None]:
 # Fewer threads are taken where they save more than this: what a measurement of a few calls can tell from chance.
 _GAIN = 1.1
 
+# Seconds that all threads are timed for, unless they are clearly slower, by _CLEAR. A process that was idle has both
+# cores for some time before the other has its share: in a shorter test two threads looked faster, and were 10 times
+# slower.
+_TIMED, _CLEAR, _ROUNDS = 1.0, 2.0, 3
 
-def fastest(work: Callable[[], object], rounds: int = 3) -> dict[int, float]:
-    """Seconds that ``work`` takes by number of threads, of all, half of them, ... and one, the number to take first.
+
+def fastest(work: Callable[[], object], most: int) -> dict[int, float]:
+    """Mean seconds that ``work`` takes, by number of threads: ``most``, half of them, ... and one; the number to take is
+    the first.
 
     Where another process is busy on the cores, each of PyTorch's operations waits for the thread that shares a core
     with it: two threads have been 3 to 30 times slower than one.
     """
-    numbers = [torch.get_num_threads()]
+    numbers = [most]
     while numbers[-1] > 1:
         numbers.append(numbers[-1] // 2)
-    seconds: dict[int, list[float]] = {n: [] for n in numbers}
+    total, rounds = dict.fromkeys(numbers, 0.0), 0
     work()  # kernels are compiled, memory is taken
-    for _ in range(rounds):
+    while rounds < _ROUNDS or (total[most] < _TIMED and total[most] < _CLEAR * min(total.values())):
         for n in numbers:
             with threads(n):
                 started = time.perf_counter()
                 work()
-                seconds[n].append(time.perf_counter() - started)
-    medians = {n: statistics.median(times) for n, times in seconds.items()}
-    best = min(numbers, key=lambda n: medians[n] * (_GAIN if n < numbers[0] else 1.0))
-    return {n: medians[n] for n in sorted(numbers, key=lambda n: n != best)}
+                total[n] += time.perf_counter() - started
+        rounds += 1
+    best = min(numbers, key=lambda n: total[n] * (_GAIN if n < most else 1.0))
+    return {n: total[n] / rounds for n in sorted(numbers, key=lambda n: n != best)}
 
 
 def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], None], n_threads: int) -> None:

@@ -130,9 +130,9 @@ def _memory(device: torch.device) -> float:
     return min(known)
 
 
-def seconds_of_a_step(config: TrainConfig, data: Data) -> dict[int, float]:
-    """Of training on the CPU, by number of threads, the best number first (``threads.fastest``). It is the work of a
-    step, on a model of its own: nothing of a run is moved."""
+def seconds_of_a_step(config: TrainConfig, data: Data, threads: int) -> dict[int, float]:
+    """Of training on the CPU, by number of threads up to this, the best first (``threads.fastest``). It is the work of
+    a step, on a model of its own: nothing of a run is moved."""
     model = build_model(config, data.dim)
     steps = config.langevin_steps
     rule = config.sampler(steps)
@@ -151,7 +151,7 @@ def seconds_of_a_step(config: TrainConfig, data: Data) -> dict[int, float]:
         energies = energy(model, torch.cat([real, samples.x]))
         contrastive_divergence_loss(energies[: len(real)], energies[len(real) :], config.alpha).backward()  # type: ignore[no-untyped-call]
 
-    return fastest(step)
+    return fastest(step, threads)
 
 
 class _Run:

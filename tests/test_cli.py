@@ -157,50 +157,77 @@ def test_a_finished_run_is_extended(run, tmp_path, capsys):
     )
 
 
-def test_fewer_threads_are_taken_where_they_are_faster_and_this_is_said(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    slow = {4: 0.03, 2: 0.02, 1: 0.0}
-
-    def work():
-        time.sleep(slow[chosen[-1]])
-
-    chosen = [4]
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    assert next(iter(threads.fastest(work))) == 1
-    slow |= {4: 0.0, 1: 0.03}
-    assert next(iter(threads.fastest(work))) == 4
-    monkeypatch.undo()
+@pytest.fixture
+def on_two_threads():
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_that_is_faster_comes_first(monkeypatch):
+    chosen, seconds = [4], {4: 0.03, 2: 0.02, 1: 0.001}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(threads, "_TIMED", 0.1)
+    for fast in (1, 2, 4):
+        seconds = {n: 0.001 if n == fast else 0.02 for n in (4, 2, 1)}
+        measured = threads.fastest(lambda: time.sleep(seconds[chosen[-1]]), 4)  # noqa: B023
+        assert next(iter(measured)) == fast
+        assert measured.keys() == {4, 2, 1}
+        assert chosen[-1] == 4
+
+
+def test_threads_are_timed_again_when_steps_become_slow(monkeypatch, capsys, on_two_threads):
+    measured, clock = [{2: 0.01, 1: 0.02}, {1: 0.02, 2: 0.1}], [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Progress() as progress:
-        assert options.fewer_threads({2: 0.01, 4: 0.05, 1: 0.02}, progress) == 2
-        assert options.fewer_threads({4: 0.01, 2: 0.02, 1: 0.02}, progress) == 4
+        timed = options.Threads(lambda n: measured.pop(0), progress)
+        for seconds in (0.01, 0.2, 0.01) * 20:  # slow now and then
+            clock[0] += 1.0
+            timed.watch(seconds)
+        assert (timed.n, torch.get_num_threads(), len(measured)) == (2, 2, 1)
+        assert capsys.readouterr().err == ""
+        for _ in range(30):
+            clock[0] += 1.0
+            timed.watch(0.1)
+    assert (timed.n, torch.get_num_threads(), measured) == (1, 1, [])
     assert capsys.readouterr().err == (
-        "fastebm: 2 threads of 4, because with 4 a step takes 5.0 times as long on this machine now "
+        "fastebm: 1 thread of 2, because with 2 a step takes 5.0 times as long on this machine now "
         "(--threads sets it)\n"
     )
+
+
+def test_train_and_sample_take_the_threads_that_are_faster(run, tmp_path, monkeypatch, on_two_threads):
     used = []
     monkeypatch.setattr(train_command, "seconds_of_a_step", lambda *_: {1: 0.01, 2: 0.05})
     monkeypatch.setattr(train_command, "train", lambda *_, **__: used.append(torch.get_num_threads()) or {}["stop"])
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(KeyError):
-            main(["train", "moons", "--device", "cpu", "--out", str(tmp_path / "run")])
-        assert used == [1]
-        assert torch.get_num_threads() == 2
-        # A resumed run has the number of before, whatever is faster now.
-        monkeypatch.setattr(train_command, "seconds_of_a_step", None)
-        with pytest.raises(KeyError):
-            main(["train", "--resume", str(run), "--steps", "9"])
-        assert used == [1, 1]
-    finally:
-        torch.set_num_threads(before)
+    command = ["train", "moons", "--device", "cpu", "--out", str(tmp_path / "run")]
+    with pytest.raises(KeyError):
+        main(command)
+    with pytest.raises(KeyError):
+        main([*command, "--threads", "2"])
+    assert used == [1, 2]
+    assert torch.get_num_threads() == 2
+    # A resumed run has the number of before, whatever is faster now.
+    monkeypatch.setattr(train_command, "seconds_of_a_step", None)
+    with pytest.raises(KeyError):
+        main(["train", "--resume", str(run), "--steps", "9"])
+    assert used == [1, 2, 1]
+    monkeypatch.setattr(sample_command, "fastest", lambda *_: {1: 0.01, 2: 0.05})
+    monkeypatch.setattr(
+        sample_command, "fresh_samples", lambda *_, **__: used.append(torch.get_num_threads()) or {}["stop"]
+    )
+    with pytest.raises(KeyError):
+        main(["sample", str(run), "--device", "cpu", "--out", str(tmp_path / "x.npy")])
+    assert used == [1, 2, 1, 1]
 
 
 def test_timing_a_step_moves_nothing():
     points = load("moons")
     config = train.TrainConfig(**{**recipe(points), "hidden_sizes": (8,), "batch_size": 16})
     state = torch.get_rng_state()
-    assert set(train.seconds_of_a_step(config, points)) == {torch.get_num_threads(), 1}
+    assert set(train.seconds_of_a_step(config, points, 2)) == {2, 1}
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -6,7 +6,10 @@ import argparse
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -23,11 +26,11 @@ from .progress import Progress
 
 __all__ = [
     "Parser",
+    "Threads",
     "add_device",
     "add_threads",
     "check_writable",
     "count",
-    "fewer_threads",
     "flat",
     "need",
     "on_threads",
@@ -86,15 +89,45 @@ def on_threads(n: int | None) -> Iterator[None]:
         yield
 
 
-def fewer_threads(seconds: dict[int, float], progress: Progress) -> int:
-    """The number to take, of what ``threads.fastest`` found; said if it is not all of them."""
-    best, everyone = next(iter(seconds)), max(seconds)
-    if best < everyone:
-        progress.note(
-            f"{best} thread{'s' * (best > 1)} of {everyone}, because with {everyone} a step takes "
-            f"{seconds[everyone] / seconds[best]:.1f} times as long on this machine now (--threads sets it)"
-        )
-    return best
+# A step is slow if it takes so many times what it took when the threads were timed: the median of so many steps.
+_SLOW, _STEPS = 2.5, 10
+
+
+class Threads:
+    """The number of CPU threads of a long computation: timed before it, and again if its steps have become slow.
+
+    Args:
+        measure: takes the number of all threads; returns seconds of a step by number (``threads.fastest``).
+        progress: fewer threads than all are said there.
+    """
+
+    def __init__(self, measure: Callable[[int], dict[int, float]], progress: Progress) -> None:
+        self._measure, self._progress = measure, progress
+        self._all = torch.get_num_threads()
+        self._recent: deque[float] = deque(maxlen=_STEPS)
+        self._pause = 2.0  # seconds between two measurements, twice as many each time
+        self._choose()
+
+    def _choose(self) -> None:
+        seconds = self._measure(self._all)
+        self.n, everyone = next(iter(seconds)), seconds[self._all]
+        self._expected, self._measured_at = seconds[self.n], time.monotonic()
+        torch.set_num_threads(self.n)
+        if self.n < self._all:
+            self._progress.note(
+                f"{self.n} thread{'s' * (self.n > 1)} of {self._all}, because with {self._all} a step takes "
+                f"{everyone / self._expected:.1f} times as long on this machine now (--threads sets it)"
+            )
+
+    def watch(self, seconds: float) -> None:
+        """Told what a step took."""
+        self._recent.append(seconds)
+        if len(self._recent) < _STEPS or time.monotonic() < self._measured_at + self._pause:
+            return
+        if self.n > 1 and statistics.median(self._recent) > _SLOW * self._expected:
+            self._pause *= 2
+            self._recent.clear()
+            self._choose()
 
 
 def count(text: str) -> int:

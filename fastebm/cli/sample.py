@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..recipe import TrainConfig
 from ..report import fresh_samples, landscape
 from ..threads import fastest
 from ..train import load_model, resolve_device
-from .options import add_device, add_threads, check_writable, count, fewer_threads, need, on_threads, positive
+from .options import Threads, add_device, add_threads, check_writable, count, need, on_threads, positive
 from .progress import Progress
 
 _WORDS = "Samples of a trained energy, from chains that start in uniform noise."
@@ -60,31 +61,44 @@ def _sample(arguments: argparse.Namespace) -> int:
             f"samples of {config.data.dim} dims make no picture: give --out a name that ends in {', '.join(_ARRAYS)}"
         )
     n_threads = getattr(arguments, "threads", None)
-    with Progress() as progress:
+    with Progress() as progress, on_threads(n_threads):
+        timed = None
         if n_threads is None and device.type == "cpu" and torch.get_num_threads() > 1:
             progress.show("timing the first steps")
-            timed = min(arguments.n, _TIMED_CHAINS)
-            seconds = fastest(lambda: _steps(model, config, timed, arguments.backend))
-            n_threads = fewer_threads(seconds, progress)
-        with on_threads(n_threads):
-            samples, info = fresh_samples(
-                model.to(device),
-                config,
-                arguments.n,
-                dim=config.data.dim,
-                steps=getattr(arguments, "steps", None),
-                seed=arguments.seed,
-                backend=arguments.backend,
-                on_steps=lambda done, steps: progress.show("sampling", done, steps),
-            )
+            n = min(arguments.n, _TIMED_CHAINS)
+            timed = Threads(lambda most: _seconds_of_a_step(model, config, n, arguments.backend, most), progress)
+        last = 0, time.perf_counter()
+
+        def on_steps(done: int, steps: int) -> None:
+            nonlocal last
+            progress.show("sampling", done, steps)
+            (before, then), last = last, (done, time.perf_counter())
+            if timed is not None and done > before:
+                timed.watch((last[1] - then) / (done - before) * n / arguments.n)
+
+        samples, info = fresh_samples(
+            model.to(device),
+            config,
+            arguments.n,
+            dim=config.data.dim,
+            steps=getattr(arguments, "steps", None),
+            seed=arguments.seed,
+            backend=arguments.backend,
+            on_steps=on_steps,
+        )
     x = config.data.to_data(samples)
     write_atomically(out, _picture(x, model, config.data, out) if is_picture else _array(x, config.data, out))
     print(f"{out}: {arguments.n:,} samples ({info.backend}, {info.path}, on {device})")
     return 0
 
 
-def _steps(model: MLPEnergy, config: TrainConfig, n: int, backend: str) -> None:
-    fresh_samples(model, config, n, dim=config.data.dim, steps=_TIMED_STEPS, backend=backend)
+def _seconds_of_a_step(model: MLPEnergy, config: TrainConfig, n: int, backend: str, threads: int) -> dict[int, float]:
+    """Of n chains, by number of threads (``threads.fastest``)."""
+
+    def work() -> None:
+        fresh_samples(model, config, n, dim=config.data.dim, steps=_TIMED_STEPS, backend=backend)
+
+    return {number: seconds / _TIMED_STEPS for number, seconds in fastest(work, threads).items()}
 
 
 def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo, out: Path) -> bytes:

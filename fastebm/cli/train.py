@@ -34,7 +34,7 @@ from ..train import (
     train,
 )
 from ..words import did_you_mean
-from .options import add_device, add_threads, fewer_threads, flat, need, on_threads, positive, rank, sizes
+from .options import Threads, add_device, add_threads, flat, need, on_threads, positive, rank, sizes
 from .progress import Progress, Signals
 
 _DEFAULTS = TrainConfig()
@@ -201,15 +201,25 @@ def _train(arguments: argparse.Namespace) -> int:
                 if rank() == 0:
                     print(f"{out} is complete: there is nothing to resume (--steps N, more than it has, extends it)")
                 return 0
-        with launched(config.device) as group:
-            if group is None and n_threads is None:
-                n_threads = _n_threads(config, data, resume, progress)
+            if n_threads is None:  # as many as before
+                saved = _saved(resume).values.get("threads")
+                n_threads = min(saved, torch.get_num_threads()) if isinstance(saved, int) else None
+        with launched(config.device) as group, on_threads(n_threads):
+            timed = None
+            if group is None and n_threads is None and data is not None:
+                timed = _timed_threads(config, data, progress)
             if out is None:  # by the clock of the first process
                 new = Path("runs") / time.strftime(f"{name or file.stem}-%Y%m%d-%H%M%S")
                 out = Path(Processes(group).gather(str(new))[0])
             source = f"{config.data.name} " if config.data.name in SETS else ""
             again = f"fastebm train {source}--resume {shlex.quote(str(out))}"
-            with Signals() as signals, on_threads(n_threads):
+
+            def on_step(row: dict[str, float]) -> None:
+                progress.train(row, config.steps)
+                if timed is not None:
+                    timed.watch(config.batch_size * config.langevin_steps / row["chain_steps_per_second"])
+
+            with Signals() as signals:
                 try:
                     summary = train(
                         config,
@@ -218,7 +228,7 @@ def _train(arguments: argparse.Namespace) -> int:
                         resume=resume is not None,
                         checkpoint_every=arguments.checkpoint_every,
                         process_group=group,
-                        on_step=lambda row: progress.train(row, config.steps),
+                        on_step=on_step,
                         on_phase=progress.show,
                         should_stop=signals.arrived,
                     )
@@ -285,16 +295,13 @@ def _saved(run: Path) -> checkpoint.Saved:
     return checkpoint.Saved(located(run)[1])
 
 
-def _n_threads(config: TrainConfig, data: Data | None, resume: Path | None, progress: Progress) -> int | None:
-    """How many threads to train with; None: as many as PyTorch has. A resumed run has as many as before."""
-    if resume is not None or data is None:
-        saved = None if resume is None else _saved(resume).values.get("threads")
-        return min(saved, torch.get_num_threads()) if isinstance(saved, int) else None
+def _timed_threads(config: TrainConfig, data: Data, progress: Progress) -> Threads | None:
+    """None where there is nothing to choose."""
     if torch.get_num_threads() == 1 or resolve_device(config.device).type != "cpu":
         return None
     check_memory(config, data.dim, torch.device("cpu"))
     progress.show("timing the first steps")
-    return fewer_threads(seconds_of_a_step(config, data), progress)
+    return Threads(lambda n: seconds_of_a_step(config, data, n), progress)
 
 
 def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
