@@ -57,8 +57,8 @@ _TIMED, _CLEAR, _ROUNDS = 1.0, 2.0, 3
 
 
 def fastest(work: Callable[[], object], most: int) -> dict[int, float]:
-    """Mean seconds that ``work`` takes, by number of threads: ``most``, half of them, ... and one; the number to take is
-    the first.
+    """Mean seconds that ``work`` takes, by number of threads: ``most``, half of them, ... and one. The number to take
+    is the first.
 
     Where another process is busy on the cores, each of PyTorch's operations waits for the thread that shares a core
     with it: two threads have been 3 to 30 times slower than one.
