@@ -82,12 +82,14 @@ def findings(table: Table) -> tuple[str, ...]:
 
 def _kinds(table: Table) -> Iterator[str]:
     """Columns by what their values are like; of each kind one note."""
-    few, whole, rising, heavy = list[str](), list[str](), list[str](), list[str]()
+    few, whole, rising, unique, heavy = list[str](), list[str](), list[str](), list[str](), list[str]()
     for name, values in zip(table.columns, table.x.T, strict=True):
         found = np.unique(values)
         is_whole = bool((values == np.floor(values)).all())
         if len(found) == len(values) and bool((np.diff(values) > 0).all()):
             rising.append(name)
+        elif is_whole and len(found) == len(values):
+            unique.append(name)
         elif is_whole and len(found) <= min(MAX_LABELS, len(values) // _ROWS_PER_LABEL):
             few.append(name)
         elif is_whole:
@@ -96,6 +98,8 @@ def _kinds(table: Table) -> Iterator[str]:
             heavy.append(name)
     if rising:
         yield f"values rise from row to row in {listed(rising)}: an index or a time? --drop leaves it out"
+    if unique:
+        yield f"whole numbers that all differ in {listed(unique)}: an id? --drop leaves it out"
     if few:
         yield (
             f"there are few values in {listed(few)}: a label? --label NAME takes it for one, --drop leaves it out; "

@@ -254,8 +254,10 @@ def located(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if re.fullmatch(r"step-\d+", path.name) and whole.parent.name == CHECKPOINTS:
         return (path.parent.parent if len(path.parts) > 2 else whole.parent.parent), path
     if not (path / CHECKPOINTS).is_dir():
-        runs = {str(near.parent) for near in (*path.parent.glob(f"*/{CHECKPOINTS}"), *path.glob(f"*/{CHECKPOINTS}"))}
-        near = did_you_mean(str(path), runs) or (f": there are {', '.join(sorted(runs)[-5:])}" if runs else "")
+        here, beside = (sorted({str(n.parent) for n in p.glob(f"*/{CHECKPOINTS}")}) for p in (path, path.parent))
+        near = "" if here else did_you_mean(str(path), beside)
+        if not near and (here or beside):
+            near = f": there are {', '.join((here or beside)[-5:])}"
         raise ValueError(f"{path} is no run of fastebm: there is no {path / CHECKPOINTS}{near}")
     return path, checkpoint.newest(path / CHECKPOINTS)
 
@@ -387,13 +389,14 @@ def train(
             run.load(saved)
         else:
             with processes.together():
-                _checked_empty(out)
+                check_empty(out)
+                out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(out, processes))
         metrics: list[dict[str, float]] = []
         with processes.together():
             if processes.rank == 0:
                 if saved is None:
-                    _checked_empty(out)
+                    check_empty(out)
                 else:
                     checkpoint.name_newest(saved.path)
                     if run.step < config.steps:
@@ -494,13 +497,12 @@ def _train_step(run: _Run, data: Data, flags: Callable[[], tuple[bool, bool]]) -
     return row, n_stop > 0, int(n_ready)
 
 
-def _checked_empty(out: Path) -> None:
-    """An error if a new run would disturb what is there; the folder is made if there is none."""
+def check_empty(out: Path) -> None:
+    """An error if a new run would disturb what is there."""
     if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         whole = any((out / CHECKPOINTS).glob("step-*[0-9]"))  # not if it was killed before its first checkpoint
         what = "already holds a run: resume it, or" if whole else "is not empty, and holds no run to resume:"
         raise ValueError(f"{out} {what} choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

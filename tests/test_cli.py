@@ -368,6 +368,9 @@ def test_damaged_and_taken_runs(run, tmp_path, capsys):
     message = _error(capsys, "train", "digits", "--resume", run / "summary.json")
     assert f"summary.json is a file of a run: name its folder, {run}" in message
     assert f"did you mean {run}?" in _error(capsys, "sample", run.parent / "rum", "--out", tmp_path / "x.png")
+    assert f"{run.parent}/checkpoints: there are {run}" in _error(
+        capsys, "sample", run.parent, "--out", tmp_path / "x.png"
+    )
     shutil.copytree(run, damaged := tmp_path / "damaged")
     checkpoint_3 = damaged / "checkpoints" / "step-00000003"
     for name, arguments in {

@@ -21,6 +21,7 @@ WORDS = {
     "few": "there are few values",
     "whole": "there are whole numbers",
     "rising": "values rise",
+    "id": "all differ",
     "heavy": "heavy tails",
 }
 KINDS = {
@@ -38,6 +39,7 @@ KINDS = {
     "heavy counts": (np.floor(RNG.lognormal(3, 2, N)), {"whole", "heavy"}),
     "times": (np.cumsum(RNG.random(N)), {"rising"}),
     "numbers of rows, sorted and thinned": (np.arange(0, 3 * N, 3), {"rising"}),
+    "ids in no order": (RNG.permutation(10**6)[:N], {"id"}),
     "halves": (RNG.integers(0, 3, N) / 2, set()),
 }
 

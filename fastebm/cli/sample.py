@@ -88,7 +88,8 @@ def _sample(arguments: argparse.Namespace) -> int:
         )
     x = config.data.to_data(samples)
     write_atomically(out, _picture(x, model, config.data, out) if is_picture else _array(x, config.data, out))
-    print(f"{out}: {arguments.n:,} samples ({info.backend}, {info.path}, on {device})")
+    many = "sample" if arguments.n == 1 else "samples"
+    print(f"{out}: {arguments.n:,} {many} ({info.backend}, {info.path}, on {device})")
     return 0
 
 
@@ -104,7 +105,7 @@ def _seconds_of_a_step(model: MLPEnergy, config: TrainConfig, n: int, backend: s
 def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo, out: Path) -> bytes:
     from .. import plot
 
-    title = f"{len(x):,} samples"
+    title = f"{len(x):,} sample{'s' * (len(x) > 1)}"
     if data.kind == "images":
         figure = plot.samples_figure({title: (x * data.levels).round() / data.levels})
     else:

@@ -26,6 +26,7 @@ from ..train import (
     FREE_SETTINGS,
     SUMMARY,
     Stopped,
+    check_empty,
     check_memory,
     located,
     resolve_device,
@@ -189,6 +190,8 @@ def _train(arguments: argparse.Namespace) -> int:
         if resume is None:
             reading = {key: given.pop(key) for key in _READING if key in given}
             out = given.pop("out", None)
+            if out is not None:
+                check_empty(out)
             data = _data(name, file, {**given, **settings}.get("seed", _DEFAULTS.seed), reading, progress)
             config = TrainConfig(**{**recipe(data), **given, **settings})
         else:
