@@ -322,6 +322,7 @@ def test_help_names_the_defaults(capsys):
         (["train", "digits", "--set", "activation=sliu"], "activation must be one of"),
         (["score", "nothing", "file"], "nothing is no run of fastebm"),
         (["score", "nothing", "file", "--out", "x.txt"], "--out must end in .csv, got x.txt"),
+        (["score", "nothing", "x.csv", "--out", "./x.csv"], "--out would write over the rows to score, x.csv"),
         (["score", "nothing", "file", "--label", "kind"], "--label takes NAME=VALUE, what ordinary rows hold, got"),
         (["train", "digits", "--steps", "many"], "invalid int value: 'many'"),
         (["train", "digits", "--steps", "0"], "steps must be an int >= 1, got 0"),

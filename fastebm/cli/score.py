@@ -53,6 +53,8 @@ def add(commands: Any) -> None:
 def _score(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         check_writable(arguments.out, (".csv",))
+        if arguments.out.resolve() == arguments.file.resolve():
+            raise ValueError(f"--out would write over the rows to score, {arguments.file}: name another file")
     need("safetensors", "tqdm", "pandas", "sklearn")
     if arguments.label is not None and "=" not in arguments.label:
         raise ValueError(f"--label takes NAME=VALUE, what ordinary rows hold, got {arguments.label!r}")
