@@ -358,6 +358,7 @@ def load_array(
     x = table.x
     if len(x) < _MIN_ROWS:
         what = "" if value is None else f" with the label {value!r}"
+        what += "" if table.kept is None or value is not None else " without missing values"
         raise ValueError(f"{path} has {len(x)} rows{what}: it needs {_MIN_ROWS} to train on some and hold out others")
     notes = (*table.notes, *inspection.flattened(path, table)) if info is None else ()
     for note in notes:

@@ -290,6 +290,8 @@ def _numbers(
         # A cell that is a whole row was split by the wrong mark.
         marks_in = [mark for mark in ";\t|" if any(repr(mark)[1:-1] in cell for cell in bad.values())]
         split = f" (is {_WORDS[marks_in[0]]} what separates the cells?)" if marks_in else ""
+        if any(re.search(r"'[+-]?\d{1,3}([.,' ]\d{3})+([.,]\d+)?'", cell) for cell in bad.values()):
+            split = " (are there marks between thousands? write 1234.5)"
         told = ", ".join([*bad.values()][:5]) + ", ..." * (len(bad) > 5)
         marks = " with decimal commas" if layout.decimal == "," else ""
         raise ValueError(

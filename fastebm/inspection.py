@@ -33,6 +33,9 @@ _ROWS_PER_LABEL = 10
 # exponential 4.8, of a logarithmic normal of sigma 1 it is 9, of Student's t with 2 degrees of freedom 12.
 _HEAVY = 10.0
 
+# A value that comes less often is a far one by chance.
+_OFTEN = 3
+
 # The share of equal rows that is worth a word.
 _MANY_EQUAL = 0.01
 
@@ -82,7 +85,7 @@ def findings(table: Table) -> tuple[str, ...]:
 
 def _kinds(table: Table) -> Iterator[str]:
     """Columns by what their values are like; of each kind one note."""
-    few, whole, rising, unique, heavy = list[str](), list[str](), list[str](), list[str](), list[str]()
+    few, whole, rising, unique, heavy, marks = (list[str]() for _ in range(6))
     for name, values in zip(table.columns, table.x.T, strict=True):
         found = np.unique(values)
         is_whole = bool((values == np.floor(values)).all())
@@ -94,7 +97,9 @@ def _kinds(table: Table) -> Iterator[str]:
             few.append(name)
         elif is_whole:
             whole.append(name)
-        if len(found) > MAX_LABELS and _is_heavy(values):
+        if len(found) > MAX_LABELS and (mark := _mark(values, found)) is not None:
+            marks.append(f"{mark:g} in {name!r}")
+        elif len(found) > MAX_LABELS and _is_heavy(values):
             heavy.append(name)
     if rising:
         yield f"values rise from row to row in {listed(rising)}: an index or a time? --drop leaves it out"
@@ -107,11 +112,25 @@ def _kinds(table: Table) -> Iterator[str]:
         )
     if whole:
         yield f"there are whole numbers in {listed(whole)}: samples will lie between them, too"
+    if marks:
+        told = ", ".join(marks)
+        yield f"far from all others, and again and again, is {told}: a mark for missing values? empty such cells"
     if heavy:
         yield (
             f"there are heavy tails in {listed(heavy)}: values beyond 5 standard deviations count as 5; the logarithm "
             "of such a column is learnt better"
         )
+
+
+def _mark(values: NDArray[np.float64], found: NDArray[np.float64]) -> float | None:
+    """The smallest or largest value, if it comes again and again, and is further out than the others reach.
+
+    found: the different values, sorted.
+    """
+    for end, others in ((found[0], found[1:]), (found[-1], found[:-1])):
+        if np.abs(others - end).min() > np.ptp(others) and np.count_nonzero(values == end) >= _OFTEN:
+            return float(end)
+    return None
 
 
 def _is_heavy(values: NDArray[np.float64]) -> bool:

@@ -218,6 +218,8 @@ def test_decimal_commas_are_read_and_said(tmp_path, frame, options):
     [
         ("a;b\n" + _rows(["1.234,5", "2,5"] * 30, ["2,5", "3,5"] * 30, separator=";"), "'a' ('1.234,5' in line 2)"),
         ("a,b\n" + _rows(['"1,234.5"', "2.5"] * 30, _floats(N)), "'a' ('1,234.5' in line 2)"),
+        ("a,b\n" + _rows(['"1,234.5"', "2.5"] * 30, _floats(N)), "(are there marks between thousands? write 1234.5)"),
+        ("a;b\n" + _rows(["1.234,5", "2,5"] * 30, ["2,5", "3,5"] * 30, separator=";"), "marks between thousands?"),
         (_rows(['"1,234"'] * N, [2.5] * N), "'1,234' in column '0', line 1, may be a thousand or have a decimal comma"),
         (_rows(["999", "1,234"] * 30, [2] * N, separator=";"), "'1,234' in column '0', line 2, may be a thousand"),
         (_rows(["1,5"] * N, ["1.5"] * N, separator=";"), "with decimal commas, and these are not: '1' ('1.5' in"),
@@ -456,6 +458,7 @@ def test_any_real_numbers_will_do(tmp_path, dtype):
         ("x.csv", b"", "has no rows: it needs lines of numbers"),
         ("x.csv", b"a,b\n", "has 0 rows: it needs 50"),
         ("x.csv", b"1,2.5\n" * 49, "has 49 rows: it needs 50"),
+        ("x.csv", b"1,2.5\n" * 49 + b",2\n", "has 49 rows without missing values: it needs 50"),
         ("x.csv", "a,b\n" + _rows([8] * N, [7] * N), "nothing varies among the training rows in 'a', 'b'"),
         ("x.csv", "a,b\n" + _rows(_floats(N), [f"{i}e306" for i in range(N)]), "too large or too close"),
     ],

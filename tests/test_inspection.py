@@ -22,6 +22,7 @@ WORDS = {
     "whole": "there are whole numbers",
     "rising": "values rise",
     "id": "all differ",
+    "mark": "a mark for missing values? empty such cells",
     "heavy": "heavy tails",
 }
 KINDS = {
@@ -40,6 +41,9 @@ KINDS = {
     "times": (np.cumsum(RNG.random(N)), {"rising"}),
     "numbers of rows, sorted and thinned": (np.arange(0, 3 * N, 3), {"rising"}),
     "ids in no order": (RNG.permutation(10**6)[:N], {"id"}),
+    "-999 for missing": (np.where(RNG.random(N) < 0.05, -999.0, NORMAL), {"mark"}),
+    "1e9 for missing ages": (np.where(RNG.random(N) < 0.05, 1e9, RNG.integers(18, 90, N)), {"whole", "mark"}),
+    "many zeros": (np.where(RNG.random(N) < 0.6, 0.0, RNG.lognormal(0, 1, N)), set()),
     "halves": (RNG.integers(0, 3, N) / 2, set()),
 }
 
