@@ -111,7 +111,8 @@ def _kinds(table: Table) -> Iterator[str]:
             "else samples will lie between the values, too"
         )
     if whole:
-        yield f"there are whole numbers in {listed(whole)}: samples will lie between them, too"
+        told = "samples will lie between them, by which a random forest tells them"
+        yield f"there are whole numbers in {listed(whole)}: {told}"
     if marks:
         told = ", ".join(marks)
         yield f"far from all others, and again and again, is {told}: a mark for missing values? empty such cells"

@@ -77,7 +77,8 @@ class TrainedRun:
         The model has seen the training rows, so of new rows like them somewhat more than 5 % are above 95.
         """
         e = np.asarray(energies, np.float32)
-        return 100.0 * np.searchsorted(self.train_energies, e, side="right") / len(self.train_energies)
+        found = 100.0 * np.searchsorted(self.train_energies, e, side="right") / len(self.train_energies)
+        return np.where(np.isnan(e), np.nan, found)
 
     def outside(self, x: Any) -> NDArray[np.int64]:
         """Of each row, the number of columns beyond the range that chains move in: the training rows' and a tenth
@@ -119,7 +120,8 @@ class TrainedRun:
             bad = np.flatnonzero(~finite.all(axis=1))
             raise ValueError(f"rows must be finite, got NaN or inf in {len(bad)} of {len(rows)} (first: {bad[0]})")
         if data.kind == "images" and len(rows) > 0 and not 0.0 <= rows.min() <= rows.max() <= 1.0:
-            levels = f": divide grey levels by {data.levels}" if rows.min() >= 0 else ": (x + 1) / 2 maps [-1, 1] there"
+            most = data.levels if rows.max() <= (data.levels or 0) else 255
+            levels = f": divide grey levels by {most}" if rows.min() >= 0 else ": (x + 1) / 2 maps [-1, 1] there"
             raise ValueError(f"images must be in [0, 1], got values from {rows.min():g} to {rows.max():g}{levels}")
         return rows
 

@@ -62,6 +62,9 @@ FREE_SETTINGS = ("steps", "device", "backend", "on_nonfinite")
 # Steps between checkpoints: a few seconds of work to lose, and far more time training than writing.
 CHECKPOINT_EVERY = 250
 
+# Steps at the end of which summary.json tells the mean energy gap.
+_LAST_STEPS = 50
+
 # A run goes on without this share of its chains at most, in one step: more are no accident.
 _MAX_NONFINITE_SHARE = 0.1
 
@@ -582,6 +585,7 @@ def _report(
     started = time.perf_counter()
     summary = {
         **report(run.average, config, data, metrics, out, begin),
+        "energy_gap": sum(row["energy_gap"] for row in metrics[-_LAST_STEPS:]) / max(1, len(metrics[-_LAST_STEPS:])),
         "chain_steps": run.step * config.batch_size * config.langevin_steps,
         "nonfinite": n_nonfinite,
         "processes": run.processes.size,

@@ -223,6 +223,15 @@ def test_train_and_sample_take_the_threads_that_are_faster(run, tmp_path, monkey
     assert used == [1, 2, 1, 1]
 
 
+def test_a_run_that_diverged_is_said(tmp_path, capsys):
+    command = ["train", "moons", *SMALL, "--out", str(tmp_path / "run"), "--set", "drift=1e9"]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert ("training diverged" in capsys.readouterr().out) == (summary["energy_gap"] > 100)
+    train_command._tell(tmp_path, train.saved_config(tmp_path / "run"), {**summary, "energy_gap": 500.0})
+    assert "training diverged: samples have 500 nats more energy" in capsys.readouterr().out
+
+
 def test_timing_a_step_moves_nothing():
     points = load("moons")
     config = train.TrainConfig(**{**recipe(points), "hidden_sizes": (8,), "batch_size": 16})
@@ -368,6 +377,7 @@ def test_damaged_and_taken_runs(run, tmp_path, capsys):
     assert "leave out --seed, --out, --set drift" in message
     message = _error(capsys, "train", "digits", "--resume", run / "summary.json")
     assert f"summary.json is a file of a run: name its folder, {run}" in message
+    assert f"did you mean --resume {run}?" in _error(capsys, "train", run)
     assert f"did you mean {run}?" in _error(capsys, "sample", run.parent / "rum", "--out", tmp_path / "x.png")
     assert f"{run.parent}/checkpoints: there are {run}" in _error(
         capsys, "sample", run.parent, "--out", tmp_path / "x.png"

@@ -88,7 +88,7 @@ def test_the_report_comes_before_training(tmp_path, monkeypatch, capsys):
         "missing values in 'height' (1 of 400, first line 9): 1 row left out",
         "there are few values in 'class': a label? --label NAME takes it for one, --drop leaves it out; else samples "
         "will lie between the values, too",
-        "there are whole numbers in 'age': samples will lie between them, too",
+        "there are whole numbers in 'age': samples will lie between them, by which a random forest tells them",
         "there are heavy tails in 'income': values beyond 5 standard deviations count as 5; the logarithm of such a "
         "column is learnt better",
         "319 rows to train on and 80 held out, of 4 columns: height, age, income, class",

@@ -112,7 +112,7 @@ def test_energies_of_arrays_tensors_and_frames_are_those_of_states(run, tumours)
     percentiles = trained.percentile(trained.train_energies)
     assert percentiles[-1] == 100.0
     assert percentiles[0] == pytest.approx(100 / len(percentiles))
-    assert (trained.percentile([-np.inf, np.inf]) == [0, 100]).all()
+    assert np.array_equal(trained.percentile([-np.inf, np.nan, np.inf]), [0, np.nan, 100], equal_nan=True)
     samples = trained.sample(7, steps=3)
     assert samples.shape == (7, 30)
     assert np.array_equal(samples, trained.sample(7, steps=3))
@@ -174,11 +174,21 @@ def test_bad_rows_are_refused_in_words(run, digits):
     assert torch.equal(images.energy(levels[:9] / 16), images.energy(levels[:9].reshape(9, 64) / 16))
     for x, words in (
         (levels, r"images must be in \[0, 1\], got values from 0 to 16: divide grey levels by 16"),
+        (levels * 15.9375, r"values from 0 to 255: divide grey levels by 255"),
         (levels / 8 - 1, r"got values from -1 to 1: \(x \+ 1\) / 2 maps"),
         (levels[0], r"rows must be \(n, 8, 8\) or \(n, 64\), .*: of one row make x\[None\]"),
     ):
         with pytest.raises(ValueError, match=words):
             images.energy(x)
+
+
+def test_rows_that_are_nearly_all_unlike_the_training_rows_are_said(run, tumours, tmp_path, capsys):
+    _, frame = tumours
+    other = frame.copy()
+    other[list(frame.columns[1:12])] *= 1000  # a third of the columns: too few to refuse the rows
+    other.to_csv(tmp_path / "x.csv")
+    assert main(["score", str(run), str(tmp_path / "x.csv")]) == 0
+    assert "nearly all of them: is a column in other units" in capsys.readouterr().out
 
 
 def test_images_are_scored_from_npy(digits, tmp_path, capsys):

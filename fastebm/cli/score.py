@@ -98,6 +98,8 @@ def _tell(
 ) -> None:
     where = "" if arguments.out is None else f"{arguments.out}: "
     print(f"{where}{len(energies):,} rows, of which {(percentiles >= 99).sum():,} are above 99 % of the training rows")
+    if len(energies) >= 10 and (percentiles >= 99).mean() > 0.9:
+        print("  nearly all of them: is a column in other units than in the training data?")
     for i in order[:_SHOWN]:
         print(
             f"  row {table.numbers[i]} ({table.place(int(i))}): energy {energies[i]:.4g}, above {percentiles[i]:.1f} %"

@@ -23,6 +23,7 @@ from ..processes import Processes, launched
 from ..recipe import TrainConfig, recipe
 from ..train import (
     CHECKPOINT_EVERY,
+    CHECKPOINTS,
     FREE_SETTINGS,
     SUMMARY,
     Stopped,
@@ -45,6 +46,9 @@ torchrun --nproc-per-node 2 -m fastebm train ..."""
 
 # How a file is read; a resumed run reads it as before.
 _READING = ("columns", "drop", "header", "label")
+
+# Nats between samples and data: a run that has converged ends below 15, one that ran away above 300.
+_DIVERGED = 100.0
 
 # Entries of the configuration that come from the data.
 _OF_DATA = ("data", "clamp")
@@ -216,6 +220,8 @@ def _train(arguments: argparse.Namespace) -> int:
                 out = Path(Processes(group).gather(str(new))[0])
             source = f"{config.data.name} " if config.data.name in SETS else ""
             again = f"fastebm train {source}--resume {shlex.quote(str(out))}"
+            if resume is not None and "steps" in {**given, **settings}:
+                again += f" --steps {config.steps}"
 
             def on_step(row: dict[str, float]) -> None:
                 progress.train(row, config.steps)
@@ -259,6 +265,8 @@ def _data(name: str | None, file: Path | None, seed: Any, reading: dict[str, Any
     if name not in SETS:
         is_file = Path(name).exists() or Path(name).suffix
         near = f": did you mean --data {name}?" if is_file else did_you_mean(name, SETS)
+        if (Path(name) / CHECKPOINTS).is_dir():
+            near = f": did you mean --resume {name}?"
         raise ValueError(f"there is no data set {name!r}{near} (there are {', '.join(SETS)}, and --data FILE)")
     progress.show(f"reading {name}")
     return load(name, seed)
@@ -318,6 +326,11 @@ def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
     if "classes_present" in summary:
         n = len(summary["class_shares"])
         print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of {n}")
+    if summary["energy_gap"] > _DIVERGED:
+        print(
+            f"  training diverged: samples have {summary['energy_gap']:.0f} nats more energy than {what} in the last "
+            f"steps (training.png): try --set learning_rate={config.learning_rate / 3:.1g}, or logarithms of heavy tails"
+        )
     print(f"  look at {out / 'samples.png'}, energies.png and training.png")
 
 
