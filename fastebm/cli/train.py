@@ -329,7 +329,7 @@ def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
     if summary["energy_gap"] > _DIVERGED:
         print(
             f"  training diverged: samples have {summary['energy_gap']:.0f} nats more energy than {what} in the last "
-            f"steps (training.png): try --set learning_rate={config.learning_rate / 3:.1g}, or logarithms of heavy tails"
+            f"steps (training.png): --set learning_rate={config.learning_rate / 3:.1g}, or logarithms of heavy tails"
         )
     print(f"  look at {out / 'samples.png'}, energies.png and training.png")
 
