@@ -328,8 +328,8 @@ def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
         print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of {n}")
     if summary["energy_gap"] > _DIVERGED:
         print(
-            f"  training diverged: samples have {summary['energy_gap']:.0f} nats more energy than {what} in the last "
-            f"steps (training.png): --set learning_rate={config.learning_rate / 3:.1g}, or logarithms of heavy tails"
+            f"  training diverged: samples have {summary['energy_gap']:.0f} nats more energy than {what} in the end "
+            f"(training.png): try --set learning_rate={config.learning_rate / 3:.1g}, or logarithms of heavy tails"
         )
     print(f"  look at {out / 'samples.png'}, energies.png and training.png")
 
