@@ -69,7 +69,11 @@ class TrainedRun:
         Raises:
             ValueError: rows of another shape, that are not finite, or in other units.
         """
-        return self._energy(self._rows(x), check_units)
+        rows = self._rows(x)
+        e = energies_of(self.model, self._states(rows))
+        if check_units and self.data.kind != "images" and len(rows) > 0:
+            self._check_units(rows, e)
+        return e
 
     def percentile(self, energies: ArrayLike) -> NDArray[np.float64]:
         """The percentage of the training rows whose energy is no higher, of each energy: 100 is unlike all of them.
@@ -132,12 +136,6 @@ class TrainedRun:
         scores = (rows - self.data.offset) / self.data.scale
         lo, hi = self.data.clamp
         return (scores < lo) | (scores > hi)
-
-    def _energy(self, rows: NDArray[np.float64], check_units: bool) -> Tensor:
-        e = energies_of(self.model, self._states(rows))
-        if check_units and self.data.kind != "images" and len(rows) > 0:
-            self._check_units(rows, e)
-        return e
 
     def _states(self, rows: NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(rows).float() if self.data.kind == "images" else self.data.to_states(rows)

@@ -1,5 +1,6 @@
 """Shared by every test: the interpreter stands in for a missing GPU, and hypothesis draws the same examples."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -103,3 +104,14 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
             assert torch.equal(old, new) if isinstance(old, Tensor) else old == new
 
     return watch
+
+
+@pytest.fixture(scope="module")
+def few_trees():
+    """A report in half a second: most of its time goes to the forests, which test_evaluate looks after."""
+    from fastebm import evaluate
+
+    with pytest.MonkeyPatch.context() as patch:
+        few = functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1)
+        patch.setattr(evaluate, "two_sample_accuracy", few)
+        yield

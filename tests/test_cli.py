@@ -1,7 +1,6 @@
 """The command, end to end: main() in this process, and real processes where signals and the terminal matter."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fastebm import checkpoint, evaluate, processes, threads, train
+from fastebm import checkpoint, processes, threads, train
 from fastebm.cli import main, options
 from fastebm.cli import progress as progress_module
 from fastebm.cli import sample as sample_command
@@ -26,17 +25,10 @@ from fastebm.cli.progress import Progress, Signals
 from fastebm.data import load, load_array
 from fastebm.recipe import recipe
 
+pytestmark = pytest.mark.usefixtures("few_trees")
+
 SMALL = ["--steps", "3", "--batch-size", "16", "--hidden-sizes", "8", "4", "--device", "cpu"]
 SMALL += ["--set", "fresh_steps=5", "n_fresh=30", "--threads", "1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_trees():
-    """A report in half a second: most of its time goes to the forests of the two-sample test."""
-    with pytest.MonkeyPatch.context() as patch:
-        few = functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1)
-        patch.setattr(evaluate, "two_sample_accuracy", few)
-        yield
 
 
 @pytest.fixture(scope="module")

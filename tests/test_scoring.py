@@ -1,6 +1,5 @@
 """A run, applied to new rows in the units of its data: fastebm.load and fastebm score."""
 
-import functools
 import json
 
 import numpy as np
@@ -17,18 +16,9 @@ from fastebm.energies import energy
 from fastebm.recipe import TrainConfig, recipe
 from fastebm.train import train
 
+pytestmark = pytest.mark.usefixtures("few_trees")
+
 FEW = ["--set", "fresh_steps=20", "n_fresh=30", "--threads", "1", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_trees():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            evaluate,
-            "two_sample_accuracy",
-            functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1),
-        )
-        yield
 
 
 @pytest.fixture(scope="module")

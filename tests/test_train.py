@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import functools
 import itertools
 import json
 import os
@@ -26,6 +25,8 @@ from fastebm.recipe import TrainConfig, recipe
 from fastebm.report import fresh_samples
 from fastebm.train import Stopped, load_model, saved_config, train
 
+pytestmark = pytest.mark.usefixtures("few_trees")
+
 TINY = TrainConfig(
     seed=3,
     steps=6,
@@ -46,15 +47,6 @@ def tiny_images():
     labels = torch.arange(60) % 2
     k = torch.randint(0, 5, (60, 9), generator=generator).float() + 4.0 * labels[:, None] * (torch.arange(9) < 4)
     return Images(k[:40], labels[:40], k[40:], labels[40:], shape=(3, 3), levels=8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_forest():
-    """The forest's accuracy is test_evaluate's matter."""
-    with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(evaluate.two_sample_accuracy, n_trees=3, n_repeats=1)
-        patch.setattr(evaluate, "two_sample_accuracy", small)
-        yield
 
 
 @pytest.fixture

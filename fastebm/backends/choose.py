@@ -140,12 +140,12 @@ _INSTEAD = {
     ("tiles", "numba"): "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU",
     ("tiles", "torch"): "the closed-form gradient runs instead, in plain PyTorch",
     ("products", "triton"): "the closed-form gradient runs instead, by library products (cuda_graph=True records them)",
-    (
-        "autograd",
-        "numba",
-    ): "autograd's gradient runs instead, slower than an MLP's closed form, and Numba's kernels for the rest of a step",
-    ("autograd", "triton"): "autograd's gradient runs instead, and one launch for the rest of a step (cuda_graph=True "
-    "records both)",
+    ("autograd", "numba"): (
+        "autograd's gradient runs instead, slower than an MLP's closed form, and Numba's kernels for the rest of a step"
+    ),
+    ("autograd", "triton"): (
+        "autograd's gradient runs instead, and one launch for the rest of a step (cuda_graph=True records both)"
+    ),
     ("autograd", "torch"): "autograd's gradient runs instead, slower than an MLP's closed form, in plain PyTorch",
 }
 
