@@ -51,13 +51,13 @@ from fastebm.bench.run import on_threads
 from fastebm.bench.training import fastebm_pool
 from fastebm.kernels import cpu as kernels
 
-from fastebm import copies
 from fastebm.backends.cpu import FEW_DIMS, parts_of_update
 from fastebm.backends.torch_tiles import tiles
-from fastebm.draws import Draws
-from fastebm.energies import Energy
-from fastebm.noise import Stream, drawing, scratch, seed_words
-from fastebm.starts import Starts
+from fastebm.pool import copies
+from fastebm.pool.draws import Draws
+from fastebm.pool.starts import Starts
+from fastebm.rng import Stream, drawing, scratch, seed_words
+from fastebm.targets.autograd import Energy
 from fastebm.threads import Spares, share, threads
 
 SECONDS = 20.0  # of timed runs per case, or three rounds

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fastebm import langevin_sample
 from fastebm.backends import Chains
 from fastebm.backends.choose import choose, interpreted
-from fastebm.energies import Energy
-from fastebm.mlp import MLP, read_mlp
+from fastebm.targets.autograd import Energy
+from fastebm.targets.mlp import MLP, read_mlp
 
 Run = Callable[[], Tensor]
 Prepare = Callable[[Problem, int, float], Run]

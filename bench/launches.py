@@ -27,7 +27,7 @@ from torch import Tensor
 from fastebm import Langevin, SampleInfo, langevin_sample
 from fastebm.backends import Chains, fused
 from fastebm.backends.choose import choose
-from fastebm.description import describe
+from fastebm.targets.description import describe
 
 Row = dict[str, Any]
 

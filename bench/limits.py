@@ -16,8 +16,8 @@ import torch
 from fastebm.bench.problem import MM_BF16, Problem, cpu_multiplies_bf16, matmul
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastebm.energies import Energy
-from fastebm.noise import Stream, normal
+from fastebm.rng import Stream, normal
+from fastebm.targets.autograd import Energy
 
 # Side of the products' matrices, and numbers drawn or copied at once: large enough for the rate to be the machine's,
 # small enough for a round to take some tens of milliseconds.

@@ -17,9 +17,9 @@ from fastebm.bench.contestants import CONTESTANTS, Missing, written_out
 from fastebm.bench.problem import SEED, Problem
 
 from fastebm import ChainPool, Langevin
-from fastebm.draws import draw_distinct
-from fastebm.energies import Energy
-from fastebm.noise import Stream, normal
+from fastebm.pool.draws import draw_distinct
+from fastebm.rng import Stream, normal
+from fastebm.targets.autograd import Energy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N_CHAINS = 1_024

@@ -22,7 +22,7 @@ from fastebm.bench.rows import add_out, script, write
 from fastebm.kernels.launch import PRECISIONS
 
 from fastebm import langevin_sample
-from fastebm.energies import Energy
+from fastebm.targets.autograd import Energy
 
 N_CHAINS = 256
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from fastebm import Langevin, MLPEnergy
 from fastebm.backends import Chains, reference
 from fastebm.backends.choose import interpreted
-from fastebm.energies import Energy
-from fastebm.mlp import MLP, NotAnMLP, read_mlp
+from fastebm.targets.autograd import Energy
+from fastebm.targets.mlp import MLP, NotAnMLP, read_mlp
 
 SEED = 1
 NOISE_SEED = 2  # of PyTorch's global generator: with the start's own seed, noise would repeat the start

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from fastebm.bench import rows
 
-from fastebm.data import SETS, load
+from fastebm.data.sets import SETS, load
 from fastebm.evaluate import auroc
 
 SEEDS = {"digits": (0, 1, 2)}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastebm import ChainPool, Langevin, contrastive_divergence_loss
 from fastebm.backends import Advanced
-from fastebm.energies import Energy
+from fastebm.targets.autograd import Energy
 
 LEARNING_RATE, REGULARISER = 1e-4, 0.01
 DATA_BATCHES = 8

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backends.choose import why_not_fused
+    from .driver.sampling import NonFiniteError, SampleInfo, langevin_sample
     from .energies import (
+        Activation,
         ClassifierEnergy,
         GaussianEnergy,
         MLPEnergy,
@@ -15,12 +17,10 @@ if TYPE_CHECKING:
         build_energy_fn,
         energy,
     )
-    from .langevin import Langevin
-    from .mlp import Activation
     from .objectives import contrastive_divergence_loss
     from .pool import ChainPool, PoolCall, PoolStats
-    from .sampling import NonFiniteError, SampleInfo, langevin_sample
-    from .scoring import TrainedRun, load
+    from .samplers.langevin import Langevin
+    from .train.scoring import TrainedRun, load
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ __all__ = [
     "why_not_fused",
 ]
 
-_HOMES = ("backends.choose", "energies", "langevin", "mlp", "objectives", "pool", "sampling", "scoring")
+_HOMES = ("energies", "samplers.langevin", "backends.choose", "driver.sampling", "pool", "objectives", "train.scoring")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and Box-Muller on the device: the twin of fastebm/noise.py, counter for counter."""
+"""Philox4x32-10 and Box-Muller on the device: the twin of fastebm/rng.py, counter for counter."""
 
 import triton
 import triton.language as tl

@@ -32,9 +32,9 @@ from triton.runtime.jit import JITFunction
 
 from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, SumEnergy
 from fastebm.backends import Chains, fused
-from fastebm.description import describe
-from fastebm.energies import Energy
-from fastebm.mlp import ACTIVATIONS
+from fastebm.energies import ACTIVATIONS
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 
 N_CHAINS = 64
 

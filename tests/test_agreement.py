@@ -26,10 +26,11 @@ from torch import nn
 from fastebm import Activation, Langevin, MLPEnergy
 from fastebm.backends import Chains, fused, reference, torch_tiles
 from fastebm.backends.choose import interpreted
-from fastebm.description import describe
-from fastebm.energies import Energy
-from fastebm.mlp import ACTIVATIONS, NotAnMLP, read_mlp
-from fastebm.noise import Stream, normal
+from fastebm.energies import ACTIVATIONS
+from fastebm.rng import Stream, normal
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
+from fastebm.targets.mlp import NotAnMLP, read_mlp
 
 SEED = 0x9E3779B97F4A7C15
 YARDSTICK = 64

@@ -28,7 +28,8 @@ from fastebm.bench.problem import LAW_ALPHA, SEED, Missing, Problem, law_case, l
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastebm
-from fastebm import cli, noise
+from fastebm import cli
+from fastebm import rng as noise
 
 CPU = torch.device("cpu")
 TINY = Case(3, (16,), 70, 4)

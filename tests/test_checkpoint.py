@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastebm import checkpoint
-from fastebm.checkpoint import DamagedError, Saved, Writer, newest, write_atomically
-from fastebm.processes import Processes
+from fastebm.pool.processes import Processes
+from fastebm.train import checkpoint
+from fastebm.train.checkpoint import DamagedError, Saved, Writer, newest, write_atomically
 
 STATE = {
     "weight": torch.linspace(-1, 1, 12).reshape(3, 4),

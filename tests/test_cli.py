@@ -16,14 +16,17 @@ import pandas as pd
 import pytest
 import torch
 
-from fastebm import checkpoint, processes, threads, train
+from fastebm import threads
 from fastebm.cli import main, options
 from fastebm.cli import progress as progress_module
 from fastebm.cli import sample as sample_command
 from fastebm.cli import train as train_command
 from fastebm.cli.progress import Progress, Signals
-from fastebm.data import load, load_array
-from fastebm.recipe import recipe
+from fastebm.data.sets import load, load_array
+from fastebm.pool import processes
+from fastebm.train import checkpoint
+from fastebm.train import loop as train
+from fastebm.train.recipe import recipe
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 

@@ -11,7 +11,7 @@ import fastebm.kernels
 import pytest
 from test_resources import linux, resources
 
-from fastebm.mlp import ACTIVATIONS
+from fastebm.energies import ACTIVATIONS
 
 pytestmark = linux
 

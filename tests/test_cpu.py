@@ -14,10 +14,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastebm
-from fastebm import copies, draws, langevin_sample, noise, threads
+from fastebm import langevin_sample, threads
+from fastebm import rng as noise
 from fastebm.backends import Advanced, choose, cpu
-from fastebm.mlp import ACTIVATIONS
-from fastebm.noise import Stream
+from fastebm.energies import ACTIVATIONS
+from fastebm.pool import copies, draws
+from fastebm.rng import Stream
 from fastebm.threads import share
 
 STEP = {"step_size": 0.1, "noise_scale": 0.3, "seed": 5}

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from fastebm import data, files, inspection
-from fastebm.data import DIGITS, SETS, DataInfo, Images, load, load_array, reload
-from fastebm.recipe import TrainConfig, recipe
+from fastebm.data import files, inspection
+from fastebm.data import sets as data
+from fastebm.data.sets import DIGITS, SETS, DataInfo, Images, load, load_array, reload
+from fastebm.train.recipe import TrainConfig, recipe
 
 TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
 

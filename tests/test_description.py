@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fastebm import ClassifierEnergy, GaussianEnergy, MLPEnergy, SumEnergy, energy, langevin_sample, why_not_fused
-from fastebm.description import describe
-from fastebm.energies import Energy, n_classes, takes_condition
-from fastebm.mlp import NotAnMLP
+from fastebm.energies import n_classes, takes_condition
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
+from fastebm.targets.mlp import NotAnMLP
 
 DIM, CLASSES = 3, 4
 

@@ -15,8 +15,9 @@ from fastebm import (
     energy,
     why_not_fused,
 )
-from fastebm.energies import Energy
-from fastebm.mlp import ACTIVATIONS, read_mlp
+from fastebm.energies import ACTIVATIONS
+from fastebm.targets.autograd import Energy
+from fastebm.targets.mlp import read_mlp
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

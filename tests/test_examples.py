@@ -40,7 +40,7 @@ def test_large_pool(capsys):
 
 def test_inpainting_names_every_row(tmp_path, monkeypatch):
     from fastebm import MLPEnergy
-    from fastebm.recipe import TrainConfig
+    from fastebm.train.recipe import TrainConfig
 
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
@@ -58,8 +58,8 @@ def test_inpainting_names_every_row(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_inpainting(tmp_path):
-    from fastebm import train
-    from fastebm.recipe import TrainConfig
+    from fastebm.train import loop as train
+    from fastebm.train.recipe import TrainConfig
 
     pytest.importorskip("matplotlib").use("agg")
     small = {"steps": 2, "batch_size": 16, "pool_size": 32, "hidden_sizes": (16,), "n_fresh": 32, "fresh_steps": 4}

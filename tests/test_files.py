@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
-from fastebm import files
-from fastebm.data import DataInfo, load_array, reload
-from fastebm.recipe import TrainConfig, recipe
+from fastebm.data import files
+from fastebm.data.sets import DataInfo, load_array, reload
+from fastebm.train.recipe import TrainConfig, recipe
 
 N = 60
 

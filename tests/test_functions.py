@@ -21,7 +21,7 @@ from fastebm import (
     langevin_sample,
     why_not_fused,
 )
-from fastebm.functions import as_module
+from fastebm.energies.functions import as_module
 
 pytestmark = pytest.mark.usefixtures("seeded")
 RULE = Langevin(0.05)

@@ -13,9 +13,9 @@ from torch import nn
 
 from fastebm import ChainPool, Langevin, NonFiniteError, SumEnergy, langevin_sample, why_not_fused
 from fastebm.backends import Chains, fused, reference
-from fastebm.energies import Energy
-from fastebm.mlp import read_mlp
-from fastebm.noise import Stream, normal, philox4x32
+from fastebm.rng import Stream, normal, philox4x32
+from fastebm.targets.autograd import Energy
+from fastebm.targets.mlp import read_mlp
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ from torch import nn
 from fastebm import Langevin, MLPEnergy, langevin_sample
 from fastebm.backends import Chains, graphs
 from fastebm.backends.graphs import MIN_STEPS, WARM_UP, run_steps
-from fastebm.description import describe
-from fastebm.energies import Energy
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 
 
 class FakeRecorder:

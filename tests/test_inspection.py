@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fastebm import files, inspection
 from fastebm.cli import main
-from fastebm.data import load_array
+from fastebm.data import files, inspection
+from fastebm.data.sets import load_array
 
 N = 400
 RNG = np.random.default_rng(0)

@@ -10,8 +10,8 @@ from fastebm.kernels.launch import Launch, block
 
 from fastebm import Langevin, MLPEnergy, langevin_sample
 from fastebm.backends import Chains, fused, torch_tiles
-from fastebm.description import describe
-from fastebm.energies import Energy
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 
 SEED = 2024
 STEPS = 3

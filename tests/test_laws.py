@@ -17,9 +17,9 @@ from torch import nn
 
 from fastebm import Langevin, MLPEnergy
 from fastebm.backends import Chains, reference, torch_tiles
-from fastebm.description import describe
-from fastebm.energies import Energy
-from fastebm.noise import Stream, normal
+from fastebm.rng import Stream, normal
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 
 ALPHA = 1e-5
 CUDA = torch.cuda.is_available()

@@ -8,7 +8,8 @@ from torch.nn.utils import spectral_norm as hook_spectral_norm
 from torch.nn.utils import weight_norm as hook_weight_norm
 
 from fastebm import Activation, MLPEnergy, langevin_sample, why_not_fused
-from fastebm.mlp import ACTIVATIONS, NotAnMLP, read_mlp
+from fastebm.energies import ACTIVATIONS
+from fastebm.targets.mlp import NotAnMLP, read_mlp
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -12,8 +12,8 @@ from fastebm.kernels.philox import normals, philox4x32
 from randomgen import Philox
 from scipy import stats
 
-from fastebm import noise
-from fastebm.noise import Stream, draw_seed
+from fastebm import rng as noise
+from fastebm.rng import Stream, draw_seed
 
 # Random123, kat_vectors: (rounds, counter, key, expected).
 KNOWN_ANSWERS = [

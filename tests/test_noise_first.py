@@ -29,9 +29,9 @@ from torch import nn
 
 from fastebm import ChainPool, GaussianEnergy, Langevin, NonFiniteError, SumEnergy, langevin_sample
 from fastebm.backends import Chains, cpu
-from fastebm.description import describe
-from fastebm.energies import Energy
-from fastebm.noise import Stream, normal
+from fastebm.rng import Stream, normal
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

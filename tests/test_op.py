@@ -20,9 +20,9 @@ from fastebm import (
     langevin_sample,
 )
 from fastebm.backends import op
-from fastebm.description import describe
-from fastebm.mlp import Activation
-from fastebm.noise import Stream
+from fastebm.energies import Activation
+from fastebm.rng import Stream
+from fastebm.targets.description import describe
 
 OPTIONS = {"step_size": 0.1, "noise_scale": 0.5, "steps": 5}
 
@@ -599,7 +599,7 @@ def test_what_does_not_compile_in_whole_runs_uncompiled(case):
 
 
 def test_streams_agree_with_tensor_seeds():
-    from fastebm.noise import normal
+    from fastebm.rng import normal
 
     chains = torch.arange(5)
     for seed in (3, -3, 2**40):
@@ -613,7 +613,7 @@ def test_streams_agree_with_tensor_seeds():
 
 
 def test_capture_rule():
-    from fastebm import sampling
+    from fastebm.driver import sampling
 
     tensor, cpu = torch.zeros(1, dtype=torch.int64), torch.device("cpu")
     sampling.check_capture("ignore", tensor, 0, (0.1, 0.2, tensor), cpu)
@@ -661,8 +661,9 @@ class NoKernel:
 def captured(monkeypatch):
     """A CPU that takes itself for a GPU that captures; without kernels, whose interpreter reads values."""
     pytest.importorskip("triton")
-    from fastebm import sampling, tracing
+    from fastebm import tracing
     from fastebm.backends import fused
+    from fastebm.driver import sampling
 
     for module in (tracing, sampling, op):
         monkeypatch.setattr(module, "capturing", lambda device: True)

@@ -42,10 +42,10 @@ from fastebm import (
     langevin_sample,
 )
 from fastebm.backends import Chains, fused
-from fastebm.description import describe
-from fastebm.energies import Energy
-from fastebm.mlp import ACTIVATIONS
-from fastebm.noise import Stream, normal
+from fastebm.energies import ACTIVATIONS
+from fastebm.rng import Stream, normal
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 
 # The interpreter computes in NumPy, which warns where a GPU overflows in silence.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -16,12 +16,12 @@ from torch import nn
 
 import fastebm
 from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy, NonFiniteError, langevin_sample
-from fastebm import draws as draws_module
 from fastebm.backends import Chains
-from fastebm.draws import Draw, draw_distinct
-from fastebm.noise import Stream, normal, uniform, words
-from fastebm.sampling import advance_chains
-from fastebm.storage import Storage
+from fastebm.driver.sampling import advance_chains
+from fastebm.pool import draws as draws_module
+from fastebm.pool.draws import Draw, draw_distinct
+from fastebm.pool.storage import Storage
+from fastebm.rng import Stream, normal, uniform, words
 
 DIM = 3
 RULE = Langevin(0.1, 0.5)
@@ -912,7 +912,7 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
 
 
 MEMORY = """
-import torch, fastebm.pool as pool
+import torch, fastebm.pool.pool as pool
 from fastebm import ChainPool, Langevin, MLPEnergy
 torch.set_num_threads(1)
 pool._CHUNK_BYTES["cpu"] = CHUNK = 2**20

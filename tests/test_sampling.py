@@ -11,9 +11,9 @@ from torch import nn
 import fastebm
 from fastebm import Langevin, MLPEnergy, NonFiniteError, langevin_sample
 from fastebm.backends import Chains, fused, reference, torch_tiles
-from fastebm.description import describe
-from fastebm.energies import Energy
-from fastebm.noise import Stream, normal, uniform
+from fastebm.rng import Stream, normal, uniform
+from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 
 DIM = 3
 BACKENDS = ["reference", "torch", "triton"]

@@ -9,12 +9,13 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 
 import fastebm
-from fastebm import data, evaluate
+from fastebm import evaluate
 from fastebm.cli import main
-from fastebm.data import load
+from fastebm.data import sets as data
+from fastebm.data.sets import load
 from fastebm.energies import energy
-from fastebm.recipe import TrainConfig, recipe
-from fastebm.train import train
+from fastebm.train.loop import train
+from fastebm.train.recipe import TrainConfig, recipe
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 

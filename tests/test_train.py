@@ -15,15 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastebm import NonFiniteError, checkpoint, evaluate, report
-from fastebm import train as training
-from fastebm.data import Images, load, load_array
-from fastebm.draws import draw_distinct
-from fastebm.noise import Stream, words
-from fastebm.processes import Processes
-from fastebm.recipe import TrainConfig, recipe
-from fastebm.report import fresh_samples
-from fastebm.train import Stopped, load_model, saved_config, train
+from fastebm import NonFiniteError, evaluate
+from fastebm.data.sets import Images, load, load_array
+from fastebm.pool.draws import draw_distinct
+from fastebm.pool.processes import Processes
+from fastebm.rng import Stream, words
+from fastebm.train import checkpoint, report
+from fastebm.train import loop as training
+from fastebm.train.loop import Stopped, load_model, saved_config, train
+from fastebm.train.recipe import TrainConfig, recipe
+from fastebm.train.report import fresh_samples
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastebm import checkpoint
-from fastebm import train as training
-from fastebm.data import Images
-from fastebm.recipe import TrainConfig
-from fastebm.train import saved_config, train
+from fastebm.data.sets import Images
+from fastebm.train import checkpoint
+from fastebm.train import loop as training
+from fastebm.train.loop import saved_config, train
+from fastebm.train.recipe import TrainConfig
 
 TINY = TrainConfig(
     seed=3, steps=6, batch_size=9, hidden_sizes=(7, 5), pool_size=20, langevin_steps=2, warmup_steps=0, device="cpu"

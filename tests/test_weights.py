@@ -25,7 +25,7 @@ from fastebm import (
 )
 from fastebm.backends import Chains, fused
 from fastebm.backends.choose import interpreted
-from fastebm.description import describe
+from fastebm.targets.description import describe
 
 # -- the bits -----------------------------------------------------------------------------------------------------
 

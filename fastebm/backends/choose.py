@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..description import Description, describe
 from ..devices import named_device
 from ..energies import first_tensor
-from ..functions import EnergyLike, as_module
-from ..mlp import NotAnMLP
+from ..energies.functions import EnergyLike, as_module
+from ..targets.description import Description, describe
+from ..targets.mlp import NotAnMLP
 from . import cpu
 
 __all__ = [

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..description import check_shape, describe
-from ..functions import EnergyLike
-from ..langevin import Langevin
-from ..mlp import NotAnMLP
+from ..energies.functions import EnergyLike
+from ..samplers.langevin import Langevin
+from ..targets.description import check_shape, describe
+from ..targets.mlp import NotAnMLP
 from . import Advanced, Chains, cpu, op
 from . import choose as choosing
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..description import Description
-from ..energies import Energy
 from ..kernels import cpu as kernels
 from ..kernels.cpu import Call
-from ..langevin import Langevin
-from ..mlp import MLP
-from ..noise import seed_words
+from ..rng import seed_words
+from ..samplers.langevin import Langevin
+from ..targets.autograd import Energy
+from ..targets.description import Description
+from ..targets.mlp import MLP
 from ..threads import Spares, Team, share
 from . import Advanced, Chains
 from .torch_tiles import (

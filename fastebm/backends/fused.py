@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..description import Description
-from ..energies import Energy
 from ..kernels import langevin as kernels
 from ..kernels import weights
 from ..kernels.launch import Launch, block
 from ..kernels.update import langevin_update
-from ..langevin import Langevin
+from ..samplers.langevin import Langevin
+from ..targets.autograd import Energy
+from ..targets.description import Description
 from . import Advanced, Chains, Telemetry
 from .choose import interpreted
 from .graphs import Recorder, run_steps

@@ -13,10 +13,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..description import Description
-from ..langevin import Langevin
-from ..mlp import MLP, Activation
-from ..noise import Stream
+from ..energies.activations import Activation
+from ..rng import Stream
+from ..samplers.langevin import Langevin
+from ..targets.description import Description
+from ..targets.mlp import MLP
 from ..tracing import capturing, operator
 from . import Advanced, Chains, Telemetry, run
 from .choose import launch_for

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..energies import Energy
-from ..langevin import Langevin
-from ..noise import Stream, normals_of_steps
+from ..rng import Stream, normals_of_steps
+from ..samplers.langevin import Langevin
+from ..targets.autograd import Energy
 from . import Advanced, Chains, Telemetry
 
 __all__ = ["advance"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..description import Description
-from ..langevin import Bounds, Langevin
-from ..noise import Stream, uniform
+from ..rng import Stream, uniform
+from ..samplers.langevin import Bounds, Langevin
+from ..targets.description import Description
 from ..threads import survives_fork
 from ..tracing import readable
 from . import Advanced, Chains, cpu, torch_tiles

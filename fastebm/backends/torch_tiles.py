@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..description import Description
-from ..langevin import Langevin
-from ..mlp import MLP
-from ..noise import Stream, normals_of_steps
+from ..rng import Stream, normals_of_steps
+from ..samplers.langevin import Langevin
+from ..targets.description import Description
+from ..targets.mlp import MLP
 from ..threads import share, threads
 from . import Advanced, Chains, Telemetry
 

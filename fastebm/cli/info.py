@@ -12,9 +12,9 @@ import torch
 from ..backends import cpu
 from ..backends.choose import choose
 from ..energies import MLPEnergy
-from ..mlp import ACTIVATIONS
-from ..recipe import TrainConfig
-from ..train import resolve_device
+from ..energies.activations import ACTIVATIONS
+from ..train.loop import resolve_device
+from ..train.recipe import TrainConfig
 from .options import flat, positive, sizes, version
 
 _DEFAULTS = TrainConfig()

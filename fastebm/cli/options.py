@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..backends.choose import BACKENDS
-from ..data import SETS
+from ..data.sets import SETS
 from ..threads import threads
 from ..words import did_you_mean
 from .progress import Progress

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..checkpoint import write_atomically
-from ..data import DataInfo
+from ..data.sets import DataInfo
 from ..energies import MLPEnergy
-from ..recipe import TrainConfig
-from ..report import fresh_samples, landscape
 from ..threads import fastest
-from ..train import load_model, resolve_device
+from ..train.checkpoint import write_atomically
+from ..train.loop import load_model, resolve_device
+from ..train.recipe import TrainConfig
+from ..train.report import fresh_samples, landscape
 from .options import Threads, add_device, add_threads, check_writable, count, need, on_threads, positive
 from .progress import Progress
 

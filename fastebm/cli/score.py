@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import evaluate, inspection
-from ..checkpoint import write_atomically
-from ..files import Table, find, read, read_images
-from ..scoring import TrainedRun, load
+from .. import evaluate
+from ..data import inspection
+from ..data.files import Table, find, read, read_images
+from ..train.checkpoint import write_atomically
+from ..train.scoring import TrainedRun, load
 from .options import check_writable, need
 from .progress import Progress
 

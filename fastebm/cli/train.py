@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
-from ..data import SETS, Data, load, load_array
-from ..files import find
-from ..processes import Processes, launched
-from ..recipe import TrainConfig, recipe
-from ..train import (
+from ..data.files import find
+from ..data.sets import SETS, Data, load, load_array
+from ..pool.processes import Processes, launched
+from ..train import checkpoint
+from ..train.loop import (
     CHECKPOINT_EVERY,
     CHECKPOINTS,
     FREE_SETTINGS,
@@ -35,6 +34,7 @@ from ..train import (
     seconds_of_a_step,
     train,
 )
+from ..train.recipe import TrainConfig, recipe
 from ..words import did_you_mean
 from .options import Threads, add_device, add_threads, flat, need, on_threads, positive, rank, sizes
 from .progress import Progress, Signals
@@ -137,7 +137,7 @@ def _fields() -> dict[str, Any]:
 
 def _keys() -> str:
     told = (f"{name}={_as_text(getattr(_DEFAULTS, name))}" for name in sorted(_fields()))
-    return "Keys of --set, with the values for digits (fastebm/recipe.py says what they are): " + " ".join(told)
+    return "Keys of --set, with the values for digits (fastebm/train/recipe.py says what they are): " + " ".join(told)
 
 
 def _as_text(value: Any) -> str:

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scalars import plain_number
-from .tracing import readable
+from ..scalars import plain_number
+from ..tracing import readable
 
 __all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "checked_rule"]
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .processes import Processes
+from ..pool.processes import Processes
 
 __all__ = ["DamagedError", "Saved", "Writer", "name_newest", "newest", "write_atomically"]
 

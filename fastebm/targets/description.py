@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditions import unwrapped
-from .energies import ClassifierEnergy, GaussianEnergy, SumEnergy, takes_condition
+from ..energies import ClassifierEnergy, GaussianEnergy, SumEnergy, takes_condition
+from ..energies.conditions import unwrapped
+from ..tracing import operator
 from .forward import check_hooks, plain
 from .mlp import MLP, NotAnMLP, check_affine, effective_weight, read_mlp, reading
-from .tracing import operator
 
 __all__ = ["Description", "check_shape", "describe"]
 

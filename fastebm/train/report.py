@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import checkpoint, evaluate, plot
-from .data import Data, DataInfo, Images, Points
-from .energies import energy
+from .. import evaluate, plot
+from ..data.sets import Data, DataInfo, Images, Points
+from ..driver.sampling import SampleInfo, langevin_sample
+from ..energies import energy
+from ..threads import survives_fork
+from . import checkpoint
 from .recipe import TrainConfig
-from .sampling import SampleInfo, langevin_sample
-from .threads import survives_fork
 
 __all__ = ["ENERGIES", "energies_of", "fresh_samples", "landscape", "report", "train_energies"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..kernels import cpu as kernels
+from ..threads import Spares, together
 from .draws import Draw
-from .kernels import cpu as kernels
 from .storage import Storage
-from .threads import Spares, together
 
 __all__ = ["can_copy", "put", "take"]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .langevin import Bounds, Langevin
-from .noise import Stream, normal, words
-from .sampling import uniform_states
+from ..driver.sampling import uniform_states
+from ..rng import Stream, normal, words
+from ..samplers.langevin import Bounds, Langevin
 
 __all__ = ["LAWS", "Start", "Starts", "checked_states", "scaled"]
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .words import did_you_mean, listed
+from ..words import did_you_mean, listed
 
 __all__ = ["MAX_LABELS", "Layout", "Table", "find", "read", "read_images"]
 

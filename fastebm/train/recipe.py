@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .data import DIGITS, Data, DataInfo
-from .langevin import Langevin
+from ..data.sets import DIGITS, Data, DataInfo
+from ..samplers.langevin import Langevin
 
 __all__ = ["RETIRED", "TrainConfig", "recipe"]
 

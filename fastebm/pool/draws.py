@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import cpu as kernels
-from .noise import Stream, seed_words, words
+from ..kernels import cpu as kernels
+from ..rng import Stream, seed_words, words
 from .starts import Starts, scaled
 
 __all__ = ["Draw", "Draws", "draw_distinct"]
@@ -20,7 +20,7 @@ __all__ = ["Draw", "Draws", "draw_distinct"]
 _COIN_BLOCK = 0xFFFFFE
 _DRAW_BLOCK = 0xFFFFFF
 
-# Counters of draws worked out ahead: as many as noise.py has in a cache at once; and draws.
+# Counters of draws worked out ahead: as many as rng.py has in a cache at once; and draws.
 _AHEAD, _MAX_AHEAD = 32768, 64
 
 

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..words import did_you_mean
 from . import files, inspection
 from .files import Layout
-from .words import did_you_mean
 
 __all__ = ["DIGITS", "SETS", "Data", "DataInfo", "Images", "Points", "load", "load_array", "load_digits", "reload"]
 

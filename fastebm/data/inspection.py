@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..words import listed
 from .files import MAX_LABELS, Table
-from .words import listed
 
 __all__ = ["complete", "findings", "flattened"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .sampling import NonFiniteError
+from ..driver.sampling import NonFiniteError
 
 __all__ = ["TIMEOUT", "Processes", "launched"]
 

@@ -42,7 +42,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .functions import FunctionModule, enclosed, is_library, name_of_forward
+from ..energies.functions import FunctionModule, enclosed, is_library, name_of_forward
 
 __all__ = [
     "Activated",

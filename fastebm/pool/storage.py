@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .devices import checked_device, named_device
-from .langevin import Langevin
-from .noise import Stream, random_bytes
+from ..devices import checked_device, named_device
+from ..rng import Stream, random_bytes
+from ..samplers.langevin import Langevin
 
 __all__ = ["Storage"]
 
@@ -33,7 +33,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 # Blocks of the pool's stream, past those of a restart's state: dims < 2**25 leave room for both.
 _ROUNDING_BLOCK = 0x800000
 
-# Counters worked on at once on a CPU, as in noise.py.
+# Counters worked on at once on a CPU, as in rng.py.
 _COUNTERS = 32768
 
 

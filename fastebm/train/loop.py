@@ -30,19 +30,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..backends import Chains
+from ..data.sets import Data, reload
+from ..devices import checked_device
+from ..driver.sampling import NonFiniteError, advance_chains, langevin_sample
+from ..energies import MLPEnergy, energy
+from ..objectives import contrastive_divergence_loss
+from ..pool.pool import ChainPool
+from ..pool.processes import Processes
+from ..threads import fastest, survives_fork
+from ..words import did_you_mean
 from . import checkpoint
-from .backends import Chains
-from .data import Data, reload
-from .devices import checked_device
-from .energies import MLPEnergy, energy
-from .objectives import contrastive_divergence_loss
-from .pool import ChainPool
-from .processes import Processes
 from .recipe import RETIRED, TrainConfig
 from .report import report
-from .sampling import NonFiniteError, advance_chains, langevin_sample
-from .threads import fastest, survives_fork
-from .words import did_you_mean
 
 __all__ = [
     "Stopped",

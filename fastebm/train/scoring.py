@@ -11,12 +11,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .data import DataInfo, reload
-from .energies import MLPEnergy
+from ..data.sets import DataInfo, reload
+from ..energies import MLPEnergy
+from ..words import listed
+from .loop import SUMMARY, load_model, located
 from .recipe import TrainConfig
 from .report import ENERGIES, energies_of, fresh_samples, train_energies
-from .train import SUMMARY, load_model, located
-from .words import listed
 
 __all__ = ["TrainedRun", "load"]
 

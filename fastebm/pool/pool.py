@@ -19,20 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backends import Advanced, Chains
+from ..devices import checked_device, named_device
+from ..driver.sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
+from ..energies.functions import EnergyLike
+from ..rng import Stream, draw_seed, words
+from ..samplers.langevin import Bounds, Langevin, checked_rule
+from ..scalars import plain_number
+from ..threads import outside_inference
 from . import copies
-from .backends import Advanced, Chains
-from .devices import checked_device, named_device
 from .draws import Draw, Draws
-from .functions import EnergyLike
-from .langevin import Bounds, Langevin, checked_rule
-from .noise import Stream, draw_seed, words
 from .processes import Processes
-from .sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
-from .scalars import plain_number
 from .starts import LAWS, Start, Starts, checked_states
 from .stats import PoolStats, statistics
 from .storage import Storage
-from .threads import outside_inference
 
 __all__ = ["ChainPool", "PoolCall", "PoolStats"]
 
@@ -289,7 +289,7 @@ class ChainPool:
         """
         arguments = (energy, batch_size, langevin, steps, labels, backend, precision, cuda_graph, on_nonfinite)
         if torch.compiler.is_compiling():
-            from .backends import compiling
+            from ..backends import compiling
 
             done: tuple[Tensor, Tensor] = compiling.uncompiled(self._sample, *arguments)
             return done
@@ -402,7 +402,7 @@ class ChainPool:
         """
         arguments = (energy, langevin, steps, chunk_size, progress, backend, precision, cuda_graph)
         if torch.compiler.is_compiling():
-            from .backends import compiling
+            from ..backends import compiling
 
             compiling.uncompiled(self._advance, *arguments, on_nonfinite)
         else:

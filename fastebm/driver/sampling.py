@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backends import Advanced, Chains, cpu, reference, run
-from .backends.choose import Choice, choose
-from .backends.graphs import CudaRecorder
-from .backends.run import NonFiniteError, uniform_states
-from .conditions import are_labels
-from .description import check_shape, describe
-from .devices import checked_device, named_device
-from .energies import Energy, first_tensor, n_classes, shape_of, takes_condition
-from .functions import EnergyLike, as_module, name_of_forward
-from .langevin import NOISE_SCALE, STEP_SIZE, Bounds, Langevin, checked_rule
-from .mlp import NotAnMLP, evaluating
-from .noise import Stream, draw_seed
-from .scalars import plain_number
-from .threads import survives_fork
-from .tracing import capturing, readable
+from ..backends import Advanced, Chains, cpu, reference, run
+from ..backends.choose import Choice, choose
+from ..backends.graphs import CudaRecorder
+from ..backends.run import NonFiniteError, uniform_states
+from ..devices import checked_device, named_device
+from ..energies import first_tensor, n_classes, shape_of, takes_condition
+from ..energies.conditions import are_labels
+from ..energies.functions import EnergyLike, as_module, name_of_forward
+from ..rng import Stream, draw_seed
+from ..samplers.langevin import NOISE_SCALE, STEP_SIZE, Bounds, Langevin, checked_rule
+from ..scalars import plain_number
+from ..targets.autograd import Energy
+from ..targets.description import check_shape, describe
+from ..targets.mlp import NotAnMLP, evaluating
+from ..threads import survives_fork
+from ..tracing import capturing, readable
 
 __all__ = ["NonFiniteError", "SampleInfo", "advance_chains", "langevin_sample", "state_shape", "uniform_states"]
 
@@ -168,7 +169,7 @@ def langevin_sample(
     """
     compiling = torch.compiler.is_compiling()
     if compiling:
-        from .backends import compiling as compiled  # takes seconds to import
+        from ..backends import compiling as compiled  # takes seconds to import
 
         if not compiled.can_compile(energy, labels, condition, backend, generator):
             return compiled.uncompiled(  # type: ignore[no-any-return]
@@ -291,7 +292,7 @@ def advance_chains(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     chains = _checked_beside(energy, chains, dtype)
     if torch.compiler.is_compiling():
-        from .backends import compiling
+        from ..backends import compiling
 
         choice, done = compiling.advance(
             energy, chains, rule, steps, shape=shape, dtype=dtype, backend=backend,
@@ -366,7 +367,7 @@ def _advance(
             )  # fmt: skip
             energy_of = run.energy_of(description)
         elif choice.backend == "triton":
-            from .backends import fused  # only here: it imports triton
+            from ..backends import fused  # only here: it imports triton
 
             done = fused.advance_module(module, chains, rule, steps, recorder=recorder, thin=thin, telemetry=telemetry)
         elif choice.kernels == "numba":

@@ -1,0 +1,1 @@
+"""The driver: checks a call, picks what runs, and runs it."""

@@ -1,0 +1,27 @@
+"""Energies: modules (batch, *shape) -> (batch,) or (batch, 1), one number per state."""
+
+from .activations import ACTIVATIONS, Activation
+from .base import energy, first_tensor
+from .classifier import ClassifierEnergy
+from .compose import Negative, SumEnergy, n_classes, shape_of, takes_condition
+from .functions import EnergyLike
+from .gaussian import GaussianEnergy
+from .mlp import MLPEnergy, build, build_energy_fn
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "ClassifierEnergy",
+    "EnergyLike",
+    "GaussianEnergy",
+    "MLPEnergy",
+    "Negative",
+    "SumEnergy",
+    "build",
+    "build_energy_fn",
+    "energy",
+    "first_tensor",
+    "n_classes",
+    "shape_of",
+    "takes_condition",
+]

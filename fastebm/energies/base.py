@@ -1,0 +1,92 @@
+"""Energies of a batch, and the checks of what a module puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conditions import condition_parameter
+from .functions import EnergyLike, as_module, name_of_forward
+
+__all__ = ["energy", "first_tensor", "values_of"]
+
+
+def energy(
+    model: EnergyLike,
+    x: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    labels: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """Energies of a batch: (batch, *shape) -> (batch,), differentiable.
+
+    Args:
+        model: a module or a function, (batch, *shape) -> (batch,) or (batch, 1).
+        params: parameters (and buffers) by name to use in place of the model's own (torch.func.functional_call).
+        labels: (batch,) int64, given to the model beside x; or None.
+        condition: (batch, ...), any other thing that it takes beside x; or None.
+
+    Raises:
+        ValueError: if the model puts out another shape, or takes no such thing.
+    """
+    if labels is not None and condition is not None:
+        raise ValueError("an energy takes labels= or condition= beside x, got both")
+    kind, given = ("condition", condition) if labels is None else ("labels", labels)
+    return values_of(as_module(model), x, params, given, kind).reshape(len(x))
+
+
+def values_of(
+    model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, condition: Tensor | None, kind: str
+) -> Tensor:
+    """(batch,) or (batch, 1), as the model puts them out; () for a batch of one that it squeezes."""
+    arguments: tuple[Tensor, ...] = (x,)
+    options: dict[str, Tensor] = {}
+    if condition is not None:
+        parameter = condition_parameter(model, kind)
+        if parameter is None:
+            raise ValueError(f"{name_of_forward(model)} takes x only, and {kind}= was given")
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            arguments = (x, condition)
+        else:
+            options[parameter.name] = condition
+    if params is None:
+        value: Any = model(*arguments, **options)
+    else:
+        value = torch.func.functional_call(model, dict(params), arguments, options)
+    n = len(x)
+    if not isinstance(value, Tensor) or not (value.shape in ((n,), (n, 1)) or (n == 1 and value.ndim == 0)):
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"an energy maps ({n}, ...) to ({n},) or ({n}, 1), got {got}{_mistake(value, x)}")
+    if value.is_complex():
+        raise ValueError(f"an energy is real, got {value.dtype}: take .real, or .abs(), of what the model puts out")
+    if not value.is_floating_point():
+        raise ValueError(f"an energy is a floating-point number, got {value.dtype}, which has no gradient")
+    return value
+
+
+def _mistake(value: object, x: Tensor) -> str:
+    """The likely one, for an energy of another shape."""
+    if value is None:
+        return ": is a return missing?"
+    if not isinstance(value, Tensor):
+        return ": return a tensor, one energy for each state"
+    if value.ndim == 0:
+        return ": one number for the whole batch; drop the mean() or sum() over the states"
+    if value.shape == x.shape:
+        return ": one number per coordinate; sum over all dims but the first, as by .flatten(1).sum(1)"
+    if len(value) == len(x) and x.ndim > 2:
+        shape = tuple(x.shape[1:])
+        return f": a state has shape {shape}; sum over all dims of it (or is the number of chains, batch_size=, in it?)"
+    if len(value) == len(x) and value.ndim == 2:
+        return ": several numbers per state; sum them, or, of a classifier, use ClassifierEnergy"
+    return ": the first dim is the batch, and nothing is left of the others"
+
+
+def first_tensor(model: nn.Module) -> Tensor | None:
+    """That tells where a model is, and in which dtype: a parameter, or else a floating-point buffer."""
+    parameter = next(model.parameters(), None)
+    return next((b for b in model.buffers() if b.is_floating_point()), None) if parameter is None else parameter

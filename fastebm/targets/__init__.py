@@ -1,0 +1,1 @@
+"""Targets: an energy as samplers see it."""
