@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backends.choose import why_not_fused
-    from .driver.sampling import NonFiniteError, SampleInfo, langevin_sample
+    from .backends.settle import NonFiniteError
+    from .driver.info import SampleInfo
+    from .driver.langevin_sample import langevin_sample
     from .energies import (
         Activation,
         ClassifierEnergy,
@@ -47,7 +49,17 @@ __all__ = [
     "why_not_fused",
 ]
 
-_HOMES = ("energies", "samplers.langevin", "backends.choose", "driver.sampling", "pool", "objectives", "train.scoring")
+_HOMES = (
+    "energies",
+    "samplers.langevin",
+    "backends.choose",
+    "backends.settle",
+    "driver.info",
+    "driver.langevin_sample",
+    "pool",
+    "objectives",
+    "train.scoring",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -335,5 +335,5 @@ def test_the_look_at_the_bounds_leaves_the_samples_and_the_generator(monkeypatch
 
     with pytest.warns(UserWarning, match="too large"):
         looked = sample()
-    monkeypatch.setattr("fastebm.driver.sampling._warn_of_jumps", lambda *arguments: None)
+    monkeypatch.setattr("fastebm.driver.langevin_sample._warn_of_jumps", lambda *arguments: None)
     assert all(map(torch.equal, looked, sample()))

@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import Advanced, Chains
+from ..box import Bounds
 from ..devices import checked_device, named_device
 from ..driver.sampling import ON_NONFINITE, advance_chains, check_integers, state_shape
 from ..energies.functions import EnergyLike
 from ..rng import Stream, draw_seed, words
-from ..samplers.langevin import Bounds, Langevin, checked_rule
+from ..samplers.langevin import Langevin
+from ..samplers.langevin import checked_langevin as checked_rule
 from ..scalars import plain_number
 from ..threads import outside_inference
 from . import copies

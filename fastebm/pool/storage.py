@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +77,9 @@ class Storage:
         self.bounds = self.bounds_of(rule)
         self.data = self._mapped(Path(file), n) if file is not None else self._empty(n, home)
 
-    def bounds_of(self, rule: Langevin) -> tuple[float, float] | tuple[Tensor, Tensor] | None:
+    def bounds_of(self, rule: Langevin) -> Any:
         """Where states move; an error if they can't be stored."""
-        bounds = rule.bounds(self.dim, device=self.device)
+        bounds: Any = None if rule.box is None else rule.box.on(self.dim, device=self.device)
         if self.dtype == torch.uint8:
             width = math.inf if bounds is None else bounds[1] - bounds[0]
             if not bool(torch.as_tensor(width).isfinite().all()):
