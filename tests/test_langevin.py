@@ -97,6 +97,7 @@ class Fixed:
 
     def __init__(self, gradient, numbers):
         self.gradient, self.normal = lambda x: gradient, lambda stream, t: numbers
+        self.held = lambda x, moved: moved
 
 
 def test_step_is_the_formula():

@@ -142,7 +142,7 @@ def test_what_is_no_rule_is_refused_with_the_likely_mistake(arguments, match):
 
 
 def test_other_places_say_so_too():
-    with pytest.raises(TypeError, match=r"got Langevin: a whole rule is passed as rule="):
+    with pytest.raises(TypeError, match=r"got Langevin: a whole sampler is passed as rule="):
         langevin_sample(gaussian(), step_size=Langevin(0.1))
     pool = ChainPool(10, 2, seed=0)
     for rule in (0.1, Langevin, None):

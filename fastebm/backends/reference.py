@@ -46,6 +46,7 @@ def run(
     for t in range(steps if n_chains > 0 else 0):
         if interrupted():
             break
+        before = stopped
         moved, info = sampler.step(view, state, noise, t)
         # A chain that has stopped stays at its last finite state. In the step that stops it, ``moved`` is that state.
         state = moved if stopped is None else _held(stopped, state, moved)
@@ -53,7 +54,8 @@ def run(
             first_bad[~info.finite & (first_bad < 0)] = t
             stopped = first_bad >= 0
         if telemetry:
-            counted, last = info.telemetry()
+            counted, latest = info.telemetry()
+            last = latest if before is None else {k: torch.where(before, last[k], v) for k, v in latest.items()}
             for name, value in counted.items():
                 value = value.to(x.dtype) if stopped is None else value.to(x.dtype).masked_fill(stopped, 0.0)
                 sums[name] = sums[name] + value if name in sums else value

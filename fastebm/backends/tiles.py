@@ -54,8 +54,8 @@ def run(
     if not telemetry:
         return done
     parts = [told[first] for first in sorted(told)]
-    names = parts[0] if parts else {}
-    return done._replace(telemetry={name: torch.cat([part[name] for part in parts]) for name in names})
+    named = {name: torch.cat([part[name] for part in parts] or [x[:, 0]]) for name in sampler.reports}
+    return done._replace(telemetry=named)
 
 
 def energies(description: Description, x: Tensor, labels: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,29 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Chains
-from ..box import Bounds, uniform_states
-from ..devices import checked_device
-from ..energies import EnergyLike, first_tensor
+from ..box import Bounds
+from ..energies import EnergyLike
 from ..energies.functions import as_module
-from ..rng import Stream, draw_seed
 from ..samplers.langevin import NOISE_SCALE, STEP_SIZE, Langevin, checked_langevin
 from ..threads import survives_fork
 from ..tracing import capturing, readable
-from .arguments import (
-    check_capture,
-    check_init,
-    check_out,
-    checked_count,
-    checked_first_steps,
-    checked_frozen,
-    checked_thin,
-    on_device_or_plain,
-    seed_tensor,
-    shape_of_states,
-)
+from .arguments import check_capture, check_out, checked_count, checked_thin
 from .info import SampleInfo, info_of
 from .run import run_chains
 from .settings import Settings
+from .start import Start
 
 __all__ = ["langevin_sample"]
 
@@ -167,43 +154,21 @@ def langevin_sample(
             ("grad_clip", grad_clip, None), ("grad_norm_clip", grad_norm_clip, None),
             ("noise_first", noise_first, False), ("clamp_noise", clamp_noise, False),
         )  # fmt: skip
-    energy = as_module(energy)
-    steps, first_chain = checked_count("steps", steps), checked_count("first_chain", first_chain)
-    seed, first_step = on_device_or_plain(seed), on_device_or_plain(first_step)
+    energy, steps = as_module(energy), checked_count("steps", steps)
     thin = checked_thin(thin, steps, return_trajectory, on_nonfinite)
-    parameter = first_tensor(energy)
-    if init is None:
-        n_chains, shape = (
-            checked_count("batch_size", batch_size),
-            shape_of_states(energy, input_size, labels is not None),
-        )
-        known = torch.device("cpu") if parameter is None else parameter.device
-        device = known if device is None else checked_device(device)
-        dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
-    else:
-        check_init(init, input_size, device)
-        n_chains, shape, device = len(init), init.shape[1:], init.device
-        dtype = torch.float64 if init.dtype == torch.float64 else torch.float32
-    if first_chain + n_chains > 2**63:
-        raise ValueError(f"chain numbers are 63-bit: first_chain + n_chains must be <= 2**63, got {first_chain}")
+    start = Start(
+        energy, input_size, ("batch_size", batch_size), init, labels, condition, frozen, seed, generator, first_chain,
+        first_step, device,
+    )  # fmt: skip
+    place = start.place()
+    shape, device = place.shape, place.device
     if out is not None:
-        check_out(out, (n_chains, *((steps // thin,) if thin else ()), *shape), dtype, device)
+        check_out(out, (place.n_chains, *((steps // thin,) if thin else ()), *shape), place.dtype, device)
     if capturing(device):
         of_rule = (rule.step_size, rule.noise_scale, *(rule.clamp or ()))
         tensors = (init, labels, condition, frozen, *of_rule, seed, first_step)
-        check_capture(on_nonfinite, seed, first_step, tensors, device)
-    dim = math.prod(shape)
-    numbers = torch.arange(first_chain, first_chain + n_chains, device=device)
-    first_steps = checked_first_steps(first_step, steps, numbers)
-    seed = seed_tensor(seed, device) if compiling or isinstance(seed, Tensor) else draw_seed(seed, generator)
-    if compiling:
-        x = torch.empty(n_chains, 0, dtype=dtype, device=device) if init is None else init
-    elif init is None:
-        x = uniform_states(seed, Stream.INITIAL, numbers, 0, dim, clamp=rule.clamp, dtype=dtype)
-    else:
-        x = init if init.ndim == 2 else init.detach().reshape(n_chains, dim)
-    frozen = checked_frozen(frozen, n_chains, tuple(shape), device)
-    chains = Chains(x, seed, numbers, first_steps, labels, frozen, condition)
+        check_capture(on_nonfinite, start.seed, start.first_step, tensors, device)
+    chains = start.chains(place, steps, rule.clamp)
     settings = Settings(backend, precision, cuda_graph, on_nonfinite)
     done, choice = run_chains(
         energy, chains, rule, steps, shape=shape, settings=settings, thin=thin, telemetry=return_info,

@@ -92,6 +92,7 @@ def run_chains(
             raise ValueError(
                 f"while a CUDA graph is captured only kernels can run, and this call would wait: {choice.why_not_fused}"
             )
+        _check_bounds(sampler, chains)
         module = Energy(energy, shape, dtype, chains.kind)
         _check_energy(energy, module, choice, chains, shape)
         why_not_recorded = _why_not_recorded(choice, device) if settings.cuda_graph else None
@@ -107,6 +108,20 @@ def run_chains(
             start,
         )  # fmt: skip
     return done, choice
+
+
+def _check_bounds(sampler: Any, chains: Chains) -> None:
+    """A sampler with an accept test can't bring chains into the bounds: they must start there."""
+    if not sampler.exact or sampler.box is None or not readable(chains.x.device):
+        return
+    x = chains.x
+    box = sampler.box.on(x.shape[1], dtype=x.dtype, device=x.device).except_at(chains.frozen, x.dtype)
+    outside = ~box.contains(x)
+    if bool(outside.any()):
+        raise ValueError(
+            f"{type(sampler).__name__} starts within its clamp, {sampler.box}, and {int(outside.sum())} of {len(x)} "
+            "chains do not: clamp the start, or leave clamp= out"
+        )
 
 
 def _check_energy(energy: nn.Module, module: Energy, choice: Choice, chains: Chains, shape: Sequence[int]) -> None:

@@ -86,14 +86,15 @@ def checked_sampler(sampler: object) -> Any:
         hint = ": are its parentheses missing, as in Langevin(0.1)?"
     elif isinstance(sampler, (int, float)):
         hint = ": a step size alone is Langevin(0.1), and numbers of chains and steps have names (n_chains=, steps=)"
-    raise TypeError(f"the sampler must be a Langevin, a MALA or another sampler, got {sampler!r}{hint}")
+    raise TypeError(f"the sampler must be a Langevin or another sampler of fastebm, got {sampler!r}{hint}")
 
 
-def settled(x: Tensor, moved: Tensor, box: Box | None) -> tuple[Tensor, Tensor | None]:
+def settled(target: View, x: Tensor, moved: Tensor, box: Box | None) -> tuple[Tensor, Tensor | None]:
     """Where chains are that were to go from x to moved, within the box; and which could, or None for all.
 
-    Finiteness is tested before the clamp, which would turn infinity into a bound.
+    Frozen coordinates stay. Finiteness is tested before the clamp, which would turn infinity into a bound.
     """
+    moved = target.held(x, moved)
     # A sum is finite only if all its terms are: on a CPU one pass clears all chains. (A sum may overflow by itself.)
     if moved.device.type == "cpu" and bool(moved.sum().isfinite()):
         return (moved if box is None else box.clamp(moved)), None
@@ -127,7 +128,7 @@ def checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Ten
         if not bool(good.all()):
             raise ValueError(f"{rule}, got a tensor with {value[~good].flatten()[0].item()}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = ": a whole sampler is passed by itself, or as rule=" if dataclasses.is_dataclass(value) else ""
+        hint = ": a whole sampler is passed as rule=" if dataclasses.is_dataclass(value) else ""
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}{hint}")
     elif not ((value > 0 if positive else value >= 0) and value < float("inf")):
         raise ValueError(f"{rule}, got {value}")

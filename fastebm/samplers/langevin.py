@@ -241,18 +241,18 @@ class Langevin:
         drift, noise_std = (c.to(x.dtype) if isinstance(c, Tensor) else c for c in _drift_and_noise(*at_t))
         noisy = None
         if self.noise_first:
-            x, noisy = settled(x, _plus(x, xi, noise_std), target.box if self.clamp_noise else None)
+            x, noisy = settled(target, x, _plus(x, xi, noise_std), target.box if self.clamp_noise else None)
         grad = target.gradient(x)
         clipped = self.clip(grad)
         moved = _plus(x, clipped, -drift)
         if not self.noise_first:
             moved = _plus(moved, xi, noise_std)
-        new, finite = settled(x, moved, target.box)
+        new, finite = settled(target, x, moved, target.box)
         if noisy is not None:  # a chain that its noise has stopped is not moved by its drift
             new, finite = torch.where(noisy[:, None], new, x), noisy if finite is None else noisy & finite
 
         def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            counted = {"clipped": (clipped != grad).any(dim=1), "clamped": (new != moved).any(dim=1)}
+            counted = {"clipped": (clipped != grad).any(dim=1), "clamped": (new != target.held(x, moved)).any(dim=1)}
             return counted, {"grad_norm": grad.square().sum(dim=1).sqrt()}
 
         return LangevinState(new), Info(finite, telemetry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..box import Box
@@ -55,6 +56,11 @@ class View:
         """Both."""
         value, gradient = self.target.value_and_gradient(x)
         return value, self._masked(gradient)
+
+    def held(self, x: Tensor, moved: Tensor) -> Tensor:
+        """moved, with frozen coordinates at x. Without a gradient and noise they stay by themselves, but for a step
+        size that overflows: infinity times 0 is NaN."""
+        return moved if self.frozen is None else torch.where(self.frozen, x, moved)
 
     def _masked(self, gradient: Tensor) -> Tensor:
         return gradient if self.frozen is None else gradient.masked_fill(self.frozen, 0.0)
