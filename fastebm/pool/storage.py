@@ -25,6 +25,7 @@ from torch import Tensor
 from ..devices import checked_device, named_device
 from ..rng import Stream, random_bytes
 from ..samplers.langevin import Langevin
+from .arguments import checked_int
 
 __all__ = ["Storage"]
 
@@ -32,6 +33,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 # Blocks of the pool's stream, past those of a restart's state: dims < 2**25 leave room for both.
 _ROUNDING_BLOCK = 0x800000
+
+# Bytes of the float32 states that are worked on at once where all chains are: enough for every core or SM, and little
+# beside the pool.
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 # Counters worked on at once on a CPU, as in rng.py.
 _COUNTERS = 32768
@@ -156,6 +161,13 @@ class Storage:
         if isinstance(rows, Tensor):
             return rows + self.first_chain
         return torch.arange(self.first_chain + rows.start, self.first_chain + rows.stop, device=self.device)
+
+    def parts(self, chunk_size: int | None = None) -> list[slice]:
+        """All rows, in chunks. None: chunks of ``_CHUNK_BYTES``."""
+        if chunk_size is None:
+            chunk_size = max(1, _CHUNK_BYTES["cpu" if self.device.type == "cpu" else "cuda"] // (4 * self.dim))
+        n, chunk_size = len(self.data), checked_int("chunk_size", chunk_size, "an int >= 1 or None", 1, 2**63)
+        return [slice(i, min(i + chunk_size, n)) for i in range(0, n, chunk_size)]
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """States of some rows, (n, dim) float32 where they move. For a slice maybe the stored ones themselves."""
