@@ -182,10 +182,10 @@ def parts_of_pools(case: TrainingCase) -> Runs:
     ahead = Draws(Starts("uniform", SEED, (dim,), case.clamp, _CPU), n, 0, n)
     drawn = [ahead.draw(i, case.batch_size, case.restart_prob) for i in range(ROUND)]
     numbers, data = itertools.count(ROUND), trainer.states()
-    steps, started, restarts = (torch.zeros(n, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32))
+    steps, started, reinits = (torch.zeros(n, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32))
     energy, energies = torch.zeros(n), torch.zeros(case.batch_size)
     # states as they are: putting them back changes nothing
-    taken = [copies.take(draw._replace(restart=draw.restart[:0]), data, steps) for draw in drawn]
+    taken = [copies.take(draw._replace(reinit=draw.reinit[:0]), data, steps) for draw in drawn]
 
     def draws() -> None:
         for i in itertools.islice(numbers, ROUND):
@@ -197,7 +197,7 @@ def parts_of_pools(case: TrainingCase) -> Runs:
 
     def put() -> None:
         for draw, (x, before) in zip(drawn, taken, strict=True):
-            copies.put(draw, x, before, before, energies, data, steps, energy, started, restarts)
+            copies.put(draw, x, before, before, energies, data, steps, energy, started, reinits)
 
     return {"whole": partial(draws_and_writes, trainer), "draws": draws, "take": take, "put": put}
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastebm import ChainPool, Langevin, contrastive_divergence_loss
 from fastebm.backends import Advanced
+from fastebm.pool import moves
 from fastebm.targets.autograd import Energy
 
 LEARNING_RATE, REGULARISER = 1e-4, 0.01
@@ -80,13 +81,14 @@ def fastebm_pool(case: TrainingCase, device: torch.device, storage_dtype: torch.
     def draw() -> Tensor:
         nonlocal taken
         drawn = pool._next_draw(case.batch_size)
-        x, steps = pool._taken(drawn)
+        x, steps = moves.take(drawn, pool._storage, pool._records)
         taken = drawn, steps
         return x
 
     def put(x: Tensor) -> None:
         drawn, steps = taken
-        pool._put_back(drawn, steps, steps + case.steps, Advanced(x, energies, energies))()
+        done = Advanced(x, energies, energies)
+        moves.put(drawn, pool._storage, pool._records, steps, steps + case.steps, done)()
         pool.draws += 1
 
     def sample() -> Tensor:

@@ -17,7 +17,8 @@ from torch import nn
 import fastebm
 from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy, NonFiniteError, langevin_sample
 from fastebm.backends import Chains
-from fastebm.driver.sampling import advance_chains
+from fastebm.box import Box
+from fastebm.driver.run import run_chains
 from fastebm.pool import draws as draws_module
 from fastebm.pool.draws import Draw, draw_distinct
 from fastebm.pool.storage import Storage
@@ -106,7 +107,7 @@ def test_chains_start_uniform_and_know_their_numbers():
     assert torch.equal(pool.states, uniform(7, Stream.INITIAL, torch.arange(2000), 0, DIM) * 2)
     assert torch.equal(pool_of(20, clamp=(0.0, 2.0)).states, pool.states[:20])
     assert pool_of(clamp=None).states.abs().max() <= 1
-    assert pool.steps.tolist() == pool.ages.tolist() == pool.restarts.tolist() == [0] * 2000
+    assert pool.steps.tolist() == pool.ages.tolist() == pool.reinits.tolist() == [0] * 2000
     assert bool(pool.energies.isnan().all())
     assert pool.labels is None
     assert pool.last is None
@@ -129,7 +130,7 @@ def test_samples_go_back_to_the_rows_they_came_from(energy, batch_size):
     assert bool(pool.energies[others].isnan().all())
     assert pool.draws == 1
     assert torch.equal(pool.last.chains, rows)
-    assert (pool.last.labels, pool.last.restarted, pool.last.nonfinite) == (None, 0, 0)
+    assert (pool.last.labels, pool.last.reinits, pool.last.nonfinite) == (None, 0, 0)
     torch.testing.assert_close(energies, fastebm.energy(energy, samples).detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -197,7 +198,7 @@ def test_restarts_are_as_many_as_asked_for(energy, probability):
         pool.sample(energy, n, still, 1)
         moved = (pool.states - before).abs().amax(dim=1) > 1e-6
         restarts += int(moved.sum())
-        assert pool.last.restarted == int(moved.sum())
+        assert pool.last.reinits == int(moved.sum())
         assert bool((pool.ages[moved] == 1).all())
         fresh.append(pool.states[moved].flatten())
     assert (
@@ -205,7 +206,7 @@ def test_restarts_are_as_many_as_asked_for(energy, probability):
         if 0 < probability < 1
         else (restarts == n * draws * probability)
     )
-    assert int(pool.restarts.sum()) == restarts
+    assert int(pool.reinits.sum()) == restarts
     assert pool.steps.tolist() == [draws] * n
     if restarts:
         u = (torch.cat(fresh).double() + 1) / 2
@@ -224,14 +225,14 @@ def test_draws_and_restarts_are_functions_of_the_number_of_the_draw(energy, init
         rows = draw_distinct(7, draw, 50, batch)
         coins = words(7, Stream.POOL, rows, draw, 1, 0xFFFFFE)[0][:, 0] < 2**31
         assert torch.equal(pool.last.chains, rows)
-        assert pool.last.restarted == int(coins.sum())
+        assert pool.last.reinits == int(coins.sum())
         fresh = uniform(7, Stream.INITIAL, rows, draw + 1, DIM)
         expected = torch.where(coins[:, None], fresh, before[rows])
         torch.testing.assert_close(samples, expected, rtol=0, atol=1e-6)
         if draw == 40:
             pool.reinit_prob = 0.0
             assert pool.sample(energy, 20, still, 1) is not None
-            assert pool.last.restarted == 0
+            assert pool.last.reinits == 0
             pool.reinit_prob, pool.draws = 0.5, 41
     with pytest.raises(ValueError, match=r"reinit_prob must be in \[0, 1\], got 5"):
         pool.reinit_prob = 5
@@ -278,16 +279,16 @@ def test_saved_state_is_tensors_and_plain_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"x": ...}, ValueError, "not the state of a ChainPool: it lacks x"),
-        ({"steps": ..., "draws": ...}, ValueError, "it lacks draws, steps"),
-        ({"version": 99}, ValueError, "saved by version 99"),
-        ({"version": 1, "x": ...}, ValueError, "by version 1, and this one reads 2 only: go on with the release that"),
+        ({"x": ...}, ValueError, "not the state of a ChainPool: missing x"),
+        ({"steps": ..., "draws": ...}, ValueError, "missing draws, steps"),
+        ({"version": 99}, ValueError, "saved in version 99 of the format, and this release reads versions 2, 3"),
+        ({"version": 1, "x": ...}, ValueError, "saved in version 1 .*: use the release that saved it"),
         (
             {"x": torch.zeros(49, DIM)},
             ValueError,
-            r"\(3,\), 49 of them here, and this one 50 of shape \(3,\), 50",
+            r"\(3,\), 49 of them in this process; this pool has 50 of shape \(3,\), 50",
         ),
-        ({"n_chains": 60}, ValueError, r"60 chains of shape \(3,\), 50 of them here, and this one 50"),
+        ({"n_chains": 60}, ValueError, r"60 chains of shape \(3,\), 50 of them in this process; this pool has 50"),
         ({"x": torch.zeros(50, 4), "shape": [4]}, ValueError, r"50 chains of shape \(4,\)"),
         ({"shape": [1, 3]}, ValueError, r"shape \(1, 3\)"),
         (
@@ -295,11 +296,15 @@ def test_saved_state_is_tensors_and_plain_numbers(tmp_path):
             ValueError,
             r"steps must be \(50,\) of .*, got \(49,\)",
         ),
-        ({"restarts": torch.zeros(50)}, ValueError, "restarts must be .* of torch.int32, got .* of torch.float32"),
+        ({"reinits": torch.zeros(50)}, ValueError, "reinits must be .* of torch.int32, got .* of torch.float32"),
         ({"x": torch.zeros(50, DIM).double()}, ValueError, "x must be .* got .* of torch.float64"),
         ({"labels": torch.zeros(50)}, ValueError, "labels must be .* of torch.int64"),
-        ({"storage_dtype": "uint8"}, ValueError, "storage_dtype uint8, and this one float32: build it with the same"),
-        ({"init": "7 rows of data"}, ValueError, "start from 7 rows of data, and of this one from uniform: build it"),
+        ({"storage_dtype": "uint8"}, ValueError, "storage_dtype uint8, this one float32: build it with the same"),
+        (
+            {"init": "7 rows of data"},
+            ValueError,
+            "start from 7 rows of data, chains of this one from uniform",
+        ),
         ({"x": torch.full((50, DIM), math.nan)}, ValueError, "the saved pool is damaged: states that are not finite"),
         ({"x": torch.full((50, DIM), math.inf)}, ValueError, "the saved pool is damaged: states that are not finite"),
         ({"x": [[0.0] * DIM] * 50}, ValueError, "x must be a tensor, got list"),
@@ -340,20 +345,20 @@ def test_a_bad_state_is_refused_and_changes_nothing(energy, change, error, match
         ({"batch_size": 2.0}, ValueError, "batch_size must be .* got 2.0"),
         ({"steps": -1}, ValueError, "steps must be >= 0, got -1"),
         ({"steps": 1.5}, TypeError, "steps must be an int, got 1.5"),
-        ({"langevin": Langevin(clamp=(0.0, 1.0))}, ValueError, r"the pool clamps to \(-1.0, 1.0\) and the sampler to"),
-        ({"langevin": Langevin(clamp=(-torch.ones(DIM), 0.5))}, ValueError, "and the sampler to .* use one"),
-        ({"langevin": Langevin(torch.ones(3))}, ValueError, "3 entries for 2 steps"),
-        ({"langevin": Langevin(torch.ones(19, 1))}, ValueError, r"does not fit 20 chains"),
+        ({"sampler": Langevin(clamp=(0.0, 1.0))}, ValueError, r"the pool clamps to \(-1.0, 1.0\) and the sampler to"),
+        ({"sampler": Langevin(clamp=(-torch.ones(DIM), 0.5))}, ValueError, "and the sampler to .* use one"),
+        ({"sampler": Langevin(torch.ones(3))}, ValueError, "3 entries for 2 steps"),
+        ({"sampler": Langevin(torch.ones(19, 1))}, ValueError, r"does not fit 20 chains"),
         ({"on_nonfinite": "hide"}, ValueError, "on_nonfinite must be one of raise, reinit, ignore, got 'hide'"),
         ({"energy": MLPEnergy(4, (3,))}, ValueError, "the energy takes 4 dims, and the chains have 3"),
         ({"energy": MLPEnergy(DIM, (3,)).to("meta")}, ValueError, "the energy is on meta and the chains on cpu"),
-        ({"energy": Quartic(), "langevin": Langevin(3e38, 0.0)}, NonFiniteError, "chains are not finite"),
+        ({"energy": Quartic(), "sampler": Langevin(3e38, 0.0)}, NonFiniteError, "chains are not finite"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ],
 )
 def test_a_call_that_fails_leaves_the_pool_as_it_was(energy, options, error, match):
     pool, twin = pool_of(clamp=(-1.0, 1.0)), pool_of(clamp=(-1.0, 1.0))
-    options = {"energy": energy, "batch_size": 20, "langevin": RULE, "steps": 2, **options}
+    options = {"energy": energy, "batch_size": 20, "sampler": RULE, "steps": 2, **options}
     with pytest.raises(error, match=match):
         pool.sample(**options)
     assert same(pool, twin)
@@ -401,10 +406,10 @@ def test_only_chains_that_are_not_finite_restart(call, init):
     move(pool, on_nonfinite="reinit")
     move(twin)
     rest = torch.ones(50, dtype=torch.bool).index_fill_(0, trapped, False)
-    for name in ("states", "energies", "steps", "ages", "restarts", "nonfinite"):
+    for name in ("states", "energies", "steps", "ages", "reinits", "nonfinite"):
         assert torch.equal(getattr(pool, name)[rest], getattr(twin, name)[rest]), name
     assert pool.last.nonfinite == 3
-    assert pool.nonfinite[trapped].tolist() == pool.restarts[trapped].tolist() == [1, 1, 1]
+    assert pool.nonfinite[trapped].tolist() == pool.reinits[trapped].tolist() == [1, 1, 1]
     assert pool.steps[trapped].tolist() == [4, 4, 4]
     assert pool.ages[trapped].tolist() == [0, 0, 0]
     fresh = pool.states[trapped]
@@ -525,7 +530,7 @@ def test_chains_start_and_restart_as_asked_for(energy):
         else:
             assert torch.equal(first, start(7, Stream.INITIAL, torch.arange(2000), 0 * torch.arange(2000)))
             assert calls[1] == (Stream.INITIAL, pool.last.chains.tolist(), [1] * 2000)
-        assert pool.restarts.tolist() == [1] * 2000
+        assert pool.reinits.tolist() == [1] * 2000
 
 
 def test_a_saved_pool_names_its_starts():
@@ -536,7 +541,7 @@ def test_a_saved_pool_names_its_starts():
     pool.load_state_dict(saved)
     pool.load_state_dict(pool_of(init="gaussian").state_dict())
     assert same(pool, pool_of(init="gaussian"))
-    with pytest.raises(ValueError, match="start from 4 rows of data, and of this one from gaussian"):
+    with pytest.raises(ValueError, match="start from 4 rows of data, chains of this one from gaussian"):
         pool.load_state_dict(saved)
     pool = pool_of(init=data + 5, clamp=(4.0, 6.0))
     with pytest.raises(ValueError, match=r"init must lie within .* clamp \(-1.0, 1.0\), got values from 5 to 5"):
@@ -579,13 +584,13 @@ def test_advance_moves_every_chain_whatever_the_chunks(energy, options):
         ({"chunk_size": 0}, ValueError, "chunk_size must be an int >= 1 or None, got 0"),
         ({"steps": -1}, ValueError, "steps must be >= 0"),
         ({"energy": MLPEnergy(4, (3,))}, ValueError, "the energy takes 4 dims"),
-        ({"langevin": Langevin(torch.ones(49, 1))}, ValueError, "does not fit 50 chains"),
+        ({"sampler": Langevin(torch.ones(49, 1))}, ValueError, "does not fit 50 chains"),
     ],
 )
 def test_an_advance_that_fails_leaves_the_pool_as_it_was(energy, options, error, match):
     pool, twin = pool_of(), pool_of()
     with pytest.raises(error, match=match):
-        pool.advance(**{"energy": energy, "langevin": RULE, "steps": 2, "chunk_size": 7, **options})
+        pool.advance(**{"energy": energy, "sampler": RULE, "steps": 2, "chunk_size": 7, **options})
     assert same(pool, twin)
 
 
@@ -695,7 +700,7 @@ def test_fifo_replaces_the_oldest(energy):
     pool.add(numbered(0, 4), torch.arange(4))
     assert pool.steps.tolist() == [2] * 10  # the noise goes on
     assert pool.ages.tolist() == [0] * 4 + [2] * 6
-    assert pool.restarts.tolist() == [1] * 4 + [0] * 6
+    assert pool.reinits.tolist() == [1] * 4 + [0] * 6
     assert pool.energies.isnan().tolist() == [True] * 4 + [False] * 6
     pool.add(numbered(4, 3), torch.arange(3))
     pool.add(numbered(7, 6), torch.arange(6))
@@ -735,7 +740,7 @@ def test_added_states_do_not_depend_on_how_they_come():
         ({"samples": torch.full((3, 3), 1e39, dtype=torch.float64)}, ValueError, "samples must be finite in float32"),
         ({"samples": torch.full((3, 3), 255.0)}, ValueError, "samples must lie within the pool's clamp .* 255: scale"),
         ({"samples": [[0.0] * 3]}, TypeError, "samples must be a floating-point tensor of states, got list"),
-        ({"labels": None}, ValueError, "this pool has labels: pass those of the samples"),
+        ({"labels": None}, ValueError, "this pool has labels: pass labels= of the samples"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels must be \(3,\), one per sample"),
         ({"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
         ({"labels": torch.zeros(3) + 0j}, TypeError, "labels must be a tensor of integers, got torch.complex64"),
@@ -747,7 +752,7 @@ def test_added_states_that_are_refused_change_nothing(options, error, match):
     with pytest.raises(error, match=match):
         pool.add(**{"samples": torch.zeros(3, 3), "labels": labels[:3], **options})
     assert same(pool, pool_of(labels=labels))
-    with pytest.raises(ValueError, match="this pool has no labels: build it with labels=, or leave them out"):
+    with pytest.raises(ValueError, match="this pool has no labels: build it with labels=, or pass none"):
         pool_of().add(torch.zeros(3, 3), labels[:3])
 
 
@@ -756,7 +761,7 @@ def test_added_states_that_are_refused_change_nothing(options, error, match):
 
 def test_stats_of_a_fresh_pool():
     s = pool_of().stats()
-    assert (s.n_chains, s.draws, s.n_energies, s.restarts, s.nonfinite, s.ages) == (50, 0, 0, 0, 0, (50,))
+    assert (s.n_chains, s.draws, s.n_energies, s.reinits, s.nonfinite, s.ages) == (50, 0, 0, 0, 0, (50,))
     assert all(math.isnan(v) for v in s.energy.values())
 
 
@@ -775,7 +780,7 @@ def test_stats_are_those_of_the_chains(energy):
     assert s.ages[0] == int((pool.ages == 0).sum())
     for i, count in enumerate(s.ages[1:]):
         assert count == int(((pool.ages >= 2**i) & (pool.ages < 2 ** (i + 1))).sum())
-    assert s.restarts == int(pool.restarts.sum()) > 0
+    assert s.reinits == int(pool.reinits.sum()) > 0
     assert s.draws == 3
 
 
@@ -795,8 +800,8 @@ def test_rounding_keeps_the_mean_and_what_is_stored_already():
     rows, steps = slice(0, n), torch.arange(n)
     x = torch.linspace(-0.97, 1.93, dim).expand(n, dim)
     for dtype, spacing in ((torch.uint8, 3 / 255), (torch.bfloat16, 2.0**-7)):
-        bounds = Langevin(clamp=(-1.0, 2.0))
-        store = Storage(n, dim, dtype=dtype, rule=bounds, device=torch.device("cpu"), seed=3)
+        box = Box(-1.0, 2.0)
+        store = Storage(n, dim, dtype=dtype, box=box, device=torch.device("cpu"), seed=3)
         store.write(rows, x, steps)
         kept = store.read(rows)
         assert len(kept[:, 3].unique()) == 2  # one of the two neighbours
@@ -877,7 +882,7 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
     n, dim, file, rule = 2**20 + 10, 2100, tmp_path / "pool", Langevin(0.1, 0.5, clamp=(0.0, 1.0))
     energy = MLPEnergy(dim, (3,))
     with monkeypatch.context() as patch:  # the file stays sparse: all chains start at 0
-        patch.setattr(ChainPool, "_parts", lambda *_: [])
+        patch.setattr(Storage, "parts", lambda *_: [])
         pool = pool_of(n, dim, clamp=rule.clamp, reinit_prob=0.0, storage_dtype=torch.uint8, storage_file=file)
     high = torch.tensor([2**31 // dim + 1, n - 1])
     rows = torch.cat([drawn(pool, 6), high])
@@ -887,11 +892,11 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
     def alone(x, steps):
         """Chains by their numbers, without a pool, and what is stored of them: the same rows of a small file."""
         chains = Chains(x, 7, rows, torch.full_like(rows, steps - 2))
-        done, _ = advance_chains(energy, chains, rule, 2, shape=(dim,), on_nonfinite="raise")
+        done, _ = run_chains(energy, chains, rule, 2, shape=(dim,))
         cpu = torch.device("cpu")
         stored = []
         for row, state in zip(rows.tolist(), done.x, strict=True):
-            one = Storage(1, dim, dtype=torch.uint8, rule=rule, device=cpu, seed=7, first_chain=row)
+            one = Storage(1, dim, dtype=torch.uint8, box=rule.box, device=cpu, seed=7, first_chain=row)
             one.write(slice(0, 1), state[None], torch.tensor([steps]))
             stored.append(one.data)
         return done.x, torch.cat(stored)
@@ -912,10 +917,10 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
 
 
 MEMORY = """
-import torch, fastebm.pool.pool as pool
+import torch, fastebm.pool.storage as storage
 from fastebm import ChainPool, Langevin, MLPEnergy
 torch.set_num_threads(1)
-pool._CHUNK_BYTES["cpu"] = CHUNK = 2**20
+storage._CHUNK_BYTES["cpu"] = CHUNK = 2**20
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 energy, rule = MLPEnergy(512, (8,)), Langevin(0.1, 0.1)

@@ -56,7 +56,7 @@ def story(group=None):
     for i, batch in enumerate((9, 23, 1)):
         rule = Langevin(torch.linspace(0.05, 0.2, batch)[:, None], 0.5)
         x, e = pool.sample(mlp, batch, rule, 3)
-        told[f"sample {i}"] = (x, e, pool.last.chains, pool.last.restarted)
+        told[f"sample {i}"] = (x, e, pool.last.chains, pool.last.reinits)
     pool.advance(mlp, Langevin(torch.linspace(0.05, 0.2, N)[:, None], 0.5), 2, chunk_size=4)
     pool.add(torch.linspace(-1, 1, 5 * DIM).reshape(5, DIM))
     pool.add(torch.linspace(-1, 1, 60 * DIM).reshape(60, DIM), policy="reservoir")
@@ -73,7 +73,7 @@ def story(group=None):
     told["labels"] = pool.last.labels
     told["labelled"] = pool.state_dict()
     x, e = pool.sample(classifier, 6, RULE, 2, labels=torch.tensor([3, 0, 3, 1, 1, 0]))
-    told["for labels"] = (x, e, pool.last.chains, pool.last.restarted)
+    told["for labels"] = (x, e, pool.last.chains, pool.last.reinits)
     told["for labels state"] = pool.state_dict()
 
     pool = pool_of(group, condition=torch.linspace(0.5, 2.0, N)[:, None])
@@ -267,12 +267,12 @@ def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
         ("no size", 0, "ValueError", r"n_chains must be an int in [1, 2**31), got 0", "RuntimeError"),
         ("starts", 0, "ZeroDivisionError", "division by zero", "RuntimeError"),
         ("bad add", 1, "ValueError", "samples must be (n, 3), got (2, 4)", "RuntimeError"),
-        ("adds", None, "ValueError", "or after other calls", None),
+        ("adds", None, "ValueError", "or made other calls", None),
         ("file", 0, "ValueError", "storage_file must not exist", "RuntimeError"),
-        ("batches", None, "ValueError", "called with another batch_size or steps", None),
+        ("batches", None, "ValueError", "used another batch_size or steps", None),
         ("bad batch", 1, "ValueError", "batch_size must be an int", "RuntimeError"),
-        ("steps", None, "ValueError", "called with another batch_size or steps", None),
-        ("calls", None, "ValueError", "or after other calls", None),
+        ("steps", None, "ValueError", "used another batch_size or steps", None),
+        ("calls", None, "ValueError", "or made other calls", None),
         ("labels", None, "ValueError", "asked for other labels", None),
         ("numbers of labels", None, "ValueError", "asked for other labels", None),
         ("no labels", None, "ValueError", "asked for other labels", None),

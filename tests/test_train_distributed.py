@@ -128,8 +128,8 @@ def not_finite(folder, rank, on_nonfinite="raise", **place):
         calls.append(1)
         if rank == place["size"] - 1 and len(calls) == 3:
             drawn = pool._next_draw(TINY.batch_size)
-            restart = set(drawn.restart.tolist())
-            pool.states[[row for i, row in enumerate(drawn.rows.tolist()) if i not in restart][:1]] = torch.inf
+            reinits = set(drawn.reinit.tolist())
+            pool.states[[row for i, row in enumerate(drawn.rows.tolist()) if i not in reinits][:1]] = torch.inf
         return sample(pool, *args, **options)
 
     training.ChainPool.sample = poisoned
@@ -225,7 +225,7 @@ def same_run(out, expected):
     assert a_end.step == b_end.step == 6
     for name, t in b_end.tensors("model").items():
         torch.testing.assert_close(a_end.tensors("model")[name], t, rtol=1e-4, atol=1e-6)
-    for name in ("steps", "restarts"):
+    for name in ("steps", "reinits"):
         assert torch.equal(a_end.rows(0, 20)[name], b_end.rows(0, 20)[name])
     assert torch.equal(a_end.tensors("state")["generator"], b_end.tensors("state")["generator"])
 

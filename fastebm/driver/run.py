@@ -28,7 +28,7 @@ from ..tracing import capturing, readable
 from .arguments import checked_count, checked_given, same_device
 from .settings import Settings
 
-__all__ = ["run_chains"]
+__all__ = ["energies_of", "run_chains"]
 
 
 @survives_fork
@@ -108,6 +108,18 @@ def run_chains(
             start,
         )  # fmt: skip
     return done, choice
+
+
+@survives_fork
+def energies_of(energy: EnergyLike, chains: Chains, *, shape: Sequence[int], settings: Settings) -> Tensor:
+    """E of the chains' states, (n_chains,), without a graph, on the path that would move them in plain PyTorch."""
+    energy, x = as_module(energy), chains.x
+    with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        condition = None if chains.given is None else chains.kind
+        choice = choose(energy, x.device, x.dtype, settings.backend, settings.precision, condition=condition)
+        if choice.description is not None:
+            return table.energy_of(choice.description)(x, chains.labels)
+        return Energy(energy, shape, x.dtype, chains.kind)(x, chains.given)
 
 
 def _check_bounds(sampler: Any, chains: Chains) -> None:

@@ -41,13 +41,13 @@ def take(draw: Draw, data: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
 
 def put(
     draw: Draw, x: Tensor, before: Tensor, after: Tensor, energies: Tensor, data: Tensor, steps: Tensor, energy: Tensor,
-    started: Tensor, restarts: Tensor,
+    started: Tensor, reinits: Tensor,
 ) -> Callable[[], None]:  # fmt: skip
     """What writes a draw back, when all that can fail is done: the last five are the pool's, and become what they are
     after it."""
     if not x.dtype == energies.dtype == torch.float32:  # they come from outside, all else from the pool
         raise TypeError(f"states and energies must be float32, got {x.dtype} and {energies.dtype}")
-    kept = data, steps, energy, started, restarts
+    kept = data, steps, energy, started, reinits
     arguments = *kept, x.contiguous(), before, after, energies.contiguous()
     run = _prepared("pool.put", data.shape[1], draw, *arguments)
 
@@ -64,8 +64,8 @@ def _prepared(name: str, dim: int, draw: Draw, *arguments: Tensor) -> Callable[[
     n, spares = draw.rows.shape[0], _spares(name, dim)
     call, taken = spares.take()
     taken.zero_()
-    addresses = [v.data_ptr() for v in (draw.rows, draw.restart, *arguments)]
-    call.block[_CHANGING:] = [n, draw.restart.shape[0], *addresses]
+    addresses = [v.data_ptr() for v in (draw.rows, draw.reinit, *arguments)]
+    call.block[_CHANGING:] = [n, draw.reinit.shape[0], *addresses]
     n_threads = min(torch.get_num_threads(), max(1, n * dim // _NUMBERS_PER_THREAD))
 
     def run() -> None:

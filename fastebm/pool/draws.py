@@ -27,12 +27,12 @@ _AHEAD, _MAX_AHEAD = 32768, 64
 class Draw(NamedTuple):
     """A draw, as one process has it.
 
-    rows: (n,) of its chains. restart: (m,), ascending places among them of those that start anew; fresh: (m, dim),
+    rows: (n,) of its chains. reinit: (m,), ascending places among them of those that start anew; fresh: (m, dim),
     their states. places: (n,) in the batch of all processes, or None if it has all chains.
     """
 
     rows: Tensor
-    restart: Tensor
+    reinit: Tensor
     fresh: Tensor
     places: Tensor | None
 
@@ -77,41 +77,41 @@ class Draws:
                 f"{int(end[i] - first[i])}"
             )
         drawn = torch.empty_like(asked).index_copy_(0, at, order[places])[None]
-        restarts = _coins(self.starts.seed, number, drawn, reinit_prob)
-        (draw,) = self._local(number, drawn, restarts)
+        reinits = _coins(self.starts.seed, number, drawn, reinit_prob)
+        (draw,) = self._local(number, drawn, reinits)
         return self._started(draw, number)
 
     def _started(self, draw: Draw, number: int) -> Draw:
         """With states of those that start anew."""
-        if self.starts.early or len(draw.restart) == 0:
+        if self.starts.early or len(draw.reinit) == 0:
             return draw
-        chains = draw.rows[draw.restart] + self.first_chain
+        chains = draw.rows[draw.reinit] + self.first_chain
         return draw._replace(fresh=self.starts.states(Stream.INITIAL, chains, torch.full_like(chains, number + 1)))
 
     def _draws(self, first: int, count: int, batch_size: int, reinit_prob: float) -> dict[tuple[int, int, float], Draw]:
-        drawn, restarts = _drawn(
+        drawn, reinits = _drawn(
             self.starts.seed, first, count, self.n_chains, batch_size, reinit_prob, self.starts.device
         )
-        draws = enumerate(self._local(first, drawn, restarts), first)
+        draws = enumerate(self._local(first, drawn, reinits), first)
         return {(number, batch_size, reinit_prob): draw for number, draw in draws}
 
-    def _local(self, first: int, drawn: Tensor, restarts: Tensor) -> list[Draw]:
-        """What this process has of draws in a row. drawn, restarts: (count, batch_size)."""
+    def _local(self, first: int, drawn: Tensor, reinits: Tensor) -> list[Draw]:
+        """What this process has of draws in a row. drawn, reinits: (count, batch_size)."""
         starts, device = self.starts, self.starts.device
         count, batch_size = drawn.shape
         rows, sizes = drawn.flatten() - self.first_chain, [batch_size] * count
         draws = torch.arange(count, device=device).repeat_interleave(batch_size)
-        restarts = restarts.flatten()
+        reinits = reinits.flatten()
         places: Sequence[Tensor | None] = [None] * count
         if self.n_local < self.n_chains:
             mine = (rows >= 0) & (rows < self.n_local)
-            rows, draws, restarts = rows[mine], draws[mine], restarts[mine]
+            rows, draws, reinits = rows[mine], draws[mine], reinits[mine]
             sizes = torch.bincount(draws, minlength=count).tolist()
             places = torch.split(mine.nonzero().flatten() % batch_size, sizes)
-        at = restarts.nonzero().flatten()
+        at = reinits.nonzero().flatten()
         of, again = draws[at], rows[at]
-        n_restarts = torch.bincount(of, minlength=count).tolist()
-        # Restarts are in the stream of first starts, whose step is 0, at the number of the draw, from 1.
+        n_reinits = torch.bincount(of, minlength=count).tolist()
+        # Reinits are in the stream of first starts, whose step is 0, at the number of the draw, from 1.
         counter = again + self.first_chain, of + (first + 1)
         fresh = (
             starts.states(Stream.INITIAL, *counter)
@@ -119,7 +119,7 @@ class Draws:
             else torch.empty(len(at), 0, dtype=torch.float32, device=device)
         )
         at -= torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=device)[of]
-        parts = torch.split(rows, sizes), torch.split(at, n_restarts), torch.split(fresh, n_restarts), places
+        parts = torch.split(rows, sizes), torch.split(at, n_reinits), torch.split(fresh, n_reinits), places
         return [Draw(*part) for part in zip(*parts, strict=True)]
 
 
@@ -141,12 +141,12 @@ def _drawn(
         table = torch.empty(2**bits, dtype=torch.int32, device=device)
         w, _, _ = kernels.scratch(0)
         chains = torch.empty(count, k, dtype=torch.int64, device=device)
-        restarts = torch.empty(count, k, dtype=torch.bool, device=device)
+        reinits = torch.empty(count, k, dtype=torch.bool, device=device)
         kernels.load("pool.draw")(
             torch.tensor([first], device=device), count, n, k, *seed_words(seed), int(Stream.POOL), _DRAW_BLOCK,
-            _COIN_BLOCK, _threshold(reinit_prob), table, bits, w, chains, restarts,
+            _COIN_BLOCK, _threshold(reinit_prob), table, bits, w, chains, reinits,
         )  # fmt: skip
-        return chains, restarts
+        return chains, reinits
     chains = _distinct(seed, first, count, n, k, device)
     return chains, _coins(seed, first, chains, reinit_prob)
 

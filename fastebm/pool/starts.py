@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..box import Bounds, Box
-from ..driver.sampling import uniform_states
+from ..box import Bounds, Box, uniform_states
 from ..rng import Stream, normal, words
 
 __all__ = ["LAWS", "Start", "Starts", "checked_states", "scaled"]

@@ -23,7 +23,7 @@ class PoolStats:
 
     n_energies: chains whose energy is known and finite. energy: {q: the smallest such energy that at least a share q
     of them do not exceed}; NaN if there are none. ages: counts of chains by their steps since they started: ages[0]
-    of 0 steps, ages[i] of 2^(i-1) to 2^i - 1. restarts, nonfinite: sums over the chains' lives.
+    of 0 steps, ages[i] of 2^(i-1) to 2^i - 1. reinits, nonfinite: sums over the chains' lives.
     """
 
     n_chains: int
@@ -31,12 +31,12 @@ class PoolStats:
     n_energies: int
     energy: dict[float, float]
     ages: tuple[int, ...]
-    restarts: int
+    reinits: int
     nonfinite: int
 
 
 def statistics(
-    n_chains: int, draws: int, energies: Tensor, ages: Tensor, restarts: Tensor, nonfinite: Tensor,
+    n_chains: int, draws: int, energies: Tensor, ages: Tensor, reinits: Tensor, nonfinite: Tensor,
     total: Callable[[Tensor], Tensor],
 ) -> PoolStats:  # fmt: skip
     """Tensors: (n_local,), of this process' chains. total: sums over the processes."""
@@ -60,10 +60,10 @@ def statistics(
     edges = 2 ** torch.arange(_N_AGES - 1, device=device)
     bins = torch.bucketize(ages, edges, right=True)
     histogram = torch.zeros(_N_AGES, dtype=torch.int64, device=device).index_add_(0, bins, torch.ones_like(bins))
-    counts = total(torch.cat([histogram, torch.stack([restarts.sum(), nonfinite.sum()])]))
+    counts = total(torch.cat([histogram, torch.stack([reinits.sum(), nonfinite.sum()])]))
     values = torch.cat([found.double(), counts.double(), n_energies.double()]).tolist()
     quantiles = values[: len(QUANTILES)]
-    *by_age, n_restarts, n_nonfinite, n_known = map(int, values[len(QUANTILES) :])
+    *by_age, n_reinits, n_nonfinite, n_known = map(int, values[len(QUANTILES) :])
     while len(by_age) > 1 and by_age[-1] == 0:
         by_age.pop()
     return PoolStats(
@@ -72,6 +72,6 @@ def statistics(
         n_energies=n_known,
         energy=dict(zip(QUANTILES, quantiles if n_known else [math.nan] * len(QUANTILES), strict=True)),
         ages=tuple(by_age),
-        restarts=n_restarts,
+        reinits=n_reinits,
         nonfinite=n_nonfinite,
     )

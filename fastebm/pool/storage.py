@@ -18,14 +18,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..box import Box
 from ..devices import checked_device, named_device
 from ..rng import Stream, random_bytes
-from ..samplers.langevin import Langevin
+from .arguments import checked_int
 
 __all__ = ["Storage"]
 
@@ -33,6 +33,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 # Blocks of the pool's stream, past those of a restart's state: dims < 2**25 leave room for both.
 _ROUNDING_BLOCK = 0x800000
+
+# Bytes of the float32 states that are worked on at once where all chains are: enough for every core or SM, and little
+# beside the pool.
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 # Counters worked on at once on a CPU, as in rng.py.
 _COUNTERS = 32768
@@ -42,7 +46,7 @@ class Storage:
     """(n, dim) states as ``dtype``, on the device where they move, in host memory, or in a file mapped into memory.
 
     Args:
-        rule: its clamp holds the states; for uint8 it is the range of the 256 levels.
+        box: bounds of the states, or None; for uint8 it is the range of the 256 levels.
         device: where states move. home: where they lie; None: there. Host memory is pinned for a GPU.
         file: a new file to map; None: none.
         seed, first_chain: of the rounding; row i is the chain first_chain + i.
@@ -54,7 +58,7 @@ class Storage:
         dim: int,
         *,
         dtype: torch.dtype,
-        rule: Langevin,
+        box: Box | None,
         device: torch.device,
         home: torch.device | str | None = None,
         file: str | os.PathLike[str] | None = None,
@@ -74,17 +78,17 @@ class Storage:
         if file is not None and os.path.exists(file):
             raise ValueError(f"storage_file must not exist, as the pool overwrites it: delete {file}, or name another")
         checked_device(home)
-        self.bounds = self.bounds_of(rule)
+        self.bounds = self.checked_bounds(box)
         self.data = self._mapped(Path(file), n) if file is not None else self._empty(n, home)
 
-    def bounds_of(self, rule: Langevin) -> Any:
+    def checked_bounds(self, box: Box | None) -> Box | None:
         """Where states move; an error if they can't be stored."""
-        bounds: Any = None if rule.box is None else rule.box.on(self.dim, device=self.device)
+        bounds = None if box is None else box.on(self.dim, device=self.device)
         if self.dtype == torch.uint8:
-            width = math.inf if bounds is None else bounds[1] - bounds[0]
+            width = math.inf if bounds is None else bounds.hi - bounds.lo
             if not bool(torch.as_tensor(width).isfinite().all()):
                 raise ValueError(
-                    f"storage_dtype=torch.uint8 has 256 levels on the clamp: it needs finite bounds, got {rule.clamp}"
+                    f"storage_dtype=torch.uint8 has 256 levels on the clamp: it needs finite bounds, got {box}"
                 )
         return bounds
 
@@ -157,6 +161,13 @@ class Storage:
         if isinstance(rows, Tensor):
             return rows + self.first_chain
         return torch.arange(self.first_chain + rows.start, self.first_chain + rows.stop, device=self.device)
+
+    def parts(self, chunk_size: int | None = None) -> list[slice]:
+        """All rows, in chunks. None: chunks of ``_CHUNK_BYTES``."""
+        if chunk_size is None:
+            chunk_size = max(1, _CHUNK_BYTES["cpu" if self.device.type == "cpu" else "cuda"] // (4 * self.dim))
+        n, chunk_size = len(self.data), checked_int("chunk_size", chunk_size, "an int >= 1 or None", 1, 2**63)
+        return [slice(i, min(i + chunk_size, n)) for i in range(0, n, chunk_size)]
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """States of some rows, (n, dim) float32 where they move. For a slice maybe the stored ones themselves."""
