@@ -20,13 +20,14 @@ from ..backends.run import NonFiniteError, uniform_states
 from ..devices import checked_device, named_device
 from ..energies import first_tensor, n_classes, shape_of, takes_condition
 from ..energies.conditions import are_labels
+from ..energies.eval_mode import evaluating
 from ..energies.functions import EnergyLike, as_module, name_of_forward
 from ..rng import Stream, draw_seed
 from ..samplers.langevin import NOISE_SCALE, STEP_SIZE, Bounds, Langevin, checked_rule
 from ..scalars import plain_number
 from ..targets.autograd import Energy
 from ..targets.description import check_shape, describe
-from ..targets.mlp import NotAnMLP, evaluating
+from ..targets.mlp import NotAnMLP
 from ..threads import survives_fork
 from ..tracing import capturing, readable
 

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..energies import ClassifierEnergy, GaussianEnergy, SumEnergy, takes_condition
 from ..energies.conditions import unwrapped
+from ..energies.eval_mode import reading
 from ..tracing import operator
-from .forward import check_hooks, plain
-from .mlp import MLP, NotAnMLP, check_affine, effective_weight, read_mlp, reading
+from .checks import check_hooks, plain
+from .mlp import MLP, NotAnMLP, read_mlp
+from .weights import check_affine, effective_weight
 
 __all__ = ["Description", "check_shape", "describe"]
 
