@@ -2,7 +2,7 @@
 
 Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on the device,
 on how chains are split into batches or processes, or on what was drawn before. Here it is in PyTorch, which runs
-everywhere and is the truth for its twins, kernels/philox.py (Triton) and kernels/cpu/philox.py (Numba); all are held
+everywhere and is the truth for its twins, philox.py of kernels/triton and of kernels/cpu (Numba); all are held
 to the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` take the latter where they can.
 
     key     = (seed & 0xffffffff, seed >> 32)

@@ -24,8 +24,8 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
-from fastebm.kernels import langevin as kernels
-from fastebm.kernels.launch import SHARED_MEMORY, choose_launch, shared_bytes
+from fastebm.kernels.triton import langevin as kernels
+from fastebm.kernels.triton.launch import SHARED_MEMORY, choose_launch, shared_bytes
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

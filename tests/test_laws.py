@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton.launch import Launch, block
 from scipy import stats
 from scipy.special import ndtr
 from torch import nn

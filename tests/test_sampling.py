@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastebm.kernels.launch import Launch
+from fastebm.kernels.triton.launch import Launch
 from torch import nn
 
 import fastebm

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fastebm.kernels import weights
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton import weights
+from fastebm.kernels.triton.launch import Launch, block
 
 from fastebm import (
     ChainPool,
@@ -31,7 +31,7 @@ from fastebm.targets.description import describe
 
 
 def in_lanes(v):
-    """The last axis in the order of kernels/philox.py, to_lanes."""
+    """The last axis in the order of kernels/triton/philox.py, to_lanes."""
     return v.reshape(*v.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(v.shape)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import langevin as kernels
-from ..kernels import weights
-from ..kernels.launch import Launch, block
-from ..kernels.update import langevin_update
+from ..kernels.triton import langevin as kernels
+from ..kernels.triton import weights
+from ..kernels.triton.launch import Launch, block
+from ..kernels.triton.update import langevin_update
 from ..samplers.langevin import Langevin
 from ..targets.autograd import Energy
 from ..targets.description import Description
@@ -133,7 +133,7 @@ def _prepare(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The buffer of seed and weights, and the constants that tell a step kernel where everything lies in it."""
     mlps = description.mlps
-    # At bf16 the kernel's silu takes z/2 (kernels/mlp.py), so the layers that feed one are halved, which is exact.
+    # At bf16 the kernel's silu takes z/2 (kernels/triton/mlp.py), so the layers below one are halved, which is exact.
     networks = tuple(
         weights.Network(
             tuple(map(len, mlp.weights)),
