@@ -127,9 +127,9 @@ def as_loaded(device: torch.device) -> Row:
     """Registers, spilled words and shared memory of the largest kernel of Langevin steps that this process loaded."""
     if device.type != "cuda":
         return {}
-    from fastebm.kernels.triton import langevin, update
+    from fastebm.kernels.triton import resident, streaming, update
 
-    functions = (langevin.langevin_resident, langevin.langevin_streaming, update.langevin_update)
+    functions = (resident.langevin_resident, streaming.langevin_streaming, update.langevin_update)
     loaded = [k for f in functions for cache in f.device_caches.values() for k in cache[0].values()]
     taken = [(k.n_regs, k.n_spills, k.metadata.shared) for k in loaded if getattr(k, "n_regs", 0)]
     registers, spills, shared = max(taken, default=("", "", ""))
