@@ -19,7 +19,7 @@ import torch
 from fastebm.bench.cases import DIGITS, TABLE, TOY, Case
 from fastebm.bench.problem import Problem, plain_gradient
 from fastebm.bench.rows import add_out, script, write
-from fastebm.kernels.launch import PRECISIONS
+from fastebm.kernels.triton.launch import PRECISIONS
 
 from fastebm import langevin_sample
 from fastebm.targets.autograd import Energy

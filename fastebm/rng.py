@@ -2,7 +2,7 @@
 
 Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on the device,
 on how chains are split into batches or processes, or on what was drawn before. This file is the definition, in
-PyTorch. kernels/philox.py (Triton) and kernels/cpu/philox.py (Numba) compute the same numbers; all three are tested
+PyTorch. kernels/triton/philox.py and kernels/cpu/philox.py (Numba) compute the same numbers; all three are tested
 against the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` use the Numba kernels if they
 can.
 

@@ -1,5 +1,5 @@
 """Activations with their slopes, and the way through the layers around the library's products: the twin of
-kernels/mlp.py. Names and parameters of the activations are those of ``fastebm.mlp.ACTIVATIONS``.
+kernels/triton/mlp.py. Names and parameters of the activations are those of ``fastebm.mlp.ACTIVATIONS``.
 
 libm has no vector code, so the exponential, tanh and erf are polynomials here, within a few units of the last place.
 """

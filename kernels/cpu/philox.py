@@ -1,4 +1,4 @@
-"""Philox4x32-10 and Box-Muller: the twin of fastebm/rng.py and of kernels/philox.py, counter for counter.
+"""Philox4x32-10 and Box-Muller: the twin of fastebm/rng.py and of kernels/triton/philox.py, counter for counter.
 
 Loops run over a chunk of counters, word by word (a structure of arrays): that is what LLVM makes vector code of.
 """

@@ -1,4 +1,4 @@
-"""Random numbers; and noise, update and clamp in one pass: the twin of kernels/update.py.
+"""Random numbers; and noise, update and clamp in one pass: the twin of kernels/triton/update.py.
 
 x' = clamp(x - a clip(g) + b xi)
 
