@@ -667,8 +667,8 @@ def captured(monkeypatch):
 
     for module in (tracing, langevin_sample, run, op):
         monkeypatch.setattr(module, "capturing", lambda device: True)
-    monkeypatch.setattr(fused.kernels, "langevin_resident", NoKernel())
-    monkeypatch.setattr(fused, "langevin_update", NoKernel())
+    monkeypatch.setattr(fused.resident, "langevin_resident", NoKernel())
+    monkeypatch.setattr(fused.update, "langevin_update", NoKernel())
     return NoWaiting()
 
 
