@@ -69,8 +69,10 @@ def story(group=None):
     told["resumed"] = other.state_dict()
 
     pool = pool_of(group, labels=torch.arange(N) % 4, storage_dtype=torch.bfloat16)
+    told["stats of none"] = pool.stats()
     pool.sample(classifier, 11, RULE, 2)
     told["labels"] = pool.last.labels
+    told["stats of some"] = pool.stats()
     told["labelled"] = pool.state_dict()
     x, e = pool.sample(classifier, 6, RULE, 2, labels=torch.tensor([3, 0, 3, 1, 1, 0]))
     told["for labels"] = (x, e, pool.last.chains, pool.last.reinits)
@@ -251,7 +253,8 @@ def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
                 assert torch.equal(bits(joined(told[name][key] for told in shares)), bits(value)), (name, key)
             else:
                 assert [told[name][key] for told in shares] == [value] * world, (name, key)
-    assert [repr(told["stats"]) for told in shares] == [repr(alone["stats"])] * world
+    for name in ("stats", "stats of some", "stats of none"):
+        assert [repr(told[name]) for told in shares] == [repr(alone[name])] * world, name
     assert sum(len(told["labels"]) for told in shares) == len(alone["labels"])
     assert torch.equal(joined(told["few"][0] for told in shares), alone["few"][0])
     assert [repr(told["few"][2]) for told in shares] == [repr(alone["few"][2])] * world
