@@ -52,7 +52,7 @@ from fastebm.bench.training import fastebm_pool
 from fastebm.kernels import cpu as kernels
 
 from fastebm.backends.cpu import FEW_DIMS, parts_of_update
-from fastebm.backends.torch_tiles import tiles
+from fastebm.backends.tiles import tiles
 from fastebm.pool import copies
 from fastebm.pool.draws import Draws
 from fastebm.pool.starts import Starts

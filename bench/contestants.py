@@ -418,7 +418,7 @@ def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
     def run() -> Tensor:
         ages = torch.full_like(numbers, next(first_steps))
         chains = Chains(p.x0.flatten(1).clone(), SEED, numbers, ages)
-        return fused.advance_module(energy, chains, rule, steps).x.reshape(p.x0.shape)
+        return fused.run_module(energy, chains, rule, steps).x.reshape(p.x0.shape)
 
     return run
 

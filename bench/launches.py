@@ -269,7 +269,7 @@ def compile_job(job: Job, device: torch.device) -> None:
 def advance(p: Problem, precision: str, launch: Launch, x: Tensor, steps: int, rule: Langevin) -> Tensor:
     numbers = torch.arange(len(x), device=x.device)
     chains = Chains(x, SEED, numbers, torch.zeros_like(numbers))
-    return fused.advance_mlp(describe(p.energy), chains, rule, steps, precision=precision, launch=launch).x
+    return fused.run_mlp(describe(p.energy), chains, rule, steps, precision=precision, launch=launch).x
 
 
 def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.3) -> Row:

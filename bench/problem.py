@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastebm import Langevin, MLPEnergy
 from fastebm.backends import Chains, reference
 from fastebm.backends.choose import interpreted
-from fastebm.targets.autograd import Energy
+from fastebm.targets.autograd import Autograd, Energy
 from fastebm.targets.mlp import MLP, NotAnMLP, read_mlp
 
 SEED = 1
@@ -190,7 +190,7 @@ class Problem:
     def _reference(self, x: Tensor, chains: Tensor, seed: int) -> Tensor:
         rule = self.rule(self.case.noise_std)
         at = Chains(x, seed, chains, torch.zeros_like(chains))
-        return reference.advance(self.double_energy, at, rule, GATE_STEPS).x
+        return reference.run(Autograd(self.double_energy), at, rule, GATE_STEPS).x
 
     def allowed(self, precision: str) -> float:
         """Twice the error of plain PyTorch at a precision, after one step without noise, plus rounding."""

@@ -27,10 +27,10 @@ from .scalars import plain_number
 from .threads import Spares, Team
 
 __all__ = [
+    "Noise",
     "Stream",
     "draw_seed",
     "normal",
-    "normals_of_steps",
     "philox4x32",
     "random_bytes",
     "seed_words",
@@ -169,10 +169,15 @@ def uniform(
     if dtype == torch.float32 and _has_kernels(seed, chains):
         _draw(kernels.UNIFORM, seed, stream, chains, steps, 0, _n_blocks(dim), out)
         return _rows(out, dim)
+    _uniform(seed, stream, chains, steps, out)
+    return _rows(out, dim)
+
+
+def _uniform(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
+    """``uniform`` by PyTorch. out: (rows, n_blocks, 4)."""
     for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out):
         for j in range(4):
             part[..., j] = _unit(w[j], u)
-    return _rows(out, dim)
 
 
 def normal(
@@ -212,24 +217,67 @@ def _normal(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | 
             torch.mul(radius, angle.sin_(), out=part[..., j + 1])
 
 
-def normals_of_steps(
-    seed: int, stream: Stream, chains: Tensor, first_steps: Tensor, steps: int, dim: int, *, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """``normal`` of each of some steps in turn, (n, dim), until the next is asked for: by PyTorch, everywhere.
-
-    Few numbers of several steps are drawn together, so that the many small operations pay.
+class Noise:
+    """The random numbers of some chains, by stream and step. Samplers see this alone: the seed, the chains' global
+    numbers and their lifetime steps are inside.
 
     Args:
-        chains, first_steps: (n,) int64.
+        chains, first_steps: (n,) int64, global chain numbers, and the lifetime step of step 0.
+        dim: of a state.
+        steps: how many may be asked for. Small draws of several steps are made together, so that PyTorch's cost per
+            operation is shared.
+        frozen: (1 or n, dim) bool, coordinates without noise; or None.
+        by_definition: PyTorch's own operations draw, which are the definition; else Numba's kernels where they can.
     """
-    n, device = len(chains), chains.device
-    at_once = max(1, _blocks_at_once(device) // max(1, n * _n_blocks(dim)))
-    out = torch.empty(min(at_once, steps) * n, _n_blocks(dim), 4, dtype=dtype, device=device)
-    for t in range(0, steps, at_once):
-        ahead = torch.arange(t, min(t + at_once, steps), device=device)[:, None]
-        rows = chains.expand(len(ahead), n).reshape(-1)
-        _normal(seed, stream, rows, (first_steps + ahead).reshape(-1), out[: len(rows)])
-        yield from out[: len(rows)].flatten(1)[:, :dim].reshape(len(ahead), n, dim)
+
+    def __init__(
+        self,
+        seed: int | Tensor,
+        chains: Tensor,
+        first_steps: Tensor,
+        dim: int,
+        *,
+        dtype: torch.dtype,
+        steps: int,
+        frozen: Tensor | None = None,
+        by_definition: bool = False,
+    ) -> None:
+        self.seed, self.chains, self.first_steps, self.dim, self.dtype = seed, chains, first_steps, dim, dtype
+        self.steps, self.frozen, self.by_definition = steps, frozen, by_definition
+        self._ahead: dict[Stream, tuple[int, Tensor]] = {}  # the first step of a block, and (steps, n, dim) numbers
+
+    def normal(self, stream: Stream, t: int) -> Tensor:
+        """N(0, 1) of step t, (n, dim); 0 at frozen coordinates."""
+        if self._kernels():
+            noise = normal(self.seed, stream, self.chains, self.first_steps + t, self.dim, dtype=self.dtype)
+        else:
+            first, block = self._ahead.get(stream, (0, self.first_steps[:0]))
+            if not first <= t < first + len(block):
+                first, block = t, self._drawn(stream, t)
+                self._ahead[stream] = first, block
+            noise = block[t - first]
+        return noise if self.frozen is None else noise.masked_fill(self.frozen, 0.0)
+
+    def uniform(self, stream: Stream, t: int) -> Tensor:
+        """One number in (0, 1] per chain at step t, (n,)."""
+        steps = self.first_steps + t
+        if self._kernels():
+            return uniform(self.seed, stream, self.chains, steps, 1, dtype=self.dtype)[:, 0]
+        out = torch.empty(len(self.chains), 1, 4, dtype=self.dtype, device=self.chains.device)
+        _uniform(self.seed, stream, self.chains, steps, out)
+        return out[:, 0, 0]
+
+    def _kernels(self) -> bool:
+        return not self.by_definition and self.dtype == torch.float32 and _has_kernels(self.seed, self.chains)
+
+    def _drawn(self, stream: Stream, first: int) -> Tensor:
+        n, device = len(self.chains), self.chains.device
+        at_once = max(1, _blocks_at_once(device) // max(1, n * _n_blocks(self.dim)))
+        steps = torch.arange(first, max(first + 1, min(first + at_once, self.steps)), device=device)[:, None]
+        out = torch.empty(len(steps) * n, _n_blocks(self.dim), 4, dtype=self.dtype, device=device)
+        rows = self.chains.expand(len(steps), n).reshape(-1)
+        _normal(self.seed, stream, rows, (self.first_steps + steps).reshape(-1), out)
+        return out.flatten(1)[:, : self.dim].reshape(len(steps), n, self.dim)
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:

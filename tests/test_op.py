@@ -613,7 +613,7 @@ def test_streams_agree_with_tensor_seeds():
 
 
 def test_capture_rule():
-    from fastebm.driver import sampling
+    from fastebm.driver import arguments as sampling
 
     tensor, cpu = torch.zeros(1, dtype=torch.int64), torch.device("cpu")
     sampling.check_capture("ignore", tensor, 0, (0.1, 0.2, tensor), cpu)
@@ -663,9 +663,9 @@ def captured(monkeypatch):
     pytest.importorskip("triton")
     from fastebm import tracing
     from fastebm.backends import fused
-    from fastebm.driver import sampling
+    from fastebm.driver import langevin_sample, run
 
-    for module in (tracing, sampling, op):
+    for module in (tracing, langevin_sample, run, op):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     monkeypatch.setattr(fused.kernels, "langevin_resident", NoKernel())
     monkeypatch.setattr(fused, "langevin_update", NoKernel())

@@ -13,7 +13,8 @@ from pools import DIM, RULE, drawn, json_round_trip, pool_of, same
 import fastebm
 from fastebm import Langevin, MLPEnergy
 from fastebm.backends import Chains
-from fastebm.driver.sampling import advance_chains
+from fastebm.box import Box
+from fastebm.driver.run import run_chains
 from fastebm.pool.draws import Draw
 from fastebm.pool.storage import Storage
 
@@ -30,8 +31,8 @@ def test_rounding_keeps_the_mean_and_what_is_stored_already():
     rows, steps = slice(0, n), torch.arange(n)
     x = torch.linspace(-0.97, 1.93, dim).expand(n, dim)
     for dtype, spacing in ((torch.uint8, 3 / 255), (torch.bfloat16, 2.0**-7)):
-        bounds = Langevin(clamp=(-1.0, 2.0))
-        store = Storage(n, dim, dtype=dtype, rule=bounds, device=torch.device("cpu"), seed=3)
+        box = Box(-1.0, 2.0)
+        store = Storage(n, dim, dtype=dtype, box=box, device=torch.device("cpu"), seed=3)
         store.write(rows, x, steps)
         kept = store.read(rows)
         assert len(kept[:, 3].unique()) == 2  # one of the two neighbours
@@ -122,11 +123,11 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
     def alone(x, steps):
         """Chains by their numbers, without a pool, and what is stored of them: the same rows of a small file."""
         chains = Chains(x, 7, rows, torch.full_like(rows, steps - 2))
-        done, _ = advance_chains(energy, chains, rule, 2, shape=(dim,), on_nonfinite="raise")
+        done, _ = run_chains(energy, chains, rule, 2, shape=(dim,))
         cpu = torch.device("cpu")
         stored = []
         for row, state in zip(rows.tolist(), done.x, strict=True):
-            one = Storage(1, dim, dtype=torch.uint8, rule=rule, device=cpu, seed=7, first_chain=row)
+            one = Storage(1, dim, dtype=torch.uint8, box=rule.box, device=cpu, seed=7, first_chain=row)
             one.write(slice(0, 1), state[None], torch.tensor([steps]))
             stored.append(one.data)
         return done.x, torch.cat(stored)

@@ -2,6 +2,7 @@
 little and waits once; launches share scratch; tensors at odd places compile nothing anew."""
 
 import pytest
+import runs
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -272,7 +273,7 @@ def test_the_report_is_what_chains_say(regime, device):
         numbers = torch.arange(len(x), device=device)
         chains = Chains(x.clone(), 1, numbers, numbers * 0)
         rule = Langevin(1.0, noise_scale)
-        done = fused.advance_mlp(describe(energy), chains, rule, steps, precision="ieee", launch=launch)
+        done = runs.fused_mlp(describe(energy), chains, rule, steps, precision="ieee", launch=launch)
         bad = (done.first_bad >= 0) | ~done.energy.isfinite()
         assert bool(done.report) == bool(bad.any())
         return bool(done.report)
@@ -332,7 +333,7 @@ def test_slices_change_no_bits_and_bound_the_scratch(regime, precision, labels, 
 
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", counted)
-            done = fused.advance_mlp(
+            done = runs.fused_mlp(
                 describe(energy, labels=labels), chains, rule, steps, precision=precision, launch=launch, thin=1,
                 telemetry=True,
             )  # fmt: skip
@@ -342,7 +343,7 @@ def test_slices_change_no_bits_and_bound_the_scratch(regime, precision, labels, 
 
     with pytest.warns(RuntimeWarning, match="encountered in") if interpreted() else torch.no_grad():
         whole, parts = advance(2**17), advance(128)
-    for a, b in zip((*whole[:4], *whole.telemetry), (*parts[:4], *parts.telemetry), strict=True):
+    for a, b in zip((*whole[:4], *whole.telemetry.values()), (*parts[:4], *parts.telemetry.values()), strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     assert whole.first_bad[[70, 299]].tolist() == [0, 0]
     assert bool(whole.report)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..driver.sampling import check_integers
-from ..samplers.langevin import Bounds, Langevin, checked_rule
+from ..box import Box
+from ..driver.arguments import check_integers
+from ..samplers.base import Sampler, checked_sampler
 from ..scalars import plain_number
 from .processes import Processes
 
@@ -71,19 +72,11 @@ def checked_condition(condition: Tensor, n: int, like: Tensor | None = None) -> 
     return condition.to(like.dtype)
 
 
-def with_clamp(sampler: Langevin, clamp: Bounds | None, dim: int) -> Langevin:
+def with_clamp(sampler: Sampler, clamp: Box | None, dim: int) -> Sampler:
     """The sampler with the pool's clamp. An error if it has another one."""
-    sampler = checked_rule(sampler)
+    sampler = checked_sampler(sampler)
     if clamp is None:
         return sampler
-    if sampler.clamp is not None and not _same_bounds(sampler.clamp, clamp, dim):
-        raise ValueError(f"the pool clamps to {clamp} and the sampler to {sampler.clamp}: use one")
-    return dataclasses.replace(sampler, clamp=clamp)
-
-
-def _same_bounds(a: Bounds, b: Bounds, dim: int) -> bool:
-    if not any(isinstance(v, Tensor) for v in (*a, *b)):
-        return a == b
-    rows = (torch.as_tensor(v, dtype=torch.float32).cpu().flatten() for v in (*a, *b))
-    a_lo, a_hi, b_lo, b_hi = (v.expand(dim) if v.numel() == 1 else v for v in rows)
-    return torch.equal(a_lo, b_lo) and torch.equal(a_hi, b_hi)
+    if sampler.box is not None and not sampler.box.equals(clamp, dim):
+        raise ValueError(f"the pool clamps to {clamp} and the sampler to {sampler.box}: use one")
+    return dataclasses.replace(sampler, clamp=clamp)  # type: ignore[type-var]

@@ -6,26 +6,26 @@ Nothing here changes the pool: writes are returned as functions, to be called on
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..backends import Advanced, Chains
-from ..driver.sampling import ON_NONFINITE, advance_chains
+from ..driver.run import energies_of, run_chains
+from ..driver.settings import Settings
 from ..energies.functions import EnergyLike
 from ..rng import Stream
-from ..samplers.langevin import Langevin
+from ..samplers.base import Sampler
 from . import copies
 from .draws import Draw
 from .records import Records
 from .starts import Starts
 from .storage import Storage
 
-__all__ = ["PoolCall", "RunOptions", "chains_of", "for_chains", "move", "outside_graphs", "put", "take"]
+__all__ = ["PoolCall", "chains_of", "move", "outside_graphs", "put", "take"]
 
 _T = TypeVar("_T")
 
@@ -47,15 +47,6 @@ class PoolCall:
     reinits: int
     nonfinite: int
     condition: Tensor | None = None
-
-
-class RunOptions(NamedTuple):
-    """Arguments that ``sample`` and ``advance`` pass on to the driver."""
-
-    backend: str
-    precision: str | None
-    cuda_graph: bool
-    on_nonfinite: str
 
 
 def outside_graphs(function: Callable[..., _T], *arguments: Any) -> _T:
@@ -82,7 +73,7 @@ def chains_of(x: Tensor, rows: slice | Tensor, steps: Tensor, storage: Storage, 
 
 
 def move(
-    energy: EnergyLike, chains: Chains, sampler: Langevin, steps: int, starts: Starts, options: RunOptions
+    energy: EnergyLike, chains: Chains, sampler: Sampler, steps: int, starts: Starts, settings: Settings
 ) -> tuple[Advanced, Tensor]:
     """Advance chains by ``steps``; with on_nonfinite="reinit", reinitialise those that are not finite.
 
@@ -90,25 +81,19 @@ def move(
         The moved chains, and the indices of those that were not finite. The latter are empty with
         on_nonfinite="raise", which raises instead.
     """
-    policy = options.on_nonfinite
-    if policy not in ON_NONFINITE:
-        raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {policy!r}")
-    done, _ = advance_chains(
-        energy, chains, sampler, steps, shape=starts.shape, backend=options.backend, precision=options.precision,
-        cuda_graph=options.cuda_graph, on_nonfinite="ignore" if policy == "reinit" else policy,
-    )  # fmt: skip
+    settings.check()
+    policy = settings.on_nonfinite
+    kept = replace(settings, on_nonfinite="ignore") if policy == "reinit" else settings
+    done, _ = run_chains(energy, chains, sampler, steps, shape=starts.shape, settings=kept)
     if policy == "raise":
         return done, chains.numbers[:0]
     bad = ((done.first_bad >= 0) | ~done.energy.isfinite()).nonzero().flatten()
     if policy == "reinit" and len(bad) > 0:
         fresh = starts.states(Stream.POOL, chains.numbers[bad], chains.first_steps[bad] + steps)
-        # Their energies need a second call, of the whole batch: an energy may depend on the number of its rows.
-        again, _ = advance_chains(
-            energy, chains._replace(x=done.x.index_copy(0, bad, fresh)), Langevin(), 0, shape=starts.shape,
-            on_nonfinite="ignore", backend=options.backend, precision=options.precision,
-        )  # fmt: skip
-        done.x.index_copy_(0, bad, again.x[bad])
-        done.energy.index_copy_(0, bad, again.energy[bad])
+        # Their energies need the whole batch: an energy may depend on the number of its rows.
+        x = done.x.index_copy_(0, bad, fresh)
+        energies = energies_of(energy, chains._replace(x=x), shape=starts.shape, settings=settings)
+        done.energy.index_copy_(0, bad, energies[bad])
     return done, bad
 
 
@@ -144,17 +129,3 @@ def put(
         record_reinits()
 
     return write
-
-
-def for_chains(sampler: Langevin, which: Tensor, n: int) -> Langevin:
-    """The sampler for some of n chains: step sizes and noise scales that differ per chain are indexed."""
-
-    def part(name: str) -> float | Tensor:
-        value: float | Tensor = getattr(sampler, name)
-        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) == 1:
-            return value
-        if len(value) != n:  # checked here, as the wrong size could happen to fit a chunk
-            raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {n} chains; use ({n}, 1)")
-        return value[which.to(value.device)]
-
-    return dataclasses.replace(sampler, step_size=part("step_size"), noise_scale=part("noise_scale"))

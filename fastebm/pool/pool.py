@@ -21,17 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import Advanced
+from ..box import Bounds, Box
 from ..devices import checked_device, named_device
-from ..driver.sampling import state_shape
+from ..driver.arguments import state_shape
+from ..driver.settings import Settings
 from ..energies.functions import EnergyLike
 from ..rng import Stream, draw_seed
-from ..samplers.langevin import Bounds, Langevin
+from ..samplers.base import Sampler, for_chains
 from ..scalars import plain_number
 from ..threads import outside_inference
 from .arguments import asked_labels, checked_condition, checked_int, checked_labels, checked_probability, with_clamp
 from .buffer import checked_added, prepared, replaced
 from .draws import Draw, Draws
-from .moves import PoolCall, RunOptions, chains_of, for_chains, move, outside_graphs, put, take
+from .moves import PoolCall, chains_of, move, outside_graphs, put, take
 from .processes import Processes
 from .records import Records
 from .starts import LAWS, Start, Starts
@@ -113,8 +115,7 @@ class ChainPool:
             self.shape = state_shape(input_size)
             self._dim = math.prod(self.shape)
             self.reinit_prob = reinit_prob
-            rule = Langevin(clamp=clamp)
-            self.clamp, drawn = rule.clamp, draw_seed(seed)
+            self.clamp, drawn = Box.of(clamp), draw_seed(seed)
             self.first_chain, end = self._processes.share(self.n_chains)
             self.n_local = end - self.first_chain
         seeds = self._processes.gather((seed is None, drawn))
@@ -135,8 +136,8 @@ class ChainPool:
             with self._processes.together():
                 file = self._processes.own(storage_file)
                 self._storage = Storage(
-                    self.n_local, self._dim, dtype=storage_dtype, rule=rule, device=self.device, home=storage_device,
-                    file=file, seed=self.seed, first_chain=self.first_chain,
+                    self.n_local, self._dim, dtype=storage_dtype, box=self.clamp, device=self.device,
+                    home=storage_device, file=file, seed=self.seed, first_chain=self.first_chain,
                 )  # fmt: skip
                 if file is not None:
                     undo.callback(os.unlink, file)
@@ -243,7 +244,7 @@ class ChainPool:
         self,
         energy: EnergyLike,
         batch_size: int,
-        sampler: Langevin,
+        sampler: Sampler,
         steps: int,
         *,
         labels: Tensor | None = None,
@@ -273,12 +274,12 @@ class ChainPool:
         Raises:
             ValueError, NonFiniteError: as for ``langevin_sample``, on every process. The pool is then unchanged.
         """
-        options = RunOptions(backend, precision, cuda_graph, on_nonfinite)
-        return outside_graphs(self._sample, energy, batch_size, sampler, steps, labels, options)
+        settings = Settings(backend, precision, cuda_graph, on_nonfinite)
+        return outside_graphs(self._sample, energy, batch_size, sampler, steps, labels, settings)
 
     def _sample(
-        self, energy: EnergyLike, batch_size: int, sampler: Langevin, steps: int, labels: Tensor | None,
-        options: RunOptions,
+        self, energy: EnergyLike, batch_size: int, sampler: Sampler, steps: int, labels: Tensor | None,
+        settings: Settings,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         storage, records = self._storage, self._records
         batch_size, steps = plain_number(batch_size), plain_number(steps)
@@ -294,9 +295,9 @@ class ChainPool:
                 sampler = for_chains(sampler, draw.places, batch_size)
             x, before = take(draw, storage, records)
             chains = chains_of(x, draw.rows, before, storage, records)
-            done, bad = move(energy, chains, sampler, steps, self._draws.starts, options)
+            done, bad = move(energy, chains, sampler, steps, self._draws.starts, settings)
             after = before + steps
-            again = bad if options.on_nonfinite == "reinit" else bad[:0]
+            again = bad if settings.on_nonfinite == "reinit" else bad[:0]
             put_back = put(draw, storage, records, before, after, done)
             record_reinits = records.reinit(draw.rows[again], after[again], nonfinite=True)
             samples = done.x.reshape(len(done.x), *self.shape)
@@ -317,7 +318,7 @@ class ChainPool:
     def advance(
         self,
         energy: EnergyLike,
-        sampler: Langevin,
+        sampler: Sampler,
         steps: int,
         *,
         chunk_size: int | None = None,
@@ -346,12 +347,12 @@ class ChainPool:
         Raises:
             ValueError, NonFiniteError: as for ``sample``.
         """
-        options = RunOptions(backend, precision, cuda_graph, on_nonfinite)
-        outside_graphs(self._advance, energy, sampler, steps, chunk_size, progress, options)
+        settings = Settings(backend, precision, cuda_graph, on_nonfinite)
+        outside_graphs(self._advance, energy, sampler, steps, chunk_size, progress, settings)
 
     def _advance(
-        self, energy: EnergyLike, sampler: Langevin, steps: int, chunk_size: int | None, progress: bool | None,
-        options: RunOptions,
+        self, energy: EnergyLike, sampler: Sampler, steps: int, chunk_size: int | None, progress: bool | None,
+        settings: Settings,
     ) -> None:  # fmt: skip
         storage, records = self._storage, self._records
         steps = plain_number(steps)
@@ -364,7 +365,7 @@ class ChainPool:
         def move_rows(rows: slice, x: Tensor) -> tuple[Advanced, Tensor]:
             chains = chains_of(x, rows, records.steps[rows], storage, records)
             return move(
-                energy, chains, for_chains(sampler, chains.numbers, len(self)), steps, self._draws.starts, options
+                energy, chains, for_chains(sampler, chains.numbers, len(self)), steps, self._draws.starts, settings
             )
 
         with Sweep(storage, records, agree) as sweep:
@@ -372,10 +373,10 @@ class ChainPool:
             numbers = storage.chains(slice(0, self.n_local))
             sampler = with_clamp(sampler, self.clamp, self._dim)
             parts = storage.parts(chunk_size)
-            if options.on_nonfinite == "raise" and len(parts) > 1:
+            if settings.on_nonfinite == "raise" and len(parts) > 1:
                 sweep.keep_for_undo()
             with progress_bar(f"{steps} steps", self.n_local, progress, self._processes.rank == 0) as bar:
-                sweep.run(parts, move_rows, steps, reinit=options.on_nonfinite == "reinit", on_chunk=bar.update)
+                sweep.run(parts, move_rows, steps, reinit=settings.on_nonfinite == "reinit", on_chunk=bar.update)
         self.last = PoolCall(numbers, labels, 0, sweep.n_nonfinite, condition)
 
     # -- the replay buffer --------------------------------------------------------------------------------------
@@ -468,10 +469,10 @@ class ChainPool:
         """
         with self._processes.together(("load_state_dict",), differ=_OTHER_CALLS):
             state = checked(state, self.state_dict(copy=False))
-            rule = Langevin(clamp=saved_clamp(state["clamp"]))
-            bounds = self._storage.bounds_of(rule)
+            box = Box.of(saved_clamp(state["clamp"]))
+            bounds = self._storage.checked_bounds(box)
             init = state["init"] if state["init"] in LAWS else self._draws.starts.init
-            starts = Starts(init, draw_seed(state["seed"]), self.shape, rule.clamp, self.device)
+            starts = Starts(init, draw_seed(state["seed"]), self.shape, box, self.device)
             draws = Draws(starts, len(self), self.first_chain, self.n_local)
             given = (state["labels"], state["condition"])
             labels, condition = (None if v is None else torch.empty_like(v, device=self.device) for v in given)
@@ -479,7 +480,7 @@ class ChainPool:
         self._records.labels, self._records.condition = labels, condition
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
-        self.seed, self.clamp, self.reinit_prob = starts.seed, rule.clamp, state["reinit_prob"]
+        self.seed, self.clamp, self.reinit_prob = starts.seed, box, state["reinit_prob"]
         self.draws, self.added = state["draws"], state["added"]
         self._draws, self._storage.seed, self._storage.bounds = draws, self.seed, bounds
         self.last = None

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..driver.sampling import NonFiniteError
+from ..backends.settle import NonFiniteError
 
 __all__ = ["TIMEOUT", "Processes", "launched"]
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..driver.sampling import uniform_states
+from ..box import Bounds, Box, uniform_states
 from ..rng import Stream, normal, words
-from ..samplers.langevin import Bounds, Langevin
 
 __all__ = ["LAWS", "Start", "Starts", "checked_states", "scaled"]
 
@@ -73,8 +72,8 @@ class Starts:
             x = x.detach().reshape(len(chains), self.dim).to(self.device, torch.float32)
             if not bool(x.isfinite().all()):
                 raise ValueError("init must return finite states, got NaN or inf")
-        bounds = Langevin(clamp=self.clamp).bounds(self.dim, device=self.device)
-        return x if bounds is None else x.clamp(*bounds)
+        box = Box.of(self.clamp)
+        return x if box is None else box.on(self.dim, device=self.device).clamp(x)
 
 
 def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds | None) -> Tensor:
@@ -86,7 +85,7 @@ def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds |
         raise ValueError(f"{name} must be (n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
     dim = math.prod(shape)
     x = x.detach().reshape(len(x), dim)
-    lo, hi = Langevin(clamp=clamp).bounds(dim, device=x.device) or (-math.inf, math.inf)
+    lo, hi = (Box.of(clamp) or Box(-math.inf, math.inf)).on(dim, device=x.device)
     for part in torch.split(x, max(1, _CHECKED_BYTES // (4 * dim))):
         part = part.float()
         good = part.isfinite() & (part >= lo) & (part <= hi)

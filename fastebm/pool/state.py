@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samplers.langevin import Bounds
+from ..box import Bounds
 from .starts import LAWS
 
 __all__ = ["VERSION", "checked", "plain_clamp", "saved_clamp"]
@@ -57,7 +57,7 @@ def checked(state: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]
 
 
 def saved_clamp(clamp: Any) -> Any:
-    """The clamp of a saved state as ``Langevin`` takes it: bounds that were tensors were saved as lists."""
+    """The clamp of a saved state as ``Box.of`` takes it: bounds that were tensors were saved as lists."""
     if isinstance(clamp, list):
         return tuple(torch.tensor(v) if isinstance(v, list) else v for v in clamp)
     return clamp

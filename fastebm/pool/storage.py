@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..box import Box
 from ..devices import checked_device, named_device
 from ..rng import Stream, random_bytes
-from ..samplers.langevin import Langevin
 from .arguments import checked_int
 
 __all__ = ["Storage"]
@@ -46,7 +46,7 @@ class Storage:
     """(n, dim) states in a dtype, on the device where they move, in host memory, or in a memory-mapped file.
 
     Args:
-        rule: its clamp bounds the states. uint8 needs it: it is the range of the 256 levels.
+        box: bounds of the states, or None. uint8 needs it: it is the range of the 256 levels.
         device: where states move.
         home: where states lie: the device, or the CPU (pinned memory for a GPU). None: the device.
         file: a new file to lie in instead, or None.
@@ -60,7 +60,7 @@ class Storage:
         dim: int,
         *,
         dtype: torch.dtype,
-        rule: Langevin,
+        box: Box | None,
         device: torch.device,
         home: torch.device | str | None = None,
         file: str | os.PathLike[str] | None = None,
@@ -82,17 +82,17 @@ class Storage:
                 f"storage_file must not exist, as the pool would overwrite it: delete {file} or choose another"
             )
         checked_device(home)
-        self.bounds = self.bounds_of(rule)
+        self.bounds = self.checked_bounds(box)
         self.data = self._mapped(Path(file), n) if file is not None else self._empty(n, home)
 
-    def bounds_of(self, rule: Langevin) -> tuple[float, float] | tuple[Tensor, Tensor] | None:
-        """Bounds of the clamp where states move. Raises if the states cannot be stored within them."""
-        bounds = rule.bounds(self.dim, device=self.device)
+    def checked_bounds(self, box: Box | None) -> Box | None:
+        """The box on the device where states move. Raises if the states cannot be stored within it."""
+        bounds = None if box is None else box.on(self.dim, device=self.device)
         if self.dtype == torch.uint8:
-            width = math.inf if bounds is None else bounds[1] - bounds[0]
+            width = math.inf if bounds is None else bounds.hi - bounds.lo
             if not bool(torch.as_tensor(width).isfinite().all()):
                 raise ValueError(
-                    f"storage_dtype=torch.uint8 has 256 levels on the clamp, which must be finite, got {rule.clamp}"
+                    f"storage_dtype=torch.uint8 has 256 levels on the clamp, which must be finite, got {box}"
                 )
         return bounds
 

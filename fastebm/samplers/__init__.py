@@ -1,1 +1,3 @@
-"""Samplers: one small file each."""
+"""Samplers, one file each: a frozen dataclass with ``init`` and ``step`` (base.py). Here is their registry."""
+
+from .langevin import Langevin as Langevin
