@@ -422,11 +422,11 @@ class ChainPool:
     def stats(self) -> PoolStats:
         """Statistics of all chains on all processes; every process must call it. States are not read.
 
-        Memory: about 40 bytes per chain.
+        Memory: about 40 bytes per chain of this process, and with several processes about 30 per chain of the pool.
         """
         records = self._records
         return statistics(
-            len(self), self.draws, records.energy, self.ages, records.reinits, records.nonfinite, self._processes.total
+            len(self), self.draws, records.energy, self.ages, records.reinits, records.nonfinite, self._processes
         )
 
     @outside_inference
