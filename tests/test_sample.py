@@ -29,7 +29,7 @@ every_energy = pytest.mark.parametrize("energy", list(ENERGIES.values()), ids=EN
 
 def same(a, b):
     assert torch.equal(a.x, b.x)
-    assert torch.equal(a.energies, b.energies)
+    assert torch.equal(a.energies.nan_to_num(-1), b.energies.nan_to_num(-1))
     assert torch.equal(a.info.first_bad_step, b.info.first_bad_step)
 
 
