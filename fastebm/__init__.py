@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         build_energy_fn,
         energy,
     )
-    from .objectives import contrastive_divergence_loss
+    from .objectives import ContrastiveDivergence, Loss, contrastive_divergence_loss
     from .pool import ChainPool, PoolCall, PoolStats
     from .samplers.langevin import Langevin
     from .train.scoring import TrainedRun, load
@@ -28,8 +28,10 @@ __all__ = [
     "Activation",
     "ChainPool",
     "ClassifierEnergy",
+    "ContrastiveDivergence",
     "GaussianEnergy",
     "Langevin",
+    "Loss",
     "MLPEnergy",
     "Negative",
     "NonFiniteError",
