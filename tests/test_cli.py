@@ -22,11 +22,14 @@ from fastebm.cli import progress as progress_module
 from fastebm.cli import sample as sample_command
 from fastebm.cli import train as train_command
 from fastebm.cli.progress import Progress, Signals
-from fastebm.data.sets import load, load_array
+from fastebm.data.sets import load
+from fastebm.data.tables import load_array
 from fastebm.pool import processes
 from fastebm.train import checkpoint
-from fastebm.train import loop as train
-from fastebm.train.recipe import recipe
+from fastebm.train.folder import saved_config
+from fastebm.train.loop import train
+from fastebm.train.recipe import TrainConfig, recipe
+from fastebm.train.resources import seconds_of_a_step
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 
@@ -223,15 +226,15 @@ def test_a_run_that_diverged_is_said(tmp_path, capsys):
     assert main(command) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert ("training diverged" in capsys.readouterr().out) == (summary["energy_gap"] > 100)
-    train_command._tell(tmp_path, train.saved_config(tmp_path / "run"), {**summary, "energy_gap": 500.0})
+    train_command._tell(tmp_path, saved_config(tmp_path / "run"), {**summary, "energy_gap": 500.0})
     assert "training diverged: samples have 500 nats more energy" in capsys.readouterr().out
 
 
 def test_timing_a_step_moves_nothing():
     points = load("moons")
-    config = train.TrainConfig(**{**recipe(points), "hidden_sizes": (8,), "batch_size": 16})
+    config = TrainConfig(**{**recipe(points), "hidden_sizes": (8,), "batch_size": 16})
     state = torch.get_rng_state()
-    assert set(train.seconds_of_a_step(config, points, 2)) == {2, 1}
+    assert set(seconds_of_a_step(config, points, 2)) == {2, 1}
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -288,7 +291,7 @@ def test_help_names_the_defaults(capsys):
             main([*command, "--help"])
         assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"more of them extend the run (default: {train.TrainConfig().steps} for digits)" in text
+    assert f"more of them extend the run (default: {TrainConfig().steps} for digits)" in text
     for key in train_command._fields():
         assert re.search(rf"\b{key}=\S", text), key
     assert "number of samples (default: 64)" in text
@@ -313,15 +316,15 @@ def test_help_names_the_defaults(capsys):
         (["train", "digits", "--hidden-sizes", "100000000"], "for the weights of hidden_sizes (100000000,)"),
         (["train", "digits", "--pool-size", "2000000000"], "for a pool_size of 2,000,000,000"),
         (["train", "digits", "--threads", "1000"], "--threads must be at most"),
-        (["train", "digits", "--set", "alpha"], "--set takes KEY=VALUE, as in --set learning_rate=0.001, got 'alpha'"),
+        (["train", "digits", "--set", "decay"], "--set takes KEY=VALUE, as in --set learning_rate=0.001, got 'decay'"),
         (["train", "digits", "--set", "learning_rat=1"], "no key 'learning_rat': did you mean learning_rate?"),
-        (["train", "digits", "--set", "alpha=x"], "--set alpha= takes a number, got 'x'"),
+        (["train", "digits", "--set", "reg_alpha=x"], "--set reg_alpha= takes a number, got 'x'"),
         (["train", "digits", "--set", "steps=1.5"], "--set steps= takes a whole number, got '1.5'"),
         (["train", "digits", "--set", "max_grad_norm=x"], "--set max_grad_norm= takes a number or none, got 'x'"),
         (["train", "digits", "--set", "betas=0.9"], "betas must be two numbers in [0, 1), got (0.9,)"),
         (["train", "digits", "--set", "drift=-1"], "drift must be a number > 0, got -1.0"),
         (["train", "digits", "--set", "clamp=0,1"], "no key 'clamp': clamp comes from the data"),
-        (["train", "digits", "--set", "alpha=1", "alpha=2"], "--set was given alpha twice: 1.0 and 2"),
+        (["train", "digits", "--set", "drift=1", "drift=2"], "--set was given drift twice: 1.0 and 2"),
         (["train", "digits", "--steps", "3", "--set", "steps=4"], "--steps and --set steps= were both given"),
         (["train", "digits", "--set", "activation=sliu"], "activation must be one of"),
         (["score", "nothing", "file"], "nothing is no run of fastebm"),
@@ -404,7 +407,7 @@ def test_a_checkpoint_is_resumed_and_sampled_by_its_name(run, tmp_path, capsys):
     assert f"{again}: 3 steps" in capsys.readouterr().out
     assert sorted(os.listdir(again / "checkpoints")) == ["LATEST", "step-00000002", "step-00000003"]
     assert (again / "checkpoints" / "step-00000003" / "rows-0.safetensors").read_bytes() == end
-    assert train.saved_config(again).on_nonfinite == "reinit"
+    assert saved_config(again).on_nonfinite == "reinit"
 
 
 def test_chains_that_restarted_are_shown(capsys):
@@ -691,7 +694,7 @@ def test_a_signal_leaves_a_run_that_resumes(tmp_path, number):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == step
 
     # What it left is the state of a run that was never stopped: go on for three steps in each.
-    config = train.saved_config(out)
+    config = saved_config(out)
     resumed, straight = [], []
 
     def until(steps, rows):
@@ -706,9 +709,9 @@ def test_a_signal_leaves_a_run_that_resumes(tmp_path, number):
     torch.set_num_threads(1)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train.train(config, out, resume=True, on_step=until(step + 3, resumed))
+            train(config, out, resume=True, on_step=until(step + 3, resumed))
         with pytest.raises(KeyboardInterrupt):
-            train.train(config, tmp_path / "straight", on_step=until(step + 3, straight))
+            train(config, tmp_path / "straight", on_step=until(step + 3, straight))
     finally:
         torch.set_num_threads(torch_threads)
     assert resumed == straight[-3:]

@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from fastebm.data import files
-from fastebm.data.sets import DataInfo, load_array, reload
+from fastebm.data.info import DataInfo
+from fastebm.data.sets import reload
+from fastebm.data.table import Layout
+from fastebm.data.tables import load_array
 from fastebm.train.recipe import TrainConfig, recipe
 
 N = 60
@@ -541,7 +544,7 @@ def test_a_file_is_needed_unchanged_to_go_on(tmp_path, table):
 def test_runs_of_earlier_versions_read_what_they_read(tmp_path, name, data, columns):
     """Without a layout: every column, and names where the first line had no number."""
     path = _write(tmp_path / name, data)
-    x = files.read(path, layout=files.Layout((0, 1, 2), name == "x.csv" and "a" in columns[0], ",")).x
+    x = files.read(path, layout=Layout((0, 1, 2), name == "x.csv" and "a" in columns[0], ",")).x
     assert len(x) == N + (data[:6] == "0,1,2\n")  # which was a row
     info = load_array(_write(tmp_path / "same.npy", _npy(x))).info
     config = TrainConfig(data=dataclasses.replace(info, name=str(path), columns=columns, layout=None), clamp=info.clamp)

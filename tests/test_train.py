@@ -15,16 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastebm import NonFiniteError, evaluate
-from fastebm.data.sets import Images, load, load_array
+from fastebm import ChainPool, ContrastiveDivergence, NonFiniteError, evaluate
+from fastebm.data.dataset import Images
+from fastebm.data.sets import load
+from fastebm.data.tables import load_array
 from fastebm.pool.draws import draw_distinct
 from fastebm.pool.processes import Processes
 from fastebm.rng import Stream, words
-from fastebm.train import checkpoint, report
+from fastebm.train import apply, checkpoint, writer
 from fastebm.train import loop as training
-from fastebm.train.loop import Stopped, load_model, saved_config, train
+from fastebm.train.apply import fresh_samples
+from fastebm.train.folder import load_model, open_log, saved_config
+from fastebm.train.loop import Stopped, train
 from fastebm.train.recipe import TrainConfig, recipe
-from fastebm.train.report import fresh_samples
+from fastebm.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 
@@ -53,7 +57,7 @@ def tiny_images():
 @pytest.fixture
 def no_report(monkeypatch):
     """For tests of what training leaves behind."""
-    monkeypatch.setattr(training, "_report", lambda *_: {})
+    monkeypatch.setattr(training, "write_report", lambda *_: {})
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ def test_a_run_that_was_cut_off_resumes_from_its_last_checkpoint(tmp_path, tiny_
 
 
 def test_interrupted_in_the_middle_of_a_step(tmp_path, tiny_images, whole, no_report, monkeypatch):
-    average = training._Run.average_weights
+    average = TrainState.average_weights
 
     def cut(run):
         if run.step == 3:
@@ -134,7 +138,7 @@ def test_interrupted_in_the_middle_of_a_step(tmp_path, tiny_images, whole, no_re
         average(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "average_weights", cut)
+        patch.setattr(TrainState, "average_weights", cut)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, tmp_path / "run", data=tiny_images)
     train(TINY, tmp_path / "run", data=tiny_images, resume=True)
@@ -269,7 +273,7 @@ def test_the_landscape_is_the_energy_where_the_axes_say():
         def forward(self, x):
             return (x - self.centre).square().sum(1, keepdim=True)
 
-    edges, energies = report.landscape(Paraboloid(), info)
+    edges, energies = apply.landscape(Paraboloid(), info)
     assert np.allclose(info.to_states(edges[[0, -1]]), [[lo, lo] for lo in info.clamp])
     row, column = np.unravel_index(energies.argmin(), energies.shape)
     assert edges[column, 0] <= 1.0 <= edges[column + 1, 0]
@@ -337,7 +341,7 @@ def test_a_damaged_checkpoint_is_named_and_changes_nothing_and_the_one_before_se
 
 def test_resuming_with_another_configuration_is_refused(tmp_path, tiny_images, whole):
     with pytest.raises(ValueError, match="another configuration"):
-        train(dataclasses.replace(TINY, alpha=7.0), whole, data=tiny_images, resume=True)
+        train(dataclasses.replace(TINY, reg_alpha=7.0), whole, data=tiny_images, resume=True)
     with pytest.raises(ValueError, match="has done 6 steps: steps must be more to extend it, got 5"):
         train(dataclasses.replace(TINY, steps=5), whole, data=tiny_images, resume=True)
     with pytest.raises(ValueError, match="is no run of fastebm"):
@@ -348,7 +352,7 @@ def test_an_edited_config_is_not_silently_ignored(tmp_path, tiny_images):
     with pytest.raises(Stopped):
         train(TINY, tmp_path / "run", data=tiny_images, should_stop=lambda: True)
     path = tmp_path / "run" / "config.json"
-    path.write_text(path.read_text().replace('"alpha": 0.001', '"alpha": 0.002'))
+    path.write_text(path.read_text().replace('"reg_alpha": 0.001', '"reg_alpha": 0.002'))
     with pytest.raises(ValueError, match="undo the change"):
         train(TINY, tmp_path / "run", data=tiny_images, resume=True)
 
@@ -380,14 +384,15 @@ def test_a_finished_run_can_be_extended(tmp_path, tiny_images, no_report, is_kil
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, tiny_images, monkeypatch):
-    loss = training.contrastive_divergence_loss
+    forward = ContrastiveDivergence.forward
     calls = []
 
     def broken(*args, **options):
         calls.append(1)
-        return loss(*args, **options) * (float("nan") if len(calls) == 4 else 1.0)
+        found = forward(*args, **options)
+        return found._replace(loss=found.loss * (float("nan") if len(calls) == 4 else 1.0))
 
-    monkeypatch.setattr(training, "contrastive_divergence_loss", broken)
+    monkeypatch.setattr(ContrastiveDivergence, "forward", broken)
     with pytest.raises(NonFiniteError, match=r"step 4: the loss is nan .* learning_rate"):
         train(TINY, tmp_path / "run", data=tiny_images, checkpoint_every=2)
     saved = _newest(tmp_path / "run")
@@ -408,7 +413,7 @@ def test_chains_that_explode_stop_the_run(tmp_path, tiny_images):
 
 def _poisoned(monkeypatch, calls, n_bad):
     """In these calls of the pool, so many of the chains that it is about to draw are where no energy is finite."""
-    sample = training.ChainPool.sample
+    sample = ChainPool.sample
     count = itertools.count(1)
 
     def poisoned(pool, model, batch_size, *args, **options):
@@ -419,7 +424,7 @@ def _poisoned(monkeypatch, calls, n_bad):
             pool.states[drawn[:n_bad]] = torch.inf
         return sample(pool, model, batch_size, *args, **options)
 
-    monkeypatch.setattr(training.ChainPool, "sample", poisoned)
+    monkeypatch.setattr(ChainPool, "sample", poisoned)
 
 
 def test_chains_that_are_not_finite_end_the_run_unless_they_may_restart(tmp_path, tiny_images, no_report, monkeypatch):
@@ -446,7 +451,7 @@ def test_chains_that_are_not_finite_end_the_run_unless_they_may_restart(tmp_path
 
 
 def test_a_full_disk_ends_the_run_and_the_last_checkpoint_resumes(tmp_path, tiny_images, whole, no_report, monkeypatch):
-    write = checkpoint._write
+    write = writer.write_tensors
 
     def full_disk(path, tensors):
         if path.name == "rows-0.safetensors" and "step-00000004" in str(path):
@@ -455,7 +460,7 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_resumes(tmp_path, tiny
 
     rows = []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", full_disk)
+        patch.setattr(writer, "write_tensors", full_disk)
         with pytest.raises(OSError, match="No space left on device: the checkpoint of step 4 is not written") as caught:
             train(TINY, tmp_path / "run", data=tiny_images, checkpoint_every=2, on_step=rows.append)
     assert caught.value.filename.endswith("rows-0.safetensors")
@@ -468,13 +473,12 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_resumes(tmp_path, tiny
 def test_a_full_disk_under_the_metrics_is_named(tmp_path, tiny_images, no_report, monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    begin = training._metrics_up_to
 
-    def on_full_disk(step, path):
+    def on_full_disk(path):
         path.symlink_to("/dev/full")
-        return begin(step, tmp_path / "none")
+        return open_log(path)
 
-    monkeypatch.setattr(training, "_metrics_up_to", on_full_disk)
+    monkeypatch.setattr(training, "open_log", on_full_disk)
     with pytest.raises(OSError, match="No space left") as caught:
         train(TINY, tmp_path / "run", data=tiny_images)
     assert caught.value.filename.endswith("metrics.jsonl")
@@ -523,8 +527,8 @@ def test_a_pool_of_another_shape_is_refused(tmp_path, tiny_images, no_report):
     ):
         rows = {name: t.clone() for name, t in whole_rows.items()}
         change(rows)
-        with checkpoint.Writer(tmp_path / "checkpoints", Processes()) as writer:
-            writer.begin(1, files, rows, saved.values)
+        with writer.Writer(tmp_path / "checkpoints", Processes()) as out:
+            out.begin(1, files, rows, saved.values)
         with pytest.raises(ValueError, match=rf"step-00000001 does not hold the run .*{message}"):
             train(TINY, tmp_path, data=tiny_images, resume=True)
 
@@ -559,10 +563,15 @@ def test_resuming_may_change_what_does_not_change_the_result(tmp_path, tiny_imag
 
 
 def test_a_run_of_an_earlier_version_resumes_and_gives_samples(tmp_path, tiny_images, no_report, monkeypatch):
-    """Its configuration has an entry that is retired since."""
+    """Its configuration has an entry that no longer exists, and two with another name now."""
     to_dict = TrainConfig.to_dict
+    old = {"reg_alpha": "alpha", "reinit_prob": "restart_prob"}
     with monkeypatch.context() as patch:
-        patch.setattr(TrainConfig, "to_dict", lambda config: {**to_dict(config), "compile": True})
+        patch.setattr(
+            TrainConfig,
+            "to_dict",
+            lambda config: {"compile": True, **{old.get(k, k): v for k, v in to_dict(config).items()}},
+        )
         with pytest.raises(Stopped):
             train(TINY, tmp_path, data=tiny_images, should_stop=lambda: True)
     for path in (tmp_path / "config.json", *tmp_path.glob("checkpoints/step-*/manifest.json")):
@@ -604,7 +613,7 @@ def test_config_survives_json():
         ({"seed": -1}, "seed must be"),
         ({"drift": float("nan")}, "drift must be a number > 0, got nan"),
         ({"learning_rate": 0.0}, "learning_rate must be a number > 0"),
-        ({"restart_prob": 1.5}, r"restart_prob must be a number in \[0, 1\]"),
+        ({"reinit_prob": 1.5}, r"reinit_prob must be a number in \[0, 1\]"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"decay": "step"}, "decay must be"),
         ({"clamp": (1.0, 0.0)}, "clamp needs lo < hi"),
@@ -645,7 +654,7 @@ def test_fresh_samples_do_not_depend_on_their_number_or_on_the_chunks(whole, tin
     model, config = load_model(whole)
     assert config == dataclasses.replace(TINY, data=tiny_images.info)
     many, info = fresh_samples(model, config, 20, dim=9, steps=7, seed=1)
-    monkeypatch.setattr(report, "_FRESH_CHUNK", 3)
+    monkeypatch.setattr(apply, "MAX_STEPS_PER_CALL", 3)
     seen = []
     few, _ = fresh_samples(model, config, 4, dim=9, steps=7, seed=1, on_steps=lambda *done: seen.append(done))
     assert torch.equal(many[:4], few)

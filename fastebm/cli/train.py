@@ -16,25 +16,16 @@ from typing import Any
 
 import torch
 
+from ..data.dataset import Data
 from ..data.files import find
-from ..data.sets import SETS, Data, load, load_array
+from ..data.sets import SETS, load
+from ..data.tables import load_array
 from ..pool.processes import Processes, launched
 from ..train import checkpoint
-from ..train.loop import (
-    CHECKPOINT_EVERY,
-    CHECKPOINTS,
-    FREE_SETTINGS,
-    SUMMARY,
-    Stopped,
-    check_empty,
-    check_memory,
-    located,
-    resolve_device,
-    saved_config,
-    seconds_of_a_step,
-    train,
-)
+from ..train.folder import CHECKPOINTS, FREE_SETTINGS, SUMMARY, check_empty, located, saved_config
+from ..train.loop import CHECKPOINT_EVERY, Stopped, train
 from ..train.recipe import TrainConfig, recipe
+from ..train.resources import check_memory, resolve_device, seconds_of_a_step
 from ..words import did_you_mean
 from .options import Threads, add_device, add_threads, flat, need, on_threads, positive, rank, sizes
 from .progress import Progress, Signals
