@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_runs import images
 
 from fastebm import ChainPool
-from fastebm.data.dataset import Images
 from fastebm.pool.draws import draw_distinct
 from fastebm.rng import Stream, words
 from fastebm.train import checkpoint, writer
@@ -34,13 +34,6 @@ TINY = TrainConfig(
 )  # fmt: skip
 FEW = dataclasses.replace(TINY, batch_size=2)
 TIMEOUT = 60  # seconds; a process that is left waiting fails the test
-
-
-def images():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 2
-    k = torch.randint(0, 5, (60, 9), generator=generator).float() + 4.0 * labels[:, None] * (torch.arange(9) < 4)
-    return Images(k[:40], labels[:40], k[40:], labels[40:], shape=(3, 3), levels=8)
 
 
 def run(config, out, *, rank=0, size=1, meet=None, **options):

@@ -240,7 +240,7 @@ def _train(arguments: argparse.Namespace) -> int:
                     progress.note(f"interrupted{where}")
                     return 128 + (signals.number or signal.SIGINT)
     if rank() == 0:
-        _tell(out, config, summary)
+        show_summary(out, config, summary)
     return 0
 
 
@@ -306,7 +306,7 @@ def _timed_threads(config: TrainConfig, data: Data, progress: Progress) -> Threa
     return Threads(lambda n: seconds_of_a_step(config, data, n), progress)
 
 
-def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+def show_summary(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
     what = "digits" if config.data.kind == "images" else "rows"
     print(
         f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"
