@@ -38,23 +38,15 @@ SCHEMA = "a torch.library operator takes flat tensors and numbers"
 NUMBA = "a Numba kernel: it takes the pointers and sizes of everything that it reads"
 TO_SPLIT = "to be split"
 EXEMPT = {
-    "fastebm/backends/fused.py:advance_mlp": TO_SPLIT,
     "fastebm/backends/op.py:_fake": SCHEMA,
     "fastebm/backends/op.py:langevin": SCHEMA,
-    "fastebm/driver/sampling.py": TO_SPLIT,
-    "fastebm/driver/sampling.py:_advance": TO_SPLIT,
-    "fastebm/driver/sampling.py:langevin_sample": PUBLIC,
-    "fastebm/pool/pool.py": TO_SPLIT,
+    "fastebm/driver/langevin_sample.py:langevin_sample": PUBLIC,
+    "fastebm/driver/sample.py:sample": PUBLIC,
     "fastebm/pool/pool.py:ChainPool.__init__": PUBLIC,
-    "fastebm/train/loop.py": TO_SPLIT,
-    "fastebm/train/loop.py:train": TO_SPLIT,
-    "fastebm/train/report.py:report": TO_SPLIT,
-    "kernels/cpu/mlp.py:_up.up": NUMBA,
     "kernels/cpu/pool.py:draw": NUMBA,
     "kernels/cpu/pool.py:put": NUMBA,
     "kernels/cpu/update.py:draw": NUMBA,
     "kernels/cpu/update.py:update": NUMBA,
-    "kernels/langevin.py": TO_SPLIT,
 }
 
 
