@@ -2,5 +2,6 @@
 imported here is public."""
 
 from .langevin import Langevin as Langevin
+from .mala import MALA as MALA
 
 __all__ = sorted(name for name in globals() if name[0].isupper())
