@@ -3,10 +3,10 @@
     python bench/pool.py                 10k, 100k and 1M chains of 784 dims: minutes, and about 15 GB of memory
     python bench/pool.py --quick         1k and 10k chains, fewer steps: a minute
 
-Writes pool.csv into --out, one row per number of chains and contestant. Rows in the file with the same number of chains,
-steps and device are replaced. The contestants are those of ``training.py``, on one recipe (fastebm's pool, the list of
-the tutorials, the buffers of torchebm and ebmkit), and fastebm with states stored in 8 bits. The batch is that of the
-UvA tutorial: 128 images of 28 x 28. All contestants and sizes take turns.
+Writes pool.csv into --out, one row per number of chains and contestant. Rows in the file with the same number of
+chains, steps and device are replaced. The contestants are those of ``training.py``, on one recipe (fastebm's pool, the
+list of the tutorials, the buffers of torchebm and ebmkit), and fastebm with states stored in 8 bits. The batch is that
+of the UvA tutorial: 128 images of 28 x 28. All contestants and sizes take turns.
 
 - draw and write-back: draw a batch, with reinits, and write it back without moving it. ROUND of them are timed
   together, since fastebm computes that many draws at once. The row has the time of one.
