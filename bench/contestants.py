@@ -14,12 +14,21 @@ from functools import cache
 from typing import Any
 
 import torch
-from fastebm.bench.problem import MM_BF16, SEED, Gaussian, Missing, Mixture, Problem, cpu_multiplies_bf16
+from fastebm.bench.problem import (
+    MM_BF16,
+    SEED,
+    Gaussian,
+    Missing,
+    Mixture,
+    Problem,
+    cpu_multiplies_bf16,
+    interpreted,
+)
 from torch import Tensor, nn
 
 from fastebm import langevin_sample
 from fastebm.backends import Chains
-from fastebm.backends.choose import choose, interpreted
+from fastebm.backends.choose import choose
 from fastebm.targets.autograd import Energy
 from fastebm.targets.mlp import MLP, read_mlp
 

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from fastebm.bench.cases import TrainingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, quartiles, seconds_of
-from fastebm.bench.problem import NOISE_SEED, SEED, ULP, Missing, largest, make_energy
+from fastebm.bench.problem import NOISE_SEED, SEED, ULP, Missing, gradient_of, largest, make_energy
 from torch import Tensor, nn
 
 from fastebm import ChainPool, Langevin, contrastive_divergence_loss
 from fastebm.backends import Advanced
 from fastebm.pool import moves
-from fastebm.targets.autograd import Energy
 
 LEARNING_RATE, REGULARISER = 1e-4, 0.01
 DATA_BATCHES = 8
@@ -59,7 +58,7 @@ def fresh_model(case: TrainingCase, device: torch.device) -> nn.Module:
 
 
 def _finish(model: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, negatives: Tensor) -> Tensor:
-    """Loss, gradients, Adam, of the contestants that bring no loss of their own."""
+    """Loss, gradients and Adam, for the contestants without a loss of their own."""
     loss = contrastive_divergence_loss(model(real), model(negatives), REGULARISER)
     optimizer.zero_grad()
     loss.backward()
@@ -272,7 +271,7 @@ def gate(
     zero = torch.zeros(1, case.dim, device=device)
     energy = make_energy("mlp", case.dim, case.widths, device)
     exact, plain = (
-        (-case.drift * Energy(energy, (case.dim,), dtype).gradient(zero.to(dtype))).clamp(*case.clamp)
+        (-case.drift * gradient_of(energy, zero.to(dtype))).clamp(*case.clamp)
         for dtype in (torch.float64, torch.float32)
     )
     trainer = make(small, device)
@@ -305,7 +304,7 @@ def relative(value: Tensor | None, truth: Tensor) -> float:
 
 
 def _loss_gradients(model: nn.Module, real: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
-    """Of the recipe's loss in the weights, written out; the head's bias has one of the regulariser alone."""
+    """Gradients of the recipe's loss in the weights. (That of the head's bias comes from the regulariser alone.)"""
     dtype = next(model.parameters()).dtype
     e_real, e_neg = model(real.to(dtype)), model(negatives.to(dtype))
     loss = e_real.mean() - e_neg.mean() + REGULARISER * ((e_real**2).mean() + (e_neg**2).mean())
@@ -342,7 +341,7 @@ def row_of(case: TrainingCase, **columns: Any) -> dict[str, Any]:
 def race(
     case: TrainingCase, names: Sequence[str], device: torch.device, *, seconds: float = 6.0, budget: float = math.inf
 ) -> list[dict[str, Any]]:
-    """One row a contestant: gate, then training steps in turns, each run on another batch of data.
+    """One row per contestant: the gate, then interleaved training steps, each on another batch of data.
 
     seconds: for the timed steps. budget: seconds for the case; each contestant may take an equal share of it.
     """

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import torch
 
 import fastebm
-from fastebm.data.sets import load_digits
-from fastebm.train.loop import load_model
+from fastebm.data.images import load_digits
+from fastebm.train.folder import load_model
 
 
 def main(run: str) -> Path:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .energies import build as build
     from .energies import build_energy_fn as build_energy_fn
     from .energies import energy as energy
-    from .objectives import contrastive_divergence_loss as contrastive_divergence_loss
+    from .objectives import *  # noqa: F403
     from .pool import ChainPool as ChainPool
     from .pool import PoolCall as PoolCall
     from .pool import PoolStats as PoolStats
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public names by the module that defines them. Samplers are added to by their registry, samplers/__init__.py.
+# Public names by the module that defines them. Those of samplers and objectives are in their registries: __init__.py of
+# the two packages.
 _PUBLIC = {
     "backends.choose": ["why_not_fused"],
     "backends.settle": ["NonFiniteError"],
@@ -40,7 +41,6 @@ _PUBLIC = {
         "Activation", "ClassifierEnergy", "GaussianEnergy", "MLPEnergy", "Negative", "SumEnergy", "build",
         "build_energy_fn", "energy",
     ],
-    "objectives": ["contrastive_divergence_loss"],
     "pool": ["ChainPool", "PoolCall", "PoolStats"],
     "train.scoring": ["TrainedRun", "load"],
 }  # fmt: skip
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
     """A public name, or a module, at its first use: they bring PyTorch, which takes seconds, and the command has
     something to do before that (``__main__``)."""
     if name == "__all__":
-        return sorted([*(public for names in _PUBLIC.values() for public in names), *_samplers()])
+        return sorted([*(public for names in _PUBLIC.values() for public in names), *_registered()])
     home = next((home for home, names in _PUBLIC.items() if name in names), None)
     if home is not None:
         globals()[name] = found = getattr(import_module(f".{home}", __name__), name)
@@ -61,15 +61,15 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != f"{__name__}.{name}":
                 raise
-        if name in _samplers():
-            globals()[name] = found = getattr(import_module(".samplers", __name__), name)
+        if (home := _registered().get(name)) is not None:
+            globals()[name] = found = getattr(import_module(f".{home}", __name__), name)
             return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _samplers() -> list[str]:
-    samplers = import_module(".samplers", __name__)
-    return [name for name, value in vars(samplers).items() if isinstance(value, type)]
+def _registered() -> dict[str, str]:
+    """Public names of samplers and objectives, and their packages."""
+    return {name: home for home in ("samplers", "objectives") for name in import_module(f".{home}", __name__).__all__}
 
 
 def __dir__() -> list[str]:

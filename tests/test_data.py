@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from fastebm.data import files, inspection
-from fastebm.data import sets as data
-from fastebm.data.sets import DIGITS, SETS, DataInfo, Images, load, load_array, reload
+from fastebm.data import inspection
+from fastebm.data.dataset import Images, Points
+from fastebm.data.info import DIGITS, DataInfo
+from fastebm.data.sets import SETS, load, reload
+from fastebm.data.table import Layout, Table
+from fastebm.data.tables import load_array
 from fastebm.train.recipe import TrainConfig, recipe
 
 TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
@@ -178,7 +181,7 @@ def test_a_batch_has_distinct_rows():
     rows = points.batch(512, 0.0, torch.Generator().manual_seed(0))
     assert rows.shape == (512, 2)
     assert len(rows.unique(dim=0)) == 512
-    assert data.Points(points.info, points.train[:5], points.test).batch(5, 0.0, torch.Generator()).shape == (5, 2)
+    assert Points(points.info, points.train[:5], points.test).batch(5, 0.0, torch.Generator()).shape == (5, 2)
 
 
 # -- a value that leaves the others no room ------------------------------------------------------------------
@@ -234,7 +237,7 @@ def test_heavy_tails_and_rare_values_are_no_faults(tmp_path, n, seed):
         "a few at 20 sigma": _with(rng.normal(size=n), r3=20.0, r5=-20.0),
         "far from zero": 1e9 + rng.normal(size=n),
     }
-    table = files.Table(tuple(columns), np.stack([*columns.values()], 1), str, files.Layout(), ())
+    table = Table(tuple(columns), np.stack([*columns.values()], 1), str, Layout(), ())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert inspection.flattened(tmp_path, table) == []

@@ -11,11 +11,11 @@ from fastebm import (
     build,
     build_energy_fn,
     contrastive_divergence_loss,
-    energies,
     energy,
     why_not_fused,
 )
 from fastebm.energies import ACTIVATIONS
+from fastebm.targets import autograd
 from fastebm.targets.autograd import Energy
 from fastebm.targets.mlp import read_mlp
 
@@ -216,9 +216,9 @@ class Named(torch.Tensor):
     ],
 )
 def test_gradient_is_that_of_autograd_grad(forward, ours, monkeypatch):
-    assert energies._engine() is not None  # PyTorch's own still is as it is called there
+    assert autograd._engine() is not None  # PyTorch's own still is as it is called there
     if not ours:
-        monkeypatch.setattr(energies, "_engine", lambda: None)
+        monkeypatch.setattr(autograd, "_engine", lambda: None)
     x = torch.randn(4, 2, 3)
     weight = nn.Parameter(torch.ones(()))
     leaf = x.clone().requires_grad_()
@@ -230,7 +230,7 @@ def test_gradient_is_that_of_autograd_grad(forward, ours, monkeypatch):
 
 
 def test_subclasses_are_left_to_autograd_grad(monkeypatch):
-    monkeypatch.setattr(energies, "_engine", lambda: pytest.fail("asked for a subclass"))
+    monkeypatch.setattr(autograd, "_engine", lambda: pytest.fail("asked for a subclass"))
     x = torch.randn(4, 3)
     found = Energy(Of(lambda x: x.square().sum(1).as_subclass(Named)), (3,), torch.float32).gradient(x)
     torch.testing.assert_close(found, 2 * x)
@@ -251,16 +251,16 @@ def test_an_engine_of_another_kind_is_not_used(monkeypatch):
     class Other:
         _execution_engine = Engine()
 
-    energies._engine.cache_clear()
+    autograd._engine.cache_clear()
     try:
         with monkeypatch.context() as patch:
             patch.setattr(torch.autograd, "Variable", Other)
-            assert energies._engine() is None
+            assert autograd._engine() is None
             x = torch.randn(4, 3)
             found = Energy(Of(lambda x: x.square().sum(1)), (3,), torch.float32).gradient(x)
             torch.testing.assert_close(found, 2 * x)
     finally:
-        energies._engine.cache_clear()
+        autograd._engine.cache_clear()
 
 
 def test_gradient_in_float64_of_a_float32_model():

@@ -283,7 +283,7 @@ def test_a_function_may_name_its_argument():
         ("runs/digits", r"got 'runs/digits': the energy of a run folder is fastebm\.load\(RUN\)\.model"),
         (torch.zeros(4, 3), r"got Tensor \(4, 3\): it is the first argument"),
         (torch.zeros(4, 3).numpy(), r"got ndarray \(4, 3\): it is the first argument"),
-        (None, "got NoneType: does what builds it return it"),
+        (None, "got NoneType: is a return missing"),
         ((Bowl(), 3), r"got tuple of Bowl, int: pass one of them, or their sum, SumEnergy\(\[\.\.\.\]\)"),
         ([Bowl()], "got list of Bowl: pass one of them"),
         (3, "got int$"),

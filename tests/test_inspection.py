@@ -5,15 +5,16 @@ import pandas as pd
 import pytest
 
 from fastebm.cli import main
-from fastebm.data import files, inspection
-from fastebm.data.sets import load_array
+from fastebm.data import inspection
+from fastebm.data.table import Layout, Table
+from fastebm.data.tables import load_array
 
 N = 400
 RNG = np.random.default_rng(0)
 
 
 def _table(**columns):
-    return files.Table(tuple(columns), np.stack([*columns.values()], 1).astype(float), str, files.Layout(), ())
+    return Table(tuple(columns), np.stack([*columns.values()], 1).astype(float), str, Layout(), ())
 
 
 NORMAL = RNG.normal(size=N)
@@ -77,9 +78,9 @@ def test_the_report_comes_before_training(tmp_path, monkeypatch, capsys):
     frame.to_csv(tmp_path / "people.csv")
     monkeypatch.setattr("fastebm.cli.train.train", lambda *_, **__: pytest.fail("it stops before"))
     arguments = ["train", "--data", str(tmp_path / "people.csv"), "--steps", "1", "--out", str(tmp_path / "run")]
-    assert main([*arguments, "--set", "alpha=-1"]) == 2  # after the file was read
+    assert main([*arguments, "--set", "reg_alpha=-1"]) == 2  # after the file was read
     *told, error = capsys.readouterr().err.splitlines()
-    assert "alpha must be" in error
+    assert "reg_alpha must be" in error
     assert [line.removeprefix("fastebm: people.csv: ") for line in told if not line.startswith("reading")] == [
         "column 'Unnamed: 0' counts the rows, as an index does, so it is left out: --columns keeps what it names",
         "column 'kind' is of words ('a', 'b'), which --label kind takes for classes, so it is left out: --columns "

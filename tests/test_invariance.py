@@ -7,7 +7,7 @@ import sys
 import pytest
 import runs
 import torch
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton.launch import Launch, block
 
 from fastebm import Langevin, MLPEnergy, langevin_sample
 from fastebm.backends import Chains

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton.launch import Launch, block
 from scipy import stats
 from scipy.special import ndtr
 from torch import nn

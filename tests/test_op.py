@@ -155,12 +155,12 @@ def test_the_operator_leaves_its_inputs():
     assert out[0].data_ptr() != args[0].data_ptr()
 
 
-def test_opcheck_of_folded_terms():
+def test_opcheck_of_gaussian_and_linear_terms():
     zero = torch.zeros(())
     gaussians = [torch.rand(()), torch.tensor(0.5), torch.tensor(2.0), torch.rand(()), torch.randn(3), torch.rand(3)]
     linears = [torch.rand(()), torch.randn(1, 3)]
     for arguments in [(gaussians, linears, [None]), (gaussians[:3], [], []), ([], linears, [torch.randn(1)])]:
-        torch.library.opcheck(torch.ops.fastebm.folded.default, (*arguments, zero, 3))
+        torch.library.opcheck(torch.ops.fastebm.quadratic.default, (*arguments, zero, 3))
 
 
 def test_networks_round_trip():
@@ -667,8 +667,8 @@ def captured(monkeypatch):
 
     for module in (tracing, langevin_sample, run, op):
         monkeypatch.setattr(module, "capturing", lambda device: True)
-    monkeypatch.setattr(fused.kernels, "langevin_resident", NoKernel())
-    monkeypatch.setattr(fused, "langevin_update", NoKernel())
+    monkeypatch.setattr(fused.resident, "langevin_resident", NoKernel())
+    monkeypatch.setattr(fused.update, "langevin_update", NoKernel())
     return NoWaiting()
 
 

@@ -10,7 +10,7 @@ import math
 import pytest
 import runs
 import torch
-from fastebm.kernels.launch import Launch
+from fastebm.kernels.triton.launch import Launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -761,7 +761,7 @@ def test_an_mlp_too_wide_for_the_kernel_takes_library_products(device, monkeypat
         "step_size": 0.3, "seed": 3, "backend": "triton", "return_info": True,
     }  # fmt: skip
     expected, _ = langevin_sample(energy, precision="ieee", **options)
-    monkeypatch.setattr("fastebm.kernels.launch.choose_launch", lambda *arguments: "too wide")
+    monkeypatch.setattr("fastebm.kernels.triton.launch.choose_launch", lambda *arguments: "too wide")
     samples, info = langevin_sample(energy, **options)
     assert (info.backend, info.path, info.precision) == ("triton", "products", "ieee")
     assert info.why_not_fused.startswith("too wide; the closed-form gradient runs instead, by library products")

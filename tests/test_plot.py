@@ -101,7 +101,7 @@ def test_files_are_not_huge():
 
 
 def test_images_are_those_that_are_given():
-    grid = plot._mosaic(np.ones((3, 2, 2)), columns=2)
+    grid = plot.mosaic(np.ones((3, 2, 2)), columns=2)
     assert grid.shape == (7, 7)
     assert np.nansum(grid) == 12  # three images of four pixels; gaps and the missing fourth are blank
     with pytest.raises(ValueError, match=r"got shape \(0, 8, 8\)"):
@@ -156,7 +156,7 @@ def test_all_columns_are_shown_or_those_that_differ_most():
 
 def test_difference_is_that_of_kolmogorov_and_smirnov():
     a, b = RNG.normal(size=71), RNG.integers(-1, 2, 300)
-    assert plot._difference(a, b) == pytest.approx(stats.ks_2samp(a, b).statistic)
+    assert plot.difference(a, b) == pytest.approx(stats.ks_2samp(a, b).statistic)
 
 
 def test_chains_that_a_bound_stopped_are_told_from_a_mode():
@@ -169,7 +169,7 @@ def test_chains_that_a_bound_stopped_are_told_from_a_mode():
 
 def has_second_hump(x):
     """A bar lower than one on either side by more than a quarter of the highest."""
-    bars = np.histogram(x, plot._bin_edges(x), density=True)[0]
+    bars = np.histogram(x, plot.bin_edges(x), density=True)[0]
     higher = np.minimum(np.maximum.accumulate(bars), np.maximum.accumulate(bars[::-1])[::-1])
     return (higher - bars).max() > bars.max() / 4
 
@@ -201,7 +201,7 @@ def test_few_values_show_no_humps_that_are_not_there():
 )
 def test_bins_hold_every_value_and_suit_their_number(x):
     x = (x.astype(np.float32) if x.max() < 1e6 else x).astype(float)  # as states are rounded
-    edges = plot._bin_edges(x)
+    edges = plot.bin_edges(x)
     assert np.histogram(x, edges)[0].sum() == len(x)
     assert 1 <= len(edges) - 1 <= 3 * np.sqrt(len(x)) + 2
     assert (np.diff(edges) > 0).all()
@@ -209,10 +209,10 @@ def test_bins_hold_every_value_and_suit_their_number(x):
 
 def test_bins_of_integers_are_centred_on_them_and_hold_as_many_each():
     counts = (RNG.poisson(1.5, 100) / 3).astype(np.float32) * 3.0  # in and out of states
-    edges = plot._bin_edges(counts)
+    edges = plot.bin_edges(counts)
     np.testing.assert_allclose(edges, np.arange(counts.max() * 2 + 2) / 2 - 0.25, atol=1e-5)
     ages = np.arange(18.0, 90.0).repeat(2)
-    edges = np.array(plot._bin_edges(ages))
+    edges = np.array(plot.bin_edges(ages))
     np.testing.assert_allclose(edges % 1.0, 0.5)
     np.testing.assert_allclose(np.histogram(ages, edges, density=True)[0], 1 / 72)
 

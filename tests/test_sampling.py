@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import runs
 import torch
-from fastebm.kernels.launch import Launch
+from fastebm.kernels.triton.launch import Launch
 from torch import nn
 
 import fastebm

@@ -11,8 +11,8 @@ from sklearn.datasets import load_breast_cancer, load_digits
 import fastebm
 from fastebm import evaluate
 from fastebm.cli import main
-from fastebm.data import sets as data
-from fastebm.data.sets import load
+from fastebm.data.sets import load, reload
+from fastebm.data.tables import load_array
 from fastebm.energies import energy
 from fastebm.train.loop import train
 from fastebm.train.recipe import TrainConfig, recipe
@@ -76,7 +76,7 @@ def test_scores_are_the_measures_of_the_run(run, tumours):
     """The held-out rows and the malignant ones, in the file's units, have the AUROC that training told."""
     _, frame = tumours
     trained = fastebm.load(run)
-    points = data.reload(trained.data, trained.config.seed)
+    points = reload(trained.data, trained.config.seed)
     test = trained.data.to_data(points.test)
     malignant = frame.loc[frame["diagnosis"] == "malignant", list(trained.data.columns)]
     auroc = evaluate.auroc(trained.energy(test), trained.energy(malignant))
@@ -142,7 +142,7 @@ def test_a_run_on_standardised_rows_refuses_raw_ones(tmp_path, kind):
     raw = rng.normal(mean, deviation, (400, len(mean)))
     standard = (raw - raw.mean(0)) / raw.std(0)
     np.save(tmp_path / "x.npy", standard)
-    points = data.load_array(tmp_path / "x.npy")
+    points = load_array(tmp_path / "x.npy")
     config = TrainConfig(**{**recipe(points), "steps": 3, "n_fresh": 20, "fresh_steps": 2, "hidden_sizes": (8,)})
     train(config, tmp_path / "run", data=points)
     trained = fastebm.load(tmp_path / "run")

@@ -18,11 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_runs import images
 
-from fastebm.data.sets import Images
-from fastebm.train import checkpoint
+from fastebm import ChainPool
+from fastebm.pool.draws import draw_distinct
+from fastebm.rng import Stream, words
+from fastebm.train import checkpoint, writer
 from fastebm.train import loop as training
-from fastebm.train.loop import saved_config, train
+from fastebm.train.folder import saved_config
+from fastebm.train.loop import train
 from fastebm.train.recipe import TrainConfig
 
 TINY = TrainConfig(
@@ -32,16 +36,9 @@ FEW = dataclasses.replace(TINY, batch_size=2)
 TIMEOUT = 60  # seconds; a process that is left waiting fails the test
 
 
-def images():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 2
-    k = torch.randint(0, 5, (60, 9), generator=generator).float() + 4.0 * labels[:, None] * (torch.arange(9) < 4)
-    return Images(k[:40], labels[:40], k[40:], labels[40:], shape=(3, 3), levels=8)
-
-
 def run(config, out, *, rank=0, size=1, meet=None, **options):
     """One process of a run; what it tells."""
-    training._report = lambda run, *_: {"n_nonfinite": run.pool.stats().nonfinite} if size == 1 else {"here": rank}
+    training.write_report = lambda run, *_: {"n_nonfinite": run.pool.stats().nonfinite} if size == 1 else {"here": rank}
     group = None
     if size > 1:
         dist.init_process_group(
@@ -109,34 +106,35 @@ def in_use(folder, rank, **place):
 
 
 def full_disk(folder, rank, **place):
-    write = checkpoint._write
+    write = writer.write_tensors
 
     def full(path, tensors):
         if rank == 1 and "step-00000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write(path, tensors)
 
-    checkpoint._write = full
+    writer.write_tensors = full
     return run(TINY, folder / "run", rank=rank, **place)
 
 
 def not_finite(folder, rank, on_nonfinite="raise", **place):
     """Chains of the last process, when they are drawn next."""
-    sample, calls = training.ChainPool.sample, []
+    sample, calls = ChainPool.sample, []
 
     def poisoned(pool, *args, **options):
         calls.append(1)
         if rank == place["size"] - 1 and len(calls) == 3:
-            drawn = pool._next_draw(TINY.batch_size)
-            reinits = set(drawn.reinit.tolist())
-            pool.states[[row for i, row in enumerate(drawn.rows.tolist()) if i not in reinits][:1]] = torch.inf
+            drawn = draw_distinct(pool.seed, pool.draws, len(pool), TINY.batch_size)
+            coins = words(pool.seed, Stream.POOL, drawn, pool.draws, 1, 0xFFFFFE)[0][:, 0]
+            rows = drawn[coins >= pool.reinit_prob * 2**32] - pool.first_chain  # a chain that starts again forgets it
+            pool.states[rows[(rows >= 0) & (rows < pool.n_local)][:1]] = torch.inf
         return sample(pool, *args, **options)
 
-    training.ChainPool.sample = poisoned
-    rows = []
+    ChainPool.sample = poisoned
+    done = []
     config = dataclasses.replace(TINY, on_nonfinite=on_nonfinite)
-    told = run(config, folder / "run", rank=rank, **place, on_step=rows.append)
-    return {**told, "nonfinite": [row["nonfinite"] for row in rows]}
+    told = run(config, folder / "run", rank=rank, **place, on_step=done.append)
+    return {**told, "nonfinite": [row["nonfinite"] for row in done]}
 
 
 def reinit(folder, **place):
@@ -201,7 +199,7 @@ def alone(tmp_path_factory):
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_report", lambda *_: {})
+        patch.setattr(training, "write_report", lambda *_: {})
         for name, config in (("whole", TINY), ("few", FEW)):
             train(config, folder / name, data=images())
     return folder
@@ -253,7 +251,7 @@ def test_distributed_stop_of_one_stops_all_and_any_number_resumes(scenes, alone,
     assert told(scenes, "stopped 3") == [{"error": "Stopped: stopped at step 3 of 6"}] * 3
     assert told(scenes, "resumed 2") == [{"here": 0}, {}]
     same_run(out, alone / "whole")  # 3 processes, then 2
-    monkeypatch.setattr(training, "_report", lambda *_: {})
+    monkeypatch.setattr(training, "write_report", lambda *_: {})
     shutil.copytree(scenes / "whole 3" / "run", tmp_path / "run")
     train(TINY, tmp_path / "run" / "checkpoints" / "step-00000004", data=images(), resume=True)
     same_run(tmp_path / "run", alone / "whole")  # 3 processes, then 1
@@ -267,7 +265,7 @@ def test_distributed_loss_of_a_process_ends_the_others_and_the_run_resumes(scene
         left["error"],
     )
     assert left["seconds"] < 30
-    monkeypatch.setattr(training, "_report", lambda *_: {})
+    monkeypatch.setattr(training, "write_report", lambda *_: {})
     out = shutil.copytree(scenes / "killed 2" / "run", tmp_path / "run")
     assert checkpoint.Saved(checkpoint.newest(out / "checkpoints")).step in (2, 4)
     train(saved_config(out), out, data=images(), resume=True)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fastebm.kernels import weights
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton import weights
+from fastebm.kernels.triton.launch import Launch, block
 
 from fastebm import (
     ChainPool,
@@ -32,7 +32,7 @@ from fastebm.targets.description import describe
 
 
 def in_lanes(v):
-    """The last axis in the order of kernels/philox.py, to_lanes."""
+    """The last axis in the order of kernels/triton/tiles.py, to_lanes."""
     return v.reshape(*v.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(v.shape)
 
 
@@ -223,8 +223,8 @@ def test_a_call_dispatches_little_and_waits_once(dim, widths, precision, return_
     recorders = []
     for module, name in (
         (fused.weights, "prepare"),
-        (fused.kernels, "langevin_resident"),
-        (fused.kernels, "langevin_streaming"),
+        (fused.resident, "langevin_resident"),
+        (fused.streaming, "langevin_streaming"),
     ):
         recorders.append(Recorder(getattr(module, name)))
         monkeypatch.setattr(module, name, recorders[-1])
@@ -401,9 +401,9 @@ def watched(monkeypatch):
     kernels = {}
     for module, name in (
         (fused.weights, "prepare"),
-        (fused.kernels, "langevin_resident"),
-        (fused.kernels, "langevin_streaming"),
-        (fused, "langevin_update"),
+        (fused.resident, "langevin_resident"),
+        (fused.streaming, "langevin_streaming"),
+        (fused.update, "langevin_update"),
     ):
         kernels[name] = Watched(getattr(module, name))
         monkeypatch.setattr(module, name, kernels[name])

@@ -163,7 +163,7 @@ def multiplies_bf16() -> bool:
 
 def launch_for(description: Description, precision: str, device: torch.device) -> Any:
     """The fused kernel's configuration, or why there is none."""
-    from ..kernels.launch import choose_launch  # needs no triton, but only this path needs it
+    from ..kernels.triton.launch import choose_launch  # needs no triton, but only this path needs it
 
     capability = None if interpreted() else _capability(device)
     return choose_launch(description.dim, description.networks, precision, capability)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import langevin as kernels
-from ..kernels import weights
-from ..kernels.launch import Launch, block
-from ..kernels.update import langevin_update
+from ..kernels.triton import resident, streaming, update, weights
+from ..kernels.triton.launch import Launch, block
+from ..kernels.triton.mlp import Layers
 from ..samplers.langevin import Langevin
 from ..targets.autograd import Energy
 from ..targets.closed_form import Evaluator, matrix, rows_of_products
@@ -72,20 +71,23 @@ def run_mlp(
         slopes = (
             torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in description.mlps
         )
-        kernel, extra = kernels.langevin_streaming, [tuple(slopes)]
+        kernel, extra = streaming.langevin_streaming, [tuple(slopes)]
         flags["OWN_CHAINS"] = launch.own_chains
         flags["LEAN"] = launch.lean
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
-        kernel, extra = kernels.langevin_resident, [x.new_empty(rows, launch.block_dim) if padded else None]
+        kernel, extra = resident.langevin_resident, [x.new_empty(rows, launch.block_dim) if padded else None]
         flags["BOTH_ORDERS"] = launch.both_orders
     mlps = description.mlps
-    constants = {
-        "FIRSTS": tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
-        "BLOCKS": tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
-        "ACTIVATIONS": tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
-        "PARAMETERS": tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
-    }
+    layers = Layers(
+        FIRSTS=tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
+        BLOCKS=tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
+        ACTIVATIONS=tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
+        PARAMETERS=tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
+        PRECISION=precision,
+        FAST=_fast(precision),
+        TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
+    )
     frozen = _frozen_arguments(chains)
     # triton launches on the current device, which may be another than x's
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -110,15 +112,12 @@ def run_mlp(
                 first_tile,
                 *extra,
                 **places,
+                LAYERS=layers,
                 DIM=dim,
                 BLOCK_DIM=launch.block_dim,
-                **constants,
-                PRECISION=precision,
                 BLOCK_CHAINS=launch.block_chains,
                 **flags,
-                FAST=_fast(precision),
                 IN_MEMORY=launch.in_memory,
-                TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
                 **_OPTIONS,
@@ -133,7 +132,7 @@ def _prepare(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The buffer of seed and weights, and the constants that tell a step kernel where everything lies in it."""
     mlps = description.mlps
-    # At bf16 the kernel's silu takes z/2 (kernels/mlp.py), so the layers that feed one are halved, which is exact.
+    # At bf16 the kernel's silu takes z/2 (kernels/triton/mlp.py), so the layers below one are halved, which is exact.
     networks = tuple(
         weights.Network(
             tuple(map(len, mlp.weights)),
@@ -259,7 +258,7 @@ def _run_by_gradient(
         half: str, new: Tensor, x: Tensor, grad: Tensor | None, told: Tensor | None, arguments: list[Any], clamp: str
     ) -> None:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            langevin_update[((n_chains + block_chains - 1) // block_chains,)](
+            update.langevin_update[((n_chains + block_chains - 1) // block_chains,)](
                 new,
                 x,
                 grad,
@@ -311,7 +310,7 @@ def _sampler_arguments(
     """The rule as kernel arguments (a and b with their strides, clips, bounds) and compile-time flags."""
     arguments: list[Any] = []
     flags: dict[str, Any] = {}
-    for name, c in zip("AB", sampler.drift_and_noise(n_chains, steps, device=device), strict=True):
+    for name, c in zip(("DRIFT", "NOISE_STD"), sampler.drift_and_noise(n_chains, steps, device=device), strict=True):
         if not isinstance(c, Tensor):
             arguments += [float(c), None, None]
             flags[f"{name}_PER_CHAIN"] = False

@@ -13,8 +13,8 @@ from ..backends import cpu
 from ..backends.choose import choose
 from ..energies import MLPEnergy
 from ..energies.activations import ACTIVATIONS
-from ..train.loop import resolve_device
 from ..train.recipe import TrainConfig
+from ..train.resources import resolve_device
 from .options import flat, positive, sizes, version
 
 _DEFAULTS = TrainConfig()

@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["Progress", "Signals"]
 
 # Without a terminal to draw a bar on: seconds until the first line of what goes on, and between later ones.
-_FIRST_LINE, _LINE_EVERY = 2.0, 30.0
+FIRST_LINE, LINE_EVERY = 2.0, 30.0
 
 
 class Progress:
@@ -66,19 +66,19 @@ class Progress:
         now = time.monotonic()
         if begins := words != self.words:
             self.close()
-            self.words, self.first, self.started, self.next_line = words, done, now, now + _FIRST_LINE
+            self.words, self.first, self.started, self.next_line = words, done, now, now + FIRST_LINE
         if self.is_terminal:
             self._draw(words, done, total, told, begins)
         elif always or now >= self.next_line:
             self._line(now, done, total, told)
         elif begins:  # what does not come back here in time has its line all the same
-            self.timer = threading.Timer(_FIRST_LINE, self._line, (now, done, total, told))
+            self.timer = threading.Timer(FIRST_LINE, self._line, (now, done, total, told))
             self.timer.daemon = True
             self.timer.start()
 
     def _line(self, now: float, done: int, total: int, told: str) -> None:
         self.timer.cancel()
-        self.next_line = now + _LINE_EVERY
+        self.next_line = now + LINE_EVERY
         parts = [f"step {done}/{total}" if total else "", told]
         if self.first < done < total:
             parts.append(f"{(now - self.started) / (done - self.first) * (total - done):.0f} s left")

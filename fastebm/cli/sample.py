@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.sets import DataInfo
+from ..data.info import DataInfo
 from ..energies import MLPEnergy
 from ..threads import fastest
-from ..train.checkpoint import write_atomically
-from ..train.loop import load_model, resolve_device
+from ..train.apply import fresh_samples, landscape
+from ..train.atomic import write_atomically
+from ..train.folder import load_model
 from ..train.recipe import TrainConfig
-from ..train.report import fresh_samples, landscape
+from ..train.resources import resolve_device
 from .options import Threads, add_device, add_threads, check_writable, count, need, on_threads, positive
 from .progress import Progress
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from .. import evaluate
 from ..data import inspection
-from ..data.files import Table, find, read, read_images
-from ..train.checkpoint import write_atomically
+from ..data.files import find, read, read_images
+from ..data.table import Table
+from ..train.atomic import write_atomically
 from ..train.scoring import TrainedRun, load
 from .options import check_writable, need
 from .progress import Progress

@@ -16,25 +16,16 @@ from typing import Any
 
 import torch
 
+from ..data.dataset import Data
 from ..data.files import find
-from ..data.sets import SETS, Data, load, load_array
+from ..data.sets import SETS, load
+from ..data.tables import load_array
 from ..pool.processes import Processes, launched
 from ..train import checkpoint
-from ..train.loop import (
-    CHECKPOINT_EVERY,
-    CHECKPOINTS,
-    FREE_SETTINGS,
-    SUMMARY,
-    Stopped,
-    check_empty,
-    check_memory,
-    located,
-    resolve_device,
-    saved_config,
-    seconds_of_a_step,
-    train,
-)
+from ..train.folder import CHECKPOINTS, FREE_SETTINGS, SUMMARY, check_empty, located, saved_config
+from ..train.loop import CHECKPOINT_EVERY, Stopped, train
 from ..train.recipe import TrainConfig, recipe
+from ..train.resources import check_memory, resolve_device, seconds_of_a_step
 from ..words import did_you_mean
 from .options import Threads, add_device, add_threads, flat, need, on_threads, positive, rank, sizes
 from .progress import Progress, Signals
@@ -249,7 +240,7 @@ def _train(arguments: argparse.Namespace) -> int:
                     progress.note(f"interrupted{where}")
                     return 128 + (signals.number or signal.SIGINT)
     if rank() == 0:
-        _tell(out, config, summary)
+        show_summary(out, config, summary)
     return 0
 
 
@@ -315,7 +306,7 @@ def _timed_threads(config: TrainConfig, data: Data, progress: Progress) -> Threa
     return Threads(lambda n: seconds_of_a_step(config, data, n), progress)
 
 
-def _tell(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+def show_summary(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
     what = "digits" if config.data.kind == "images" else "rows"
     print(
         f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"

@@ -1,1 +1,1 @@
-"""Data sets, and files of the user's own."""
+"""Data sets by name, and the user's own files."""

@@ -1,4 +1,4 @@
-"""What a table's values are like: what a person should know before training, and what would make it worthless."""
+"""Checks of a table before training: problems that would make it useless, and findings that a person should know."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..words import listed
-from .files import MAX_LABELS, Table
+from .table import MAX_LABELS, Table
 
 __all__ = ["complete", "findings", "flattened"]
 
-# Standard deviations that all but a few values of a column must reach over. Langevin noise of a table is 0.2 in every
-# step: what lies within a 200th of that is lost in it, which is an error, and within a 20th of it hard to learn.
+# All but a few values of a column must spread over this many standard deviations. The Langevin noise of a table is 0.2
+# per step: structure 200 times finer is lost in it, which is an error; 20 times finer is hard to learn, a note.
 _NO_ROOM, _LITTLE_ROOM = 1e-3, 1e-2
 
-# Of a column's rows, the share that may count as a few far ones; a mark for missing values can be that common.
+# The largest share of a column's rows that counts as a few far values. A mark for missing values can be this common.
 _MAX_FAR = 0.1
 
-# Of the rows, the share that is left out where values are missing; of more, what is left may be of another kind.
+# The largest share of rows that is left out for missing values. With more, the rest may be a biased selection.
 _MAX_MISSING = 0.1
 
-# Rows per value of a column of labels.
+# A column of labels has at least this many rows per value.
 _ROWS_PER_LABEL = 10
 
-# The middle 99 % of a heavy-tailed column are so many times as wide as its middle half: of a normal one 3.8, of an
-# exponential 4.8, of a logarithmic normal of sigma 1 it is 9, of Student's t with 2 degrees of freedom 12.
+# A column has heavy tails if its middle 99 % are this many times as wide as its middle half. A normal distribution has
+# 3.8, an exponential 4.8, a log-normal of sigma 1 has 9, Student's t with 2 degrees of freedom 12.
 _HEAVY = 10.0
 
-# A value that comes less often is a far one by chance.
+# A far value that occurs at least this often is no chance.
 _OFTEN = 3
 
-# The share of equal rows that is worth a word.
+# Up to this share, equal rows are not reported.
 _MANY_EQUAL = 0.01
 
 
@@ -64,7 +64,7 @@ def complete(path: Path, table: Table) -> Table:
 def _holes(
     path: Path, table: Table, is_bad: NDArray[np.bool_], what: str, ways: str, rows: NDArray[np.bool_] | None = None
 ) -> str:
-    """Which columns have bad values, and what to do."""
+    """The message about columns with bad values: how many, where, and the ways to go on (if any)."""
     found = [j for j in range(len(table.columns)) if is_bad[:, j].any()]
     told = []
     for j in found[:5]:
@@ -79,12 +79,12 @@ def _holes(
 
 
 def findings(table: Table) -> tuple[str, ...]:
-    """What a person should know about complete rows before training on them, a line each."""
+    """What a person should know before training on these complete rows, one line each."""
     return (*_kinds(table), *_equal_rows(table))
 
 
 def _kinds(table: Table) -> Iterator[str]:
-    """Columns by what their values are like; of each kind one note."""
+    """One line per kind of odd column, with the names of those columns."""
     few, whole, rising, unique, heavy, marks = (list[str]() for _ in range(6))
     for name, values in zip(table.columns, table.x.T, strict=True):
         found = np.unique(values)
@@ -124,9 +124,9 @@ def _kinds(table: Table) -> Iterator[str]:
 
 
 def _mark(values: NDArray[np.float64], found: NDArray[np.float64]) -> float | None:
-    """The smallest or largest value, if it comes again and again, and is further out than the others reach.
+    """The smallest or largest value, if it occurs often and lies further out than the range of all others.
 
-    found: the different values, sorted.
+    found: the distinct values, sorted.
     """
     for end, others in ((found[0], found[1:]), (found[-1], found[:-1])):
         if np.abs(others - end).min() > np.ptp(others) and np.count_nonzero(values == end) >= _OFTEN:
@@ -146,12 +146,16 @@ def _equal_rows(table: Table) -> Iterator[str]:
 
 
 def flattened(path: Path, table: Table) -> list[str]:
-    """Notes of columns that a few far values leave little room in; those that are left none are an error.
+    """Notes about columns whose values a few far ones squeeze together. If they can't be told apart, that is an error.
 
-    A column is scaled by its standard deviation, which one huge value can make. What counts is how far the others then
-    reach: all that are not equal to the median (many tables are mostly zeros), but for the furthest hundredth of them,
-    and a value beside these that comes again and again, as -9999 for a missing one does. A logarithmic normal
-    of sigma 2 reaches 2.5 deviations so, and a Cauchy column of 10,000 rows 0.6, or in one file of a hundred 0.01.
+    A column is scaled by its standard deviation, which a single huge value can dominate. What counts is how far from
+    the median the other values reach, in standard deviations. Left out are values equal to the median (many tables are
+    mostly zeros), the furthest hundredth, and repetitions of a value among these, such as -9999 for a missing one.
+    A log-normal column of sigma 2 then reaches 2.5 deviations, a Cauchy column of 10,000 rows 0.6; one in a hundred
+    of those reaches only 0.01.
+
+    Raises:
+        ValueError: the values of a column can't be told apart.
     """
     notes = []
     for name, values in zip(table.columns, table.x.T, strict=True):

@@ -18,11 +18,11 @@ from ..backends.choose import FUSED, Choice, choose
 from ..backends.graphs import CudaRecorder
 from ..energies import EnergyLike, first_tensor, n_classes
 from ..energies.conditions import are_labels
+from ..energies.eval_mode import evaluating
 from ..energies.functions import as_module
 from ..samplers.base import check_settings
 from ..targets.autograd import Energy
 from ..targets.description import check_shape
-from ..targets.mlp import evaluating
 from ..threads import survives_fork
 from ..tracing import capturing, readable
 from .arguments import checked_count, checked_given, same_device

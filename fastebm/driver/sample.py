@@ -159,11 +159,12 @@ def sample(
     shown = (sys.stderr.isatty() and many) if progress is None else progress
     size = max(thin, -(-max(steps, warmup) // (_PARTS * max(thin, 1))) * max(thin, 1)) if shown else 0
     with tqdm(total=warmup + steps, unit=" steps", disable=not shown, dynamic_ncols=True) as bar:
-        before, _, state = run.steps(state, 0, warmup, size, bar, keep=False)
+        if warmup > 0:
+            before, _, state = run.steps(state, 0, warmup, size, bar, keep=False)
         done, choice, state = run.steps(state, warmup, warmup + steps, size, bar, keep=True)
-    # one story of which steps were bad, over the warm-up too
-    done = done._replace(first_bad=torch.where(before.first_bad >= 0, before.first_bad, done.first_bad))
-    trajectory = None if done.trajectory is None else done.trajectory.reshape(len(done.x), -1, *shape)
+    if warmup > 0:  # the first bad step may have been in the warm-up
+        done = done._replace(first_bad=torch.where(before.first_bad >= 0, before.first_bad, done.first_bad))
+    trajectory = None if done.trajectory is None else done.trajectory.reshape(*done.trajectory.shape[:2], *shape)
     return SampleResult(
         done.x.reshape(len(done.x), *shape), trajectory, done.energy, info_of(choice, done, chains, sampler), state
     )

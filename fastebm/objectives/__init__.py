@@ -1,5 +1,6 @@
-"""Training objectives, one small file each."""
+"""Training objectives, one file each."""
 
-from .contrastive_divergence import contrastive_divergence_loss
+from .base import Loss, Objective
+from .contrastive_divergence import ContrastiveDivergence, contrastive_divergence_loss
 
-__all__ = ["contrastive_divergence_loss"]
+__all__ = ["ContrastiveDivergence", "Loss", "Objective", "contrastive_divergence_loss"]

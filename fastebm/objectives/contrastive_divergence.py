@@ -1,13 +1,84 @@
-"""Contrastive divergence (Hinton 2002), with the energy regulariser of Du & Mordatch (2019)."""
+"""Contrastive divergence (Hinton 2002; Tieleman 2008), with the energy regulariser of Du & Mordatch (2019).
+
+loss = mean E(data) - mean E(samples) + reg_alpha (mean E(data)^2 + mean E(samples)^2)
+"""
 
 from __future__ import annotations
 
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["contrastive_divergence_loss"]
+from ..driver.sample import sample
+from ..energies import energy as energies_of
+from ..pool import ChainPool
+from ..samplers.base import Sampler
+from .base import Loss
+
+__all__ = ["ContrastiveDivergence", "contrastive_divergence_loss"]
+
+
+class ContrastiveDivergence(nn.Module):
+    """Contrastive divergence as an objective: it draws the negatives, and returns the loss of a batch.
+
+        objective = ContrastiveDivergence(Langevin.ula(0.01), steps=20, pool=ChainPool(10_000, 2, clamp=(-2, 2)))
+        loss, metrics, samples = objective(energy, batch)
+        loss.backward()
+
+    Metrics: ``energy_real`` and ``energy_samples``, the two mean energies.
+
+    Args:
+        sampler: how chains move.
+        steps: sampler steps per call.
+        pool: chains that go on from call to call; as many are drawn as the batch has rows. None: chains start at the
+            batch (Hinton's CD-k), with noise seeded from torch's global generator.
+        reg_alpha: weight of the regulariser, >= 0.
+        backend, on_nonfinite: as for ``langevin_sample``.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        steps: int,
+        *,
+        pool: ChainPool | None = None,
+        reg_alpha: float = 0.01,
+        backend: str = "auto",
+        on_nonfinite: str = "raise",
+    ) -> None:
+        super().__init__()
+        self.sampler, self.steps, self.pool = sampler, steps, pool
+        self.reg_alpha, self.backend, self.on_nonfinite = reg_alpha, backend, on_nonfinite
+
+    def forward(self, energy: nn.Module, batch: Tensor, *, batch_size: int | None = None) -> Loss:
+        """The loss of one batch: see ``Objective``.
+
+        Args:
+            energy: may be wrapped in DistributedDataParallel.
+        """
+        n = len(batch) if batch_size is None else batch_size
+        samples = self._negatives(energy, batch, n)
+        # One forward pass of both: DistributedDataParallel allows one per backward pass.
+        energies = energies_of(energy, torch.cat([batch, samples]))
+        real, negative = energies[: len(batch)], energies[len(batch) :]
+        loss = contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=n)
+        metrics: dict[str, float | Tensor] = {
+            "energy_real": real.detach().sum() / n,
+            "energy_samples": negative.detach().sum() / n,
+        }
+        return Loss(loss, metrics, samples)
+
+    def _negatives(self, energy: nn.Module, batch: Tensor, n: int) -> Tensor:
+        # The module itself: behind the wrapper nobody sees that it is an MLP.
+        model = energy.module if isinstance(energy, nn.parallel.DistributedDataParallel) else energy
+        if self.pool is not None:
+            return self.pool.sample(
+                model, n, self.sampler, self.steps, backend=self.backend, on_nonfinite=self.on_nonfinite
+            )[0]
+        return sample(
+            model, self.sampler, init=batch, steps=self.steps, backend=self.backend, on_nonfinite=self.on_nonfinite
+        ).x
 
 
 def contrastive_divergence_loss(
@@ -15,19 +86,20 @@ def contrastive_divergence_loss(
 ) -> Tensor:
     """mean E+ - mean E- + reg_alpha (mean E+^2 + mean E-^2), a scalar.
 
-    The first two terms have the gradient of the negative log-likelihood when the negatives follow the model;
-    the last keeps energies near zero, whose level the likelihood leaves free.
+    If the negatives follow the model, the first two terms have the gradient of the negative log-likelihood. The last
+    one keeps energies near zero: the likelihood does not depend on their level.
 
     Args:
         real_energy: energies of data, (batch,) or (batch, 1).
-        neg_energy: energies of samples, (batch,) or (batch, 1), computed anew: ``energy(samples)``. The samples carry
-            no gradient, and neither do the energies that a sampler or a pool returns with them.
+        neg_energy: energies of samples, (batch,) or (batch, 1), computed as ``energy(samples)``. The energies that a
+            sampler or a pool returns with its samples carry no gradient, so they can't be used here.
         reg_alpha: weight of the regulariser, >= 0.
-        batch_size: what each side's sums are divided by for its means. None: its own number. Processes that each have
-            a part of a batch, or none, give the whole's: their losses then add up to that of the whole.
+        batch_size: what the sums of each side are divided by to give its means. None: the number of its energies.
+            Processes that each hold a part of a batch, which may be empty, pass the size of the whole batch: the sum
+            of their losses is then the loss of the whole batch.
 
     Warns:
-        UserWarning: only one side has a gradient, so that only half of the loss would be learned from.
+        UserWarning: one side carries no gradient, so half of the loss would have no effect.
     """
     if not reg_alpha >= 0:
         raise ValueError(f"reg_alpha must be >= 0, got {reg_alpha}")

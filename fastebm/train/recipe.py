@@ -1,4 +1,4 @@
-"""Every hyper-parameter of a training run, and what they should be for each data set."""
+"""Every hyper-parameter of a training run, and good values of them for each data set."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 
-from ..data.sets import DIGITS, Data, DataInfo
+from ..data.dataset import Data
+from ..data.info import DIGITS, DataInfo
+from ..energies import MLPEnergy
 from ..samplers.langevin import Langevin
 
-__all__ = ["RETIRED", "TrainConfig", "recipe"]
+__all__ = ["TrainConfig", "build_model", "current", "recipe"]
 
-# Entries that configurations of earlier versions have, and that are dropped when one is read.
-RETIRED = ("compile",)
+# Entries in configurations of earlier versions: those that no longer exist, and those with another name now.
+_RETIRED = ("compile",)
+_RENAMED = {"alpha": "reg_alpha", "restart_prob": "reinit_prob"}
 
-# What differs from TrainConfig's defaults, by the name of a data set or else its kind.
+# What differs from TrainConfig's defaults, by the name of a data set or else by its kind.
 _RECIPES: dict[str, dict[str, Any]] = {
     "images": {},
     "plane": {"steps": 2000, "hidden_sizes": (128, 128, 128), "learning_rate": 5e-3},
@@ -28,7 +31,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe(data: Data) -> dict[str, Any]:
-    """The arguments of TrainConfig that suit a data set, its description among them."""
+    """The arguments of TrainConfig for a data set, its description included."""
     info = data.info
     found = _RECIPES.get(info.name, _RECIPES[info.kind])
     return {"batch_size": min(TrainConfig.batch_size, len(data.train)), **found, "clamp": info.clamp, "data": info}
@@ -36,29 +39,30 @@ def recipe(data: Data) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every hyper-parameter of a run; these defaults are the recipe of the digits, ``recipe`` has the others.
+    """Every hyper-parameter of a run. The defaults are the recipe for the digits; ``recipe`` has the others.
 
-    A chain moves by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of langevin_steps, alike
-    in training and when sampling afresh. Within a block the noise is noise_std, and over its last part
-    (cooling, a share) falls linearly to 0, so a block ends on a step without noise. drift = noise_std^2 / 2 is
-    temperature 1: the energy is the negative log-density, and finds its own scale.
+    Chains move by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of langevin_steps, both in
+    training and when sampling afresh. Within a block the noise is noise_std, and falls linearly to 0 over its last
+    part (the fraction cooling), so a block ends with a step without noise. drift = noise_std^2 / 2 is temperature 1:
+    the energy is then the negative log-density.
 
     Args:
-        data: what it is trained on. seed: of everything random.
-        steps: training iterations. batch_size: real rows, and chains, of each.
+        data: the data set. seed: of everything random.
+        steps: training iterations. batch_size: data rows per iteration, and chains drawn from the pool.
         hidden_sizes, activation: of the MLPEnergy.
-        dequantisation: width, in grey levels, of the uniform noise added to images; 1 fills the gaps between
-            levels, 0 leaves black and white exactly on the clamp's bounds, where clamped chains lie as well.
-        pool_size: persistent chains. restart_prob: of a drawn chain. langevin_steps: of each iteration.
-        learning_rate, betas: Adam's. warmup_steps: over which the learning rate rises from 0. decay: of the
-            learning rate, to 0 at the end: "cosine", "linear" or "none".
-        alpha: weight of the energies' squares in the loss.
-        max_grad_norm: the weights' gradient is scaled down to it; None: never.
-        ema_decay: of the averaged weights, which grows to it as (1 + step) / (10 + step).
-        n_fresh: chains, from uniform noise, that the measures use. fresh_steps: of each.
-        on_nonfinite: "raise" ends training when a chain leaves the finite numbers; "reinit" starts that chain anew and
-            goes on, unless more than a tenth of a batch does so in one step. Samples of such chains are their starts.
-        device: "auto" (a GPU if there is one) or any name of PyTorch's.
+        dequantisation: width, in grey levels, of the uniform noise added to images. 1 fills the gaps between levels;
+            0 leaves black and white exactly on the bounds of the clamp, where clamped chains lie as well.
+        pool_size: persistent chains. reinit_prob: the probability that a drawn chain starts again from noise.
+        langevin_steps: per iteration.
+        learning_rate, betas: Adam's. warmup_steps: over which the learning rate rises from 0. decay: of the learning
+            rate, to 0 at the end: "cosine", "linear" or "none".
+        reg_alpha: weight of the squared energies in the loss.
+        max_grad_norm: the gradient of the weights is clipped to this norm; None: never.
+        ema_decay: of the averaged weights. In step t the decay is at most (1 + t) / (10 + t).
+        n_fresh: chains from uniform noise that the measures use. fresh_steps: Langevin steps of each.
+        on_nonfinite: "raise" ends training when a chain is no longer finite. "reinit" starts that chain again and
+            goes on, unless more than a tenth of a batch does so in one step; such a chain's sample is its new start.
+        device: "auto" (a GPU if there is one) or any device name of PyTorch.
     """
 
     data: DataInfo = DIGITS
@@ -70,7 +74,7 @@ class TrainConfig:
     dequantisation: float = 0.0
 
     pool_size: int = 10_000
-    restart_prob: float = 0.02
+    reinit_prob: float = 0.02
     langevin_steps: int = 20
     drift: float = 0.01125
     noise_std: float = 0.15
@@ -82,7 +86,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 100
     decay: str = "linear"
-    alpha: float = 1e-3
+    reg_alpha: float = 1e-3
     max_grad_norm: float | None = 1.0
     ema_decay: float = 0.999
 
@@ -100,9 +104,9 @@ class TrainConfig:
         for name in ("drift", "learning_rate"):
             _require(name, getattr(self, name), float, lambda v: v > 0, "a number > 0")
         _require("warmup_steps", self.warmup_steps, int, lambda v: v >= 0, "an int >= 0")
-        for name in ("noise_std", "alpha"):
+        for name in ("noise_std", "reg_alpha"):
             _require(name, getattr(self, name), float, lambda v: v >= 0, "a number >= 0")
-        for name in ("restart_prob", "cooling", "dequantisation"):
+        for name in ("reinit_prob", "cooling", "dequantisation"):
             _require(name, getattr(self, name), float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         _require("ema_decay", self.ema_decay, float, lambda v: 0 <= v < 1, "a number in [0, 1)")
         if len(self.betas) != 2:
@@ -122,7 +126,7 @@ class TrainConfig:
             raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
 
     def sampler(self, steps: int) -> Langevin:
-        """The sampler of ``steps`` steps, as many blocks as they hold; what is left over is the end of a block."""
+        """The sampler for this many steps: whole blocks, and before them the end of one if it does not divide."""
         cooling = round(self.cooling * self.langevin_steps)
         noise = torch.full((self.langevin_steps,), self.noise_std)
         noise[self.langevin_steps - cooling :] *= torch.linspace(1.0, 0.0, cooling + 1)[1:]
@@ -132,14 +136,14 @@ class TrainConfig:
         )
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the iteration after ``step`` finished ones."""
+        """The learning rate after ``step`` finished iterations."""
         done = step / self.steps
-        share = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "none": 1.0}
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
-        return self.learning_rate * share[self.decay] * warm
+        factor = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "none": 1.0}
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
+        return self.learning_rate * factor[self.decay] * warmup
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Data that have no layout have no such entry, as in runs of earlier versions."""
+        """For JSON. Data without a layout have no such entry, as in runs of earlier versions."""
 
         def listed(values: dict[str, Any]) -> dict[str, Any]:
             return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -151,18 +155,30 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of ``to_dict``; entries that are ``RETIRED`` are dropped.
+        """The inverse of ``to_dict``. It also takes what earlier versions wrote.
 
         Raises:
             ValueError: missing, unknown or impossible entries.
         """
-        values = {k: v for k, v in values.items() if k not in RETIRED}
+        values = current(values)
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:
             odd = ", ".join(sorted(values.keys() ^ names))
             raise ValueError(f"these entries of the configuration are missing or unknown: {odd}")
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**{**entries, "data": DataInfo.from_dict(values["data"])})
+
+
+def current(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration by their names of today."""
+    return {_RENAMED.get(k, k): v for k, v in values.items() if k not in _RETIRED}
+
+
+def build_model(config: TrainConfig, data_dim: int) -> MLPEnergy:
+    """The energy with the initial weights of the seed. The global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return MLPEnergy(data_dim, config.hidden_sizes, config.activation)
 
 
 def _require(name: str, value: Any, kind: type, rule: Callable[[Any], bool], words: str) -> None:

@@ -1,4 +1,4 @@
-"""A trained run, applied to rows in the units of its data: energies, and where they stand among the training rows."""
+"""A trained run, applied to rows in the units of its data: their energies, compared with the training rows'."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ..data.sets import DataInfo, reload
+from ..data.info import DataInfo
+from ..data.sets import reload
 from ..energies import MLPEnergy
 from ..words import listed
-from .loop import SUMMARY, load_model, located
+from .apply import energies_of, fresh_samples, train_energies
+from .folder import ENERGIES, SUMMARY, load_model, located
 from .recipe import TrainConfig
-from .report import ENERGIES, energies_of, fresh_samples, train_energies
 
 __all__ = ["TrainedRun", "load"]
 
-# Of all cells, the share that may lie beyond the range of the training rows. Of breast_cancer's malignant rows 10 % do,
-# of the largest 20 of these 34 %; of its rows when they are standardised 69 %.
+# Rows are in other units if more than this share of their cells lies beyond the range of the training rows. Of the
+# malignant rows of breast_cancer 10 % do, of the largest 20 of them 34 %, of its rows when standardised 69 %.
 _MOST_OUTSIDE = 0.5
 
-# Rows from which on a column's own centre and spread say whether it is standardised.
+# With fewer rows, centres and spreads of columns do not show whether these are standardised.
 _FEW = 10
 
-# Rows that are not so far out are still taken for standardised ones if this share of them has a higher energy than all
-# but 1 % of the training rows. In both cases fewer than half may, when they are read as standardised.
+# Rows within the range are still taken for standardised if at least _SURELY_FAR of them have a higher energy than 99 %
+# of the training rows. In both cases fewer than _NOT_FAR of them may have, once they are read as standardised.
 _SURELY_FAR, _NOT_FAR = 0.9, 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
-    """What ``load`` gives.
+    """What ``load`` returns.
 
     Args:
-        model: the energy of states: what chains move in, (n, dim). For images these are values in [0, 1], for rows
-            ``(x - data.offset) / data.scale`` within ``data.clamp``. It is what ``langevin_sample`` and pools take.
-        config: all hyper-parameters. data: what it was trained on, and in which units.
+        model: the energy of states (n, dim), as ``langevin_sample`` and pools take it. For images, states are values
+            in [0, 1]; for rows, ``(x - data.offset) / data.scale`` within ``data.clamp``.
+        config: all hyper-parameters. data: the data set and its units.
         train_energies: (n_train,) sorted energies of the training rows.
     """
 
@@ -54,20 +55,20 @@ class TrainedRun:
     def energy(self, x: Any, *, check_units: bool = True) -> Tensor:
         """Energies of rows in the units of the data: the higher, the less likely.
 
-        A value beyond the range that chains move in (``outside``) counts as the nearest in it: of the energy
-        further out nothing was learnt.
+        Values beyond the range of the chains (``outside``) are clamped to it: the energy has learned nothing about
+        what is further out.
 
         Args:
-            x: (n, d) rows, or (n, height, width) images in [0, 1]: a tensor, an array, or a DataFrame, of which the
-                columns are taken by name.
-            check_units: refuse rows that are clearly in other units, as standardised ones are where the run was
-                trained on raw values, or the other way round.
+            x: (n, d) rows, or (n, height, width) images in [0, 1]: a tensor, an array, or a DataFrame, whose columns
+                are found by name.
+            check_units: refuse rows that are clearly in other units, such as standardised rows if the run was trained
+                on raw ones.
 
         Returns:
             (n,) float32.
 
         Raises:
-            ValueError: rows of another shape, that are not finite, or in other units.
+            ValueError: the rows have another shape, are not finite, or are in other units.
         """
         rows = self._rows(x)
         e = energies_of(self.model, self._states(rows))
@@ -76,17 +77,19 @@ class TrainedRun:
         return e
 
     def percentile(self, energies: ArrayLike) -> NDArray[np.float64]:
-        """The percentage of the training rows whose energy is no higher, of each energy: 100 is unlike all of them.
+        """For each energy, the percentage of training rows whose energy is no higher. 100: unlike all of them.
 
-        The model has seen the training rows, so of new rows like them somewhat more than 5 % are above 95.
+        The model was fitted to the training rows, so among similar new rows somewhat more than 5 % are above 95.
         """
         e = np.asarray(energies, np.float32)
         found = 100.0 * np.searchsorted(self.train_energies, e, side="right") / len(self.train_energies)
         return np.where(np.isnan(e), np.nan, found)
 
     def outside(self, x: Any) -> NDArray[np.int64]:
-        """Of each row, the number of columns beyond the range that chains move in: the training rows' and a tenth
-        more, within five standard deviations. (n,)"""
+        """(n,) For each row, the number of columns that lie beyond the range of the chains.
+
+        The range is that of the training rows and a tenth more, but at most five standard deviations.
+        """
         n: NDArray[np.int64] = self._outside(self._rows(x)).sum(axis=1)
         return n
 
@@ -94,13 +97,13 @@ class TrainedRun:
         """New samples in the units of the data, from chains that start in uniform noise: (n, *data.shape).
 
         Args:
-            steps: of Langevin; None: the run's.
+            steps: Langevin steps; None: as many as in the run's report.
         """
         samples, _ = fresh_samples(self.model, self.config, n, dim=self.data.dim, steps=steps, seed=seed)
         return self.data.to_data(samples)
 
     def _rows(self, x: Any) -> NDArray[np.float64]:
-        """(n, dim), finite, in the data's units."""
+        """Checked rows, (n, dim), in the units of the data."""
         data = self.data
         if hasattr(x, "columns") and data.columns:
             names = {str(name): name for name in x.columns}
@@ -130,7 +133,7 @@ class TrainedRun:
         return rows
 
     def _outside(self, rows: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """(n, dim)"""
+        """(n, dim): which values lie beyond the range of the chains."""
         if self.data.kind == "images":
             return np.zeros(rows.shape, np.bool_)
         scores = (rows - self.data.offset) / self.data.scale
@@ -173,19 +176,19 @@ class TrainedRun:
             )
 
     def _share_far(self, energies: Tensor) -> float:
-        """Of rows, the share with a higher energy than all but 1 % of the training rows."""
+        """The share of these energies above those of 99 % of the training rows."""
         return float((energies > float(np.quantile(self.train_energies, 0.99))).double().mean())
 
 
 def _is_raw(rows: NDArray[np.float64]) -> bool:
-    """Whether most columns are clearly not of mean 0 and standard deviation 1: some far out, or very narrow."""
+    """Whether most columns clearly do not have mean 0 and standard deviation 1."""
     is_far = np.abs(np.median(rows, axis=0)) > 5.0
     is_odd = is_far | (rows.std(axis=0) < 0.1)
     return len(rows) >= _FEW and bool(is_far.any()) and float(is_odd.mean()) > 0.5
 
 
 def load(run: str | os.PathLike[str]) -> TrainedRun:
-    """The trained energy of a run folder of ``fastebm train``, for rows in the units of its data:
+    """Load the trained energy of a run folder of ``fastebm train``, for rows in the units of its data.
 
         run = fastebm.load("runs/measurements")
         run.energy(rows)                        # (n,) the higher, the less likely
@@ -193,15 +196,15 @@ def load(run: str | os.PathLike[str]) -> TrainedRun:
         run.sample(1000)                        # new rows
 
     Args:
-        run: the folder, or one of its checkpoints/step-N.
+        run: the folder, or a checkpoint in it, checkpoints/step-N.
 
     Raises:
-        ValueError: no run, a damaged one, or one that has not ended and whose data are gone.
+        ValueError: this is no run, it is damaged, or it has not ended and its data are gone.
     """
     model, config = load_model(run)
     out, path = located(run)
     kept = out / ENERGIES
-    # Not those of a run that goes on, or of an earlier checkpoint.
+    # The saved energies are of the end of the run: not of a run that is still training, nor of an earlier checkpoint.
     if kept.exists() and (out / SUMMARY).exists() and located(out)[1].resolve() == path.resolve():
         try:
             energies = np.load(kept, allow_pickle=False)

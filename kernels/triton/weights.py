@@ -7,6 +7,7 @@ A call has one buffer of int32 words. `layout` says where everything lies in it,
 kernels find things with the functions below it.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 
 from .launch import block
-from .philox import lane_order
+from .mlp import Terms
+from .tiles import lane_order
 
 # The buffer's head. REPORT: not 0 if any chain is not finite. SEED: its two words. BOUNDS: what bounds a gradient
 # in the streaming kernel, in float32: max|c|, max|b - c m|, then of each network max|W_1|.
@@ -68,6 +70,10 @@ class Part(NamedTuple):
         return self.size * self.halves // 2 if self.halves else self.size
 
 
+# The same of all parts, each field a tuple: triton loses the field names of a constant within a tuple.
+Parts = namedtuple("Parts", Part._fields)
+
+
 @dataclass(frozen=True)
 class Layout:
     """parts: weight and bias of each layer, w (k,), the constant, then c, m, b and b - c m as far as there are any.
@@ -103,8 +109,12 @@ class Layout:
         tiles = [0]
         for part in self.parts:
             tiles.append(tiles[-1] + -(-part.size // _BLOCK))
-        fields = {f"{name.upper()}": tuple(getattr(p, name) for p in self.parts) for name in Part._fields}
-        return {"TILES": tuple(tiles), "OFFSETS": self.offsets[:-1], **fields, "BLOCK": _BLOCK}
+        return {
+            "TILES": tuple(tiles),
+            "OFFSETS": self.offsets[:-1],
+            "PARTS": Parts(*zip(*self.parts, strict=True)),
+            "BLOCK": _BLOCK,
+        }
 
     @cached_property
     def places(self) -> dict[str, tuple[int, ...]]:
@@ -185,42 +195,40 @@ def store_bf16(ptr, x, exists):
 
 @triton.jit
 def fill_part(
-    out_ptr, source_ptr, stride_row, stride_col, scale_ptr, tile, OFFSET: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, PADDED_ROWS: tl.constexpr, PADDED_COLS: tl.constexpr, HALVES: tl.constexpr,
-    IN_LANES: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, PADDING: tl.constexpr, MISSING: tl.constexpr,
-    REACH_WORD: tl.constexpr, BLOCK: tl.constexpr,
+    out_ptr, source_ptr, stride_row, stride_col, scale_ptr, tile, P: tl.constexpr, OFFSETS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Elements tile BLOCK and on of a `Part`."""
-    SIZE: tl.constexpr = PADDED_ROWS * PADDED_COLS
+    """Elements from tile * BLOCK on of part P."""
+    SIZE: tl.constexpr = PARTS.padded_rows[P] * PARTS.padded_cols[P]
     i = tile * BLOCK + tl.arange(0, BLOCK)
-    row = i // PADDED_COLS
-    col = i % PADDED_COLS
-    if IN_LANES:
+    row = i // PARTS.padded_cols[P]
+    col = i % PARTS.padded_cols[P]
+    if PARTS.in_lanes[P]:
         col = lane_order(col)
-    inside = (row < ROWS) & (col < COLS)
+    inside = (row < PARTS.rows[P]) & (col < PARTS.cols[P])
     if source_ptr is None:
-        x = tl.full((BLOCK,), MISSING, tl.float32)
+        x = tl.full((BLOCK,), PARTS.missing[P], tl.float32)
     else:
         # int64: a parameter may be a part of a larger tensor
         offsets = row.to(tl.int64) * stride_row + col.to(tl.int64) * stride_col
         x = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        if REACH_WORD >= 0:
+        if PARTS.reach[P] >= 0:
             # as integers, magnitudes are in the order of the floats, and NaN is above all
             magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            tl.atomic_max(out_ptr + REACH_WORD, tl.max(magnitude, axis=0))
-        if SCALE >= 0 and scale_ptr is not None:
-            x = x * (tl.load(scale_ptr + SCALE).to(tl.float32) * FACTOR)
-        elif FACTOR != 1.0:
-            x = x * FACTOR
-    x = tl.where(inside, x, PADDING)
+            tl.atomic_max(out_ptr + PARTS.reach[P], tl.max(magnitude, axis=0))
+        if PARTS.scale[P] >= 0 and scale_ptr is not None:
+            x = x * (tl.load(scale_ptr + PARTS.scale[P]).to(tl.float32) * PARTS.factor[P])
+        elif PARTS.factor[P] != 1.0:
+            x = x * PARTS.factor[P]
+    x = tl.where(inside, x, PARTS.padding[P])
     exists = i < SIZE
-    if HALVES == 0:
-        tl.store((out_ptr + OFFSET).to(tl.pointer_type(tl.float32)) + i, x, mask=exists)
+    if PARTS.halves[P] == 0:
+        tl.store((out_ptr + OFFSETS[P]).to(tl.pointer_type(tl.float32)) + i, x, mask=exists)
     else:
-        half_ptr = (out_ptr + OFFSET).to(tl.pointer_type(tl.bfloat16)) + i
+        half_ptr = (out_ptr + OFFSETS[P]).to(tl.pointer_type(tl.bfloat16)) + i
         hi = rounded_to_bf16(x)
         store_bf16(half_ptr, hi, exists)
-        if HALVES == 2:
+        if PARTS.halves[P] == 2:
             store_bf16(half_ptr + SIZE, rounded_to_bf16(x - hi), exists)
 
 
@@ -234,9 +242,7 @@ def prepare(
     scale_ptr,  # (networks,), the w_k; or None: all 1
     sources, row_strides, col_strides,  # of each part, a pointer to any float or None
     TILES: tl.constexpr,  # of each part its first program, and the end
-    OFFSETS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PADDED_ROWS: tl.constexpr,
-    PADDED_COLS: tl.constexpr, HALVES: tl.constexpr, IN_LANES: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
-    PADDING: tl.constexpr, MISSING: tl.constexpr, REACH: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSETS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     if number == 0:
@@ -250,11 +256,8 @@ def prepare(
         # tl.constexpr: triton 3.6 takes an entry of a constexpr tuple for a value
         if (number >= tl.constexpr(TILES[p])) & (number < tl.constexpr(TILES[p + 1])):
             fill_part(
-                out_ptr, sources[p], row_strides[p], col_strides[p], scale_ptr, number - tl.constexpr(TILES[p]),
-                tl.constexpr(OFFSETS[p]), tl.constexpr(ROWS[p]), tl.constexpr(COLS[p]), tl.constexpr(PADDED_ROWS[p]),
-                tl.constexpr(PADDED_COLS[p]), tl.constexpr(HALVES[p]), tl.constexpr(IN_LANES[p]),
-                tl.constexpr(SCALE[p]), tl.constexpr(FACTOR[p]), tl.constexpr(PADDING[p]), tl.constexpr(MISSING[p]),
-                tl.constexpr(REACH[p]), BLOCK,
+                out_ptr, sources[p], row_strides[p], col_strides[p], scale_ptr, number - tl.constexpr(TILES[p]), p,
+                OFFSETS, PARTS, BLOCK,
             )  # fmt: skip
 
 
@@ -297,3 +300,25 @@ def bias_pointers(prepared_ptr, BIASES: tl.constexpr):
     for layer in tl.static_range(len(BIASES)):
         pointers = pointers + (float_pointer(prepared_ptr, tl.constexpr(BIASES[layer])),)
     return pointers
+
+
+@triton.jit
+def scale_pointer(prepared_ptr, TERMS: tl.constexpr):
+    """To -w_k of each network."""
+    return float_pointer(prepared_ptr, tl.constexpr(TERMS[0]))
+
+
+@triton.jit
+def constant_pointer(prepared_ptr, TERMS: tl.constexpr):
+    return float_pointer(prepared_ptr, tl.constexpr(TERMS[1]))
+
+
+@triton.jit
+def terms_of(prepared_ptr, TERMS: tl.constexpr):
+    quadratic, linear = (), ()  # a function of triton 3.6 can return an empty tuple, but not None
+    if tl.constexpr(TERMS[2]) >= 0:
+        curvature_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[2]))
+        quadratic = (curvature_ptr, float_pointer(prepared_ptr, tl.constexpr(TERMS[3])))
+    if tl.constexpr(TERMS[4]) >= 0:
+        linear = (float_pointer(prepared_ptr, tl.constexpr(TERMS[4])),)
+    return Terms(quadratic, linear)
