@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Noisy(nn.Module):
-    """Conditioned on a noise level per chain."""
+    """Energy that is conditioned on a noise level per chain."""
 
     def forward(self, x, sigma):
         return (x / sigma).square().sum(1) / 2
@@ -215,7 +215,7 @@ def test_pools_live_in_and_out_of_inference_mode(made, storage_dtype):
 
 
 class Autograd(nn.Module):
-    """Its gradient needs its labels."""
+    """Not an MLP, and its gradient depends on the labels."""
 
     def __init__(self):
         super().__init__()

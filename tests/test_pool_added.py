@@ -30,7 +30,7 @@ def test_labels_stay_with_their_chains():
     torch.testing.assert_close(pool.energies, fastebm.energy(energy, pool.states, labels=labels).detach())
     pool.add(torch.zeros(3, DIM), torch.tensor([3, 3, 2], dtype=torch.uint8))
     assert pool.labels.tolist() == [3, 3, 2, *labels[3:].tolist()]
-    assert pool.last.labels.tolist() == labels.tolist()  # of the chains that moved then
+    assert pool.last.labels.tolist() == labels.tolist()  # `last` is not changed by add
 
     other = pool_of()
     other.load_state_dict(pool.state_dict())
@@ -46,7 +46,7 @@ def test_labels_stay_with_their_chains():
 
 
 def numbered(first, n):
-    """States that say which they are."""
+    """States whose value is their number."""
     return torch.arange(first, first + n, dtype=torch.float32)[:, None].expand(n, DIM) / 1000
 
 
@@ -54,7 +54,7 @@ def test_fifo_replaces_the_oldest(energy):
     pool = pool_of(10, labels=torch.zeros(10, dtype=torch.int64))
     pool.advance(ClassifierEnergy(nn.Linear(DIM, 3)), RULE, 2)
     pool.add(numbered(0, 4), torch.arange(4))
-    assert pool.steps.tolist() == [2] * 10  # the noise goes on
+    assert pool.steps.tolist() == [2] * 10  # the noise counter is not reset
     assert pool.ages.tolist() == [0] * 4 + [2] * 6
     assert pool.reinits.tolist() == [1] * 4 + [0] * 6
     assert pool.energies.isnan().tolist() == [True] * 4 + [False] * 6
@@ -62,7 +62,7 @@ def test_fifo_replaces_the_oldest(energy):
     pool.add(numbered(7, 6), torch.arange(6))
     assert (pool.states[:, 0] * 1000).round().long().tolist() == [10, 11, 12, 3, 4, 5, 6, 7, 8, 9]
     assert pool.labels.tolist() == [3, 4, 5, 3, 0, 1, 2, 0, 1, 2]
-    pool.add(numbered(0, 25), torch.zeros(25, dtype=torch.int64))  # more than there are: the last ones stay
+    pool.add(numbered(0, 25), torch.zeros(25, dtype=torch.int64))  # more than the pool has: the last ones stay
     assert sorted((pool.states[:, 0] * 1000).round().long().tolist()) == list(range(15, 25))
     assert pool.added == 38
 

@@ -43,7 +43,7 @@ def energies():
 
 
 def story(group=None):
-    """All that happens to a pool; of one process, or of each of several."""
+    """What happens to pools in every call, for one process or for each of several."""
     mlp, classifier = energies()
     told = {}
     pool = pool_of(group, clamp=(-1.0, 1.0))
@@ -142,7 +142,7 @@ def faults(group, rank, folder):
 
 
 def seeds(rank):
-    """Of pools without one: alone, and shared by all processes."""
+    """Seeds that pools draw: one pool per process, and one shared by all."""
     torch.manual_seed(rank)
     apart = ChainPool(N, DIM)
     apart.sample(energies()[0], 5, RULE, 0)
@@ -150,7 +150,7 @@ def seeds(rank):
 
 
 def wrapped():
-    """Sampling by a model that DistributedDataParallel wraps, with a training step between: (of it, of the model)."""
+    """Pairs of samples, of a model in DistributedDataParallel and of the model itself, before and after a backward."""
     mlp, classifier = energies()
     found = []
     for model, options in (
@@ -167,7 +167,7 @@ def wrapped():
 
 
 class Residual(nn.Module):
-    """No MLP."""
+    """Not an MLP."""
 
     def __init__(self, net):
         super().__init__()
@@ -192,13 +192,13 @@ def main(folder, rank, world):
         with pytest.raises(ValueError, match="this process is not in process_group"):
             pool_of(pair)
     torch.save(told, f"{folder}/{rank}.pt")
-    dist.barrier()  # destroying too early aborts the others
+    dist.barrier()  # destroying the group earlier would abort the others
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """{number of processes: what each of them tells}, from three processes, two of which are also a pair."""
+    """{number of processes: results of each}, from three processes, two of which also form a group of their own."""
     folder = tmp_path_factory.mktemp("processes")
     done = subprocess.run(
         [sys.executable, __file__, str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,

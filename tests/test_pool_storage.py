@@ -43,7 +43,7 @@ def test_rounding_keeps_the_mean_and_what_is_stored_already():
         store.write(rows, kept, steps + 1)
         assert torch.equal(store.data, stored)
         store.write(torch.arange(n).flip(0), x, steps.flip(0))
-        assert torch.equal(store.data, stored)  # of the chain and its step alone
+        assert torch.equal(store.data, stored)  # rounding depends on the chain and its step alone
 
 
 def test_coarse_storage_stays_within_the_clamp_and_near_the_state(energy):
@@ -103,13 +103,13 @@ def test_a_pool_that_could_not_be_built_leaves_no_file(energy, tmp_path, monkeyp
     assert not file.exists()
     pool = pool_of(storage_file=file)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
-    with pytest.raises(OSError, match="states take 600 bytes"):  # states as they were, which are kept meanwhile
+    with pytest.raises(OSError, match="states take 600 bytes"):  # the backup of the old states
         pool.advance(energy, RULE, 1, chunk_size=20)
     assert same(pool, pool_of())
 
 
 def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
-    """Drawn, advanced, written, read and advanced again as chains by themselves are; no other row is written."""
+    """Chains in rows past 2**31 elements move as they do without a pool, and no other row of the file is written."""
     n, dim, file, rule = 2**20 + 10, 2100, tmp_path / "pool", Langevin(0.1, 0.5, clamp=(0.0, 1.0))
     energy = MLPEnergy(dim, (3,))
     with monkeypatch.context() as patch:  # the file stays sparse: all chains start at 0
@@ -121,7 +121,7 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
     assert pool.state_dict(copy=False)["x"].numel() > 2**31
 
     def alone(x, steps):
-        """Chains by their numbers, without a pool, and what is stored of them: the same rows of a small file."""
+        """The same chains without a pool, and their stored rows, from a small storage per chain."""
         chains = Chains(x, 7, rows, torch.full_like(rows, steps - 2))
         done, _ = run_chains(energy, chains, rule, 2, shape=(dim,))
         cpu = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_chains_past_two_billion_elements(tmp_path, monkeypatch):
         expected, stored = alone(states, steps)
         samples, _ = pool.sample(energy, 8, rule, 2)
         assert torch.equal(samples, expected)
-        with open(file, "rb") as opened:  # where they must be in the file
+        with open(file, "rb") as opened:  # the bytes at their places in the file
             for row, bytes_there in zip(rows.tolist(), stored, strict=True):
                 opened.seek(row * dim)
                 assert opened.read(dim) == bytes_there.numpy().tobytes()
@@ -167,7 +167,7 @@ work(50)
 pools = []
 for n, dtype in ((20_000, torch.uint8), (10_000, torch.float32)):
     before = memory("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
     pools.append(work(n, storage_dtype=dtype))
     print(n * 512 * dtype.itemsize, (memory("VmHWM") - before - n * (512 * dtype.itemsize + 28 + 40)) / CHUNK)
 """
@@ -176,9 +176,9 @@ for n, dtype in ((20_000, torch.uint8), (10_000, torch.float32)):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process' peak memory")
 def test_memory_beside_the_pool_is_a_few_chunks():
-    """Of a chunk's float32 states, 1 MiB here; the pools take 10 and 20."""
+    """In chunks of float32 states, 1 MiB each here. The pools take 10 and 20 MiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=300, check=True)
     for line in done.stdout.splitlines():
         size, chunks = map(float, line.split())
         assert size > 9 * 2**20
-        assert chunks < 14  # some ten were measured
+        assert chunks < 14  # about ten were measured
