@@ -85,6 +85,6 @@ def test_pool_round_trip(benchmark: Any, n: int) -> None:
     """Draw, restart, energies, write back: all of a pool's call but the steps."""
     p = Problem(Case(*TABLE, 1), DEVICE)
     pool = ChainPool(n, p.case.dim, clamp=p.case.clamp, seed=SEED, device=DEVICE)
-    rule = Langevin.from_drift_and_noise(p.case.drift, p.case.noise_std)
-    x, _ = benchmark(synchronised(lambda: pool.sample(p.energy, BATCH, rule, steps=0)))
+    sampler = Langevin.from_drift_and_noise(p.case.drift, p.case.noise_std)
+    x, _ = benchmark(synchronised(lambda: pool.sample(p.energy, BATCH, sampler, steps=0)))
     assert x.shape == (BATCH, p.case.dim)

@@ -204,9 +204,9 @@ class Problem:
         return torch.stack([self._reference(x, chains, SEED + 1 + copy) for copy in range(LAW_COPIES)])
 
     def _reference(self, x: Tensor, chains: Tensor, seed: int) -> Tensor:
-        rule = self.rule(self.case.noise_std)
+        sampler = self.rule(self.case.noise_std)
         at = Chains(x, seed, chains, torch.zeros_like(chains))
-        return reference.run(Autograd(self.double_energy), at, rule, GATE_STEPS).x
+        return reference.run(Autograd(self.double_energy), at, sampler, GATE_STEPS).x
 
     def allowed(self, precision: str) -> float:
         """The error that a contestant may have after one step without noise: twice that of plain PyTorch at the same

@@ -2,8 +2,8 @@
 
 One recipe for all: draw a batch of persistent chains, restart some, move them K Langevin steps, put them back,
 contrastive divergence with a regulariser (``contrastive_divergence_loss``), Adam. How chains are drawn, restarted and
-put back is each one's own: fastebm draws distinct rows, restarts them uniformly and writes them back in place; the
-tutorials' list draws with replacement, starts anew likewise and keeps the newest; torchebm draws one row a stratum,
+put back differs: fastebm draws distinct rows, restarts them uniformly and writes them back in place; the tutorials'
+list draws with replacement, restarts chains in the same way and keeps the newest; torchebm draws one row per stratum,
 adds noise of 0.01 instead of a restart and overwrites the oldest; ebmkit draws with replacement, restarts uniformly and
 writes back in place.
 """
@@ -53,7 +53,7 @@ class Trainer:
 
 
 def fresh_model(case: TrainingCase, device: torch.device) -> nn.Module:
-    """A trainable copy of the case's energy: every contestant trains its own."""
+    """A trainable copy of the case's energy, one for every contestant."""
     return copy.deepcopy(make_energy("mlp", case.dim, case.widths, device)).requires_grad_(True).train()
 
 
@@ -73,7 +73,7 @@ def fastebm_pool(case: TrainingCase, device: torch.device, storage_dtype: torch.
         case.n_chains, case.dim, clamp=case.clamp, seed=SEED, device=device, reinit_prob=case.restart_prob,
         storage_dtype=storage_dtype,
     )  # fmt: skip
-    rule = Langevin.from_drift_and_noise(case.drift, case.noise_std)
+    sampler = Langevin.from_drift_and_noise(case.drift, case.noise_std)
     energies = torch.zeros(case.batch_size, device=device)
     taken: Any = None
 
@@ -91,7 +91,7 @@ def fastebm_pool(case: TrainingCase, device: torch.device, storage_dtype: torch.
         pool.draws += 1
 
     def sample() -> Tensor:
-        return pool.sample(model, case.batch_size, rule, case.steps)[0]
+        return pool.sample(model, case.batch_size, sampler, case.steps)[0]
 
     def step(real: Tensor) -> Tensor:
         return _finish(model, optimizer, real, sample())
@@ -169,7 +169,7 @@ def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
     sampler = LangevinDynamics(
         model,
         step_size=case.drift,
-        noise_scale=max(case.noise_std, 1e-20) / (2 * case.drift) ** 0.5,  # it takes no 0
+        noise_scale=max(case.noise_std, 1e-20) / (2 * case.drift) ** 0.5,  # 0 is not allowed
         clamp=case.clamp,
         device=device,
     )
@@ -180,7 +180,7 @@ def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
     objective.initialize_buffer((case.dim,))
     optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE)
     lo, hi = case.clamp
-    objective.replay_buffer.uniform_(lo, hi)  # its own start is near 0
+    objective.replay_buffer.uniform_(lo, hi)  # it would start near 0
 
     def step(real: Tensor) -> Tensor:
         loss, negatives = objective(real)
@@ -290,7 +290,9 @@ def gate(
     trainer = make(replace(small, noise_std=case.noise_std), device)
     trainer.fill(zero[0])
     noise = (trainer.step(data).detach().double() - exact) / case.noise_std
-    inside = noise.abs() < 2.0  # the clamp cuts the tails: compare with a normal law cut at 2, of variance 0.7737
+    inside = (
+        noise.abs() < 2.0
+    )  # the clamp cuts the tails, so compare with a normal law truncated at 2, of variance 0.7737
     spread = float((noise[inside].square().mean() / 0.77374).sqrt())
     share = float(inside.double().mean()) / 0.95450
     correct = kept and error <= allowed and abs(spread - 1) < 0.03 and abs(share - 1) < 0.03
@@ -312,7 +314,7 @@ def _loss_gradients(model: nn.Module, real: Tensor, negatives: Tensor) -> tuple[
 
 
 def real_batches(case: TrainingCase, device: torch.device) -> list[Tensor]:
-    """Stand-ins for data: points of a few clusters within the clamp range."""
+    """Batches that stand in for data: points of a few clusters within the clamp range."""
     lo, hi = case.clamp
     generator = torch.Generator().manual_seed(SEED)
     centres = torch.rand(10, case.dim, generator=generator)
@@ -389,4 +391,4 @@ def brief(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return f"{row['contestant']}: {row['status']}: {row['note'][:120]}"
     ratio = f", {row['times_tutorial']:.2f} x {TUTORIAL}" if row["times_tutorial"] else ""
-    return f"{row['contestant']}: {1e3 * row['seconds']:.3g} ms a training step{ratio}"
+    return f"{row['contestant']}: {1e3 * row['seconds']:.3g} ms per training step{ratio}"

@@ -1,4 +1,4 @@
-"""Modules as people write them that are read as MLPs, and what reading leaves behind: nothing."""
+"""Modules as people write them that are read as MLPs, and that reading leaves no trace."""
 
 import argparse
 import gc
@@ -57,7 +57,7 @@ class OtherImages(Images):
 
 
 class Parameters(nn.Module):
-    """Weights that are no layer's."""
+    """Weights that do not belong to a layer."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ def test_images_that_the_module_does_not_take_are_refused():
 
 
 def test_numbers_of_now_are_read():
-    """Nothing of a reading is kept."""
+    """Nothing that was read is cached."""
     model = Parent()
     before, _ = sampled(model, "auto")
     model.scale = -3
@@ -134,7 +134,7 @@ def test_numbers_of_now_are_read():
 
 
 def test_reading_disturbs_no_other_thread():
-    """Modules that others call while one is read are called as ever."""
+    """While a module is read, other threads can call any module."""
     model, other, stop, errors = Parent(), mlp(), threading.Event(), []
 
     def call():
@@ -157,7 +157,7 @@ def test_reading_disturbs_no_other_thread():
 
 
 def test_nothing_of_a_reading_stays():
-    """Neither symbols nor numbers, in what a module holds and what its class holds; generators are not moved."""
+    """No symbols or numbers stay in the module or in its class."""
 
     class Keeps(Layers):
         def forward(self, x):
@@ -294,7 +294,7 @@ def test_no_grad_in_a_forward_is_an_error_and_no_gradient_of_ours():
             sampled(Frozen(), backend)
 
 
-# -- networks that put out -E --------------------------------------------------------------------------------------
+# -- networks that return -E --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [mlp, Usual, Images, lambda: nn.Sequential(nn.Linear(DIM, 1), nn.Softsign())])

@@ -113,7 +113,7 @@ def test_sizes_of_layers_and_states_as_arrays():
 def test_what_is_no_whole_number_is_refused(bad):
     for name in ("steps", "batch_size", "first_chain", "thin", "first_step", "seed"):
         if name in ("first_step", "seed") and isinstance(bad, torch.Tensor) and bad.ndim == 1:
-            continue  # tensors of one element are read on the device
+            continue  # tensors of one element are allowed: they are read on the device
         with pytest.raises((TypeError, ValueError), match=name):
             langevin_sample(mlp(), DIM, **{"steps": 1, name: bad})
 

@@ -44,7 +44,7 @@ def noise_times_root_2(p, noise_std):
 
 
 def with_case(**changes):
-    """The problem as a contestant that slips would take it: the truth still comes from the right one."""
+    """The problem with changed numbers, for a wrong contestant: it is compared with the original problem."""
 
     def mutated(p, noise_std):
         wrong = copy.copy(p)
@@ -86,7 +86,7 @@ def test_the_gate_on_energies_that_are_no_mlp(case):
         if contestant.name == "closed-form":
             with pytest.raises(Missing, match="MLP"):
                 race.gate(p, contestant)
-        elif contestant.name not in ("compile", "blackjax"):  # the first is eager's code, the second jax'
+        elif contestant.name not in ("compile", "blackjax"):  # the first runs eager's code, the second that of jax
             assert race.gate(p, contestant)["correct"] == "yes", contestant.name
 
 
@@ -136,7 +136,7 @@ def test_runs_take_turns():
 
 
 def test_no_round_begins_past_the_end():
-    """The least number of rounds gives way to it: there is one at least."""
+    """``until`` overrides the minimum number of rounds: only one is made."""
     times = interleaved({"a": lambda: None}, 60.0, CPU, until=0.0)
     assert len(times["a"]) == 1
 
@@ -190,7 +190,7 @@ def test_the_limit_of_a_case():
 
 
 def test_flops_of_an_mlp():
-    """Forward and back through each layer, 2 FLOPs a weight and way."""
+    """Forward and back through each layer, 2 FLOPs per weight and direction."""
     assert limits.flops_per_chain_step(Problem(Case(64, (128, 32), 5), CPU)) == 4 * (64 * 128 + 128 * 32 + 32)
 
 
@@ -322,7 +322,7 @@ def test_a_race_of_pools(tmp_path, monkeypatch):
 
 
 def test_draws_and_writes_of_a_pool_are_those_of_its_samples():
-    """What the bench times is what ``sample`` does, but for the steps."""
+    """The bench times what ``sample`` does, without the steps."""
     a, b = (training.fastebm_pool(dataclasses.replace(SMALL, steps=0), CPU) for _ in range(2))
     for _ in range(3):
         x = a.draw()
@@ -342,7 +342,7 @@ def test_effective_samples():
     assert found[0]["ess_per_s"] == found[0]["ess"] / found[0]["seconds"]
     assert found[0]["draws"] == 50 * MIN_ROUNDS
     # Exactly: x_{k+1} = B x_k + noise between draws, so coordinate i has tau_i = [(I + B)(I - B)^-1 S]_ii / S_ii.
-    # 150 draws a chain flatter it by some 10 %.
+    # with 150 draws per chain the estimate is some 10 % too high
     gaussian = Problem(case, CPU).energy
     one = torch.eye(case.dim, dtype=torch.float64)
     between = torch.linalg.matrix_power(one - case.drift * gaussian.precision.double(), case.steps)

@@ -1,4 +1,4 @@
-"""Modules that are no MLP, though their values at a few points may be those of one: autograd computes them."""
+"""Modules that are not MLPs, though at a few points they may have the values of one: autograd computes them."""
 
 import functools
 import itertools
@@ -57,14 +57,14 @@ class Logs(Usual):
 
 
 class Saturates(Usual):
-    """Beyond all points at which one would look."""
+    """It differs from an MLP only far away."""
 
     def forward(self, x):
         return super().forward(x.clamp(-1e6, 1e6))
 
 
 class OnlyHere(Usual):
-    """Another energy on a small set."""
+    """It differs from an MLP only on a small set."""
 
     def forward(self, x):
         return super().forward(x) + 5.0 * (x[:, 0] - 0.2).abs().clamp(max=0.1)
@@ -110,7 +110,7 @@ class Autocast(Usual):
 
 
 class Randomised(Usual):
-    """By Python's own generator, of which no tensor tells."""
+    """Random numbers of NumPy, which no tensor operation shows."""
 
     def forward(self, x):
         return super().forward(x) * (1.0 + 0.0 * np.random.rand())  # noqa: NPY002
@@ -248,7 +248,7 @@ def counts_in_the_class(self, x):
 
 
 class Scaled(torch.Tensor):
-    """A subclass with arithmetic of its own."""
+    """A subclass with its own arithmetic."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -364,7 +364,7 @@ def test_all_else_goes_by_autograd(make):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     public = {key: value for key, value in vars(model).items() if not key.startswith("_")}
     assert why_not_fused(model).startswith("not an MLP that can be read")
-    # Nothing was called or set to find that out.
+    # the module was not called or changed to find that out
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert {key: value for key, value in vars(model).items() if not key.startswith("_")} == public
     assert getattr(model, "seen", []) == []

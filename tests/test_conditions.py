@@ -56,7 +56,7 @@ class Scripted(nn.Module):
 
 
 class Steps(nn.Module):
-    """Two arguments: timesteps are no labels."""
+    """Two arguments: timesteps are not labels."""
 
     def forward(self, x, y=None, t=None):
         assert y is None
@@ -64,7 +64,7 @@ class Steps(nn.Module):
 
 
 class Prior(nn.Module):
-    """Its second argument is no label."""
+    """Its second argument is not a label."""
 
     def forward(self, x, scale=1.0):
         return scale * x.square().sum(1) / 20
@@ -110,7 +110,7 @@ def test_wrapped_classifiers_have_their_closed_form(wrap, inside):
 
 
 def test_a_scale_is_no_label():
-    """A term without labels is what it is without them."""
+    """A term that takes no labels is unchanged by them."""
     classifier = ClassifierEnergy(mlp(out=2))
     found, _ = sampled(SumEnergy([classifier, Prior()]), "auto", labels=LABELS)
     expected, _ = sampled(SumEnergy([classifier, GaussianEnergy(0.0, 10**0.5)]), "auto", labels=LABELS)
@@ -118,7 +118,7 @@ def test_a_scale_is_no_label():
 
 
 def test_labels_that_shift_x_have_their_effect():
-    """The example of the report: class means of -3 and 3."""
+    """Class means of -3 and 3."""
     means = sampled(Optional(), "auto", labels=LABELS, steps=300, step_size=0.05, noise_scale=0.0)[0].mean(1)
     torch.testing.assert_close(means, 6.0 * LABELS - 3.0, rtol=0, atol=0.5)
 

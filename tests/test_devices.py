@@ -1,4 +1,4 @@
-"""Devices by name: a call says in words that one is not here, or what was meant, before it does anything."""
+"""Devices by name: errors say that a device is missing, or what was probably meant, before anything happens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""bench/on_gpu.sh, dry: what a GPU visit brings back, whenever it ends, and that a wrong result has no speed."""
+"""bench/on_gpu.sh with --dry: the results of a visit, whenever it ends, and that a wrong result has no speed."""
 
 import csv
 import json
@@ -114,7 +114,7 @@ def test_part_b(tmp_path):
 
 @pytest.mark.slow
 def test_both_parts_bring_their_rows_back(tmp_path):
-    """In too short a time, which their rows say too."""
+    """Also in too short a time, and then their rows say so."""
     (tmp_path / "rows.jsonl").write_text("of another visit\n")
     words, environment = command(tmp_path, "--budget", "12")
     assert subprocess.run(words, env=environment, capture_output=True, timeout=200).returncode == 1
@@ -280,13 +280,13 @@ def test_a_wrong_result_has_no_speed():
     for row in rows[1:]:
         assert row["times_eager"] == row["seconds"] == row["chain_steps_per_s"] == row["times_peer"] == ""
         assert row["peer"] == ""
-    # its time is told apart, with how wrong it is
+    # its time is in a separate column, with the size of its error
     assert rows[1]["untrusted_seconds"] > 0
     assert rows[1]["error_over_allowed"] > 10
     assert math.isnan(rows[2]["error_over_allowed"])
     assert rows[3]["untrusted_seconds"] == rows[4]["untrusted_seconds"] == ""
 
-    # nor is anything compared with an eager loop that is wrong itself
+    # nothing is compared with an eager loop that is itself wrong
     rows = race(CASE, [Contestant("eager", "float32", slipped), Contestant("x", "float32", eager)], CPU, seconds=0.0)
     assert [row["status"] for row in rows] == ["FAILED", "ok"]
     assert rows[1]["seconds"] > 0
@@ -304,7 +304,7 @@ def test_past_its_time_no_contestant_is_begun():
 
 
 def test_noise_is_gated_too():
-    """A fused path with the right gradient and another noise has no speed either."""
+    """A contestant of fastebm with the right gradient and other noise has no speed."""
     rows = race(CASE, [Contestant("fastebm", "float32", eager)], CPU, seconds=0.0)
     assert [row["status"] for row in rows] == ["FAILED"]
     assert rows[0]["error_over_allowed"] > 1
@@ -319,7 +319,7 @@ def test_a_peer_is_at_least_as_exact():
 
 
 def test_bf16_products_of_pytorch_pass_their_gate():
-    """The fair peer of our bf16 row: what it rounds is what its gate allows for."""
+    """The peer of fastebm's bf16 row: its gate allows for its rounding."""
     p = Problem(Case(64, (32, 32), 512, 4), CPU, dry=True)
     row = gate(p, Contestant("compile", MM_BF16, compiled_at(MM_BF16)))
     assert row["correct"] == "yes"

@@ -34,7 +34,7 @@ def energy(
         ValueError: the model returns another shape, or takes no labels or condition.
     """
     if labels is not None and condition is not None:
-        raise ValueError("an energy takes labels= or condition= beside x, got both")
+        raise ValueError("an energy takes labels= or condition=, got both")
     condition_kind, condition = ("condition", condition) if labels is None else ("labels", labels)
     return values_of(as_module(model), x, params, condition, condition_kind).reshape(len(x))
 

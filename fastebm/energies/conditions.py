@@ -102,7 +102,7 @@ def condition_parameter(module: nn.Module, condition_kind: str, *, in_sum: bool 
     if named or len(others) > len(plain):
         names = ", ".join(str(p) for p in others)
         raise ValueError(
-            f"{name_of_forward(inner)} takes ({names}) beside x, and which of them is the {condition_kind} is not "
+            f"{name_of_forward(inner)} takes ({names}) besides x, and which of them is the {condition_kind} is not "
             'clear: set condition_argument = "NAME" on the module, or None if it takes none'
         )
     return None
