@@ -38,7 +38,7 @@ from .tiles import Shape, Tile, lane_order, load_tile, store_tile, tile_at, zero
 from .weights import bias_pointers, constant_pointer, scale_pointer, seed_pointer, terms_of, weight_pointers
 
 
-# Parts of a pool begin at any chain, so tensors of one number per chain may lie at any 8 bytes: compile nothing anew.
+# Parts of a pool begin at any chain, so tensors of one number per chain are aligned to 8 bytes only: do not recompile.
 @triton.jit(
     do_not_specialize=["n_chains", "steps", "zero", "thin", "first_tile"],
     do_not_specialize_on_alignment=["chain_ptr", "step_ptr", "label_ptr"],

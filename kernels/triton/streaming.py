@@ -158,7 +158,7 @@ def langevin_streaming(
     HALVES: tl.constexpr = 2 if PRECISION == "bf16x3" else 1
     HAS_TERMS: tl.constexpr = len(terms.quadratic) + len(terms.linear) > 0
     NOISE_CLAMP: tl.constexpr = CLAMP if CLAMP_NOISE else ""
-    # Noise in padded columns meets weights that are 0, so it only has to be finite, which a clamp ensures.
+    # Noise in padded columns is multiplied by weights that are 0, so it only has to be finite; a clamp ensures that.
     PAD_NOISE: tl.constexpr = not (BOUNDED and CLAMP_NOISE)
 
     first, chains, inside = tile_at(first_tile + tl.program_id(0), n_chains, BLOCK_CHAINS)
@@ -189,13 +189,13 @@ def langevin_streaming(
             x0 = tl.where((start_bad < 0)[:, None], noisy, x0)
             store_tile(x_ptr, DIM, x0, chunk, SHAPE)
             if CLAMP != "" and not BOUNDED:
-                # the first step may end on a bound that is farther out than the start
+                # the first step may end on a bound farther out than the start
                 size += tl.sum(tl.abs(clamp(x0, bounds, chunk, SHAPE, CLAMP)), axis=1)
         w0 = load_chunk(weight_ptrs, c, LAYERS, SHAPE)
         zs = forward_chunk(zs, x0, w0, LAYERS)
         size += tl.sum(tl.abs(x0), axis=1)
     if BOUNDED:
-        # holds at every step: what moves is clamped, and what does not is as it was
+        # holds at every step: coordinates are clamped or frozen
         size += tl.maximum(tl.abs(lo), tl.abs(hi))
     # These wait in memory while a step computes its slopes; there is no energy yet in that place.
     tl.store(energy_ptr + chains, size, mask=inside)
@@ -220,8 +220,8 @@ def langevin_streaming(
         labels = load_labels(label_ptr, now)
 
         # |x'| <= |x| + a (sum_k |slope_k|_1 max|W_1k| + max|c| |x| + max|b - c m|) + 7 s, with drift a and noise_std s.
-        # With NOISE_FIRST, s is the next step's. This step's counts in |x|: `size` may be of states before their noise,
-        # and what a clamp returns is no farther out than its bound, from which the noise came.
+        # With NOISE_FIRST, s is the next step's, and this step's 7 s is added to |x|: `size` may be that of states
+        # before their noise.
         slopes = ()
         pull = tl.zeros((BLOCK_CHAINS,), tl.float32)
         for k in tl.static_range(len(LAYERS.FIRSTS) - 1):
