@@ -1,4 +1,4 @@
-"""Held-out measures of an energy and of its samples. They take arrays, and draw only from the seeds they are given."""
+"""Held-out measures of an energy and of its samples. They take arrays, and use only the seeds they are given."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["auroc", "baseline_aurocs", "class_shares", "two_sample_accuracy"]
 def auroc(inlier_energies: ArrayLike, outlier_energies: ArrayLike) -> float:
     """Area under the ROC curve of "high energy means outlier": P(E(outlier) > E(inlier)) + P(equal) / 2.
 
-    1 separates perfectly, 0.5 is chance, below 0.5 calls the outliers likelier than the inliers.
+    1 separates perfectly, 0.5 is chance; below 0.5 the outliers are taken for likelier than the inliers.
 
     Args:
-        inlier_energies, outlier_energies: one energy each, any shapes.
+        inlier_energies, outlier_energies: one energy per row, in any shape.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -29,9 +29,9 @@ def auroc(inlier_energies: ArrayLike, outlier_energies: ArrayLike) -> float:
 
 
 def baseline_aurocs(train: ArrayLike, inliers: ArrayLike, outliers: ArrayLike, *, seed: int = 0) -> dict[str, float]:
-    """AUROCs of detectors that cost nothing to try, fitted to the same training rows: what an energy is held to.
+    """AUROCs of two simple detectors fitted to the same training rows, to compare an energy with.
 
-    An isolation forest (Liu, Ting & Zhou 2008) and the Mahalanobis distance, scikit-learn's with their defaults.
+    They are scikit-learn's isolation forest (Liu, Ting & Zhou 2008) and Mahalanobis distance, with default settings.
 
     Args:
         train: (n, dim). inliers, outliers: (n_inliers, dim) and (n_outliers, dim).
@@ -58,15 +58,15 @@ def two_sample_accuracy(
     seed: int = 0,
     on_fold: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """How well a random forest tells samples from real data: the classifier two-sample test (Lopez-Paz & Oquab 2017).
+    """Accuracy of a random forest at telling samples from real data (two-sample test of Lopez-Paz & Oquab 2017).
 
-    Stratified cross-validation on equal numbers of each: 0.5 means that they can't be told apart, 1 that they
-    always can. The larger set is subsampled, and folds and forests are drawn again in each repeat; the mean is
-    returned. Quantise both alike first, or the forest sees the dequantisation.
+    0.5 means that the two are indistinguishable, 1 that they are always told apart. It is the mean over stratified
+    cross-validation on equal numbers of both; each repeat draws a new subset of the larger set, new folds and forests.
+    Quantise both in the same way first, or the forest detects the dequantisation.
 
     Args:
-        real, fake: (n_real, dim) and (n_fake, dim), at least n_folds of each.
-        on_fold: called with the forests that are done and all of them, first with 0.
+        real, fake: (n_real, dim) and (n_fake, dim), at least n_folds rows each.
+        on_fold: called before each forest with the number of those done and their total.
     """
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import StratifiedKFold
@@ -92,7 +92,7 @@ def two_sample_accuracy(
 def class_shares(
     train: ArrayLike, labels: Sequence[int] | NDArray[Any], samples: ArrayLike, *, k: int = 5
 ) -> list[float]:
-    """The share of the samples that a k-nearest-neighbour classifier puts in each class 0 .. labels.max().
+    """The share of samples that a k-nearest-neighbour classifier assigns to each class 0 .. labels.max().
 
     Args:
         train: (n, dim), with its (n,) labels. samples: (n_samples, dim).

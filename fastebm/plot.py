@@ -1,4 +1,4 @@
-"""Pictures of a run, from numbers that are already there: nothing here samples or measures.
+"""Pictures of a run. They are drawn from given numbers: nothing here samples or measures.
 
 Figures are made without pyplot, so nothing global in matplotlib changes.
 """
@@ -34,40 +34,40 @@ __all__ = [
     "training_figure",
 ]
 
-# One colour a kind in every picture (Okabe & Ito's palette, told apart by colour-blind readers too).
+# The same colour for the same thing in every picture, from Okabe & Ito's palette for colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _REAL, _SAMPLES, _OTHER, _QUIET = "#0072B2", "#D55E00", "#009E73", "#666666"
 
-# Inches, of most pictures: 1,500 dots, of which a README's column shows 830, where 10 points are 11 dots.
+# Inches. Most pictures are 1,500 dots wide; a README's column shrinks them to 830, where 10 points are 11 dots.
 WIDTH = 10.0
 
-# Inches, of any picture: 2,000 dots, the width of a large window.
+# Inches. At most 2,000 dots, the width of a large window.
 _MAX_WIDTH = 13.3
 
-# Energies so far above the lowest are drawn white: at temperature 1 a state is e^10 times less likely there.
+# Energies this far above the lowest are drawn white: at temperature 1 such states are e^10 times less likely.
 _DEPTH = 10.0
 
-# More histograms can't be read in one picture: they stand five in a row.
+# More histograms in one picture, five in a row, would be illegible.
 _MAX_MARGINALS = 30
 
-# Values that differ by less than this share of their range are one: states are float32, and so rounded.
+# Values closer than this fraction of their range count as equal, since states are rounded to float32.
 _SAME = 1e-6
 
 
 def blank(width: float, height: float, title: str) -> Figure:
-    """A figure of so many inches, with nothing but a title, that makes room for what is drawn in it."""
+    """An empty figure with a title. Its layout makes room for what is drawn in it. width, height: in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     if title:
-        points = 12.0 * max(1.0, width / WIDTH)  # a larger picture is shown smaller
+        points = 12.0 * max(1.0, width / WIDTH)  # a wider picture is scaled down more
         lines = [_wrapped(line, round(120.0 * width / points)) for line in title.split("\n")]
         figure.suptitle("\n".join(lines), fontsize=points, parse_math=False)
     return figure
 
 
 def _wrapped(text: str, width: int, max_lines: int | None = None) -> str:
-    """The text in lines of at most so many characters."""
+    """The text in lines of at most ``width`` characters."""
     return textwrap.fill(text, width, max_lines=max_lines, placeholder="…")
 
 
@@ -84,7 +84,7 @@ def encoded(figure: Figure, kind: str) -> bytes:
 
 
 def mosaic(images: NDArray[Any], columns: int, gap: int = 1) -> NDArray[Any]:
-    """(n, height, width) -> one image; gaps and missing images are NaN, which imshow leaves blank."""
+    """(n, height, width) -> one image. Gaps and missing images are NaN, which imshow leaves blank."""
     n, height, width = images.shape
     rows = -(-n // columns)
     out = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap), np.nan)
@@ -95,7 +95,7 @@ def mosaic(images: NDArray[Any], columns: int, gap: int = 1) -> NDArray[Any]:
 
 
 def samples_figure(panels: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
-    """Grids of images side by side: panel title -> (n, height, width) in [0, 1], drawn as ink on paper."""
+    """Grids of images side by side. panels: title -> (n, height, width) in [0, 1], 1 is black."""
     grids = []
     for images in panels.values():
         images = np.asarray(images)
@@ -103,10 +103,10 @@ def samples_figure(panels: Mapping[str, ArrayLike], *, title: str = "") -> Figur
             raise ValueError(f"a panel is (n, height, width) with n >= 1, got shape {images.shape}")
         grids.append(mosaic(images, math.ceil(math.sqrt(len(images)))))
     rows, across = grids[0].shape
-    width = min(len(grids) * max(across * 0.05, 3.6), _MAX_WIDTH)  # 7 dots or more a pixel, while there is room
+    width = min(len(grids) * max(across * 0.05, 3.6), _MAX_WIDTH)  # at least 7 dots per pixel, while there is room
     figure = blank(width, width / len(grids) * rows / across + (0.52 if title else 0.28), title)
     for axes, name, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], panels, grids, strict=True):
-        # imshow smooths by itself where pixels would have now two dots and now three.
+        # imshow smooths by itself if pixels would be, say, two or three dots wide in turn.
         axes.imshow(grid, cmap="gray_r", vmin=0.0, vmax=1.0)
         axes.set_facecolor("#B8CCDD")  # the gaps
         axes.set_title(name, fontsize=10.0 * max(1.0, width / WIDTH))
@@ -125,11 +125,12 @@ def plane_figure(
     over: bool = False,
     title: str = "",
 ) -> Figure:
-    """Points in the plane, panel title -> (n, 2), first data and then samples, beside the landscape of an energy; or
-    samples over it.
+    """Points in the plane beside the landscape of an energy, or over it.
 
     Args:
-        landscape: (m + 1, 2) edges of its cells in x and y, and (m, m) energies in them, y first.
+        panels: title -> (n, 2), first data and then samples.
+        landscape: (m + 1, 2) edges of its cells in x and in y, and (m, m) energies of the cells, y first.
+        over: draw the points over the landscape.
     """
     edges, energies = landscape
     names = list(panels) if over else [*panels, "Energy"]
@@ -144,9 +145,9 @@ def plane_figure(
             figure.colorbar(mesh, ax=axes, shrink=0.8, extend="max", label="E − min E (nats)")
         if name in panels:
             x = np.asarray(panels[name])
-            # Over the energy, a white rim parts the points from the dark blue.
+            # Over the energy, a white rim sets the points off from the dark blue.
             for colour, size in [("white", 6.0), (_SAMPLES, 4.0)] if over else [(colours[name], 2.5)]:
-                # Chains are held in the box, and those on its edge are as good as others: not cut in half.
+                # Points on the edge of the box are ordinary samples: do not cut them in half.
                 axes.plot(
                     x[:, 0], x[:, 1], ".", color=colour, markersize=size, markeredgewidth=0, clip_on=False, zorder=3
                 )
@@ -162,12 +163,13 @@ def plane_figure(
 def marginals_figure(
     sets: Mapping[str, ArrayLike], columns: Sequence[str], bounds: ArrayLike, *, title: str = ""
 ) -> Figure:
-    """Histograms of area 1, a panel a column: set -> (n, dim) values, first data and then samples.
+    """Normalised histograms, one panel per column.
 
-    Where there are too many columns, those are shown whose two sets differ most by Kolmogorov and Smirnov's statistic.
+    If there are too many columns, those are shown where the two sets have the largest Kolmogorov-Smirnov statistic.
 
     Args:
-        bounds: (2, dim), between which chains are held: samples on a bound were stopped by it.
+        sets: name -> (n, dim) values, first data and then samples.
+        bounds: (2, dim), the clamp of the chains. It is drawn where samples lie on it.
     """
     values = {name: np.asarray(x, np.float64) for name, x in sets.items()}
     bounds = np.asarray(bounds)
@@ -203,7 +205,7 @@ def marginals_figure(
 
 
 def difference(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Kolmogorov and Smirnov's: how far apart the shares of the two that are at most some value can be."""
+    """The Kolmogorov-Smirnov statistic: the largest distance between the two empirical distribution functions."""
     at = np.concatenate([a, b])
     shares = [np.searchsorted(np.sort(x), at, side="right") / len(x) for x in (a, b)]
     return float(np.abs(shares[0] - shares[1]).max())
@@ -212,7 +214,7 @@ def difference(a: NDArray[Any], b: NDArray[Any]) -> float:
 def energies_figure(
     energies: Mapping[str, ArrayLike], close_up: Sequence[str] = (), *, title: str = "Energies: lower is likelier"
 ) -> Figure:
-    """Histograms of area 1: name -> (n,) energies, all on one axis, and those named in close_up on another."""
+    """Normalised histograms of energies, name -> (n,): all on one axis, and those named in close_up on another."""
     values = {name: np.asarray(e, np.float64).ravel() for name, e in energies.items()}
     colours = dict(zip(values, _COLOURS, strict=False))
     panels = {"All": list(values), **({"Close up": list(close_up)} if close_up else {})}
@@ -227,19 +229,20 @@ def energies_figure(
 
 
 def _histogram(axes: Any, x: NDArray[Any], colour: str, label: str) -> None:
-    """Of area 1, in bins of its own: what they may show depends on how many values there are."""
+    """A normalised histogram. The bins depend on the number of its values: see ``bin_edges``."""
     edges = bin_edges(x)
     axes.hist(x, edges, density=True, color=colour, alpha=0.3)
     axes.hist(x, edges, density=True, color=colour, histtype="step", linewidth=1.3, label=label)
 
 
 def bin_edges(x: NDArray[Any]) -> NDArray[Any]:
-    """Edges of bins as wide as so few values need (Freedman & Diaconis 1981), of which there are at most twice the root
-    of their number. Of 71 normal values, a fixed 30 bins show a second hump that isn't there in 58 % of cases, these
-    in 5 %; of two modes six deviations apart, they show both in 90 %.
+    """Edges of histogram bins by the rule of Freedman & Diaconis (1981), but at most 2 sqrt(n) bins.
 
-    Where values are whole multiples of a step, such as integers, a bin takes in so many of them and ends halfway
-    between two, or it would hold now more and now fewer; a bin for each is half as wide, for there is nothing between.
+    Too many bins show modes that are not there: for 71 normal values, 30 bins show a second hump in 58 % of cases,
+    these bins in 5 %. Of two modes that are six deviations apart, they show both in 90 %.
+
+    If the values are multiples of a step, such as integers, each bin holds equally many of them and ends halfway
+    between two. Bins for a single value are half as wide as a step, as there is nothing in between.
     """
     lo, hi, n = float(x.min()), float(x.max()), len(x)
     if lo == hi:
@@ -260,7 +263,7 @@ def bin_edges(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def training_figure(metrics: Sequence[Mapping[str, float]], *, title: str = "Training") -> Figure:
-    """Curves of a run, one point a step: energies, their gap, the gradient's norm, and the speed."""
+    """Curves over the steps of a run: energies, their gap, the norm of the gradient, and the speed."""
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
     if not metrics:
@@ -292,19 +295,19 @@ def training_figure(metrics: Sequence[Mapping[str, float]], *, title: str = "Tra
 
 
 def _curve(axes: Any, step: NDArray[Any], value: NDArray[Any], colour: str, label: str | None = None) -> None:
-    """Every step faintly, and the mean of those around it on top."""
+    """Every step as a faint line, and a running mean on top."""
     around = len(step) // 120
     window = 2 * around + 1
     if window > 1:
         axes.plot(step, value, color=colour, linewidth=0.6, alpha=0.3)
         value = np.convolve(value, np.ones(window) / window, mode="valid")
         label = label and f"{label}, mean of {window} steps"
-    marker = "o" if len(value) == 1 else ""  # a line of one point isn't seen
+    marker = "o" if len(value) == 1 else ""  # a line with one point is invisible
     axes.plot(step[around : around + len(value)], value, color=colour, linewidth=1.6, marker=marker, label=label)
 
 
 def log_ticks(axis: Any, formatter: Any) -> None:
-    """Ticks of a logarithmic axis that are read at once: 1, 2, 5, 10, ..., and within a decade as on a linear one."""
+    """Readable ticks for a logarithmic axis: 1, 2, 5, 10, ...; within a single decade, those of a linear axis."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     lo, hi = axis.get_view_interval()
@@ -317,7 +320,7 @@ def log_ticks(axis: Any, formatter: Any) -> None:
 
 
 def legend(figure: Figure, columns: int = 3) -> None:
-    """Below the axes, where it hides nothing; of the names in any of them."""
+    """One legend for all axes, below them, where it hides nothing."""
     there = {
         name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
     }

@@ -1,6 +1,6 @@
-"""The command ``fastebm``; a file per subcommand.
+"""The command ``fastebm``, one file per subcommand.
 
-Exit status: 0 done; 1 the computation failed; 2 bad input; 128 + n ended by signal n. Every error is one line.
+Exit status: 0 done; 1 the computation failed; 2 bad input; 128 + n ended by signal n. Every error is a single line.
 """
 
 from __future__ import annotations

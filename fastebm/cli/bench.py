@@ -1,4 +1,4 @@
-"""``fastebm bench``: this machine, beside the loops that people write and the peers."""
+"""``fastebm bench``: time fastebm on this machine against PyTorch loops and other packages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from ..bench import run as suite
 
-_WORDS = """Time fastebm, the loops that people write and the peers that are installed (pip install "fastebm[bench]") on
-the same problems, each checked first. Without --cases a quick set, of some minutes."""
+_WORDS = """Time fastebm, plain PyTorch loops and the installed peers (pip install "fastebm[bench]") on the same
+problems. Each is checked for correctness first. Without --cases a quick set runs, which takes some minutes."""
 
 
 def add(commands: Any) -> None:

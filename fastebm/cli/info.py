@@ -29,7 +29,9 @@ def add(commands: Any) -> None:
         "--hidden-sizes", type=sizes, nargs="+", metavar="N", default=None,
         help=f"hidden widths, from the input up (default: {' '.join(map(str, _DEFAULTS.hidden_sizes))})",
     )  # fmt: skip
-    command.add_argument("--activation", choices=list(ACTIVATIONS), default=_DEFAULTS.activation, help="of them")
+    command.add_argument(
+        "--activation", choices=list(ACTIVATIONS), default=_DEFAULTS.activation, help="of the hidden layers"
+    )
     command.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the parser and its words for mistakes, kinds of arguments, and small helpers."""
+"""What the commands share: the parser and its errors, types of arguments, and the number of threads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, with the name that was probably meant."""
+    """A parser whose errors are one line, with a suggestion for a misspelled name."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _Help, "allow_abbrev": False, **options})
@@ -58,30 +58,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"fastebm: error: {message} (see {self.prog} --help)\n")
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """An error for words that are no arguments of this command."""
+        """Exit with an error about arguments that this command does not have."""
         option = next((word.split("=")[0] for word in unknown if word.startswith("-")), "")
         near = did_you_mean(option, self._option_string_actions) if option else ""
         self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
 
 
 def add_device(command: argparse.ArgumentParser, default: str) -> None:
-    """--device and --backend."""
+    """Add --device and --backend."""
     note = " (default: auto)" if default == argparse.SUPPRESS else ""
     command.add_argument("--device", default=default, help=f'"auto", "cpu", "cuda", "cuda:1", ...{note}')
-    command.add_argument("--backend", choices=BACKENDS, default=default, help=f"what advances the chains{note}")
+    command.add_argument(
+        "--backend", choices=BACKENDS, default=default, help=f"implementation that runs the chains{note}"
+    )
 
 
 def add_threads(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--threads", type=positive, default=argparse.SUPPRESS, metavar="N",
-        help="CPU threads (default: all, or fewer where a measurement of the first steps finds these faster, as on a "
+        help="CPU threads (default: all, or fewer if these are faster in a measurement of the first steps, as on a "
         "busy machine)",
     )  # fmt: skip
 
 
 @contextmanager
 def on_threads(n: int | None) -> Iterator[None]:
-    """PyTorch's operations use n threads; None: as many as before."""
+    """Run PyTorch with n threads; None: with as many as before."""
     cores = os.cpu_count() or 1
     if n is not None and n > cores:
         raise ValueError(f"--threads must be at most {cores}, the cores of this machine, got {n}")
@@ -89,23 +91,23 @@ def on_threads(n: int | None) -> Iterator[None]:
         yield
 
 
-# A step is slow if it takes so many times what it took when the threads were timed: the median of so many steps.
-_SLOW, _STEPS = 2.5, 10
+# Time the threads again if the median of the last _N_STEPS steps takes _SLOW times as long as when they were timed.
+_SLOW, _N_STEPS = 2.5, 10
 
 
 class Threads:
-    """The number of CPU threads of a long computation: timed before it, and again if its steps have become slow.
+    """Chooses the number of CPU threads for a long computation, and chooses again if its steps become slow.
 
     Args:
-        measure: takes the number of all threads; returns seconds of a step by number (``threads.fastest``).
-        progress: fewer threads than all are said there.
+        measure: takes the number of all threads, and returns seconds per step by number (``threads.fastest``).
+        progress: where a choice of fewer threads is noted.
     """
 
     def __init__(self, measure: Callable[[int], dict[int, float]], progress: Progress) -> None:
         self._measure, self._progress = measure, progress
         self._all = torch.get_num_threads()
-        self._recent: deque[float] = deque(maxlen=_STEPS)
-        self._pause = 2.0  # seconds between two measurements, twice as many each time
+        self._recent: deque[float] = deque(maxlen=_N_STEPS)
+        self._pause = 2.0  # seconds until the next measurement; doubled each time
         self._choose()
 
     def _choose(self) -> None:
@@ -120,9 +122,9 @@ class Threads:
             )
 
     def watch(self, seconds: float) -> None:
-        """Told what a step took."""
+        """Call after each step with the seconds that it took."""
         self._recent.append(seconds)
-        if len(self._recent) < _STEPS or time.monotonic() < self._measured_at + self._pause:
+        if len(self._recent) < _N_STEPS or time.monotonic() < self._measured_at + self._pause:
             return
         if self.n > 1 and statistics.median(self._recent) > _SLOW * self._expected:
             self._pause *= 2
@@ -150,7 +152,7 @@ def positive(text: str) -> int:
 
 def sizes(text: str) -> list[int]:
     """Widths: "256" or "256,128"."""
-    if text in SETS:  # the option takes all words that follow
+    if text in SETS:  # the option has swallowed the data set after it
         raise argparse.ArgumentTypeError(f"takes numbers: name the data set before it, as in fastebm train {text} ...")
     return [positive(part) for part in text.split(",")]
 
@@ -160,12 +162,12 @@ def flat(sizes: list[list[int]]) -> tuple[int, ...]:
 
 
 def rank() -> int:
-    """Of torchrun's processes; only the first one talks, but for errors."""
+    """The rank of this process under torchrun, or 0. Only the first process prints; errors are printed by all."""
     return int(os.environ.get("RANK", "0"))
 
 
 def check_writable(out: Path, suffixes: Sequence[str]) -> None:
-    """An error if --out can't be written, before any work."""
+    """Refuse an --out that can't be written, before any work is done."""
     if out.suffix.lower() not in suffixes:
         *others, last = suffixes
         names = f"{', '.join(others)} or {last}" if others else last
@@ -186,6 +188,7 @@ def version(package: str) -> str:
 
 
 def need(*modules: str) -> None:
+    """Refuse a command whose packages are missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'this command needs {", ".join(missing)}: pip install "fastebm[cli]"')

@@ -1,4 +1,4 @@
-"""What a person sees while a command works, and the signals that end it."""
+"""Progress of a command on the terminal, and the signals that end it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 
 __all__ = ["Progress", "Signals"]
 
-# Without a terminal to draw a bar on: seconds until the first line of what goes on, and between later ones.
+# Without a terminal there are lines in place of a bar: seconds until the first line, and between later ones.
 FIRST_LINE, LINE_EVERY = 2.0, 30.0
 
 
 class Progress:
-    """What goes on: a bar on a terminal, a line now and then elsewhere; both on stderr, of the first process."""
+    """Shows what the command does, on stderr: a bar on a terminal, otherwise a line now and then.
+
+    is_shown: false on all processes but the first.
+    """
 
     def __init__(self, is_shown: bool = True) -> None:
         self.is_shown = is_shown
@@ -42,24 +45,24 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self.is_shown:
             self.close()
             print(f"fastebm: {text}", file=sys.stderr, flush=True)
 
     def train(self, row: dict[str, float], steps: int) -> None:
-        """A finished step of training, by its line of metrics.jsonl."""
+        """Show a finished step of training. row: its line of metrics.jsonl."""
         step = int(row["step"])
         self.nonfinite += int(row["nonfinite"])
-        told = f"gap {row['energy_gap']:+.3f}, {row['chain_steps_per_second'] / 1e3:.0f}k chain-steps/s"
+        detail = f"gap {row['energy_gap']:+.3f}, {row['chain_steps_per_second'] / 1e3:.0f}k chain-steps/s"
         if self.nonfinite > 0:
-            told += f", {self.nonfinite} chains restarted as not finite"
-        self.show("", step, steps, told, always=step == steps or self.words != "")
+            detail += f", {self.nonfinite} chains restarted as not finite"
+        self.show("", step, steps, detail, always=step == steps or self.words != "")
 
-    def show(self, words: str, done: int = 0, total: int = 0, told: str = "", *, always: bool = False) -> None:
-        """What goes on, and how much of it is done.
+    def show(self, words: str, done: int = 0, total: int = 0, detail: str = "", *, always: bool = False) -> None:
+        """Show what is being done, and how much of it is finished.
 
-        total: 0 where nobody knows. told: what else there is to say. always: also where no line is due.
+        total: 0 if unknown. detail: what else to show. always: print a line even if none is due.
         """
         if not self.is_shown:
             return
@@ -68,23 +71,23 @@ class Progress:
             self.close()
             self.words, self.first, self.started, self.next_line = words, done, now, now + FIRST_LINE
         if self.is_terminal:
-            self._draw(words, done, total, told, begins)
+            self._draw(words, done, total, detail, begins)
         elif always or now >= self.next_line:
-            self._line(now, done, total, told)
-        elif begins:  # what does not come back here in time has its line all the same
-            self.timer = threading.Timer(FIRST_LINE, self._line, (now, done, total, told))
+            self._line(now, done, total, detail)
+        elif begins:  # a timer prints the first line if there is no other call by then
+            self.timer = threading.Timer(FIRST_LINE, self._line, (now, done, total, detail))
             self.timer.daemon = True
             self.timer.start()
 
-    def _line(self, now: float, done: int, total: int, told: str) -> None:
+    def _line(self, now: float, done: int, total: int, detail: str) -> None:
         self.timer.cancel()
         self.next_line = now + LINE_EVERY
-        parts = [f"step {done}/{total}" if total else "", told]
+        parts = [f"step {done}/{total}" if total else "", detail]
         if self.first < done < total:
             parts.append(f"{(now - self.started) / (done - self.first) * (total - done):.0f} s left")
         print(": ".join(filter(None, (self.words, _joined(parts)))), file=sys.stderr, flush=True)
 
-    def _draw(self, words: str, done: int, total: int, told: str, begins: bool) -> None:
+    def _draw(self, words: str, done: int, total: int, detail: str, begins: bool) -> None:
         if total == 0:
             if begins:
                 print(f"{words} ...", end="", file=sys.stderr, flush=True)
@@ -95,7 +98,7 @@ class Progress:
             self.bar = tqdm(
                 total=total, initial=self.first, desc=words or None, unit="step", dynamic_ncols=True, leave=False
             )
-        self.bar.set_postfix_str(told, refresh=False)
+        self.bar.set_postfix_str(detail, refresh=False)
         self.bar.update(done - self.bar.n)
 
 
@@ -106,9 +109,9 @@ def _joined(parts: list[str]) -> str:
 
 
 class Signals:
-    """While in it, the first SIGINT and the first SIGTERM are only noted; a second one raises KeyboardInterrupt.
+    """Context in which the first SIGINT and the first SIGTERM are only noted. A second one raises KeyboardInterrupt.
 
-    torchrun hands a Ctrl-C that its processes had from the terminal to them once more, as SIGTERM.
+    They are counted apart because on Ctrl-C torchrun also sends SIGTERM to its processes.
     """
 
     def __init__(self) -> None:
@@ -123,7 +126,7 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # None: it was not Python's
+            if handler is not None:  # None: it was not set from Python
                 signal.signal(number, handler)
 
     def arrived(self) -> bool:

@@ -1,4 +1,4 @@
-"""``fastebm sample``: new samples of a trained energy."""
+"""``fastebm sample``: new samples from a trained energy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..train.resources import resolve_device
 from .options import Threads, add_device, add_threads, check_writable, count, need, on_threads, positive
 from .progress import Progress
 
-_WORDS = "Samples of a trained energy, from chains that start in uniform noise."
+_WORDS = "Sample from a trained energy, by chains that start in uniform noise."
 _ARRAYS = (".csv", ".npy", ".npz")
 _PICTURES = (".png", ".jpg", ".pdf")
 
-# Steps, and chains at most, by which the threads are timed.
+# Steps, and at most this many chains, with which the threads are timed.
 _TIMED_STEPS, _TIMED_CHAINS = 5, 2048
 
 
@@ -38,13 +38,13 @@ def add(commands: Any) -> None:
     command.add_argument("-n", type=positive, default=64, metavar="N", help="number of samples")
     command.add_argument(
         "--out", type=Path, required=True, default=argparse.SUPPRESS, metavar="FILE",
-        help="what to write: .csv (columns by their names), .npy or .npz, in the data's units (images in [0, 1]); "
-        ".png, .jpg or .pdf: a picture of images or 2-D points",
+        help="file to write: .csv (with the names of the columns), .npy or .npz, in the units of the data (images in "
+        "[0, 1]); or a picture of images or 2-D points: .png, .jpg or .pdf",
     )  # fmt: skip
     command.add_argument(
         "--steps", type=count, default=argparse.SUPPRESS, help="Langevin steps from noise (default: the run's)"
     )
-    command.add_argument("--seed", type=count, default=0, help="of starts and noise")
+    command.add_argument("--seed", type=count, default=0, help="of the starts and the noise")
     add_device(command, default="auto")
     add_threads(command)
 
@@ -95,7 +95,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _seconds_of_a_step(model: MLPEnergy, config: TrainConfig, n: int, backend: str, threads: int) -> dict[int, float]:
-    """Of n chains, by number of threads (``threads.fastest``)."""
+    """Seconds per step of n chains, by number of threads (``threads.fastest``)."""
 
     def work() -> None:
         fresh_samples(model, config, n, dim=config.data.dim, steps=_TIMED_STEPS, backend=backend)
@@ -115,6 +115,7 @@ def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo, out: Path) -> by
 
 
 def _array(x: NDArray[Any], data: DataInfo, out: Path) -> bytes:
+    """The samples as a file of the kind that the name of ``out`` says."""
     file = io.BytesIO()
     if out.suffix.lower() == ".npy":
         np.save(file, x)

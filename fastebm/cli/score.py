@@ -1,10 +1,8 @@
-"""``fastebm score``: how unlike the training data the rows of a file are."""
+"""``fastebm score``: find the rows of a file that are unlike the training data."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,12 @@ from ..train.scoring import TrainedRun, load
 from .options import check_writable, need
 from .progress import Progress
 
-_WORDS = """Energies of rows, in the units of the training data: the higher, the less likely. --out has a line per row,
-the most unlikely first: its number from 0, its energy, the percentage of the training rows whose energy is no
-higher (100: unlike all of them), and the number of columns beyond the range of the training data."""
+_WORDS = """Compute the energies of rows in the units of the training data: the higher, the less likely. --out gets one
+line per row, the least likely first: its number from 0, its energy, the percentage of training rows whose energy is no
+higher (100: unlike all of them), and the number of its columns beyond the range of the training data."""
 
-# Of the rows, those that are printed.
-_SHOWN = 5
+# The least likely rows are printed.
+_N_SHOWN = 5
 
 
 def add(commands: Any) -> None:
@@ -34,21 +32,21 @@ def add(commands: Any) -> None:
     command.add_argument("source", type=Path, metavar="RUN", help="a run folder of fastebm train")
     command.add_argument(
         "file", type=Path, metavar="FILE",
-        help="rows in the units that the run was trained on: CSV, TSV, Parquet (columns are found by their names) or "
-        ".npy; of images, .npy of values in [0, 1]",
+        help="rows in the units of the training data: CSV, TSV, Parquet (columns are found by their names) or .npy; "
+        "images: .npy with values in [0, 1]",
     )  # fmt: skip
-    command.add_argument("--out", type=Path, default=None, metavar="FILE", help="a .csv to write")
+    command.add_argument("--out", type=Path, default=None, metavar="FILE", help="a .csv file to write")
     command.add_argument(
         "--label", default=None, metavar="NAME=VALUE",
-        help="a column of FILE and what it holds in ordinary rows: prints the AUROC against the others",
+        help="a column of FILE and its value in ordinary rows: prints the AUROC against the other rows",
     )  # fmt: skip
     command.add_argument(
         "--header", action=argparse.BooleanOptionalAction, default=None,
-        help="of text: whether the first line holds names (default: found out)",
+        help="of text files: whether the first line holds names (default: detected)",
     )  # fmt: skip
     command.add_argument(
         "--check-units", action=argparse.BooleanOptionalAction, default=True,
-        help="refuse rows in other units than the training data's",
+        help="refuse rows that are in other units than the training data",
     )  # fmt: skip
 
 
@@ -72,9 +70,8 @@ def _score(arguments: argparse.Namespace) -> int:
     order = np.argsort(-energies, kind="stable")
     percentiles, outside = run.percentile(energies), run.outside(table.x)
     if arguments.out is not None:
-        rows = zip(table.numbers[order], energies[order], percentiles[order], outside[order], strict=True)
-        write_atomically(arguments.out, _csv(rows))
-    _tell(arguments, table, energies, percentiles, order)
+        write_atomically(arguments.out, _csv(table, energies, percentiles, outside, order))
+    _print(arguments, table, energies, percentiles, order)
     return 0
 
 
@@ -87,22 +84,29 @@ def _table(run: TrainedRun, arguments: argparse.Namespace) -> Table:
     return inspection.complete(path, table)
 
 
-def _csv(rows: Any) -> bytes:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["row", "energy", "percentile", "columns_outside"])
-    writer.writerows([int(i), f"{e:.9g}", f"{p:.6g}", int(n)] for i, e, p, n in rows)
-    return file.getvalue().encode()
+def _csv(
+    table: Table, energies: NDArray[Any], percentiles: NDArray[Any], outside: NDArray[Any], order: NDArray[Any]
+) -> bytes:
+    import pandas as pd
+
+    columns = {
+        "row": table.numbers[order],
+        "energy": [f"{e:.9g}" for e in energies[order]],  # float32 is read back exactly
+        "percentile": [f"{p:.6g}" for p in percentiles[order]],
+        "columns_outside": outside[order],
+    }
+    text: str = pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
+    return text.encode()
 
 
-def _tell(
+def _print(
     arguments: argparse.Namespace, table: Table, energies: NDArray[Any], percentiles: NDArray[Any], order: NDArray[Any]
 ) -> None:
     where = "" if arguments.out is None else f"{arguments.out}: "
     print(f"{where}{len(energies):,} rows, of which {(percentiles >= 99).sum():,} are above 99 % of the training rows")
     if len(energies) >= 10 and (percentiles >= 99).mean() > 0.9:
         print("  nearly all of them: is a column in other units than in the training data?")
-    for i in order[:_SHOWN]:
+    for i in order[:_N_SHOWN]:
         print(
             f"  row {table.numbers[i]} ({table.place(int(i))}): energy {energies[i]:.4g}, above {percentiles[i]:.1f} %"
         )

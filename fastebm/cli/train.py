@@ -7,10 +7,7 @@ import dataclasses
 import shlex
 import signal
 import time
-import types
-import typing
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,51 +24,55 @@ from ..train.loop import CHECKPOINT_EVERY, Stopped, train
 from ..train.recipe import TrainConfig, recipe
 from ..train.resources import check_memory, resolve_device, seconds_of_a_step
 from ..words import did_you_mean
+from . import settings as recipe_settings
 from .options import Threads, add_device, add_threads, flat, need, on_threads, positive, rank, sizes
 from .progress import Progress, Signals
 
 _DEFAULTS = TrainConfig()
 _WORDS = """Train an MLP energy by persistent contrastive divergence, then sample from it, measure it on held-out data
-and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume goes on with the same bits. On several processes:
+and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume continues it with the same bits. On several processes:
 torchrun --nproc-per-node 2 -m fastebm train ..."""
 
-# How a file is read; a resumed run reads it as before.
+# Options of how a file is read. A resumed run reads it as before.
 _READING = ("columns", "drop", "header", "label")
 
-# Nats between samples and data: a run that has converged ends below 15, one that ran away above 300.
+# Mean energy gap, in nats, above which training diverged. Converged runs end below 15, diverged ones above 300.
 _DIVERGED = 100.0
-
-# Entries of the configuration that come from the data.
-_OF_DATA = ("data", "clamp")
 
 
 def add(commands: Any) -> None:
-    command = commands.add_parser("train", help="train an energy on real data", description=_WORDS, epilog=_keys())
+    command = commands.add_parser(
+        "train", help="train an energy on data", description=_WORDS, epilog=recipe_settings.described()
+    )
     command.set_defaults(run=_train)
-    # SUPPRESS tells what was given from what was not, which --resume has to know.
+    # With SUPPRESS, an option that was not given leaves no attribute: --resume must know which were given.
     command.add_argument(
         "dataset", nargs="?", metavar="DATASET", default=None,
         help="; ".join(f"{name}: {entry.words}" for name, entry in SETS.items()) + "; or --data FILE",
     )  # fmt: skip
     command.add_argument(
         "--data", type=Path, default=argparse.SUPPRESS, metavar="FILE",
-        help="instead of a data set, your own table (n, d) of real numbers: CSV, TSV, Parquet or .npy",
+        help="instead of a data set: your own table of real numbers (n, d), as CSV, TSV, Parquet or .npy",
     )  # fmt: skip
     command.add_argument(
         "--columns", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
-        help="of --data: the columns to keep, by name (0, 1, ... where the file has no names); default: all",
+        help="of --data: names of the columns to keep (0, 1, ... in a file without names); default: all",
     )  # fmt: skip
     command.add_argument(
-        "--drop", nargs="+", default=argparse.SUPPRESS, metavar="NAME", help="of --data: the columns to leave out"
+        "--drop",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="of --data: names of the columns to leave out",
     )
     command.add_argument(
         "--label", default=argparse.SUPPRESS, metavar="NAME[=VALUE]",
-        help="of --data: a column that tells each row's class, which is left out; with a value, train on the rows "
-        "that have it, and measure how well the energy finds the others",
+        help="of --data: a column of classes, which is left out; with a value, train on the rows that have it, and "
+        "measure how well the energy detects the others",
     )  # fmt: skip
     command.add_argument(
         "--header", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-        help="of --data that are text: whether the first line holds names (default: found out)",
+        help="of --data in a text file: whether the first line holds names (default: detected)",
     )  # fmt: skip
     for flag, kind, default, text in (
         (
@@ -81,7 +82,7 @@ def add(commands: Any) -> None:
             "training iterations; with --resume, more of them extend the run",
         ),
         ("--seed", int, _DEFAULTS.seed, "of everything random"),
-        ("--batch-size", int, f"{_DEFAULTS.batch_size} for digits", "real rows, and chains, an iteration"),
+        ("--batch-size", int, f"{_DEFAULTS.batch_size} for digits", "data rows per iteration, and chains drawn"),
         ("--pool-size", int, f"{_DEFAULTS.pool_size} for digits", "persistent chains"),
     ):
         command.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
@@ -95,81 +96,26 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--set", nargs="+", action="extend", default=argparse.SUPPRESS, metavar="KEY=VALUE", dest="settings",
-        help="any other value of the recipe; the keys are below",
+        help="any other value of the recipe; see the keys below",
     )  # fmt: skip
     add_device(command, default=argparse.SUPPRESS)
     add_threads(command)
     command.add_argument(
         "--on-nonfinite", choices=["raise", "reinit"], default=argparse.SUPPRESS,
-        help="chains that leave the finite numbers end the run, or start anew (default: raise)",
+        help="what to do with chains that are no longer finite: end the run, or start them again (default: raise)",
     )  # fmt: skip
     command.add_argument(
         "--checkpoint-every", type=positive, default=CHECKPOINT_EVERY, metavar="N", help="steps between checkpoints"
     )
     command.add_argument(
         "--out", type=Path, default=argparse.SUPPRESS, metavar="RUN",
-        help="run folder to write: new or empty (default: runs/<data>-<time>)",
+        help="run folder to write, new or empty (default: runs/<data>-<time>)",
     )  # fmt: skip
     command.add_argument(
         "--resume", type=Path, default=argparse.SUPPRESS, metavar="RUN",
-        help="run folder to go on with, as if it had never stopped, or one of its checkpoints/step-N; --steps, the "
+        help="a run folder to continue as if it had never stopped, or one of its checkpoints/step-N; --steps, the "
         "number of processes, --device, --backend, --on-nonfinite, --threads and --checkpoint-every may change",
     )  # fmt: skip
-
-
-# -- the recipe's values by name ----------------------------------------------------------------------------
-
-
-def _fields() -> dict[str, Any]:
-    """Type by name of what --set takes."""
-    hints = typing.get_type_hints(TrainConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(TrainConfig) if field.name not in _OF_DATA}
-
-
-def _keys() -> str:
-    told = (f"{name}={_as_text(getattr(_DEFAULTS, name))}" for name in sorted(_fields()))
-    return "Keys of --set, with the values for digits (fastebm/train/recipe.py says what they are): " + " ".join(told)
-
-
-def _as_text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
-
-
-def _settings(words: Sequence[str]) -> dict[str, Any]:
-    """The values of --set."""
-    fields, values = _fields(), dict[str, Any]()
-    for word in words:
-        key, equals, text = word.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise ValueError(f"--set takes KEY=VALUE, as in --set learning_rate=0.001, got {word!r}")
-        if key not in fields:
-            of_data = f": {key} comes from the data" if key in _OF_DATA else did_you_mean(key, fields)
-            raise ValueError(f"--set has no key {key!r}{of_data} (fastebm train --help lists them)")
-        if key in values:
-            raise ValueError(f"--set was given {key} twice: {_as_text(values[key])} and {text}")
-        values[key] = _parsed(key, text.strip(), fields[key])
-    return values
-
-
-def _parsed(key: str, text: str, kind: Any) -> Any:
-    """Text as a value of one of the kinds that TrainConfig has: int, float, str, tuples of numbers, or None."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if types.NoneType in kinds and text.lower() == "none":
-        return None
-    kind = next(kind for kind in kinds if kind is not types.NoneType)
-    try:
-        if typing.get_origin(kind) is tuple:
-            of = typing.get_args(kind)[0]
-            return tuple(of(part) for part in text.split(","))
-        return kind(text)
-    except ValueError:
-        words = {int: "a whole number", float: "a number"}.get(kind, "numbers, separated by commas")
-        none = " or none" if types.NoneType in kinds else ""
-        raise ValueError(f"--set {key}= takes {words}{none}, got {text!r}") from None
-
-
-# -- the command --------------------------------------------------------------------------------------------
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -177,7 +123,7 @@ def _train(arguments: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "checkpoint_every")}
     if "hidden_sizes" in given:
         given["hidden_sizes"] = flat(given["hidden_sizes"])
-    settings = _settings(given.pop("settings", ()))
+    settings = recipe_settings.parsed(given.pop("settings", ()))
     if twice := [key for key in settings if key in given]:
         raise ValueError(f"--{twice[0].replace('_', '-')} and --set {twice[0]}= were both given: leave one out")
     resume, name, file, n_threads = (given.pop(key, None) for key in ("resume", "dataset", "data", "threads"))
@@ -199,14 +145,14 @@ def _train(arguments: argparse.Namespace) -> int:
                 if rank() == 0:
                     print(f"{out} is complete: there is nothing to resume (--steps N, more than it has, extends it)")
                 return 0
-            if n_threads is None:  # as many as before
+            if n_threads is None:  # as many as before: sums may round differently with another number
                 saved = _saved(resume).values.get("threads")
                 n_threads = min(saved, torch.get_num_threads()) if isinstance(saved, int) else None
         with launched(config.device) as group, on_threads(n_threads):
             timed = None
             if group is None and n_threads is None and data is not None:
                 timed = _timed_threads(config, data, progress)
-            if out is None:  # by the clock of the first process
+            if out is None:  # the first process' clock names the folder for all
                 new = Path("runs") / time.strftime(f"{name or file.stem}-%Y%m%d-%H%M%S")
                 out = Path(Processes(group).gather(str(new))[0])
             source = f"{config.data.name} " if config.data.name in SETS else ""
@@ -234,7 +180,7 @@ def _train(arguments: argparse.Namespace) -> int:
                     )
                 except Stopped as stopped:
                     progress.note(f"{stopped} and saved; to go on: {again}")
-                    return 128 + (signals.number or signal.SIGTERM)  # 0: another process had the signal
+                    return 128 + (signals.number or signal.SIGTERM)  # no number: another process got the signal
                 except KeyboardInterrupt:
                     where = f"; to go on from the last checkpoint: {again}" if _has_checkpoint(out) else ""
                     progress.note(f"interrupted{where}")
@@ -249,7 +195,7 @@ def _data(name: str | None, file: Path | None, seed: Any, reading: dict[str, Any
         raise ValueError(f"--{next(iter(reading))} is for --data FILE: leave it out, or name a file")
     if (name is None) == (file is None):
         raise ValueError(f"train needs one of the data sets ({', '.join(SETS)}) or --data FILE, and not both")
-    seed = dataclasses.replace(_DEFAULTS, seed=seed).seed  # checked
+    seed = dataclasses.replace(_DEFAULTS, seed=seed).seed  # this checks it
     if file is not None:
         return _read(file, seed, reading, progress)
     name = str(name)
@@ -264,7 +210,7 @@ def _data(name: str | None, file: Path | None, seed: Any, reading: dict[str, Any
 
 
 def _read(file: Path, seed: int, reading: dict[str, Any], progress: Progress) -> Data:
-    """The user's file; what was decided on the way, and found in it, is told in a line each."""
+    """The user's file. Prints a line for each decision on the way, and for each finding."""
     if str(file) in SETS and not file.exists():
         raise ValueError(f"--data takes a file: did you mean fastebm train {file}?")
     find(file)
@@ -285,7 +231,7 @@ def _read(file: Path, seed: int, reading: dict[str, Any], progress: Progress) ->
 
 
 def _check_resumed(given: dict[str, Any], settings: dict[str, Any], file: Path | None) -> None:
-    """An error for what a run can't be resumed with."""
+    """Refuse options that a run can't be resumed with."""
     fixed = [f"--{key.replace('_', '-')}" for key in given if key not in FREE_SETTINGS]
     fixed += [f"--set {key}" for key in settings if key not in FREE_SETTINGS]
     fixed += ["--data"] if file is not None else []
@@ -298,7 +244,7 @@ def _saved(run: Path) -> checkpoint.Saved:
 
 
 def _timed_threads(config: TrainConfig, data: Data, progress: Progress) -> Threads | None:
-    """None where there is nothing to choose."""
+    """The number of threads that is fastest for this run; None if there is no choice."""
     if torch.get_num_threads() == 1 or resolve_device(config.device).type != "cpu":
         return None
     check_memory(config, data.dim, torch.device("cpu"))
@@ -307,6 +253,7 @@ def _timed_threads(config: TrainConfig, data: Data, progress: Progress) -> Threa
 
 
 def show_summary(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+    """Print the measures of a finished run."""
     what = "digits" if config.data.kind == "images" else "rows"
     print(
         f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"

@@ -55,9 +55,9 @@ def complete(path: Path, table: Table) -> Table:
         raise ValueError(
             _holes(path, table, np.isnan(table.x), "missing values", "fill them in, delete such rows", is_missing)
         )
-    told = _holes(path, table, np.isnan(table.x), "missing values", "").removeprefix(f"{path}: ")
+    where = _holes(path, table, np.isnan(table.x), "missing values", "").removeprefix(f"{path}: ")
     n = int(is_missing.sum())
-    note = f"{told}: {n:,} row{'s' * (n > 1)} left out"
+    note = f"{where}: {n:,} row{'s' * (n > 1)} left out"
     return dataclasses.replace(table.rows(~is_missing), notes=(*table.notes, note))
 
 
@@ -66,12 +66,12 @@ def _holes(
 ) -> str:
     """The message about columns with bad values: how many, where, and the ways to go on (if any)."""
     found = [j for j in range(len(table.columns)) if is_bad[:, j].any()]
-    told = []
+    columns = []
     for j in found[:5]:
         bad = np.flatnonzero(is_bad[:, j])
-        told.append(f"{table.columns[j]!r} ({len(bad):,} of {len(table.x):,}, first {table.place(int(bad[0]))})")
+        columns.append(f"{table.columns[j]!r} ({len(bad):,} of {len(table.x):,}, first {table.place(int(bad[0]))})")
     more = f", ... ({len(found)} columns in all)" if len(found) > 5 else ""
-    words = f"{path}: {what} in {', '.join(told)}{more}"
+    words = f"{path}: {what} in {', '.join(columns)}{more}"
     if not ways:
         return words
     share = "" if rows is None else f", {rows.mean():.0%} of the rows"
@@ -111,11 +111,15 @@ def _kinds(table: Table) -> Iterator[str]:
             "else samples will lie between the values, too"
         )
     if whole:
-        told = "samples will lie between them, by which a random forest tells them"
-        yield f"there are whole numbers in {listed(whole)}: {told}"
+        yield (
+            f"there are whole numbers in {listed(whole)}: samples will lie between them, by which a random forest "
+            "tells them"
+        )
     if marks:
-        told = ", ".join(marks)
-        yield f"far from all others, and again and again, is {told}: a mark for missing values? empty such cells"
+        yield (
+            f"far from all others, and again and again, is {', '.join(marks)}: a mark for missing values? empty such "
+            "cells"
+        )
     if heavy:
         yield (
             f"there are heavy tails in {listed(heavy)}: values beyond 5 standard deviations count as 5; the logarithm "
@@ -174,12 +178,12 @@ def flattened(path: Path, table: Table) -> list[str]:
             continue
         row = int(far.argmax())
         n_near = len(values) - len(far_others) + len(near)
-        told = (
+        what = (
             f"column {name!r}: {values[row]:g} in {table.place(row)} lies so far out that {n_near:,} of "
             f"{len(values):,} rows are within {reach:.1g} standard deviations of the median"
         )
         ways = f"mend or delete such rows, take the logarithm, or --drop {shlex.quote(name)}"
         if reach < _NO_ROOM:
-            raise ValueError(f"{path}: {told}, where they can't be told apart: {ways}")
-        notes.append(f"{told}: if that is no true value, {ways}")
+            raise ValueError(f"{path}: {what}, where they can't be told apart: {ways}")
+        notes.append(f"{what}: if that is no true value, {ways}")
     return notes

@@ -1,6 +1,6 @@
 """Text files: how they are laid out (comments, separator, names), and parsing by pandas.
 
-pandas does not detect any of these reliably: a sniffed separator may be a letter, and a header is whatever it is told.
+pandas does not detect these reliably: it may guess a letter as the separator, and takes any first line for names.
 """
 
 from __future__ import annotations

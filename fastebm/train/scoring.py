@@ -152,7 +152,7 @@ class TrainedRun:
         if outside.mean() <= _MOST_OUTSIDE and self._share_far(e) < _SURELY_FAR and not is_raw:
             return
         j = int(outside.mean(axis=0).argmax())
-        told = (
+        where = (
             f"in column {data.columns[j]!r} the median is {np.median(rows[:, j]):g}, and the training rows have mean "
             f"{mean[j]:g} and standard deviation {deviation[j]:g}"
         )
@@ -161,7 +161,7 @@ class TrainedRun:
         could_be_raw = not was_standardised and self._outside(raw).mean() <= _MOST_OUTSIDE
         if could_be_raw and self._share_far(energies_of(self.model, self._states(raw))) < _NOT_FAR:
             raise ValueError(
-                f"these rows seem to be standardised, and the run was trained on values as they are: {told}; give "
+                f"these rows seem to be standardised, and the run was trained on values as they are: {where}; give "
                 f"rows in its units ({way_out})"
             )
         if outside.mean() > _MOST_OUTSIDE or is_raw:
@@ -171,7 +171,7 @@ class TrainedRun:
                 else "are they standardised, in other units, or in another order?"
             )
             raise ValueError(
-                f"{outside.mean():.0%} of the cells are beyond anything that the run was trained on: {told}; {guess} "
+                f"{outside.mean():.0%} of the cells are beyond anything that the run was trained on: {where}; {guess} "
                 f"({way_out})"
             )
 
