@@ -160,7 +160,7 @@ def race(
                 at_most, flops = rates(new), flops_per_chain_step(here.p)
                 for c in group:
                     if results[c]["seconds"]:
-                        results[c] |= _limits(case, at_most, flops, c.precision, results[c]["seconds"])
+                        results[c] |= limit_columns(case, at_most, flops, c.precision, results[c]["seconds"])
         for c in group:
             if c is not eager:
                 here.ready.pop(c, None)
@@ -231,7 +231,7 @@ class _Race:
         beside = new.get(eager) if eager is not None and self.results[eager]["status"] == "ok" else None
         for c in group:
             if c in new:
-                self.results[c] |= _timed(self.p.case, new[c], self.results[c]["status"], beside)
+                self.results[c] |= timed_columns(self.p.case, new[c], self.results[c]["status"], beside)
             elif c in self.ready:
                 self.results[c] |= {"status": "missing", "note": "out of memory beside the others"}
 
@@ -257,7 +257,7 @@ def _blank(case: Case, c: Contestant, device: torch.device) -> dict[str, Any]:
     return row | dict.fromkeys((*CORRECTNESS, *TIMED, *RATIOS, *LIMIT, "note"), "")
 
 
-def _timed(case: Case, times: list[float], status: str, eager: list[float] | None) -> dict[str, Any]:
+def timed_columns(case: Case, times: list[float], status: str, eager: list[float] | None) -> dict[str, Any]:
     """The columns of TIMED, and those of RATIOS about the eager loop, whose runs were interleaved."""
     q1, median, q3 = quartiles(times)
     if status == "FAILED":
@@ -294,7 +294,7 @@ def beside_peers(seconds: Mapping[tuple[str, str], float]) -> dict[tuple[str, st
     return found
 
 
-def _limits(case: Case, found: Rates, flops: float, precision: str, seconds: float) -> dict[str, Any]:
+def limit_columns(case: Case, found: Rates, flops: float, precision: str, seconds: float) -> dict[str, Any]:
     """The columns of LIMIT."""
     chain_steps = case.n_chains * case.steps
     limit = found.limit_seconds(flops * chain_steps, case.dim * chain_steps, precision)

@@ -159,7 +159,7 @@ def test_quartiles():
 
 def test_ratios():
     case = Case(3, (16,), 100, 10)
-    ours = race._timed(case, [2.0, 1.0, 2.0], "ok", [4.0, 8.0, 6.0])
+    ours = race.timed_columns(case, [2.0, 1.0, 2.0], "ok", [4.0, 8.0, 6.0])
     assert (ours["seconds"], ours["rounds"], ours["chain_steps_per_s"]) == (2.0, 3, 500.0)
     assert (ours["eager_seconds"], ours["times_eager"]) == (6.0, 3.0)
     seconds = {("eager", "float32"): 6.0, ("jax", "float32"): 3.0, ("fastebm", "float32"): 2.0}
@@ -167,7 +167,7 @@ def test_ratios():
     assert beside["fastebm", "float32"] == {"peer": "jax float32", "peer_seconds": 3.0, "times_peer": 1.5}
     assert beside["eager", "float32"]["times_peer"] == 0.5
     # without the eager loop there is nothing to compare with, and without peers none is named
-    assert "times_eager" not in race._timed(case, [2.0], "ok", None)
+    assert "times_eager" not in race.timed_columns(case, [2.0], "ok", None)
     assert race.beside_peers({("fastebm", "float32"): 2.0}) == {("fastebm", "float32"): {}}
 
 
@@ -184,7 +184,7 @@ def test_the_limit_of_a_case():
     assert found == limits.Rates({"float32": 50.0, "bf16": 600.0}, 4.0, "fast", 10.0)
     assert found.limit_seconds(200.0, 8.0, "float32") == 200 / 50 + 8 / 4
     assert found.limit_seconds(200.0, 8.0, "bf16x3") == 200 / 200 + 8 / 4
-    row = race._limits(Case(2, (16,), 10, 5), found, 7.0, "float32", 56.0)
+    row = race.limit_columns(Case(2, (16,), 10, 5), found, 7.0, "float32", 56.0)
     assert row["limit_seconds"] == 7 * 50 / 50 + 2 * 50 / 4
     assert row["of_limit"] == 32.0 / 56.0
 
