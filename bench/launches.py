@@ -1,8 +1,8 @@
-"""One launch of a kernel: is it right, what does it take, how long does it run alone. For gpu.py, on a GPU.
+"""Single launches of the kernels: correctness, resources and time. For gpu.py, on a GPU.
 
-shipped   the kernels that ship, each held to float64 over all its chains, twice, with the same bits
-alone     the same kernels with nothing beside them: the kernel's own time, and a whole call's
-sweep     other launches of the fused kernel, held to float64 and then timed in turns with the shipped one
+shipped   each shipped kernel against float64 over all chains, run twice with equal bits
+alone     the same kernels with nothing beside them: time of the kernel and of a whole call
+sweep     other launches of the fused kernel, checked against float64, then timed interleaved with the shipped one
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kernel:
-    """precision: of a fused kernel; None where products are the library's, at full precision."""
+    """precision: of a fused kernel; None for library products at full precision."""
 
     dim: int
     widths: tuple[int, ...]
@@ -49,8 +49,8 @@ class Kernel:
         return Case(self.dim, self.widths, n_chains, steps, kind=self.kind)
 
 
-# Both regimes of the fused kernel, an MLP too wide for either (library products, fused update), and a module that is no
-# MLP (autograd, fused update). The last two run the same update kernel, at two dims.
+# Both regimes of the fused kernel, an MLP too wide for either (library products, fused update), and a module that
+# is not an MLP (autograd, fused update). The last two run the same update kernel, at two dims.
 SHIPPED = (
     *(Kernel(*energy, precision) for energy in (TABLE, DIGITS, TOY) for precision in ("bf16x3", "bf16")),
     Kernel(64, (1024, 1024), None),
@@ -89,7 +89,7 @@ def check(kernel: Kernel, n_chains: int, device: torch.device, dry: bool) -> Row
     same_bits = torch.equal(*noisy)
     n_bad = int((info.first_bad_step >= 0).sum())
     right = error <= allowed and noisy_error <= noisy_allowed and n_bad == 0
-    if info.path != "autograd":  # whose gradient is PyTorch's: cuDNN promises no bits
+    if info.path != "autograd":  # the gradient is PyTorch's, and cuDNN is not bitwise reproducible
         right = right and same_bits
     return {
         "kernel": kernel.name,
@@ -110,21 +110,21 @@ def check(kernel: Kernel, n_chains: int, device: torch.device, dry: bool) -> Row
 
 
 def energy_error(p: Problem, moved: Tensor, info: SampleInfo) -> float:
-    """Of the energies that the call tells, against float64 at its own last states, over the largest energy."""
+    """Error of the returned energies against float64 at the same states, relative to the largest energy."""
     with torch.no_grad():
         exact = p.double_energy(moved.flatten(1).double()).flatten()
     return largest(info.energies - exact) / largest(exact)
 
 
 def launched(kernel: Kernel, device: torch.device) -> Row:
-    """The shipped launch's fields, empty for a path that has none."""
+    """The shipped launch's fields; empty for a path without one."""
     p = Problem(kernel.case(1), device)
     launch = choose(p.energy, device, torch.float32, "triton", kernel.precision).launch
     return {} if launch is None else asdict(launch)
 
 
 def as_loaded(device: torch.device) -> Row:
-    """Registers, spilled words and shared memory of the largest kernel of Langevin steps that this process loaded."""
+    """Registers, spilled words and shared memory of the largest Langevin kernel that this process loaded."""
     if device.type != "cuda":
         return {}
     from fastebm.kernels.triton import resident, streaming, update
@@ -140,7 +140,7 @@ def as_loaded(device: torch.device) -> Row:
 
 
 def time_alone(kernel: Kernel, n_chains: int, device: torch.device, seconds: float, dry: bool) -> Row:
-    """Medians of a whole call, and of its kernels on the GPU."""
+    """Median times of a whole call and of its kernels on the GPU."""
     steps = 2 if dry else 10 if n_chains > 100_000 or kernel.precision is None else 60
     p = Problem(kernel.case(n_chains, steps), device, dry=dry)
     run = partial(sample, p, kernel.precision, steps, NOISE_STD)
@@ -155,13 +155,13 @@ def time_alone(kernel: Kernel, n_chains: int, device: torch.device, seconds: flo
     row["call_chain_steps_per_s"] = n_chains * steps / call
     if device.type == "cuda":
         row |= (on_gpu := gpu_times(run))
-        if kernel.precision is not None:  # the update kernel is a small part of its steps
+        if kernel.precision is not None:  # the update kernel alone is a small part of a step
             row["kernel_chain_steps_per_s"] = n_chains * steps / on_gpu["kernel_seconds"]
     return row
 
 
 def gpu_times(run: Callable[[], object], times: int = 3) -> Row:
-    """Of one call, by CUPTI: seconds in kernels of Langevin steps, and in all others, and how many those are."""
+    """Of one call, by CUPTI: seconds in Langevin kernels and in all others, and the number of the others."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -202,7 +202,7 @@ TILES = ((64, 4), (128, 8), (128, 4), (64, 8), (32, 2), (16, 1))
 
 
 def candidates(case: Case, precision: str, capability: int | None) -> list[Launch]:
-    """Launches to try, the shipped one first, then those of one stage. What can't fit in shared memory is left out."""
+    """Launches to try, the shipped one first, then those of one stage. Without those that exceed shared memory."""
     default = choose_launch(case.dim, (case.widths,), precision, capability)
     if isinstance(default, str):
         return []
@@ -224,7 +224,7 @@ def candidates(case: Case, precision: str, capability: int | None) -> list[Launc
     tried = [replace(default, lean=not default.lean), *tried]
     limit = math.inf if capability is None else SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
-    def may_fit(launch: Launch) -> bool:  # shared_bytes estimates from above
+    def may_fit(launch: Launch) -> bool:  # shared_bytes is an upper bound
         return shared_bytes(launch, case.dim, (case.widths,), precision, capability or 90) <= 1.25 * limit
 
     return list(dict.fromkeys(launch for launch in (default, *tried) if may_fit(launch)))
@@ -241,7 +241,7 @@ Job = tuple[Case, str, Launch]
 
 
 def sweep_jobs(device: torch.device, dry: bool) -> list[Job]:
-    """The most telling first: 65,536 chains fill every multiprocessor several times over."""
+    """Most informative first: 65,536 chains fill every multiprocessor several times over."""
     if dry:
         cases = [(Case(3, (16,), 70, 2), "bf16x3")]
     else:
@@ -249,7 +249,7 @@ def sweep_jobs(device: torch.device, dry: bool) -> list[Job]:
     lists = [[(case, q, launch) for launch in candidates(case, q, capability(device))] for case, q in cases]
     if dry:
         return [job for jobs in lists for job in jobs[:2]]
-    # In turns: the first of every list before the second of any.
+    # Interleaved: the first of every list before the second of any.
     return [jobs[i] for i in range(max(map(len, lists), default=0)) for jobs in lists if i < len(jobs)]
 
 
@@ -260,7 +260,7 @@ def job_name(job: Job) -> str:
 
 
 def compile_job(job: Job, device: torch.device) -> None:
-    """Into Triton's cache, by moving a few chains one step: the number of chains is no part of a kernel."""
+    """Fill Triton's cache by moving a few chains one step; a kernel does not depend on the number of chains."""
     case, precision, launch = job
     p = Problem(replace(case, n_chains=64), device)
     advance(p, precision, launch, p.x0.clone(), 1, p.rule(NOISE_STD))
@@ -273,7 +273,7 @@ def advance(p: Problem, precision: str, launch: Launch, x: Tensor, steps: int, r
 
 
 def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.3) -> Row:
-    """One candidate, held to float64 and then timed in turns with the shipped launch."""
+    """One candidate, checked against float64, then timed interleaved with the shipped launch."""
     case, device = p.case, p.device
     default = choose_launch(case.dim, (case.widths,), precision, capability(device))
     columns = {"precision": precision, **asdict(launch), "shipped": "yes" if launch == default else "no"}
@@ -315,11 +315,11 @@ def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.3) 
     return row
 
 
-# -- for tools that watch a process: compute-sanitizer, ncu ----------------------------------------------------
+# -- for profilers: compute-sanitizer, ncu ---------------------------------------------------------------------
 
 
 def launch_once(kernel: Kernel, n_chains: int, steps: int) -> None:
-    """A whole call and nothing else, on CUDA; its rule is the cases'."""
+    """One whole call on CUDA and nothing else, with the settings of the cases."""
     p = Problem(kernel.case(n_chains, steps), torch.device("cuda"))
     choice = choose(p.energy, p.device, torch.float32, "triton", kernel.precision)
     advance(p, choice.precision, choice.launch, p.x0.clone(), steps, p.rule(NOISE_STD))

@@ -1,15 +1,17 @@
-"""What every shipped launch configuration takes of a GPU, found by compiling it. No GPU is needed; nothing is timed.
+"""Registers, shared memory and instructions of every shipped launch configuration, found by compiling it.
+
+No GPU is needed, and nothing is timed.
 
     python bench/resources.py            compile everything (minutes), write resources.csv into --out
     python bench/resources.py --check    compile everything, compare with bench/results/resources.csv, write nothing;
                                          exit status 1 where the committed rows are better
 
-Rows belong to the version of triton that made them, and those of other versions in the file stay. Two versions have
+Rows belong to the version of triton that made them; a run leaves those of other versions alone. Two versions have
 committed rows: triton 3.6.0, which torch 2.11 pins, and triton 3.9.0. CONTRIBUTING.md says how to make an environment
 for each. Run both with --out bench/results before a change to the kernels or to choose_launch lands.
 
-Counts are read from the machine code (SASS). Rates are computed from them and from data sheets, not measured:
-ceilings that only a kernel that never waits would reach.
+Counts are read from the machine code (SASS). Rates are computed from the counts and from data sheets, not measured:
+upper bounds that only a kernel that never waits would reach.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Machine:
 
 # NVIDIA: A100 data sheet; GA102 whitepaper; Ada whitepaper; H100 data sheet (the H200's SMs are the same); HGX
 # B200 data sheet; RTX Blackwell whitepaper. Where a sheet gives no clock for the tensor peak (H100, B200), the
-# clock is the one that the peak implies: peak / (SMs * FLOPs per SM and clock).
+# clock is derived from it: peak / (SMs * FLOPs per SM and clock).
 MACHINES = {
     80: Machine("A100 SXM", 108, 1.41e9, 312e12, 156e12),
     86: Machine("RTX 3090", 82, 1.695e9, 71e12, 35.6e12),
@@ -60,8 +62,8 @@ MACHINES = {
 # CUDA C++ Programming Guide: four schedulers per SM, each issuing one warp instruction per clock; 16 lanes of
 # special functions ("Throughput of Native Arithmetic Instructions"); 65,536 registers.
 SCHEDULERS, MUFU_LANES, REGISTERS = 4, 16, 65536
-# Bytes from L2 per SM and clock: 5,120 over 108 SMs in the A100 whitepaper. Other sheets give none, so this one is
-# used for all of them. It is the least certain number here.
+# Bytes from L2 per SM and clock: 5,120 over 108 SMs in the A100 whitepaper. Other sheets give none, so it is used for
+# all of them. It is the least certain number here.
 L2_BYTES = 5120 / 108
 
 PRECISIONS = ("bf16", "bf16x3", "tf32")  # ieee is for tests
@@ -69,18 +71,18 @@ RULE = {"clamp": [-1.0, 1.0]}  # numbers for step size and noise, as most recipe
 
 TRITON = importlib.metadata.version("triton")
 
-# Words that a warp may spill in a step, loads and stores, by triton, architecture and precision; what is not named may
-# spill. Rows are committed of these versions of triton. The 16 at bf16 are for the streaming kernel:
-# its launch without spills was measured to be slower (kernels/triton/launch.py).
+# Spill loads plus stores that a warp may make in a step, by triton, architecture and precision; no limit for what is
+# not listed. Rows are committed for these versions of triton. The 16 at bf16 are for the streaming kernel: its launch
+# without spills was measured to be slower (kernels/triton/launch.py).
 MAY_SPILL = {
     "3.6.0": {("sm_90", "bf16"): 16, ("sm_90", "bf16x3"): 100},
     "3.9.0": {(architecture, precision): 0 for architecture in ("sm_80", "sm_90") for precision in PRECISIONS},
 }
 
-# Triton 3.6 only for the architectures that it can compile for: for sm_100 it emits a trap, which has no step to count.
+# Triton 3.6 only for the architectures that it can compile for: for sm_100 it emits a trap without a step to count.
 CAPABILITIES = (80, 90) if TRITON == "3.6.0" else tuple(MACHINES)
 
-MORE_INSTRUCTIONS = 1.03  # over the committed row: less may be the compiler's scheduling alone
+MORE_INSTRUCTIONS = 1.03  # allowed over the committed row: the compiler's scheduling alone may change that much
 
 Row = dict[str, Any]
 
@@ -119,9 +121,9 @@ def opcode(text: str) -> str:
 
 
 def flow(code: list[tuple[int, str]]) -> list[list[int]]:
-    """Where each instruction leads, by index. A branch for a diverged warp (BRA.DIV) is never taken here.
+    """Successors of each instruction, by index. A branch for a diverged warp (BRA.DIV) counts as never taken.
 
-    A call in code that never returns is a branch: ptxas writes some jumps so. Any other leads on to what follows it.
+    A call in code that never returns is a branch: ptxas writes some jumps so. After any other call, code continues.
     """
     index = {address: i for i, (address, _) in enumerate(code)}
     returns = any(opcode(text).startswith("RET") for _, text in code)
@@ -143,7 +145,7 @@ def flow(code: list[tuple[int, str]]) -> list[list[int]]:
 
 
 def find_loops(leads: list[list[int]]) -> dict[int, set[int]]:
-    """Natural loops: {header: its instructions}, found by the branches back to an instruction on the way to them."""
+    """Natural loops, {header: its instructions}, found by their back edges."""
     back: list[tuple[int, int]] = []
     state = [0] * len(leads)  # 0 new, 1 on the way, 2 done
     stack = [(0, iter(leads[0]))]
@@ -163,7 +165,7 @@ def find_loops(leads: list[list[int]]) -> dict[int, set[int]]:
     comes_from: list[list[int]] = [[] for _ in leads]
     for i, successors in enumerate(leads):
         for j in successors:
-            if state[i]:  # code that nothing leads to belongs to no loop
+            if state[i]:  # unreachable code belongs to no loop
                 comes_from[j].append(i)
     loops: dict[int, set[int]] = {}
     for latch, header in back:
@@ -184,11 +186,10 @@ def is_tensor(name: str) -> bool:
 def executed(code: list[tuple[int, str]], chunks: int) -> Counter[str]:
     """Instructions that one warp executes in one step, by opcode.
 
-    The step loop is the largest loop that lies in no other. Among its inner loops, one with tensor-core products
-    and stores of the state is the loop over chunks, passed ``chunks`` times; one with products but no store is
-    the rehearsal, which a run in normal operation jumps over; others (waits) count once. Of the ways that are
-    left from the loop's head back to it, the longest counts (on sm_100 one warp issues the products of all, and
-    counting them for each is a little too much).
+    The step loop is the largest outermost loop. Of its inner loops, one with tensor-core products and stores of the
+    state is the loop over chunks, executed ``chunks`` times; one with products but no store is the rehearsal, which
+    normal runs skip; others (waits) count once. Of the remaining paths from the loop's header back to it, the longest
+    counts. (On sm_100 one warp issues the products of all, so counting them for each is a little too much.)
     """
     leads = flow(code)
     names = [opcode(text) for _, text in code]
@@ -217,7 +218,7 @@ def executed(code: list[tuple[int, str]], chunks: int) -> Counter[str]:
             counts.setdefault(i, Counter([names[i]]))
             ways.setdefault(i, leads[i])
 
-        # The longest way from each instruction back to the header; what is inside has no circle any more.
+        # The longest path from each instruction back to the header. Inner loops are collapsed, so there is no cycle.
         longest: dict[int, tuple[int, int | None] | None] = {}
         stack = [header]
         while stack:
@@ -275,7 +276,7 @@ def flops_of(sizes: Sequence[int], precision: str) -> float:
 
 
 def row_of(compiled: Row, sass: str, usage: str) -> Row:
-    """The row of a compiled case, given what cuobjdump says of it."""
+    """The row of a compiled case, from cuobjdump's output."""
     launch, machine = compiled["launch"], MACHINES[compiled["capability"]]
     chains, warps, precision = launch["block_chains"], launch["num_warps"], compiled["precision"]
     chunks = -(-compiled["dim"] // launch["block_dim"])
@@ -284,7 +285,7 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
     for name, count in names.items():
         bases[name.split(".")[0]] += count
 
-    # What is counted must be the step that the kernel was written to make: all of it, and nothing twice.
+    # Sanity check: the counted loop must do the products of one whole step.
     sizes = [chunks * launch["block_dim"], *(block(w) for w in compiled["widths"])]
     flops = flops_of(sizes, precision)
     counted = tensor_flops(names)
@@ -307,12 +308,13 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
     }
     if launch["regime"] == "streaming":
         weight_bytes = {"bf16": 2}.get(precision, 4)
-        # W_1 for a tile; x in and out; slopes in and out: bf16 twice, or once two halves or tf32, or float32 and halves
+        # W_1 once per tile; x and the slopes in and out. Slopes are bf16 twice, or once two halves or tf32, or float32
+        # and halves.
         slope_bytes = 16 if launch["in_memory"] else 8
         traffic = sizes[0] * sizes[1] * weight_bytes / chains + 8 * compiled["dim"] + slope_bytes * sizes[1]
         rates["l2"] = ticks * L2_BYTES / traffic
     elif launch["in_memory"]:
-        rates["l2"] = ticks * L2_BYTES / (12 * launch["block_dim"])  # the state, out once and in twice
+        rates["l2"] = ticks * L2_BYTES / (12 * launch["block_dim"])  # the state, written once and read twice
     binds = min(rates, key=lambda name: rates[name])
     return {
         **empty_row(compiled),
@@ -323,7 +325,7 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
         "stages": launch["num_stages"],
         "registers": registers,
         "shared_bytes": shared,
-        # by registers (given out by 8 a thread) and shared memory (1 KiB a block is the system's)
+        # limited by registers (allocated in eights per thread) and shared memory (1 KiB per block is reserved)
         "blocks_per_sm": min(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), (limit + 1024) // (shared + 1024)),
         "loop_instructions": sum(names.values()),
         "tensor_instructions": sum(n for name, n in names.items() if is_tensor(name)),
@@ -373,7 +375,7 @@ def empty_row(compiled: Row) -> Row:
 
 
 def cuobjdump(option: str, cubin: Path) -> str:
-    import triton  # only its path is wanted: no kernel is decorated in this process
+    import triton  # only for its path: no kernel is decorated in this process
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
@@ -381,7 +383,7 @@ def cuobjdump(option: str, cubin: Path) -> str:
 
 def compile_all(cases: Sequence[Row]) -> list[Row]:
     """Each case's result, see tests/compiling.py; one process per core."""
-    # in other processes, because TRITON_INTERPRET is read when a kernel is decorated
+    # In processes of their own, because TRITON_INTERPRET is read when a kernel is decorated.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def compile_part(part: Sequence[Row]) -> list[Row]:
@@ -416,7 +418,7 @@ def compile_rows(cases: Sequence[Row]) -> list[Row]:
 
 
 def read_committed() -> dict[tuple[str, str, str], Row]:
-    """The committed rows of this triton."""
+    """The committed rows of the installed triton."""
     return {key(row): row for row in read(COMMITTED) if row["triton"] == TRITON}
 
 

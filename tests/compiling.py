@@ -1,17 +1,21 @@
 """Compile kernels ahead of time, without a GPU: ``python tests/compiling.py < cases.json > results.json``.
 
-It needs a process of its own: the variable TRITON_INTERPRET, which the other tests set where there is no GPU,
-is read when a kernel is decorated.
+It runs in a process of its own, because TRITON_INTERPRET, which other tests set where there is no GPU, is read when a
+kernel is decorated.
 
-What is compiled is what a launch would compile: the backend's own entry points run, on CPU tensors, with a
-driver that answers for a GPU of the asked capability, and a launch ends in the compiled kernel instead.
+It compiles exactly what a launch would: the backend's entry points run on CPU tensors, with a driver that pretends to
+be a GPU of the given capability, and launching is replaced by compiling.
 
-A case: kernel ("mlp" or "update"), capability, dim, widths, activations (one a layer; default: silu), precision,
-rule (keywords of ``Langevin``, lists standing for tensors), head ("scalar"; "logsumexp" or "class", of 10 classes), sum
-(true: with a second MLP, a Gaussian and a linear term), recorded (true: with frozen coordinates, a trajectory and
-telemetry), silent (true: with zeros in the place of normal numbers; for all cases of the process, or none), and cubin
-(a path to write the machine code to). All from activations on, but precision, may be left out. A result: the case, and
-what was compiled, or "refused", the words of ``choose_launch``.
+Fields of a case; those after precision are optional:
+    kernel ("mlp" or "update"), capability, dim, widths, precision
+    activations     one per layer; default: silu
+    rule            keywords of ``Langevin``, with lists for tensors
+    head            "scalar"; "logsumexp" or "class", of 10 classes
+    sum             true: with a second MLP, a Gaussian and a linear term
+    recorded        true: with frozen coordinates, a trajectory and telemetry
+    silent          true: with zeros instead of normal numbers; the same for all cases of a process
+    cubin           a path to write the machine code to
+A result is the case with what was compiled, or with "refused", the message of ``choose_launch``.
 """
 
 import dataclasses
@@ -41,7 +45,7 @@ N_CHAINS = 64
 
 
 class PretendedGPU:
-    """The part of a Triton driver that compilation asks."""
+    """The part of a Triton driver that compilation needs."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -50,14 +54,14 @@ class PretendedGPU:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # kernels are kept by device number: one number a capability
+        return self.capability  # kernels are cached by device number: use one number per capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """The kernel that moves chains of those that a call launches: all compiled, none run."""
+    """The kernel that moves chains, among those that a call launches: all are compiled, none run."""
     kernels: list[Any] = []
 
     def instead_of_launching(kernel: JITFunction, grid: Any) -> Any:
@@ -66,7 +70,7 @@ def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
     with mock.patch.object(JITFunction, "__getitem__", instead_of_launching):
         function(*args, **kwargs)
     *before, kernel = kernels
-    # the last: of a step with the noise first, the drift
+    # the last one: with the noise first, the drift
     assert [other.metadata.name for other in before] in ([], ["prepare"], ["langevin_update"])
     return kernel
 
@@ -76,7 +80,7 @@ def silence(
     key0, key1, chain, step, first_block, STREAM: tl.constexpr, DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
     BLOCK_DIM: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr = False, scale=1.0,
 ):  # fmt: skip
-    """Nothing that costs, in the place of ``normals``."""
+    """Replaces ``normals`` at no cost."""
     return tl.zeros((BLOCK_CHAINS, BLOCK_DIM), tl.float32) + scale
 
 

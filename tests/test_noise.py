@@ -208,7 +208,7 @@ def test_no_two_of_seed_stream_chain_step_share_numbers():
 
 
 def test_steps_and_seeds_do_not_alias():
-    """seed + step in place of a counter would make step 1 of seed 0 the noise of step 0 of seed 1."""
+    """With seed + step instead of a counter, step 1 of seed 0 would have the noise of step 0 of seed 1."""
     chains = torch.arange(100)
     a = noise.normal(0, Stream.LANGEVIN, chains, 1, 4)
     b = noise.normal(1, Stream.LANGEVIN, chains, 0, 4)

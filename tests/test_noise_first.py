@@ -1,7 +1,7 @@
-"""Rules whose noise comes before the gradient: the field's published loops, every option, and chains that explode.
+"""Langevin with the noise before the gradient: the field's published loops, every option, and chains that explode.
 
-Each path is held to the loops as they were published, written out here, with the same noise. Where the drift leaves a
-coordinate at a bound, the order shows in full: noise that comes last is in the result, noise that comes first is not.
+Each path is compared with the loops as they were published, written out here, with the same noise. Where the drift
+leaves a coordinate at a bound, the order shows: noise added last is in the result, noise added first is not.
 """
 
 import math
@@ -44,7 +44,7 @@ every_path_and_place = pytest.mark.parametrize("path", [*PATHS, *NUMBA, *SELDOM]
 
 
 def moved(path, energy, x, rule, steps, counters, **asked):
-    """``advance``, and Numba's kernels."""
+    """``advance``, with Numba's kernels too."""
     if path not in NUMBA:
         return advance(path, energy, x, rule, steps, counters, **asked)
     if x.is_cuda:
@@ -99,14 +99,14 @@ every_recipe = pytest.mark.parametrize("recipe", PUBLISHED)
 
 
 def published_case(recipe, device="cpu"):
-    """An energy whose steps of 10 dE/dx leave some coordinates within the bounds, and its states."""
+    """An energy for which steps of 10 dE/dx leave some coordinates within the bounds, and states."""
     energy = SumEnergy([network(DIM, [20, 11])], [0.3 if recipe == "jem" else 0.04]).to(device)
     x, counters = begin(N, DIM, device)
     return energy, x.clamp(-1.0, 1.0) if recipe == "uva" else x.clamp(0.0, 1.0), counters
 
 
 def as_published(recipe, energy, x, counters):
-    """In float64, as told by the published loop."""
+    """The published loop, in float64."""
     exact = Energy(energy, x.shape[1:], torch.float64)
     noises = [
         normal(
@@ -138,14 +138,14 @@ def test_the_published_loop_in_float64(backend, recipe):
 
 
 def options(rule):
-    """Of ``langevin_sample``."""
+    """Called through ``langevin_sample``."""
     names = ("step_size", "noise_scale", "grad_clip", "clamp", "noise_first", "clamp_noise")
     return {"steps": STEPS, **{name: getattr(rule, name) for name in names}}
 
 
 @pytest.mark.parametrize("recipe", ["igebm", "igebm, proj_norm", "uva"])
 def test_the_order_is_seen_in_these_cases(recipe):
-    """They have coordinates at the bounds and between, and the other order is far beyond their tolerance."""
+    """The cases have coordinates at the bounds and between, and the other order is far outside the tolerance."""
     rule = PUBLISHED[recipe][1]
     energy, x, counters = published_case(recipe)
     expected = as_published(recipe, energy, x, counters)
@@ -173,7 +173,7 @@ def test_the_published_loop_in_a_compiled_call(recipe):
 @every_recipe
 @pytest.mark.parametrize("call", ["sample", "advance"])
 def test_the_published_loop_in_a_pool(recipe, call):
-    """With one clamp for both, and a rule that has a part for each chain of the draw."""
+    """With one clamp for pool and sampler, and a step size per chain."""
     rule = PUBLISHED[recipe][1]
     energy, x, _ = published_case(recipe)
     pool = ChainPool(N, DIM, clamp=rule.clamp, seed=3, init=x, reinit_prob=0.0)
@@ -206,7 +206,7 @@ def test_the_published_loop_in_a_pool(recipe, call):
     ],
 )
 def test_all_options_at_once(device, head, terms, clamp, clamp_noise):
-    """And what is told of each chain, by the formulas."""
+    """Includes telemetry."""
     check_agreement(
         device, (*FAST_PATHS, *IN_MEMORY, "update", *NUMBA), energy=make_energy(DIM, head=head, terms=terms), dim=DIM,
         classes=CLASSES if head == "class" else None, n_chains=33, steps=4, thin=2, step_form="schedule",
@@ -217,7 +217,7 @@ def test_all_options_at_once(device, head, terms, clamp, clamp_noise):
 
 @every_path
 def test_no_steps(device, path):
-    """Nor coefficients of any."""
+    """A schedule of no steps has no coefficients."""
     energy = make_energy(DIM, [9]).to(device)
     x, counters = begin(6, DIM, device)
     for schedule in (torch.zeros(0), 0.3):
@@ -253,7 +253,7 @@ def test_bits_do_not_depend_on_the_batch(device, path):
 
 @every_path
 def test_a_trajectory_is_the_run_at_each_step(device, path):
-    """Its states are those after the gradient: none has the next step's noise."""
+    """Its states are those after the gradient, without the next step's noise."""
     energy = make_energy(DIM, [9]).to(device)
     x, counters = begin(20, DIM, device)
     schedule = torch.linspace(0.1, 0.5, 3)
@@ -268,7 +268,7 @@ def test_a_trajectory_is_the_run_at_each_step(device, path):
 
 
 def check_like_the_reference(path, energy, x, rule, steps, counters):
-    """States, the steps they stop at, and what is told of them; returns what the reference makes of it."""
+    """Compare states, first bad steps and telemetry with the reference, whose result is returned."""
     expected = moved("reference", energy, x, rule, steps, counters, thin=1, telemetry=True)
     done = moved(path, energy, x, rule, steps, counters, thin=1, telemetry=True)
     assert torch.equal(done.first_bad, expected.first_bad)
@@ -293,10 +293,10 @@ def check_like_the_reference(path, energy, x, rule, steps, counters):
     ],
 )
 def test_noise_that_is_infinite(device, path, bounds, clamp_noise):
-    """At the first step, at a later one, or at none: the state is that before the noise, the step that of the noise."""
+    """At the first step, a later one, or never. The chain stops at the state before the noise, at the noise's step."""
     energy = SumEnergy([make_energy(DIM, [9]), GaussianEnergy(0.1, 2.0)], [0.01, 0.01]).to(device)
     x, counters = begin(12, DIM, device, frozen="chains")
-    counters["frozen"][::4] = True  # these have nothing free, and nothing to explode
+    counters["frozen"][::4] = True  # nothing free, so nothing explodes
     clamp = per_dim_bounds(DIM) if bounds == "dims" else bounds
     rule = {"clamp": clamp, "grad_clip": 0.004, "noise_first": True, "clamp_noise": clamp_noise}
     each = torch.full((12, 1), 0.5)
@@ -312,7 +312,7 @@ def test_noise_that_is_infinite(device, path, bounds, clamp_noise):
 @every_path
 @pytest.mark.parametrize("clamp_noise", [False, True])
 def test_a_drift_that_is_infinite(device, path, clamp_noise):
-    """At step 1, for some chains: their state is that after this step's noise."""
+    """At step 1, for some chains, which stop at the state after this step's noise."""
     energy = SumEnergy([make_energy(DIM, [9])], [1.0]).to(device)
     x, counters = begin(24, DIM, device)
     noise_std = torch.tensor([0.5, 0.7, 0.6])
@@ -336,7 +336,7 @@ def test_a_drift_that_is_infinite(device, path, clamp_noise):
 
 @every_path
 def test_noise_far_beyond_the_bounds_and_a_drift_farther_still(device, path):
-    """Neither is large beside float32's end, their sum is beyond it, and the clamp would hide that."""
+    """Each is finite in float32, their sum is not, and the clamp would hide that."""
     body = nn.Sequential(nn.Linear(DIM, 4), nn.ReLU(), nn.Linear(4, 1))
     with torch.no_grad():
         body[0].weight.fill_(1e-10)
@@ -365,10 +365,10 @@ def test_noise_far_beyond_the_bounds_and_a_drift_farther_still(device, path):
 @every_path_and_place
 @pytest.mark.parametrize("clamp", [pytest.param(None, marks=pytest.mark.slow), (-1e38, math.inf), "far"])
 def test_chains_explode_at_different_steps(device, path, clamp):
-    """A random walk towards float32's end; one clamp puts chains near it, from where noise takes them beyond."""
+    """A random walk towards float32's largest number; one clamp puts chains near it, and noise takes them beyond."""
     energy = make_energy(DIM, [9]).to(device)
     with torch.no_grad():
-        energy[0].weight *= 1e-10  # or a sum of terms might overflow, or not, by the order of its terms
+        energy[0].weight *= 1e-10  # else whether a sum overflows may depend on the order of its terms
     x, counters = begin(24, DIM, device)
     scales = torch.linspace(0.1e38, 2e38, 24)[:, None]
     if clamp == "far":

@@ -1,4 +1,4 @@
-"""The committed table of resources (bench/results/resources.csv) against kernels compiled now, with no GPU here."""
+"""The committed table of resources (bench/results/resources.csv) against kernels compiled now, without a GPU."""
 
 import sys
 from collections import Counter
@@ -53,7 +53,7 @@ STREAMING = """
 
 
 def test_the_step_of_a_streaming_kernel():
-    """The prologue, the rehearsal, what only leads past it, and the path of diverged warps do not count."""
+    """Prologue, rehearsal, the jump over it and the path of diverged warps do not count."""
     assert resources.executed(resources.parse(STREAMING), chunks=10) == Counter(
         {
             "MUFU.TANH": 1,
@@ -84,7 +84,7 @@ def test_the_step_of_a_resident_kernel():
     assert resources.tensor_flops(names) == 2 * 64 * 128 * 16 / 4
 
 
-def test_code_that_can_not_be_counted_is_refused():
+def test_code_that_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match="can't follow"):
         resources.executed(resources.parse("  /*0000*/   BRX R2 -0x10 ;\n  /*0010*/   EXIT ;\n"), 1)
     calls = "  /*0000*/   CALL.REL.NOINC 0x30 ;\n  /*0010*/   @P0 BRA 0x0 ;\n  /*0020*/   EXIT ;\n"
@@ -121,9 +121,9 @@ def slow():
 
 @pytest.fixture
 def committed():
-    """The committed rows. Another triton makes other code, which they say nothing about."""
+    """The committed rows. They say nothing about the code of another triton."""
     if resources.TRITON not in resources.MAY_SPILL:
-        pytest.skip(f"rows are kept of triton {' and '.join(resources.MAY_SPILL)}, and this is {resources.TRITON}")
+        pytest.skip(f"rows are for triton {' and '.join(resources.MAY_SPILL)}, and this is {resources.TRITON}")
     return resources.read_committed()
 
 
@@ -152,11 +152,11 @@ def test_takes_no_more_instructions_than_committed(quick, committed, key):
 @linux
 @pytest.mark.slow
 def test_what_a_normal_costs(quick, committed):
-    """A step beside one without noise: 16 instructions a normal, and once for a thread's 32 the keys of ten rounds."""
+    """A step against one without noise: 16 instructions per normal, plus the keys of ten rounds per thread's 32."""
     keys, column = [key for key in QUICK if key[:2] == ("sm_90", "64-[128,128]")], "warp_instructions_per_chain_step"
     silent = resources.compile_rows([{**CASES[key], "silent": True} for key in keys])
     for key, without in zip(keys, silent, strict=True):
-        cost = 32 / 64 * (float(quick[key][column]) - float(without[column]))  # of a thread, a dim
+        cost = 32 / 64 * (float(quick[key][column]) - float(without[column]))  # per thread and dim
         assert 10 < cost <= 16 + 20 / 32
 
 
@@ -220,7 +220,7 @@ def test_each_way_to_fall_behind_is_found():
     assert resources.worse(good, None)
 
 
-def test_a_triton_without_rows_is_told(monkeypatch):
+def test_a_triton_without_rows_is_reported(monkeypatch):
     monkeypatch.setattr(resources, "TRITON", "0.0.0")
     (words,) = resources.problems([])
     assert "no rows of triton 0.0.0" in words

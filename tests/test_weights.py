@@ -1,5 +1,5 @@
-"""What is prepared for the fused kernel: weights have the bits that plain PyTorch makes of them; a call dispatches
-little and waits once; launches share scratch; tensors at odd places compile nothing anew."""
+"""Preparation for the fused kernel: weights have the bits that plain PyTorch gives; a call dispatches little and
+synchronises once; launches share scratch; unaligned tensors do not recompile."""
 
 import pytest
 import runs
@@ -44,7 +44,7 @@ def halves_of(weight, precision):
 
 
 def plain_layers(mlp, precision, block_dim):
-    """Of each layer, the padded weight in its halves, and the bias."""
+    """For each layer, the padded weight in its halves, and the bias."""
     padded_in = -(-mlp.dim // block_dim) * block_dim
     for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
         is_head = i == len(mlp.activations)
@@ -63,7 +63,7 @@ def plain_layers(mlp, precision, block_dim):
 
 
 def plain(description, precision, block_dim):
-    """All parts in plain PyTorch: layers, -w_k, the constant, c, m and b, and what bounds a gradient."""
+    """All parts in plain PyTorch: layers, -w_k, the constant, c, m and b, and the numbers that bound a gradient."""
     d = description.to(description.mlps[0].weights[0].device, torch.float32)
     padded = -(-d.dim // block_dim) * block_dim
     layers = [layer for mlp in d.scaled_heads() for layer in plain_layers(mlp, precision, block_dim)]
@@ -91,7 +91,7 @@ def without_bias():
 
 
 def strided():
-    """Parameters that are parts of a larger tensor, transposed and at odd places; one of them twice."""
+    """Parameters that are views of a larger tensor, transposed and unaligned; one of them shared."""
     energy, store = mlp(6, (6, 6)), torch.randn(500)
     with torch.no_grad():
         energy[0].weight.set_(store.untyped_storage(), 3, (6, 6), (1, 13))
@@ -106,7 +106,7 @@ def everything():
 
 
 def special():
-    """Numbers at the ends of what bf16 holds, ties, and what is no number."""
+    """Numbers at the limits of bf16, ties, and NaN."""
     energy = mlp(16, (16,))
     values = [0.0, -0.0, 1e-45, -1e-40, 3.3895e38, -3.4e38, torch.inf, -torch.inf, torch.nan, 1.00390625, 1.01171875]
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_the_bits_of_plain_pytorch(name, precision, device):
 
 
 def same(words, start, expected):
-    """expected, bit for bit (but for which NaN), lies at word start."""
+    """Assert that expected lies at word start, bit for bit except for NaN payloads."""
     expected = expected.cpu().contiguous().flatten()
     found = words[start:].view(expected.dtype)[: expected.numel()]
     assert torch.equal(found.isnan(), expected.isnan())
@@ -175,7 +175,7 @@ def same(words, start, expected):
 
 
 def test_weights_are_never_kept(device):
-    """Writes through .data move no version."""
+    """Writes through .data do not change a tensor's version."""
     torch.manual_seed(0)
     energy, x = mlp().to(device), torch.randn(9, 5, device=device)
     options = {"init": x, "steps": 2, "step_size": 0.1, "seed": 1, "backend": "triton"}
@@ -192,7 +192,7 @@ def test_weights_are_never_kept(device):
 
 
 class Recorder:
-    """In the place of a kernel: what it would be launched with."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, []
@@ -209,7 +209,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, result = str(function), function(*args, **(kwargs or {}))
         self.names.append(name)
-        # on a GPU these wait: a value for the host, or a number of elements that only the device knows
+        # on a GPU these synchronise: a value for the host, or a size that only the device knows
         self.waits += any(part in name for part in ("_local_scalar_dense", "nonzero", "equal.default", "masked_select"))
         return result
 
@@ -246,7 +246,7 @@ def test_a_call_dispatches_little_and_waits_once(dim, widths, precision, return_
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_a_start_that_is_not_finite(backend, on_nonfinite, steps, device):
-    """One test of all chains tells of it, after the launch; in the words of a test before."""
+    """Found by one test of all chains after the launch, with the message of a test before it."""
     torch.manual_seed(0)
     x = torch.randn(70, 5, device=device)
     x[3, 1], x[69, 0] = torch.nan, -torch.inf
@@ -264,7 +264,7 @@ def test_a_start_that_is_not_finite(backend, on_nonfinite, steps, device):
 @pytest.mark.parametrize("regime", ["resident", "streaming"])
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_the_report_is_what_chains_say(regime, device):
-    """One chain of many that leaves the numbers, or whose energy does, is reported; none is not."""
+    """The report is set if any chain or any energy is not finite, and only then."""
     torch.manual_seed(0)
     energy = mlp(20, (8,)).to(device)
     launch = Launch(regime, 64, 32 if regime == "resident" else 16, 4, 1)
@@ -356,7 +356,7 @@ def everything_of(dim):
 
 
 def test_scratch_of_ten_million_chains():
-    """A launch's scratch at most: 128 MiB where a network is 256 wide. Whole tiles, of any size that ships."""
+    """A launch's scratch is at most 128 MiB for a network 256 wide, and holds whole tiles of any shipped size."""
     assert fused.CHAINS_AT_ONCE % 128 == 0
     assert fused.CHAINS_AT_ONCE * 2 * 256 * 2 <= 2**27
     assert fused.CHAINS_AT_ONCE >= 4 * 160 * 128  # some rounds of tiles on the largest GPUs
@@ -366,7 +366,7 @@ def test_scratch_of_ten_million_chains():
 
 
 class Watched:
-    """A kernel, and what triton would specialise each of its launches for."""
+    """Wraps a kernel and records what triton would specialise each launch for."""
 
     def __init__(self, kernel):
         self.kernel, self.seen = kernel, set()
@@ -379,7 +379,7 @@ class Watched:
         return launch
 
     def specialisation(self, args):
-        """Types, and which pointers are known to be at whole 16 bytes."""
+        """Types, and which pointers are known to be aligned to 16 bytes."""
         options = self.kernel.kwargs if interpreted() else vars(self.kernel)
         loose = [n for key in ("do_not_specialize", "do_not_specialize_on_alignment") for n in options.get(key) or ()]
         assert not any(isinstance(value, int) and name not in loose for name, value in self.named(args))
@@ -391,7 +391,7 @@ class Watched:
         )
 
     def named(self, args):
-        """Strides of frozen coordinates and coefficients are of few values, and not of a place."""
+        """Without strides of frozen coordinates and coefficients, which take few values whatever the address."""
         pairs = zip(self.kernel.arg_names, args, strict=False)
         return [(name, value) for name, value in pairs if not name.startswith("stride_")]
 
@@ -411,7 +411,7 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["resident", "streaming", "autograd"])
-def test_chunks_at_odd_places_compile_nothing_anew(path, watched, device):
+def test_unaligned_chunks_do_not_recompile(path, watched, device):
     torch.manual_seed(0)
     dim = 130 if path == "streaming" else 3
     classes = nn.Sequential(nn.Linear(dim, 7), nn.SiLU(), nn.Linear(7, 4))
@@ -427,7 +427,7 @@ def test_chunks_at_odd_places_compile_nothing_anew(path, watched, device):
 
 
 @pytest.mark.parametrize("path", ["resident", "autograd"])
-def test_tensors_of_a_call_at_odd_places_compile_nothing_anew(path, watched, device):
+def test_unaligned_tensors_of_a_call_do_not_recompile(path, watched, device):
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(3, 7), nn.SiLU(), nn.Linear(7, 4)).to(device)
     energy = ClassifierEnergy(nn.Sequential(inner, nn.Softplus()) if path == "autograd" else inner)

@@ -19,12 +19,14 @@ from .products import product
 from .step import (
     Bounds,
     Coefficient,
+    Counters,
     Frozen,
     clip,
     differs,
     hold,
     load_coefficient,
     load_counters,
+    load_key,
     load_labels,
     noise_of,
     report_bad,
@@ -114,9 +116,10 @@ def langevin_resident(
         if IN_MEMORY:
             x = load_tile(state_ptr, BLOCK_DIM, tile, HELD)
         if NOISE_FIRST:
-            counters = load_counters(seed_ptr, chain_ptr, step_ptr, tile, t)
+            chain, step = load_counters(chain_ptr, step_ptr, tile, t)
             noise_std = load_coefficient(noise_std_of, tile, t, NOISE_STD_PER_CHAIN)
-            noise = noise_of(counters, noise_std, tile, SHAPE, LAYERS.FAST)
+            key0, key1 = load_key(seed_ptr, shift)
+            noise = noise_of(Counters(key0, key1, chain, step), noise_std, tile, SHAPE, LAYERS.FAST)
             _, finite, noisy = updated(
                 x, None, noise, None, frozen, bounds, tile, SHAPE, CLAMP if CLAMP_NOISE else "", "noise", True
             )
@@ -144,12 +147,15 @@ def langevin_resident(
             shrink = shrinkage(tl.sum(clipped * clipped, axis=1), norm_clip)
         clipped = clip(grad, grad_clip, shrink)
 
+        # The order of these loads matters to the compiler: others spill at bf16x3 with triton 3.6.
+        if not NOISE_FIRST:
+            chain, step = load_counters(chain_ptr, step_ptr, tile, t)
         drift = load_coefficient(drift_of, tile, t, DRIFT_PER_CHAIN)
         noise = None
         if not NOISE_FIRST:
             noise_std = load_coefficient(noise_std_of, tile, t, NOISE_STD_PER_CHAIN)
-            counters = load_counters(seed_ptr, chain_ptr, step_ptr, tile, t)
-            noise = noise_of(counters, noise_std, tile, SHAPE, LAYERS.FAST)
+            key0, key1 = load_key(seed_ptr, shift)
+            noise = noise_of(Counters(key0, key1, chain, step), noise_std, tile, SHAPE, LAYERS.FAST)
         moved, finite, new = updated(
             x, clipped, noise, drift, frozen, bounds, tile, SHAPE, CLAMP, "drift" if NOISE_FIRST else "", True
         )

@@ -22,7 +22,7 @@ class Coefficient(NamedTuple):
 
 
 class Counters(NamedTuple):
-    """Philox's key, and the counters of each chain: global number and lifetime step."""
+    """Philox's key (`load_key`), and the counters of each chain (`load_counters`)."""
 
     key0: tl.tensor
     key1: tl.tensor
@@ -67,12 +67,11 @@ def load_key(seed_ptr, shift=0):
 
 
 @triton.jit
-def load_counters(seed_ptr, chain_ptr, step_ptr, tile, t):
-    """Of every chain at step t."""
+def load_counters(chain_ptr, step_ptr, tile, t):
+    """Global number and lifetime step of every chain at step t."""
     chain = tl.load(chain_ptr + tile.chains, mask=tile.inside, other=0)
     step = tl.load(step_ptr + tile.chains, mask=tile.inside, other=0) + t
-    key0, key1 = load_key(seed_ptr, tile.shift)
-    return Counters(key0, key1, chain, step.to(tl.uint32))
+    return chain, step.to(tl.uint32)
 
 
 @triton.jit

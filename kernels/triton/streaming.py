@@ -21,6 +21,7 @@ from .products import load_weight, multiply, operand, product, transpose
 from .step import (
     Bounds,
     Coefficient,
+    Counters,
     Frozen,
     clamp,
     clip,
@@ -28,6 +29,7 @@ from .step import (
     hold,
     load_coefficient,
     load_counters,
+    load_key,
     load_labels,
     noise_of,
     report_bad,
@@ -167,8 +169,10 @@ def langevin_streaming(
     zs = empty_sums(LAYERS, SHAPE)
     size = tl.zeros((BLOCK_CHAINS,), tl.float32)  # no |x| of the chain is larger
     if NOISE_FIRST:
-        start_counters = load_counters(seed_ptr, chain_ptr, step_ptr, start, 0)
+        key0, key1 = load_key(seed_ptr)
         start_std = load_coefficient(noise_std_of, start, 0, NOISE_STD_PER_CHAIN)
+        chain, step = load_counters(chain_ptr, step_ptr, start, 0)
+        start_counters = Counters(key0, key1, chain, step)
         start_finite = tl.full((BLOCK_CHAINS,), 1, tl.int1)
         for c in tl.range(0, N_CHUNKS, disable_licm=NO_LICM):
             chunk = chunk_at(start, c, SHAPE)
@@ -262,14 +266,16 @@ def langevin_streaming(
         first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
         in_doubt = first_bad == IN_DOUBT
 
-        # loaded now, and coefficients again, so that they take no registers while slopes do
+        # loaded now, the coefficients again, so that they take no registers while slopes do
+        key_low, key_high = load_key(seed_ptr, shift)
         drift = load_coefficient(drift_of, now, t, DRIFT_PER_CHAIN)
         if NOISE_FIRST:
             std = load_next(noise_std_of, now, t, steps, NOISE_STD_PER_CHAIN)
-            counters = load_counters(seed_ptr, chain_ptr, step_ptr, now, t + 1)
+            number, age = load_counters(chain_ptr, step_ptr, now, t + 1)
         else:
             std = load_coefficient(noise_std_of, now, t, NOISE_STD_PER_CHAIN)
-            counters = load_counters(seed_ptr, chain_ptr, step_ptr, now, t)
+            number, age = load_counters(chain_ptr, step_ptr, now, t)
+        counters = Counters(key_low, key_high, number, age)
         shrink = None
         if norm_clip is not None:
             square = tl.zeros((BLOCK_CHAINS,), tl.float32)

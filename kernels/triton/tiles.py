@@ -96,29 +96,33 @@ def chunk_at(tile, c, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def places(stride, tile, SHAPE: tl.constexpr):
-    """Offsets of a tile in rows that are stride apart, in the order of SHAPE, and which of them exist."""
+def places(ptr, stride, tile, SHAPE: tl.constexpr):
+    """Pointers to a tile's elements in rows that are stride apart, in the order of SHAPE, and which of them exist."""
     if SHAPE.ORDER == "held":
         # Of 16 chains and 16 dims a thread has four neighbouring dims of two chains: loads and stores of 16 bytes.
         i = tl.arange(0, SHAPE.BLOCK_CHAINS * SHAPE.BLOCK_DIM)
         row = i // 128 % (SHAPE.BLOCK_CHAINS // 16) * 16 + i // (8 * SHAPE.BLOCK_CHAINS) % 2 * 8 + i // 16 % 8
         chains = tile.first + row
         dims = tile.c * SHAPE.BLOCK_DIM + i // (16 * SHAPE.BLOCK_CHAINS) * 16 + i % 16
-        return tl.max_contiguous(chains * stride + dims, 4), (chains < tile.n_chains) & (dims < SHAPE.DIM)
+        offsets = tl.max_contiguous(chains * stride + dims, 4)
+        exist = (chains < tile.n_chains) & (dims < SHAPE.DIM)
+        return ptr + offsets, exist
     elif SHAPE.ORDER == "turned":
         chains = (tile.first + tl.arange(0, SHAPE.BLOCK_CHAINS))[:, None]
         dims = (tile.c * SHAPE.BLOCK_DIM + tl.arange(0, SHAPE.BLOCK_DIM))[None, :]
-        return chains * stride + dims, (chains < tile.n_chains) & (dims < SHAPE.DIM)
+        offsets = chains * stride + dims
+        exist = (chains < tile.n_chains) & (dims < SHAPE.DIM)
+        return ptr + offsets, exist
     else:
         exist = tile.inside[:, None] & (tile.dims < SHAPE.DIM)[None, :]
-        return tile.chains[:, None] * stride + tile.dims[None, :], exist
+        return ptr + tile.chains[:, None] * stride + tile.dims[None, :], exist
 
 
 @triton.jit
 def load_tile(ptr, stride, tile, SHAPE: tl.constexpr):
     """(BLOCK_CHAINS, BLOCK_DIM), 0 where there is none."""
-    offsets, exist = places(stride, tile, SHAPE)
-    x = tl.load(ptr + offsets, mask=exist, other=0)
+    pointers, exist = places(ptr, stride, tile, SHAPE)
+    x = tl.load(pointers, mask=exist, other=0)
     if SHAPE.ORDER == "held":
         return from_held(x, SHAPE.BLOCK_CHAINS, SHAPE.BLOCK_DIM)
     elif SHAPE.ORDER == "turned":
@@ -129,12 +133,12 @@ def load_tile(ptr, stride, tile, SHAPE: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, stride, x, tile, SHAPE: tl.constexpr):
-    offsets, exist = places(stride, tile, SHAPE)
+    pointers, exist = places(ptr, stride, tile, SHAPE)
     if SHAPE.ORDER == "held":
         x = as_held(x)
     elif SHAPE.ORDER == "turned":
         x = from_lanes(x)
-    tl.store(ptr + offsets, x, mask=exist)
+    tl.store(pointers, x, mask=exist)
 
 
 @triton.jit

@@ -14,12 +14,14 @@ import triton.language as tl
 from .step import (
     Bounds,
     Coefficient,
+    Counters,
     Frozen,
     clip,
     differs,
     hold,
     load_coefficient,
     load_counters,
+    load_key,
     noise_of,
     shrinkage,
     stopped_at,
@@ -65,7 +67,9 @@ def langevin_update(
     first, chains, inside = tile_at(tl.program_id(0), n_chains, BLOCK_CHAINS)
     tile = Tile(first, n_chains, chains, inside, chains, 0, 0)
     t = tl.load(t_ptr)
-    counters = load_counters(seed_ptr, chain_ptr, step_ptr, tile, t)
+    key0, key1 = load_key(seed_ptr)
+    chain, step = load_counters(chain_ptr, step_ptr, tile, t)
+    counters = Counters(key0, key1, chain, step)
     first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
     drift_of = Coefficient(drift_ptr, stride_drift_chain, stride_drift_step)
     noise_std_of = Coefficient(noise_std_ptr, stride_noise_chain, stride_noise_step)
