@@ -141,14 +141,14 @@ def test_a_checkpoint_is_resumed_and_sampled_by_its_name(run, tmp_path, capsys):
     assert saved_config(again).on_nonfinite == "reinit"
 
 
-def test_chains_that_restarted_are_shown(capsys):
+def test_chains_that_started_again_are_shown(capsys):
     row = {"energy_gap": 0.5, "chain_steps_per_second": 2e3}
     with Progress() as progress:
         for step, n in enumerate((0, 2, 1), 1):
             progress.train({**row, "step": step, "nonfinite": n}, 3)
     first, last = capsys.readouterr().err.splitlines()
     assert "not finite" not in first
-    assert "2k chain-steps/s, 3 chains restarted as not finite" in last
+    assert "2k chain-steps/s, 3 chains started again (not finite)" in last
     with Progress(is_shown=False) as progress:  # of another process than the first
         progress.train({**row, "step": 3, "nonfinite": 0}, 3)
         progress.show("measuring")

@@ -56,7 +56,7 @@ class Progress:
         self.nonfinite += int(row["nonfinite"])
         detail = f"gap {row['energy_gap']:+.3f}, {row['chain_steps_per_second'] / 1e3:.0f}k chain-steps/s"
         if self.nonfinite > 0:
-            detail += f", {self.nonfinite} chains restarted as not finite"
+            detail += f", {self.nonfinite} chains started again (not finite)"
         self.show("", step, steps, detail, always=step == steps or self.words != "")
 
     def show(self, words: str, done: int = 0, total: int = 0, detail: str = "", *, always: bool = False) -> None:
