@@ -1,25 +1,25 @@
-"""Where the time goes on a CPU: steps, pools, first calls, each taken apart.
+"""Where the time goes on a CPU: the parts of steps, of pools and of first calls.
 
     python bench/breakdown.py       some minutes; writes breakdown.csv into --out
 
-A profiler does not see into compiled code, so parts are run alone, in turns with the whole. The fastest round of each
-counts, since noise only slows a machine down. The rest is the whole minus its parts. It includes an error: a part that
-runs alone may find more or less of its data in cache, and runs at another moment of a noisy machine.
+A profiler does not see into compiled code, so each part runs alone, interleaved with the whole. The fastest round of
+each counts, since noise only slows a machine down. The rest is the whole minus its parts. It includes an error: a part
+that runs alone may find more or less of its data in cache, and runs at another moment of a noisy machine.
 
 STEPS, the default call on one thread and on all:
 
 - products: the matrix products of an MLP's gradient, on the same tiles as in the call.
 - normals: the same number of normal numbers, by the same kernel.
-- gradient: PyTorch's own, for an energy that is a module.
+- gradient: PyTorch's, for an energy that is not an MLP.
 - call: a call without steps: checks, preparation, the last energies.
 - The rest is activations and updates.
 
 POOLS, a batch drawn and written back (``pool.py``):
 
-- draws: which chains, which of them restart, and where.
-- take, put: copying their states, and what else the pool keeps for each chain, out of it and back.
+- draws: which chains, which of them start again, and where.
+- take, put: copying their states, and all else that the pool stores per chain, out of it and back.
 
-FIRST CALLS, in a process with an empty cache (``compilation.py``), in the order in which things happen:
+FIRST CALLS, in a process with an empty cache (``compilation.py``), in chronological order:
 
 - import: of Numba. registries: what Numba sets up before its first function, here an empty one.
 - kernels, each under its name. later call: the same call once more.
@@ -52,7 +52,7 @@ from fastebm.bench.training import fastebm_pool
 from fastebm.kernels import cpu as kernels
 
 from fastebm.backends.cpu import FEW_DIMS, parts_of_update
-from fastebm.backends.torch_tiles import tiles
+from fastebm.backends.tiles import tiles
 from fastebm.pool import copies
 from fastebm.pool.draws import Draws
 from fastebm.pool.starts import Starts
@@ -89,7 +89,7 @@ def fastest(runs: Mapping[Any, Callable[[], object]], seconds: float) -> dict[An
 
 
 def steps(key: str, case: Case, seconds: float = SECONDS) -> list[Row]:
-    """On one thread and on all, in the same rounds."""
+    """One thread and all threads, in the same rounds."""
     p, counts = Problem(case, _CPU), sorted({1, torch.get_num_threads()})
     runs: dict[tuple[int, str], Callable[[], object]] = {}
     for n in counts:
@@ -109,7 +109,7 @@ def _on(n: int, run: Callable[[], object]) -> None:
 
 
 def parts_of_steps(p: Problem) -> Runs:
-    """Each alone, on as many threads and in as many parts as the call."""
+    """The parts, each to be run alone, with as many threads and tiles as the call has."""
     case, n_threads = p.case, torch.get_num_threads()
     call = DEFAULT.prepare(p, 0, case.noise_std)
     if p.mlp is None:
@@ -135,9 +135,9 @@ def parts_of_steps(p: Problem) -> Runs:
 
         return {"normals": normals, "gradient": gradient, "call": call}
 
-    # The last weight has one row; those of few dims are multiplied within other loops.
+    # not the last weight, of one row, nor those of few dims, which are multiplied inside other loops
     hidden = [w for w in p.mlp.weights[:-1] if min(w.shape) > FEW_DIMS]
-    ways = [*(w.t() for w in hidden), *reversed(hidden)]  # up and down again
+    ways = [*(w.t() for w in hidden), *reversed(hidden)]  # forward and backward
     operands = Spares(lambda: [(torch.rand(rows, len(w)), w, torch.empty(rows, w.shape[1])) for w in ways])
 
     def multiply(mine: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
@@ -151,7 +151,7 @@ def parts_of_steps(p: Problem) -> Runs:
 
 
 def _shared(parts: Sequence[slice], tools: Spares[Any], work: Callable[[Any], None], n_threads: int) -> None:
-    """``work`` once per part, each time with one of the tools."""
+    """Call ``work`` once per part, with one of the tools, on several threads."""
 
     def take(_: slice, __: object) -> None:
         tool = tools.take()
@@ -162,7 +162,7 @@ def _shared(parts: Sequence[slice], tools: Spares[Any], work: Callable[[Any], No
 
 
 def draw_of(rows: int, n_blocks: int) -> kernels.Call:
-    """The call that draws (rows, n_blocks, 4) normal numbers, by the kernel of a step's update."""
+    """The call of the update's kernel that draws (rows, n_blocks, 4) normal numbers."""
     out = torch.empty(rows, n_blocks, 4)
     counter = seed_words(SEED), int(Stream.LANGEVIN), torch.arange(rows), torch.zeros(1, dtype=torch.int64), 0
     return drawing(kernels.NORMAL, slice(0, rows), scratch.take(), *counter, n_blocks, out)
@@ -172,7 +172,7 @@ def draw_of(rows: int, n_blocks: int) -> kernels.Call:
 
 
 def pools(key: str, case: TrainingCase, seconds: float = SECONDS) -> list[Row]:
-    """Per draw and write-back; ROUND of them are computed, and timed, together."""
+    """Seconds per draw and write-back; ROUND of them are timed together."""
     found = fastest(parts_of_pools(case), seconds)
     return rows_of("pools", key, case, {name: value / ROUND for name, value in found.items()}, torch.get_num_threads())
 
@@ -182,10 +182,10 @@ def parts_of_pools(case: TrainingCase) -> Runs:
     ahead = Draws(Starts("uniform", SEED, (dim,), case.clamp, _CPU), n, 0, n)
     drawn = [ahead.draw(i, case.batch_size, case.restart_prob) for i in range(ROUND)]
     numbers, data = itertools.count(ROUND), trainer.states()
-    steps, started, restarts = (torch.zeros(n, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32))
+    steps, started, reinits = (torch.zeros(n, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32))
     energy, energies = torch.zeros(n), torch.zeros(case.batch_size)
-    # states as they are: putting them back changes nothing
-    taken = [copies.take(draw._replace(restart=draw.restart[:0]), data, steps) for draw in drawn]
+    # without reinits: writing the states back changes nothing
+    taken = [copies.take(draw._replace(reinit=draw.reinit[:0]), data, steps) for draw in drawn]
 
     def draws() -> None:
         for i in itertools.islice(numbers, ROUND):
@@ -197,7 +197,7 @@ def parts_of_pools(case: TrainingCase) -> Runs:
 
     def put() -> None:
         for draw, (x, before) in zip(drawn, taken, strict=True):
-            copies.put(draw, x, before, before, energies, data, steps, energy, started, restarts)
+            copies.put(draw, x, before, before, energies, data, steps, energy, started, reinits)
 
     return {"whole": partial(draws_and_writes, trainer), "draws": draws, "take": take, "put": put}
 
@@ -226,7 +226,7 @@ def first_calls(key: str, processes: int = PROCESSES) -> list[Row]:
 
 
 def parts_of_a_first_call(key: str) -> dict[str, float]:
-    """Seconds, in this process."""
+    """Seconds of each part, in this process."""
     case = COMPILATION[key]
     run = DEFAULT.prepare(Problem(case, _CPU), case.steps, case.noise_std)
     parts = {"import": 0.0, "registries": 0.0}

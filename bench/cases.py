@@ -1,12 +1,12 @@
-"""What the benchmarks run, as data: energies, numbers of chains, the rule of a step. Nothing here measures."""
+"""What the benchmarks run, as data: energies, numbers of chains, the numbers of a step. Nothing here measures."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-# x' = clamp(x - DRIFT dE/dx + NOISE_STD xi). The rate does not depend on them; these keep every energy's chains finite
-# and let them touch the bounds now and then, so that a contestant that does not clamp is found out.
+# x' = clamp(x - DRIFT dE/dx + NOISE_STD xi). The speed does not depend on them. These values keep the chains of every
+# energy finite, and let them reach the bounds sometimes, so that a contestant that does not clamp is detected.
 DRIFT = 0.05
 NOISE_STD = 0.3
 CLAMP = (-1.0, 1.0)
@@ -18,7 +18,7 @@ class Case:
 
     kind: "mlp": SiLU layers dim -> widths -> 1. "conv": a square image of dim pixels, one 3x3 convolution of
     stride 2 and a SiLU for each of ``widths`` channels, and a Linear. "gaussian", "mixture": laws known in closed
-    form (problem.py), where ``steps`` are those from one kept draw to the next.
+    form (problem.py); ``steps`` is the number of steps between two kept draws.
     """
 
     dim: int
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one state, as the energy takes it."""
+        """The shape of one state, as the energy takes it."""
         side = math.isqrt(self.dim)
         return (1, side, side) if self.kind == "conv" else (self.dim,)
 
@@ -50,7 +50,7 @@ class Case:
 class TrainingCase:
     """A training step by persistent contrastive divergence: ``batch_size`` of ``n_chains`` chains move ``steps`` steps.
 
-    The energy is the MLP dim -> widths -> 1. ``restart_prob`` of the drawn chains start anew.
+    The energy is the MLP dim -> widths -> 1. A drawn chain starts again with probability ``restart_prob``.
     """
 
     n_chains: int
@@ -72,10 +72,10 @@ class TrainingCase:
 TOY, TABLE, DIGITS, PHOTOGRAPHS = (2, (128, 128)), (64, (128, 128)), (784, (256, 128)), (3072, (512, 512))
 ENERGIES = (TOY, TABLE, DIGITS, PHOTOGRAPHS)
 
-# A training batch's worth and a saturated device come first; then a middle, and what only latency decides.
+# First the size of a training batch and a saturated device; then a middle size, and one that is bound by latency.
 CHAINS = (4_096, 1_048_576, 65_536, 256)
 
-# Most important first: a benchmark that runs out of time has left out the end.
+# Most important first, since a benchmark may run out of time before the end.
 CASES = (
     *(Case(*energy, n) for n in CHAINS[:2] for energy in (TOY, TABLE, DIGITS)),
     Case(*PHOTOGRAPHS, CHAINS[0]),
@@ -83,14 +83,15 @@ CASES = (
     Case(*PHOTOGRAPHS, CHAINS[1]),
 )
 
-# Of a GPU visit: a saturated device, a training batch's worth, and a million, whose steps are long enough alone.
+# For a visit to a GPU: a saturated device, the size of a training batch, and a million chains, for which few steps
+# suffice.
 GPU_CASES = (
     *(Case(*energy, 65_536) for energy in (TABLE, DIGITS, TOY)),
     *(Case(*energy, 4_096) for energy in (TABLE, DIGITS)),
     *(Case(*energy, 1_048_576, steps=10) for energy in (TABLE, DIGITS)),
 )
 
-# The same logic within seconds, in Triton's interpreter: one energy a regime of the fused kernel.
+# The same logic in seconds, in Triton's interpreter: one energy per regime of the fused kernel.
 DRY_CASES = (Case(3, (16,), 70, 2), Case(130, (16, 16), 66, 2))
 
 # -- the suite of run.py: what is typed on the command line -> the case ----------------------------------------
@@ -109,8 +110,8 @@ def _key(case: Case) -> str:
     return f"{_NAMES.get((case.dim, case.widths), case.kind)}-{case.n_chains}"
 
 
-# Steps of chains. Those past CASES: energies that are modules of their own, whose gradient is PyTorch's, and the quick
-# set's own, of some tenths of a second a run.
+# Steps of chains. In addition to CASES: energies that are not MLPs, whose gradient is PyTorch's, and cases of the quick
+# set, of some tenths of a second per run.
 STEPS = {
     _key(case): case
     for case in (
@@ -120,7 +121,7 @@ STEPS = {
     )
 }
 
-# Of the README's table for a CPU, and of breakdown.py: many chains, the batch of a training step, modules.
+# For the README's table of a CPU, and for breakdown.py: many chains, the batch of a training step, other modules.
 SHOWN = (
     *("toy-4096", "table-4096", "digits-4096", "photographs-512"),
     *("toy-256", "table-256", "digits-256"),
@@ -132,7 +133,7 @@ TRAINING = {
     "pcd-digits-10000": TrainingCase(10_000, *DIGITS),
 }
 
-# Of pool.py: the image tutorials' batch and image size.
+# For pool.py: the batch and image size of image tutorials.
 POOL = {n: TrainingCase(n, *DIGITS, batch_size=128) for n in (10_000, 100_000, 1_000_000)}
 QUICK_POOL = {n: TrainingCase(n, *DIGITS, batch_size=128, steps=10) for n in (1_000, 10_000)}
 
@@ -140,7 +141,7 @@ COMPILATION = {f"compile-{name}": Case(*energy, 1_024) for energy, name in ((TAB
 
 SUITE: dict[str, Case | TrainingCase] = {**STEPS, **TRAINING, **EFFICIENCY, **COMPILATION}
 
-# Some minutes on two cores; one case a kind of energy.
+# Some minutes on two cores; one case per kind of energy.
 QUICK = (
     *("toy-1024", "table-1024", "digits-256", "photographs-64", "conv28-64"),
     *("pcd-10000", "gaussian", "mixture", "compile-table"),

@@ -1,4 +1,4 @@
-"""The clock: runs in turns (A B C A B C ...), medians and quartiles."""
+"""The clock: interleaved runs (A B C A B C ...), medians and quartiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIN_ROUNDS, ROUNDS = 3, 15
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """A monotonic clock; on a GPU CUDA events, from idle to the end of the work, the host's share included."""
+    """Seconds of one run. On a GPU by CUDA events, from an idle device on, so that the host's time is included."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -35,9 +35,12 @@ def interleaved(
     rounds: int = ROUNDS,
     until: float = math.inf,
 ) -> dict[Any, list[float]]:
-    """A B C A B C ...: at least MIN_ROUNDS, then as many as fit. What runs out of memory drops out, with no times.
+    """Time runs in rounds, A B C A B C ...: at least MIN_ROUNDS, then as many as fit ``seconds``.
 
-    until: Unix time after which no round begins but the first.
+    A run that runs out of memory is dropped, and has no times in the result.
+
+    Args:
+        until: Unix time after which no round but the first begins.
     """
     times: dict[Any, list[float]] = {key: [] for key in runs}
     end = time.monotonic() + seconds
@@ -55,14 +58,14 @@ def interleaved(
 
 
 def past_share(runs: int, seconds: float, share: float) -> str | None:
-    """Why that many runs of about so many seconds are not begun; None if they fit the share of the budget."""
+    """Why so many runs of about ``seconds`` do not fit the share of the budget; None if they do."""
     if runs * seconds <= share:
         return None
     return f"{runs} runs of about {seconds:.3g} s would pass its share of the budget, {share:.3g} s"
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third."""
+    """The first quartile, the median and the third quartile."""
     if len(times) < 2:
         return (times[0],) * 3
     q1, q2, q3 = statistics.quantiles(times, n=4, method="inclusive")

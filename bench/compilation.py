@@ -1,4 +1,4 @@
-"""What compilation adds to the first call, in a process with empty caches and in a second process that finds them full.
+"""What compilation adds to the first call: in a process with empty caches, and in a second one that finds them full.
 
     python bench/run.py --cases 'compile-*'                                all of it, with rows: some minutes
     python bench/compilation.py CASE CONTESTANT PRECISION DEVICE THREADS   one process: up to a minute
@@ -21,7 +21,8 @@ from typing import Any
 from fastebm.bench.cases import COMPILATION, Case
 from fastebm.bench.rows import script
 
-# Empty at first, full for the second process. By default JAX keeps only compilations that took over a second.
+# Folders that are empty for the first process and full for the second. By default JAX caches only compilations of over
+# a second.
 CACHES = (
     *("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
     "JAX_COMPILATION_CACHE_DIR",
@@ -30,7 +31,7 @@ KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_C
 SECONDS = ("first_call_seconds", "second_process_seconds", "later_call_seconds")
 COLUMNS = (*SECONDS, "first_call_more", "second_process_more", "note")
 
-# The default call, and peers that compile.
+# The default call of fastebm, and peers that compile.
 WAYS = {
     "cpu": (("fastebm", "float32"), ("jax", "float32"), ("compile", "float32")),
     "cuda": (("fastebm-triton", "bf16x3"), ("jax", "float32"), ("compile", "float32")),
@@ -38,7 +39,7 @@ WAYS = {
 
 
 def first_calls(key: str, name: str, precision: str, device: str, threads: int) -> dict[str, Any]:
-    """In this process: seconds to prepare and call a contestant for the first time, and seconds of a later call."""
+    """Seconds to prepare and call a contestant for the first time in this process, and seconds of a later call."""
     import torch
     from fastebm.bench.clock import seconds_of
     from fastebm.bench.contestants import CONTESTANTS
@@ -86,7 +87,7 @@ def measure(
                     row |= {"status": "skipped", "note": f"not done after {limit:.0f} s"}
                     break
                 if done.returncode != 0:
-                    row |= {"status": "error", "note": (done.stderr.strip().splitlines() or ["no word"])[-1][:500]}
+                    row |= {"status": "error", "note": (done.stderr.strip().splitlines() or ["no message"])[-1][:500]}
                     break
                 found.append(json.loads(done.stdout.splitlines()[-1]))
                 if "missing" in found[-1]:
@@ -115,6 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("device", choices=list(WAYS))
     parser.add_argument("threads", type=int)
     a = parser.parse_args(argv)
+    from fastebm.bench.contestants import CONTESTANTS
+
+    if (a.contestant, a.precision) not in (there := [(c.name, c.precision) for c in CONTESTANTS]):
+        names = ", ".join(" ".join(contestant) for contestant in there)
+        parser.error(f"no contestant is called '{a.contestant} {a.precision}'; there are {names}")
     print(json.dumps(first_calls(a.case, a.contestant, a.precision, a.device, a.threads)))
     return 0
 

@@ -1,7 +1,7 @@
 """The ways to run a case: what people write in PyTorch, the peers, and fastebm. One definition of each.
 
 A contestant is prepared for (problem, steps, noise_std) and then run any number of times: every run moves p.x0 by the
-same rule, with fresh noise, and returns the states, (n_chains, *shape). Each draws noise in its own fastest way.
+same update, with fresh noise, and returns the states, (n_chains, *shape). Each draws noise in its own fastest way.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ from functools import cache
 from typing import Any
 
 import torch
-from fastebm.bench.problem import MM_BF16, SEED, Gaussian, Missing, Mixture, Problem, cpu_multiplies_bf16
+from fastebm.bench.problem import (
+    MM_BF16,
+    SEED,
+    Gaussian,
+    Missing,
+    Mixture,
+    Problem,
+    cpu_multiplies_bf16,
+    interpreted,
+)
 from torch import Tensor, nn
 
 from fastebm import langevin_sample
 from fastebm.backends import Chains
-from fastebm.backends.choose import choose, interpreted
+from fastebm.backends.choose import choose
 from fastebm.targets.autograd import Energy
 from fastebm.targets.mlp import MLP, read_mlp
 
@@ -95,8 +104,8 @@ def closed_form(p: Problem, steps: int, noise_std: float) -> Run:
 
 
 def multiplied_in_bf16(mlp: MLP) -> Callable[[Tensor], Tensor]:
-    """The energy of an MLP, (n, dim) -> (n, 1), with products of two bf16 matrices, as the fastest PyTorch has them;
-    forward and, by autograd, backward."""
+    """The energy of an MLP, (n, dim) -> (n, 1), with products of two bf16 matrices, the fastest that PyTorch has,
+    in the forward pass and, by autograd, in the backward pass."""
     weights = [weight.bfloat16() for weight in mlp.weights]
 
     def energy(x: Tensor) -> Tensor:
@@ -124,7 +133,7 @@ def compiled_step(
         x = x - drift * grad + noise_std * torch.randn_like(x)
         return x if clamp is None else x.clamp(*clamp)
 
-    # the steps of all energies and precisions are one code object, which PyTorch compiles eight times at most by itself
+    # the steps of all energies and precisions share one code object, of which PyTorch compiles eight versions at most
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(step, backend=backend, fullgraph=True, mode=mode)  # type: ignore[return-value]
 
@@ -132,7 +141,7 @@ def compiled_step(
 def compiled_at(precision: str, mode: str | None = None) -> Prepare:
     """The step under torch.compile (one graph: gradient, noise, update, clamp), in a Python loop.
 
-    The loop itself is not unrolled into the graph: compilation would take as many times longer as it has steps.
+    The loop is not unrolled into the graph, since compilation time would grow with the number of steps.
     precision: MM_BF16, or any other by ``matmul``. mode: of torch.compile.
     """
 
@@ -141,11 +150,11 @@ def compiled_at(precision: str, mode: str | None = None) -> Prepare:
             raise Missing("products in bf16 are written out for MLP energies only")
         if mode is not None and p.device.type != "cuda":
             raise Missing("autotuning chooses among a GPU's kernels")
-        # A dry run has no time to compile for real.
+        # a dry run does not compile for real
         backend, options = ("eager", None) if p.dry else ("inductor", mode)
         step = compiled_step(p.energy, precision, p.case.drift, p.case.clamp, backend, options)
         std = torch.tensor(noise_std, device=p.device)
-        # One compilation serves every number of chains: the products are cuBLAS's either way, the rest elementwise.
+        # One compilation for every number of chains: the products are cuBLAS's in any case, the rest is elementwise.
         torch._dynamo.maybe_mark_dynamic(p.x0, 0)
 
         def run() -> Tensor:
@@ -173,7 +182,7 @@ def graphed(prepare: Prepare) -> Prepare:
             prepare(p, 2, noise_std)()  # libraries set themselves up outside the capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a peer's threads may run beside
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads of a peer may run meanwhile
             x = loop()
 
         def run() -> Tensor:
@@ -204,7 +213,7 @@ def torchebm(p: Problem, steps: int, noise_std: float) -> Run:
     sampler = LangevinDynamics(
         Model(device=p.device),
         step_size=p.case.drift,
-        noise_scale=max(noise_std, 1e-20) / (2 * p.case.drift) ** 0.5,  # it takes no 0
+        noise_scale=max(noise_std, 1e-20) / (2 * p.case.drift) ** 0.5,  # 0 is not allowed
         clamp=p.case.clamp,
         device=p.device,
     )
@@ -298,7 +307,7 @@ def in_jax(make_step: Callable[[], JaxStep]) -> Prepare:
         tf32 = p.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         precision = "tensorfloat32" if tf32 else "highest"
         loop = _jax_loop(make_step, p.energy, p.case.clamp, steps, precision)
-        # its fastest noise: on a GPU the generator that XLA brings
+        # JAX's fastest noise: on a GPU the generator of XLA
         keys = (
             jax.random.key(SEED + call, impl="rbg" if p.device.type == "cuda" else None) for call in itertools.count()
         )
@@ -321,7 +330,7 @@ def jax_step() -> JaxStep:
 
 
 def blackjax_step() -> JaxStep:
-    """BlackJAX' sgld: x' = x + eta grad log p + sqrt(2 eta T) xi. The batch is one position; it knows no clamp."""
+    """BlackJAX' sgld: x' = x + eta grad log p + sqrt(2 eta T) xi. The batch is one position. It has no clamp itself."""
     try:
         import blackjax
     except ImportError:
@@ -338,7 +347,7 @@ def blackjax_step() -> JaxStep:
 
 
 def fastebm_at(backend: str, precision: str | None = None) -> Prepare:
-    """langevin_sample as users call it: its checks and its copy are in the time. backend: "auto" is for a CPU."""
+    """langevin_sample as users call it, timed with its checks and its copy. backend: "auto" is for a CPU."""
 
     def prepared(p: Problem, steps: int, noise_std: float) -> Run:
         if backend == "triton":
@@ -356,9 +365,9 @@ def fastebm_at(backend: str, precision: str | None = None) -> Prepare:
             raise Missing("products in bf16 are for MLP energies")
         if backend == "auto" and precision == "bf16" and not cpu_multiplies_bf16():
             raise Missing("this CPU has no bf16 products")
-        rule = p.rule(noise_std)
-        options: dict[str, Any] = {"backend": backend, "precision": precision, "clamp": rule.clamp, "seed": SEED}
-        options |= {"step_size": rule.step_size, "noise_scale": rule.noise_scale}
+        sampler = p.rule(noise_std)
+        options: dict[str, Any] = {"backend": backend, "precision": precision, "clamp": sampler.clamp, "seed": SEED}
+        options |= {"step_size": sampler.step_size, "noise_scale": sampler.noise_scale}
         first_steps = itertools.count(0, steps)
         return lambda: langevin_sample(  # type: ignore[return-value]
             p.energy, init=p.x0, steps=steps, first_step=next(first_steps), **options
@@ -368,17 +377,17 @@ def fastebm_at(backend: str, precision: str | None = None) -> Prepare:
 
 
 def fastebm_graph(precision: str) -> Prepare:
-    """langevin_sample captured in a CUDA graph: what a call costs on the host is paid once."""
+    """langevin_sample captured in a CUDA graph, so that the cost of a call on the host is paid once."""
 
     def prepared(p: Problem, steps: int, noise_std: float) -> Run:
         if p.device.type != "cuda":
             raise Missing("CUDA graphs need a CUDA device")
         fastebm_at("triton", precision)(p, steps, noise_std)  # raises Missing where there is no kernel
-        rule = p.rule(noise_std)
+        sampler = p.rule(noise_std)
         seed = torch.tensor([SEED], device=p.device)
         first_step = torch.zeros(1, dtype=torch.int64, device=p.device)
         options: dict[str, Any] = {"backend": "triton", "precision": precision, "on_nonfinite": "ignore"}
-        options |= {"step_size": rule.step_size, "noise_scale": rule.noise_scale, "clamp": rule.clamp}
+        options |= {"step_size": sampler.step_size, "noise_scale": sampler.noise_scale, "clamp": sampler.clamp}
 
         def call() -> Tensor:
             x = langevin_sample(p.energy, init=p.x0, steps=steps, seed=seed, first_step=first_step, **options)
@@ -391,7 +400,7 @@ def fastebm_graph(precision: str) -> Prepare:
             call()  # compiles, outside the capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a peer's threads may run beside
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads of a peer may run meanwhile
             x = call()
         first_step.zero_()
 
@@ -405,12 +414,12 @@ def fastebm_graph(precision: str) -> Prepare:
 
 
 def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
-    """What fastebm does for an energy it has no fused kernel for: autograd, then noise and update in one launch."""
+    """The path of fastebm for an energy without a fused kernel: autograd, then noise and update in one launch."""
     if p.device.type != "cuda" and not (interpreted() and p.dry):
         raise Missing("the update kernel needs a CUDA device")
     from fastebm.backends import fused  # only here: it imports triton
 
-    rule = p.rule(noise_std)
+    sampler = p.rule(noise_std)
     energy = Energy(p.energy, p.case.shape, torch.float32)
     numbers = torch.arange(p.case.n_chains, device=p.device)
     first_steps = itertools.count(0, steps)
@@ -418,16 +427,16 @@ def fastebm_update(p: Problem, steps: int, noise_std: float) -> Run:
     def run() -> Tensor:
         ages = torch.full_like(numbers, next(first_steps))
         chains = Chains(p.x0.flatten(1).clone(), SEED, numbers, ages)
-        return fused.advance_module(energy, chains, rule, steps).x.reshape(p.x0.shape)
+        return fused.run_module(energy, chains, sampler, steps).x.reshape(p.x0.shape)
 
     return run
 
 
-# -- all of them, most important first: what runs out of time has left out the end ---------------------------
+# -- all of them, most important first, since a benchmark may run out of time before the end -----------------
 
 CONTESTANTS = (
     Contestant("eager", "float32", eager),
-    Contestant("fastebm", "float32", fastebm_at("auto")),  # nothing asked for
+    Contestant("fastebm", "float32", fastebm_at("auto")),  # the default call
     Contestant("fastebm", MM_BF16, fastebm_at("auto", "bf16")),
     *(Contestant("fastebm-triton", precision, fastebm_at("triton", precision)) for precision in FUSED_PRECISIONS),
     *(Contestant("fastebm-graph", precision, fastebm_graph(precision)) for precision in ("bf16x3", "bf16")),
@@ -449,7 +458,7 @@ CONTESTANTS = (
 
 
 def taking_part(device: torch.device) -> tuple[Contestant, ...]:
-    """All on a GPU; on a CPU one row a name, as tensor cores' precisions are the same there."""
+    """All on a GPU. On a CPU one per name, since the precisions of tensor cores are the same there."""
     if device.type == "cuda":
         return CONTESTANTS
     firsts = {c.name: c for c in reversed(CONTESTANTS)}

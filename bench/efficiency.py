@@ -1,8 +1,8 @@
-"""Effective samples a second, on laws that are known: what a user waits for, where steps a second are only a means.
+"""Effective samples per second, on known laws: what a user waits for.
 
-Chains start in the law; every ``steps`` steps their states are kept. The effective sample size is arviz-stats' bulk
-ESS (Vehtari et al. 2021) of the coordinate that mixes worst. All contestants run the same chain in law, so per step
-they mix alike, and a difference of ESS a step would be a fault or chance: it is in the rows to be seen.
+Chains start in the stationary law; every ``steps`` steps their states are kept. The effective sample size is
+arviz-stats' bulk ESS (Vehtari et al. 2021) of the coordinate that mixes worst. All contestants run the same chain in
+law, so their ESS per step should agree: the rows have it, so that a fault would show.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastebm.bench.problem import NOISE_SEED, Gaussian, Missing, Problem, matmul
 from fastebm.bench.race import gate, row_of
 from torch import Tensor
 
-DRAWS = 50  # of a round
-# How far, in Monte-Carlo standard errors, a moment may be from the law's: 1e-6 two-sided for one normal is 4.9.
+DRAWS = 50  # per round
+# Largest deviation of a moment from the law, in Monte-Carlo standard errors. (4.9 is 1e-6, two-sided, for one normal.)
 DEVIATION = 5.5
 COLUMNS = ("correct", "error", "allowed", "law_p", "deviation", "draws", "ess", "ess_per_step", "seconds")
 RATIOS = ("ess_per_s", "times_eager", "note")
@@ -31,7 +31,7 @@ def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     """Functions of the states and their exact means: f (..., k) of x (..., dim), and (k,).
 
     Gaussian: every coordinate (0) and its square (the chain's own variance, step size and all). Mixture: every
-    coordinate, and the sign of the first, which tells the modes apart (all 0, by symmetry).
+    coordinate, and the sign of the first, which identifies the mode (all 0, by symmetry).
     """
     x = x.double()
     if isinstance(p.energy, Gaussian):
@@ -61,12 +61,12 @@ def effective_sizes() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
 
 
 def draws_of(p: Problem, run: Run, n: int) -> Callable[[], Tensor]:
-    """A function that goes on from where its chains are: (n, chains, dim), one state kept a run."""
+    """A function that continues its own chains for n runs: (n, chains, dim), the states after each run."""
     kept = torch.empty(n, *p.x0.shape)
     state = p.x0.clone()
 
     def draw() -> Tensor:
-        p.x0.copy_(state)  # every run starts at p.x0; each contestant has chains of its own
+        p.x0.copy_(state)  # a run starts at p.x0, and each contestant has its own chains
         for i in range(n):
             p.x0.copy_(run())
             kept[i] = p.x0
@@ -85,9 +85,11 @@ def race(
     budget: float = math.inf,
     draws: int = DRAWS,
 ) -> list[dict[str, Any]]:
-    """One row a contestant: gate, then rounds of ``draws`` kept states in turns; ESS of all rounds.
+    """One row per contestant: the gate, then interleaved rounds of ``draws`` kept states; the ESS is of all rounds.
 
-    seconds: for the timed rounds. budget: seconds that the least number of rounds of one contestant may take.
+    Args:
+        seconds: for the timed rounds.
+        budget: seconds that the minimum number of rounds of one contestant may take.
     """
     p = Problem(case, device)
     results: dict[Contestant, dict[str, Any]] = {}
@@ -140,4 +142,4 @@ def brief(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return f"{name}: {row['status']}: {row['note'][:120]}"
     ratio = f", {row['times_eager']:.2f} x eager" if row["times_eager"] else ""
-    return f"{name}: {row['ess_per_s']:.3g} effective samples/s{ratio} ({row['ess_per_step']:.2g} a chain-step)"
+    return f"{name}: {row['ess_per_s']:.3g} effective samples/s{ratio} ({row['ess_per_step']:.2g} per chain-step)"

@@ -1,4 +1,4 @@
-"""Tests on a GPU machine, shared by any number of processes; each result is told when it is there. For gpu.py."""
+"""Run tests on a GPU machine in any number of processes, which report each result at once. For gpu_visit.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastebm.bench.gpu_workers import claimed
 
 ROOT = Path(__file__).resolve().parent.parent
 LOST = 9  # exit status of a process whose CUDA context is lost
 
 
 class Shared:
-    """pytest plugin: of all tests those that no other process has claimed, one after the other."""
+    """pytest plugin: runs the tests that no other process has claimed, one after the other."""
 
     def __init__(
         self,
@@ -30,12 +31,10 @@ class Shared:
             self.report(f"collecting {report.nodeid}", {"status": "error", "note": report.longreprtext[-2000:]})
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        from fastebm.bench.gpu import claimed
-
         items = {item.nodeid: item for item in session.items}
         for name in claimed(self.claims, items):
             self.underway(name)
-            # without a next item, fixtures of a module are torn down behind each test: it may run anywhere
+            # no next item: module fixtures are torn down after each test, since the next one may run elsewhere
             items[name].config.hook.pytest_runtest_protocol(item=items[name], nextitem=None)
             if self.lost():
                 pytest.exit("the CUDA context is lost", returncode=LOST)
@@ -58,16 +57,16 @@ def run_tests(
     report: Callable[[str, dict[str, Any]], None],
     lost: Callable[[], bool],
 ) -> None:
-    """Tests of ``files`` by ``-k wanted``, as many as are left for this process.
+    """Run the tests of ``files`` that ``-k wanted`` selects and no other process has claimed.
 
     Raises:
         RuntimeError: the CUDA context is lost.
     """
-    # cuBLAS has a deterministic way only with this set, which tests that poison fresh memory ask for
+    # cuBLAS is deterministic only with this set; tests that poison fresh memory turn determinism on
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.chdir(ROOT)
     claims.mkdir(exist_ok=True)
-    # the project's own options are for a terminal, which nobody looks at here
+    # not the project's own options, which are for a terminal
     options = ["-o", "addopts=", "-m", "not slow", "-k", wanted]
     options += ["-p", "no:cacheprovider", "-p", "no:terminal", "--rootdir", str(ROOT)]
     status = pytest.main([*options, *files], plugins=[Shared(claims, underway, report, lost)])

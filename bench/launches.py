@@ -21,7 +21,7 @@ from fastebm.bench.cases import DIGITS, NOISE_STD, TABLE, TOY, Case
 from fastebm.bench.clock import interleaved, quartiles, seconds_of
 from fastebm.bench.problem import GATE_STEPS, SEED, Problem, largest
 from fastebm.bench.race import allowed_with_noise, context_is_lost, row_of
-from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
+from fastebm.kernels.triton.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
 from torch import Tensor
 
 from fastebm import Langevin, SampleInfo, langevin_sample
@@ -127,9 +127,9 @@ def as_loaded(device: torch.device) -> Row:
     """Registers, spilled words and shared memory of the largest kernel of Langevin steps that this process loaded."""
     if device.type != "cuda":
         return {}
-    from fastebm.kernels import langevin, update
+    from fastebm.kernels.triton import resident, streaming, update
 
-    functions = (langevin.langevin_resident, langevin.langevin_streaming, update.langevin_update)
+    functions = (resident.langevin_resident, streaming.langevin_streaming, update.langevin_update)
     loaded = [k for f in functions for cache in f.device_caches.values() for k in cache[0].values()]
     taken = [(k.n_regs, k.n_spills, k.metadata.shared) for k in loaded if getattr(k, "n_regs", 0)]
     registers, spills, shared = max(taken, default=("", "", ""))
@@ -269,7 +269,7 @@ def compile_job(job: Job, device: torch.device) -> None:
 def advance(p: Problem, precision: str, launch: Launch, x: Tensor, steps: int, rule: Langevin) -> Tensor:
     numbers = torch.arange(len(x), device=x.device)
     chains = Chains(x, SEED, numbers, torch.zeros_like(numbers))
-    return fused.advance_mlp(describe(p.energy), chains, rule, steps, precision=precision, launch=launch).x
+    return fused.run_mlp(describe(p.energy), chains, rule, steps, precision=precision, launch=launch).x
 
 
 def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.3) -> Row:

@@ -1,9 +1,9 @@
-"""What the machine could do at most, measured beside the contestants: products, normal numbers, memory.
+"""What the machine could do at most, measured in the same rounds as the contestants: products, normals, memory.
 
 The limit of a case is the time of its products' FLOPs at the measured rate of large products of that precision, plus
 the time of its normal numbers at the rate of the fastest generator here. Activations and the state's way through
-memory are not in it, so it is a floor: a contestant above it tells that the yardsticks were disturbed, or that it
-draws numbers in cache faster than any generator fills a large tensor.
+memory are not counted, so it is a lower bound. A contestant that is faster shows that the yardsticks were disturbed, or
+that it draws numbers in cache faster than any generator fills a large tensor.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from fastebm.bench.problem import MM_BF16, Problem, cpu_multiplies_bf16, matmul
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastebm.rng import Stream, normal
-from fastebm.targets.autograd import Energy
 
-# Side of the products' matrices, and numbers drawn or copied at once: large enough for the rate to be the machine's,
-# small enough for a round to take some tens of milliseconds.
+# Side of the products' matrices, and numbers drawn or copied at once: large enough to reach the machine's rate, small
+# enough for a round to take some tens of milliseconds.
 SIDE = {"cpu": 1024, "cuda": 8192}
 NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
 COPIED = {"cpu": 1 << 25, "cuda": 1 << 28}  # floats: past any cache
@@ -28,7 +27,7 @@ COPIED = {"cpu": 1 << 25, "cuda": 1 << 28}  # floats: past any cache
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Something to time in turns with the contestants: one run does ``amount`` of ``what`` (FLOPs, normals, bytes)."""
+    """A run that is interleaved with the contestants' and does ``amount`` of ``what`` (FLOPs, normals, bytes)."""
 
     what: str
     by: str
@@ -37,7 +36,7 @@ class Yardstick:
 
 
 def yardsticks(device: torch.device, precisions: set[str]) -> list[Yardstick]:
-    """A product a precision that the device multiplies, the normal generators of the contestants, a copy."""
+    """A product for each precision that the device has, the normal generators of the contestants, and a copy."""
     operands = {_operands(p)[0] for p in precisions}
     if device.type == "cpu" and not cpu_multiplies_bf16():
         operands.discard("bf16")
@@ -45,7 +44,7 @@ def yardsticks(device: torch.device, precisions: set[str]) -> list[Yardstick]:
     n = NUMBERS[device.type]
     out = torch.empty(n, device=device)
     found.append(Yardstick("normals", "torch.randn", n, lambda: out.normal_()))
-    if device.type == "cpu":  # on a GPU the fused kernel draws within itself
+    if device.type == "cpu":  # on a GPU the fused kernel draws its own
         chains = torch.arange(n // 1024)  # of 1,024 dims
         found.append(Yardstick("normals", "fastebm", n, lambda: normal(0, Stream.LANGEVIN, chains, 0, 1024)))
     if (draw := _jax_normals(device, n)) is not None:
@@ -57,7 +56,7 @@ def yardsticks(device: torch.device, precisions: set[str]) -> list[Yardstick]:
 
 
 def _operands(precision: str) -> tuple[str, int]:
-    """The precision of the operands, and the number of products for one: bf16x3 multiplies three pairs."""
+    """The precision of the operands, and the number of products: bf16x3 multiplies three pairs."""
     return {"bf16x3": ("bf16", 3), MM_BF16: ("bf16", 1)}.get(precision, (precision, 1))
 
 
@@ -86,7 +85,7 @@ def _jax_normals(device: torch.device, n: int) -> Callable[[], object] | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of products by the operands' precision; the fastest normals/s, and whose they are; bytes/s of a copy."""
+    """FLOP/s of products by the operands' precision; the fastest normals/s, and who draws them; bytes/s of a copy."""
 
     flops: Mapping[str, float]
     normals: float
@@ -103,7 +102,7 @@ class Rates:
 
 
 def rates(times: Mapping[Any, list[float]]) -> Rates:
-    """From the times of yardsticks, other keys passed over: the fastest round, as nothing makes a machine too fast."""
+    """Rates from the times of yardsticks (other keys are ignored). The fastest round counts: noise only slows down."""
     found = [(y, y.amount / min(t)) for y, t in times.items() if isinstance(y, Yardstick)]
     normals, by = max((rate, y.by) for y, rate in found if y.what == "normals")
     bandwidth = next(rate for y, rate in found if y.what == "bytes")
@@ -111,8 +110,7 @@ def rates(times: Mapping[Any, list[float]]) -> Rates:
 
 
 def flops_per_chain_step(p: Problem) -> int:
-    """Of the matrix products and convolutions of one energy gradient, as PyTorch counts them; 0 where it has none."""
-    energy = Energy(p.energy, p.case.shape, torch.float32)
+    """FLOPs of the matrix products and convolutions in one chain's gradient, as PyTorch counts them; 0 without any."""
     with FlopCounterMode(display=False) as counter:
-        energy.gradient(p.x0[:1].flatten(1))
+        p.gradient(p.x0[:1].flatten(1))
     return int(counter.get_total_flops())

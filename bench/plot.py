@@ -20,8 +20,8 @@ from fastebm.bench.rows import RESULTS, add_out, most_threads, read, script
 
 from fastebm.plot import WIDTH, blank, legend, log_ticks, png
 
-# Okabe & Ito's palette, told apart by colour-blind readers too; fastebm in the strong ones. There are more contestants
-# than such colours, so each has a mark as well: not as many as colours, or both would come round at once.
+# Okabe & Ito's palette, which colour-blind readers can distinguish; fastebm has the strong colours. There are more
+# contestants than colours, so each has a mark as well: not as many as colours, or both would repeat together.
 OURS = ("#D55E00", "#E69F00", "#A0522D", "#7F3B08")
 OTHERS = ("#666666", "#0072B2", "#56B4E9", "#009E73", "#000000", "#BBBBBB", "#CC79A7", "#F0E442", "#117733", "#88CCEE")
 MARKS = "osv^DP<>X"
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def numbers(rows: Sequence[dict[str, str]]) -> list[Row]:
-    """The timed rows with numbers as floats, and a name: the contestant, and its precision unless float32."""
+    """The timed rows with numbers as floats, and a name: the contestant, with its precision if not float32."""
     timed: list[Row] = []
     for row in rows:
         if row["status"] == "ok":
@@ -47,7 +47,7 @@ def _float(text: str) -> float | str:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-    """One colour and mark per contestant in every figure, whatever took part in it."""
+    """A colour and a mark per contestant, the same in every figure."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     ours = [n for n in names if n.startswith("fastebm")]
     others = [n for n in names if n not in ours]
@@ -143,7 +143,7 @@ def roofline(rows: Sequence[Row]) -> Any:
         own_at = [row["flops_per_chain_step"] / row["dim"] for row in own]
         axes.plot(own_at, rate, linestyle="none", **style, label=name, zorder=3.0 - i / len(palette))  # ours on top
     axes.set(xscale="log", yscale="log", xlabel="product FLOPs per normal number", ylabel="product FLOP/s")
-    axes.set_ylim(top=4.0 * top)  # far above, memory limits nothing
+    axes.set_ylim(top=4.0 * top)  # beyond the limit of memory bandwidth
     log_ticks(axes.xaxis, EngFormatter())
     log_ticks(axes.yaxis, EngFormatter())
     legend(figure, columns=5)

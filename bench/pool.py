@@ -3,16 +3,16 @@
     python bench/pool.py                 10k, 100k and 1M chains of 784 dims: minutes, and about 15 GB of memory
     python bench/pool.py --quick         1k and 10k chains, fewer steps: a minute
 
-Writes pool.csv into --out, one row per number of chains and contestant. Rows of the same chains, steps and device in
-the file are replaced, others stay. Contestants are those of ``training.py``, on one recipe: fastebm's pool, the
-tutorials' list, torchebm's and ebmkit's buffers; and fastebm with states stored in 8 bits. The batch is that of the UvA
-tutorial: 128 images of 28 x 28. All contestants and sizes take turns.
+Writes pool.csv into --out, one row per number of chains and contestant. Rows in the file with the same number of
+chains, steps and device are replaced. The contestants are those of ``training.py``, on one recipe (fastebm's pool, the
+list of the tutorials, the buffers of torchebm and ebmkit), and fastebm with states stored in 8 bits. The batch is that
+of the UvA tutorial: 128 images of 28 x 28. All contestants and sizes take turns.
 
-- draw and write-back: draw a batch, with restarts, and put it back without steps between. ROUND of them are timed
-  together, since fastebm computes that many draws at once; the row has the time of one.
-- chain-steps/s: of draw, K steps, write-back.
-- a training step: these, then loss, gradients, Adam.
-- memory: of a separate process, from before the chains are made to the peak of some training steps.
+- draw and write-back: draw a batch, with reinits, and write it back without moving it. ROUND of them are timed
+  together, since fastebm computes that many draws at once. The row has the time of one.
+- chain-steps/s: draw, K steps, write-back.
+- training step: the same, then loss, gradients, Adam.
+- memory: peak of a separate process over some training steps, less its memory before the chains were made.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def trainers() -> dict[str, Callable[..., Any]]:
 
 
 def race(cases: dict[int, Any], device: Any, seconds: float) -> list[Row]:
-    """One row per case and contestant: gate, then all of them in turns."""
+    """One row per case and contestant: first the correctness gate, then timing in turns."""
     import torch
     from fastebm.bench.clock import interleaved, quartiles
     from fastebm.bench.problem import Missing
@@ -58,7 +58,7 @@ def race(cases: dict[int, Any], device: Any, seconds: float) -> list[Row]:
         for name, make in trainers().items():
             row = rows[n, name] = row_of(case, device=device.type, contestant=name, status="ok", note="")
             try:
-                if name != UINT8:  # the same code, but for the rounding
+                if name != UINT8:  # the same code apart from the rounding, which would fail the gate
                     row |= gate(case, make, device)
                     if row["correct"] == "no":
                         row |= {"status": "FAILED", "note": "failed its gate: not timed"}
@@ -97,20 +97,20 @@ def draws_and_writes(trainer: Any) -> None:
 
 
 def memory(name: str, n: int, steps: int, device: str) -> Row:
-    """Peak memory of a separate process: bytes beyond what it had before the chains were made.
+    """Peak memory of a separate process, in bytes, less its memory before the chains were made.
 
     peak_bytes: on the device of the chains; host_bytes: in the process. On a CPU they are the same.
     """
     command = [sys.executable, "-m", "fastebm.bench.pool", "--memory", name, str(n), str(steps), device]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        return {"note": "memory: " + (done.stderr.strip().splitlines() or ["no word"])[-1][:300]}
+        return {"note": "memory: " + (done.stderr.strip().splitlines() or ["no error message"])[-1][:300]}
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def measure_memory(name: str, n: int, steps: int, device: str) -> Row:
-    """In this process; see ``memory``."""
+    """``memory`` of this process."""
     import dataclasses
 
     import torch
@@ -125,7 +125,7 @@ def measure_memory(name: str, n: int, steps: int, device: str) -> Row:
     warm.step(data[0])
     del warm
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if home.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer = trainers()[name](case, home)
@@ -137,7 +137,7 @@ def measure_memory(name: str, n: int, steps: int, device: str) -> Row:
 
 
 def _resident(name: str) -> int:
-    """Bytes, from Linux's /proc."""
+    """Bytes, from /proc of Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU cores (default: all)")
     parser.add_argument("--seconds", type=float, help=f"of timing (default: {SECONDS:g}, quick {QUICK_SECONDS:g})")
     add_out(parser)
-    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)  # one process' part, as JSON: see memory()
+    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)  # called by memory() in a process of its own
     arguments = parser.parse_args(argv)
     if arguments.memory:
         name, n, steps, device = arguments.memory

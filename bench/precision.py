@@ -2,11 +2,11 @@
 
     python bench/precision.py       one or two minutes on a CPU; writes precision.csv into --out
 
-The kernel takes one step of gradient descent, which tells the gradient that it computed. Beside it stands the same
+The kernel takes one step of gradient descent, which shows the gradient that it computed. It is compared with the same
 arithmetic in plain PyTorch (tests allow the kernel twice that error, plus rounding). Errors are root-mean-square over
 256 chains, relative to the root-mean-square of the gradient. Without a GPU the kernel runs in Triton's interpreter,
-which truncates where a GPU rounds to bf16, and multiplies tf32 operands in full precision. A column of its own has the
-error with the roundings of a GPU's tensor cores, in plain PyTorch.
+which truncates where a GPU rounds to bf16, and multiplies tf32 operands in full precision. A separate column has the
+error of plain PyTorch with the roundings of a GPU's tensor cores.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch
 from fastebm.bench.cases import DIGITS, TABLE, TOY, Case
 from fastebm.bench.problem import Problem, plain_gradient
 from fastebm.bench.rows import add_out, script, write
-from fastebm.kernels.launch import PRECISIONS
+from fastebm.kernels.triton.launch import PRECISIONS
 
 from fastebm import langevin_sample
-from fastebm.targets.autograd import Energy
 
 N_CHAINS = 256
 
@@ -33,7 +32,7 @@ def rms(v: torch.Tensor) -> float:
 
 def rows_of(case: Case, device: torch.device) -> list[dict[str, object]]:
     p = Problem(case, device)
-    exact = Energy(p.energy, case.shape, torch.float64).gradient(p.x0.double())
+    exact = p.gradient(p.x0.double())
     rows: list[dict[str, object]] = []
     assert p.mlp is not None
     for precision in PRECISIONS:

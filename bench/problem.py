@@ -1,10 +1,10 @@
-"""The problem that a case's contestants share: energy, start, rule; and what a right answer is.
+"""The problem that a case's contestants share: energy, start, sampler; and what a right answer is.
 
-A contestant is held to two truths before it is timed:
+A contestant must pass two comparisons before it is timed:
 
 - one step without noise, from the case's own start, against float64: the energy's gradient, the drift, the clamp;
-- the law of a few steps with noise against that of ``backends/reference.py``, or for fastebm itself, whose noise is
-  known, the very states.
+- the law of a few steps with noise against that of ``backends/reference.py``. For fastebm itself, whose noise is known,
+  the states themselves are compared.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ import torch
 from fastebm.bench.cases import Case
 from torch import Tensor, nn
 
-from fastebm import Langevin, MLPEnergy
+from fastebm import Langevin, MLPEnergy, energy
 from fastebm.backends import Chains, reference
 from fastebm.backends.choose import interpreted
-from fastebm.targets.autograd import Energy
+from fastebm.targets.autograd import Autograd, Energy
 from fastebm.targets.mlp import MLP, NotAnMLP, read_mlp
 
 SEED = 1
-NOISE_SEED = 2  # of PyTorch's global generator: with the start's own seed, noise would repeat the start
+NOISE_SEED = 2  # for PyTorch's global generator: with the seed of the start, the noise would repeat the start
 ULP = torch.finfo(torch.float32).eps
 GATE_STEPS = 3
 GATE_ROWS = 128
-# The kernel's fast noise: the special-function unit is 2^-22 off in log2, and r is the root of that (tests/test_noise).
+# Error of the kernel's fast noise: the GPU's log2 is 2^-22 off, and r is a root of it (tests/test_noise.py).
 NOISE_ERROR = 1e-3
-# Of the test of the law: independent runs of the reference, and normal numbers (chains x dims) of one run.
+# For the test of the law: independent runs of the reference, and normal numbers (chains x dims) per run.
 LAW_COPIES, LAW_NORMALS = 4, 1 << 16
 LAW_CHAINS = (512, 4096)  # at least, at most
-# False alarms: seeds are fixed, so a right contestant that passes once passes always.
+# Rate of false alarms. Seeds are fixed, so a correct contestant that passes once passes always.
 LAW_ALPHA = 1e-6
 
 
 class Missing(Exception):
-    """Why a contestant does not take part."""
+    """Raised with the reason why a contestant can't run here."""
 
 
 # -- energies ------------------------------------------------------------------------------------------------
@@ -89,16 +89,25 @@ def _conv(dim: int, channels: tuple[int, ...]) -> nn.Module:
 
 @cache
 def make_energy(kind: str, dim: int, widths: tuple[int, ...], device: torch.device) -> nn.Module:
-    """An energy whose gradient is of the state's size: behind PyTorch's initial weights a wrong one would hide."""
+    """An energy whose gradient is as large as the state. With PyTorch's initial weights a wrong gradient would be too
+    small to notice."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         if kind in ("gaussian", "mixture"):
-            energy: nn.Module = (Gaussian if kind == "gaussian" else Mixture)(dim)
+            model: nn.Module = (Gaussian if kind == "gaussian" else Mixture)(dim)
         else:
-            energy = MLPEnergy(dim, widths) if kind == "mlp" else _conv(dim, widths)
-            for p in energy.parameters():
+            model = MLPEnergy(dim, widths) if kind == "mlp" else _conv(dim, widths)
+            for p in model.parameters():
                 p.mul_(3.0)
-    return energy.to(device).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def gradient_of(model: nn.Module, x: Tensor) -> Tensor:
+    """dE/dx of each chain by autograd, with the model computed in the dtype of x: (n, *shape) -> (n, *shape)."""
+    parameters = {name: p.to(x.dtype) for name, p in model.named_parameters()}
+    x = x.detach().requires_grad_()
+    # a clone: FlopCounterMode can't track a module whose input is a leaf
+    return torch.autograd.grad(energy(model, x.clone(), parameters).sum(), x)[0]
 
 
 # -- the problem ---------------------------------------------------------------------------------------------
@@ -106,9 +115,11 @@ def make_energy(kind: str, dim: int, widths: tuple[int, ...], device: torch.devi
 
 @dataclass
 class Problem:
-    """x0: (n_chains, *shape) float32, the start. dry: only the logic matters: nothing is compiled for real.
+    """A case on a device.
 
-    gate_rows: chains that the gate looks at, at the start, in the middle and at the end.
+    x0: (n_chains, *shape) float32, the start.
+    dry: only the logic matters, so nothing is compiled for real.
+    gate_rows: chains that the gate checks at the start, in the middle and at the end of the batch.
     """
 
     case: Case
@@ -127,7 +138,7 @@ class Problem:
             lo, hi = case.clamp
             self.x0 = torch.rand(size, generator=generator, device=self.device) * (hi - lo) + lo
             return
-        # in the law of the chain itself, or near it, so that there is nothing to wait for
+        # close to the stationary law, so that there is no burn-in
         self.x0 = torch.randn(size, generator=generator, device=self.device)
         if isinstance(self.energy, Gaussian):
             covariance = self.energy.stationary_covariance(case.drift, case.noise_std)
@@ -140,7 +151,7 @@ class Problem:
 
     @cached_property
     def mlp(self) -> MLP | None:
-        """The energy's layers, where it is an MLP."""
+        """The energy's layers; None if it is not an MLP."""
         try:
             return read_mlp(self.energy)
         except NotAnMLP:
@@ -150,7 +161,7 @@ class Problem:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Chains that the gate looks at."""
+        """The chains that the gate checks."""
         n, k = self.case.n_chains, self.gate_rows
         middle = max(0, (n - k) // 2)
         picks = [*range(min(k, n)), *range(middle, min(middle + k, n)), *range(max(0, n - k), n)]
@@ -166,15 +177,20 @@ class Problem:
         moved = x - self.case.drift * gradient
         return moved if self.case.clamp is None else moved.clamp(*self.case.clamp)
 
+    def gradient(self, x: Tensor) -> Tensor:
+        """dE/dx of each chain by autograd in the dtype of x: (n, dim)."""
+        return gradient_of(self.energy, x.reshape(len(x), *self.case.shape)).flatten(1)
+
     @cached_property
     def double_energy(self) -> Energy:
+        """The energy in float64, as the reference takes it."""
         return Energy(self.energy, self.case.shape, torch.float64)
 
     @cached_property
     def descent(self) -> Tensor:
-        """The gate's chains in float64 after one step without noise: the energy gradient and the clamp, no more."""
+        """The gate's chains in float64 after one step without noise: only the energy gradient and the clamp."""
         x = self.start.double()
-        return self.descended(x, self.double_energy.gradient(x))
+        return self.descended(x, self.gradient(x))
 
     @cached_property
     def noisy(self) -> Tensor:
@@ -188,35 +204,33 @@ class Problem:
         return torch.stack([self._reference(x, chains, SEED + 1 + copy) for copy in range(LAW_COPIES)])
 
     def _reference(self, x: Tensor, chains: Tensor, seed: int) -> Tensor:
-        rule = self.rule(self.case.noise_std)
+        sampler = self.rule(self.case.noise_std)
         at = Chains(x, seed, chains, torch.zeros_like(chains))
-        return reference.advance(self.double_energy, at, rule, GATE_STEPS).x
+        return reference.run(Autograd(self.double_energy), at, sampler, GATE_STEPS).x
 
     def allowed(self, precision: str) -> float:
-        """Twice the error of plain PyTorch at a precision, after one step without noise, plus rounding."""
+        """The error that a contestant may have after one step without noise: twice that of plain PyTorch at the same
+        precision, plus rounding."""
         x = self.start
-        if self.mlp is None:
-            plain = Energy(self.energy, self.case.shape, torch.float32).gradient(x)
-        else:
-            plain = plain_gradient(self.mlp, x, precision)
+        plain = self.gradient(x) if self.mlp is None else plain_gradient(self.mlp, x, precision)
         scale = largest(x) + largest(self.descent - x)
         return 2 * largest(self.descended(x, plain) - self.descent) + 2 * ULP * scale
 
 
 def law_case(case: Case) -> Case:
-    """The case at the number of chains at which laws are compared, whatever its own is."""
+    """The case with the number of chains for which laws are compared."""
     least, most = LAW_CHAINS
     return replace(case, n_chains=min(most, max(least, LAW_NORMALS // case.dim)), steps=GATE_STEPS)
 
 
 @lru_cache(maxsize=2)
 def law_problem(case: Case, device: torch.device, dry: bool) -> Problem:
-    """The problem of a ``law_case``, kept for the next contestant."""
+    """The problem of a ``law_case``, cached for the next contestant."""
     return Problem(case, device, dry)
 
 
 def law_p_value(x: Tensor, copies: Tensor) -> float:
-    """How well x (n, dim), of independent chains, agrees with copies (k, n, dim) of the same chains; 0 to 1.
+    """A p-value for x (n, dim), of independent chains, having the law of copies (k, n, dim) of the same chains.
 
     The smallest of three p-values, times three. x and a copy follow one law given the start, so over the chains
     mean(x - copy) = 0 in every coordinate (noise that chains share fails here), and mean |x - copy|^2 is that of two
@@ -246,18 +260,18 @@ def law_p_value(x: Tensor, copies: Tensor) -> float:
 # -- precision -----------------------------------------------------------------------------------------------
 
 
-# PyTorch's product of two bf16 matrices, as a CPU has it: the result is rounded to bf16 too, unlike in the kernels.
+# PyTorch's product of two bf16 matrices. Unlike in the kernels, the result is rounded to bf16 too.
 MM_BF16 = "mm-bf16"
 
 
 def cpu_multiplies_bf16() -> bool:
-    """It has instructions for it; without them such a product takes many times longer than one in float32."""
+    """Whether this CPU has instructions for bf16. Without them a product takes many times longer than in float32."""
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager
 def matmul(precision: str) -> Iterator[None]:
-    """Matrix products of PyTorch in tf32, or not (on CUDA)."""
+    """PyTorch's matrix products on CUDA in tf32 if that is the precision, else in float32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
@@ -295,7 +309,7 @@ def halves(values: Tensor, precision: str, *, in_kernel: bool, on_gpu: bool) -> 
 def plain_gradient(mlp: MLP, x: Tensor, precision: str, *, on_gpu: bool | None = None) -> Tensor:
     """dE/dx by plain PyTorch with operands rounded as documented for a precision; sums in float32.
 
-    on_gpu: as tensor cores round, or as the interpreter does. None: as where kernels run now.
+    on_gpu: round as tensor cores do, or as Triton's interpreter does. None: as the kernels do on this machine.
     """
     on_gpu = not interpreted() if on_gpu is None else on_gpu
 

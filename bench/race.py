@@ -1,8 +1,8 @@
-"""One case, all contestants: gate, warm-up, runs in turns, rows. A wrong result has no speed.
+"""One case, all contestants: gate, warm-up, interleaved runs, rows. A wrong result has no speed.
 
 A row's status: "ok"; "missing": what it needs is not here; "FAILED": its result is wrong; "error": it broke;
-"skipped": it would take longer than the budget. Only "ok" has times; the time of one that FAILED stands apart, in
-``untrusted_seconds``, and enters no ratio.
+"skipped": it would take longer than the budget. Only "ok" has times. The time of one that FAILED is in
+``untrusted_seconds`` only, and enters no ratio.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LIMIT = ("limit_seconds", "of_limit", "flops_per_chain_step", "product_rate", "n
 
 
 def row_of(case: Case, **columns: Any) -> dict[str, Any]:
-    """All that defines the case, before a contestant's own columns."""
+    """The columns that define the case, followed by ``columns``."""
     return {
         "energy": case.energy,
         "kind": case.kind,
@@ -93,13 +93,13 @@ def gate(p: Problem, contestant: Contestant) -> dict[str, Any]:
 
 
 def allowed_with_noise(case: Case, allowed: float) -> float:
-    """After GATE_STEPS steps with fastebm's noise, given what one step without noise may be off."""
+    """The error allowed after GATE_STEPS steps with fastebm's noise, from that of one step without noise."""
     return GATE_STEPS * (2 * allowed + NOISE_ERROR * case.noise_std)
 
 
 @lru_cache(maxsize=64)
 def _law_p(contestant: Contestant, case: Case, device: torch.device, dry: bool) -> float:
-    """Of a ``law_case``: once an energy, as it does not depend on the number of chains."""
+    """The p-value of a ``law_case``. Cached: once per energy, since it does not depend on the number of chains."""
     p = law_problem(case, device, dry)
     torch.manual_seed(NOISE_SEED)
     return law_p_value(contestant.prepare(p, GATE_STEPS, case.noise_std)().flatten(1), p.copies)
@@ -122,32 +122,72 @@ def race(
     found: Callable[[dict[str, Any]], None] = lambda row: None,
     dry: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row per contestant.
+    """Time the contestants that pass their gate. Returns one row per contestant.
 
-    On a CPU all take turns. On a GPU each takes turns with eager alone, so that its row is done when it is, and no
-    captured graph keeps the memory that another needs.
+    On a CPU the runs of all are interleaved. On a GPU each contestant is interleaved with the eager loop alone, so that
+    its row is complete early, and no captured graph keeps memory that another needs.
 
     Args:
-        yardsticks: timed in turns with the contestants, for the columns of LIMIT.
-        seconds: for the timed runs, which are at least MIN_ROUNDS each.
-        budget: seconds for the case; each contestant that is right may take an equal share of it.
-        until: Unix time after which no contestant is begun: it has no row.
-        lost: keys of those that have killed a process before. underway: told what runs.
-        found: given each row when its contestant is done, but for the peers' columns, which need all of them.
+        yardsticks: interleaved with the contestants, for the columns of LIMIT.
+        seconds: for the timed runs, which are at least MIN_ROUNDS per contestant.
+        budget: seconds for the case, shared equally by the contestants that are timed.
+        until: Unix time after which no contestant begins; the others get no row.
+        lost: keys of contestants that have killed a process before.
+        underway: called with the key of what runs next.
+        found: called with each row when its contestant is done. The columns about peers need all rows, and come later.
     """
-    p = Problem(case, device, dry=dry)
+    here = _Race(Problem(case, device, dry=dry), set(lost), underway)
     contestants = list(contestants)
-    results = {c: _blank(case, c, device) for c in contestants}
+    results = here.results = {c: _blank(case, c, device) for c in contestants}
+    eager = next((c for c in contestants if (c.name, c.precision) == ("eager", "float32")), None)
+    groups = [[c] for c in contestants] if device.type == "cuda" else [contestants]
     times: dict[Contestant, list[float]] = {}
-    ready: dict[Contestant, Run] = {}
+    done: list[Contestant] = []
+    for group in groups:
+        if time.time() > until:
+            break
+        here.make_ready(group, budget)
+        runs: dict[Any, Callable[[], object]] = {c: here.ready[c] for c in (eager, *group) if c in here.ready}
+        if any(c in runs for c in group):
+            for y in yardsticks:
+                y.run()
+            underway(f"{case.name}, all" if len(group) > 1 else key_of(case, group[0]))
+            runs |= {y: y.run for y in yardsticks}
+            new = interleaved(runs, seconds / len(groups), device, until=until)
+            times |= {c: new[c] for c in group if c in new}
+            here.add_times(group, new, eager)
+            if yardsticks:
+                at_most, flops = rates(new), flops_per_chain_step(here.p)
+                for c in group:
+                    if results[c]["seconds"]:
+                        results[c] |= _limits(case, at_most, flops, c.precision, results[c]["seconds"])
+        for c in group:
+            if c is not eager:
+                here.ready.pop(c, None)
+            done.append(c)
+            found(results[c])
+    right = {c: statistics.median(t) for c, t in times.items() if results[c]["status"] == "ok"}
+    beside = beside_peers({(c.name, c.precision): median for c, median in right.items()})
+    for c in right:
+        results[c] |= beside[c.name, c.precision]
+    return [results[c] for c in done]
 
-    def prepared(c: Contestant, prepare: Callable[[], Any]) -> Any:
-        """What prepare() gives, or None, with the reason in the contestant's row."""
-        key, row = key_of(case, c), results[c]
-        if key in lost:
+
+class _Race:
+    """The contestants of one race: their rows, and the runs of those that are ready to be timed."""
+
+    def __init__(self, p: Problem, lost: set[str], underway: Callable[[str], None]) -> None:
+        self.p, self.lost, self.underway = p, lost, underway
+        self.results: dict[Contestant, dict[str, Any]] = {}
+        self.ready: dict[Contestant, Run] = {}
+
+    def attempt(self, c: Contestant, prepare: Callable[[], Any]) -> Any:
+        """The result of prepare(), or None, with the reason in the contestant's row."""
+        key, row = key_of(self.p.case, c), self.results[c]
+        if key in self.lost:
             row |= {"status": "error", "note": "its process died"}
             return None
-        underway(key)
+        self.underway(key)
         try:
             return prepare()
         except Missing as why:
@@ -160,19 +200,16 @@ def race(
             if context_is_lost():
                 raise
         finally:
-            if device.type == "cuda" and not context_is_lost():
+            if self.p.device.type == "cuda" and not context_is_lost():
                 torch.cuda.empty_cache()
         return None
 
-    eager = next((c for c in contestants if (c.name, c.precision) == ("eager", "float32")), None)
-    groups = [[c] for c in contestants] if device.type == "cuda" else [contestants]
-    done: list[Contestant] = []
-    for group in groups:
-        if time.time() > until:
-            break
+    def make_ready(self, group: list[Contestant], budget: float) -> None:
+        """Put each contestant through its gate, then warm up those that fit the budget."""
+        p, results = self.p, self.results
         for c in group:
             row = results[c]
-            row |= prepared(c, lambda c=c: gate(p, c)) or {}
+            row |= self.attempt(c, lambda c=c: gate(p, c)) or {}
             if row["correct"] == "no":
                 row |= {"status": "FAILED", "note": "failed its gate: its time is not to be trusted"}
             if c.ours and row["correct"] == "yes":
@@ -180,45 +217,23 @@ def race(
         timed = [c for c in group if results[c]["status"] in ("ok", "FAILED")]
         share = budget / max(1, len(timed))
         for c in timed:
-            if (why := prepared(c, lambda c=c, share=share: _hopeless(p, c, share))) is not None:
+            if (why := self.attempt(c, lambda c=c: _hopeless(p, c, share))) is not None:
                 results[c] |= {"status": "skipped", "note": why}
             elif results[c]["status"] in ("ok", "FAILED"):
-                run = prepared(c, lambda c=c, share=share: _ready(p, c, share))
+                run = self.attempt(c, lambda c=c: _ready(p, c, share))
                 if isinstance(run, str):
                     results[c] |= {"status": "skipped", "note": run}
                 elif run is not None:
-                    ready[c] = run
-        runs: dict[Any, Callable[[], object]] = {c: ready[c] for c in (eager, *group) if c in ready}
-        if any(c in runs for c in group):
-            for y in yardsticks:
-                y.run()
-            underway(f"{case.name}, all" if len(group) > 1 else key_of(case, group[0]))
-            runs |= {y: y.run for y in yardsticks}
-            new = interleaved(runs, seconds / len(groups), device, until=until)
-            for c in group:
-                if c in ready and c not in new:
-                    results[c] |= {"status": "missing", "note": "out of memory beside the others"}
-                elif c in new:
-                    times[c] = new[c]
-            beside = new.get(eager) if eager is not None and results[eager]["status"] == "ok" else None
-            for c in group:
-                if c in new:
-                    results[c] |= _timed(case, new[c], results[c]["status"], beside)
-            if yardsticks:
-                at_most, flops = rates(new), flops_per_chain_step(p)
-                for c in group:
-                    if results[c]["seconds"]:
-                        results[c] |= _limits(case, at_most, flops, c.precision, results[c]["seconds"])
+                    self.ready[c] = run
+
+    def add_times(self, group: list[Contestant], new: Mapping[Any, list[float]], eager: Contestant | None) -> None:
+        """Columns of TIMED, and those of RATIOS about the eager loop, if that passed its gate."""
+        beside = new.get(eager) if eager is not None and self.results[eager]["status"] == "ok" else None
         for c in group:
-            if c is not eager:
-                ready.pop(c, None)
-            done.append(c)
-            found(results[c])
-    right = {c: statistics.median(t) for c, t in times.items() if results[c]["status"] == "ok"}
-    beside = beside_peers({(c.name, c.precision): median for c, median in right.items()})
-    for c in right:
-        results[c] |= beside[c.name, c.precision]
-    return [results[c] for c in done]
+            if c in new:
+                self.results[c] |= _timed(self.p.case, new[c], self.results[c]["status"], beside)
+            elif c in self.ready:
+                self.results[c] |= {"status": "missing", "note": "out of memory beside the others"}
 
 
 def key_of(case: Case, c: Contestant) -> str:
@@ -226,8 +241,8 @@ def key_of(case: Case, c: Contestant) -> str:
 
 
 def path_of(p: Problem, c: Contestant) -> str | None:
-    """Which path a contestant of fastebm's takes; None if its name says it."""
-    if c.name == "fastebm":  # as the call itself says, which knows the number of chains
+    """The path that a contestant of fastebm takes; None if its name says it."""
+    if c.name == "fastebm":  # asked from a call, since the path depends on the number of chains
         precision = "bf16" if c.precision == MM_BF16 else None
         return langevin_sample(
             p.energy, init=p.x0, steps=1, precision=precision, on_nonfinite="ignore", return_info=True
@@ -243,7 +258,7 @@ def _blank(case: Case, c: Contestant, device: torch.device) -> dict[str, Any]:
 
 
 def _timed(case: Case, times: list[float], status: str, eager: list[float] | None) -> dict[str, Any]:
-    """The columns of TIMED, and of RATIOS those of the eager loop, timed in turns."""
+    """The columns of TIMED, and those of RATIOS about the eager loop, whose runs were interleaved."""
     q1, median, q3 = quartiles(times)
     if status == "FAILED":
         return {"rounds": len(times), "untrusted_seconds": median}
@@ -255,14 +270,14 @@ def _timed(case: Case, times: list[float], status: str, eager: list[float] | Non
     return new
 
 
-# The higher, the more exact the products. A peer must be at least as exact as what is compared with it.
+# The higher, the more exact the products. A peer must be at least as exact as the contestant compared with it.
 EXACTNESS = {"float32": 3, "ieee": 3, "bf16x3": 3, "tf32": 2, MM_BF16: 1, "bf16": 1}
 
 
 def beside_peers(seconds: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The columns of RATIOS that tell of peers, for each (contestant, precision) of a case.
+    """The columns of RATIOS about peers, for each (contestant, precision) of a case.
 
-    The peer is the fastest contestant that is not fastebm's and no less exact: bf16x3 meets float32 only.
+    The peer is the fastest contestant that is not of fastebm and no less exact: bf16x3 is compared with float32 only.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for (name, precision), own in seconds.items():
@@ -288,7 +303,7 @@ def _limits(case: Case, found: Rates, flops: float, precision: str, seconds: flo
 
 
 def _hopeless(p: Problem, c: Contestant, share: float) -> str | None:
-    """Why not even one whole run is begun, from the time of one step: which has all that a call costs in it."""
+    """Why not even one whole run fits its share, estimated from a run of one step, with the cost of a call in it."""
     if share == math.inf:
         return None
     with matmul(c.precision):
@@ -299,7 +314,7 @@ def _hopeless(p: Problem, c: Contestant, share: float) -> str | None:
 
 
 def _ready(p: Problem, c: Contestant, share: float) -> Run | str:
-    """A contestant that has passed its gate, warmed up; or why its rounds would pass its share of the budget."""
+    """The run of a contestant, warmed up; or why its rounds would not fit its share of the budget."""
     with matmul(c.precision):
         run = c.prepare(p, p.case.steps, p.case.noise_std)
         seconds = seconds_of(run, p.device)
@@ -316,7 +331,7 @@ def _ready(p: Problem, c: Contestant, share: float) -> Run | str:
 
 
 def context_is_lost() -> bool:
-    """A CUDA error that stays: nothing more can be done in this process."""
+    """Whether a CUDA error persists, so that this process can do nothing more on the GPU."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -330,13 +345,13 @@ def context_is_lost() -> bool:
 
 
 def left_out(case: Case, contestants: Iterable[Contestant], device: torch.device, why: str) -> list[dict[str, Any]]:
-    """The rows of a case that is not run."""
+    """The rows of a case that is skipped."""
     common = dict.fromkeys((*CORRECTNESS, *TIMED, *RATIOS, *LIMIT), "") | {"status": "skipped", "note": why}
     return [row_of(case, device=device.type, contestant=c.name, precision=c.precision, **common) for c in contestants]
 
 
 def why_not(case: Case, n_contestants: int, found: Rates, budget: float, memory: float) -> str | None:
-    """Why a case can't be run in ``budget`` seconds and ``memory`` bytes, from below: no contestant is that fast."""
+    """Why a case can't fit ``budget`` seconds and ``memory`` bytes, by lower bounds of both; None if it may."""
     needed = 4 * case.n_chains * (6 * case.dim + 4 * sum(case.widths))  # state, gradient, noise, layers and their own
     if needed > memory:
         return f"it needs about {needed / 2**30:.3g} GiB of memory, and {memory / 2**30:.3g} are free"
@@ -353,7 +368,7 @@ def why_not(case: Case, n_contestants: int, found: Rates, budget: float, memory:
 
 
 def brief(row: dict[str, Any]) -> str:
-    """A row in a line."""
+    """A row as one line of text."""
     name = f"{row['contestant']} {row['precision']}"
     if row["status"] != "ok":
         return f"{name}: {row['status']}: {row['note'][:120]}"

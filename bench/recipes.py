@@ -41,8 +41,8 @@ def run(name: str, seed: int) -> dict[str, Any]:
     measures = {k: v for k, v in summary.items() if k.startswith("auroc")}
     if "class_shares" in summary:
         measures |= {"classes_present": summary["classes_present"], "least_class_share": min(summary["class_shares"])}
-    told = ("two_sample_accuracy", "chain_steps", "backend", "path", "threads", "seconds")
-    return {"data": name, "seed": seed, **{k: summary[k] for k in told}, "wall_seconds": wall, **measures, **scored}
+    measured = ("two_sample_accuracy", "chain_steps", "backend", "path", "threads", "seconds")
+    return {"data": name, "seed": seed, **{k: summary[k] for k in measured}, "wall_seconds": wall, **measures, **scored}
 
 
 def auroc_of_score(name: str, seed: int, out: Path) -> dict[str, float]:

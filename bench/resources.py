@@ -31,7 +31,7 @@ from typing import Any
 
 from fastebm.bench.cases import ENERGIES
 from fastebm.bench.rows import RESULTS, add_out, provenance, read, replace, script
-from fastebm.kernels.launch import SHARED_MEMORY, block
+from fastebm.kernels.triton.launch import SHARED_MEMORY, block
 
 COMMITTED = RESULTS / "resources.csv"
 COMPILING = Path(__file__).parent.parent / "tests" / "compiling.py"
@@ -71,7 +71,7 @@ TRITON = importlib.metadata.version("triton")
 
 # Words that a warp may spill in a step, loads and stores, by triton, architecture and precision; what is not named may
 # spill. Rows are committed of these versions of triton. The 16 at bf16 are for the streaming kernel:
-# its launch without spills was measured to be slower (kernels/launch.py).
+# its launch without spills was measured to be slower (kernels/triton/launch.py).
 MAY_SPILL = {
     "3.6.0": {("sm_90", "bf16"): 16, ("sm_90", "bf16x3"): 100},
     "3.9.0": {(architecture, precision): 0 for architecture in ("sm_80", "sm_90") for precision in PRECISIONS},

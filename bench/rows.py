@@ -1,6 +1,6 @@
-"""Result rows that need nothing beside them: each names its machine, versions, commit and date.
+"""Self-sufficient result rows: each names its machine, versions, commit and date.
 
-And where scripts write them: into runs/, which git ignores, unless --out names another folder.
+Scripts write them into runs/, which git ignores, unless --out names another folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def script(doc: str | None) -> argparse.ArgumentParser:
-    """The parser of a script, whose docstring is its help."""
+    """The parser of a script, with the script's docstring as its help."""
     # no abbreviations: a mistyped option must not start a run
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -31,7 +31,7 @@ def script(doc: str | None) -> argparse.ArgumentParser:
 def add_out(
     parser: argparse._ActionsContainer, default: str = "runs/bench", committed: str | None = "bench/results"
 ) -> None:
-    """``--out FOLDER``, the same in every script. committed: the folder of those files that git tracks, if any."""
+    """Add ``--out FOLDER``, the same in every script. committed: the folder of the files that git tracks, if any."""
     tracked = f"; {committed} holds the committed files" if committed else ""
     parser.add_argument(
         "--out",
@@ -45,7 +45,7 @@ def add_out(
 def provenance(*peers: str) -> dict[str, Any]:
     """Machine, versions (of ``peers`` too), commit and date of this run.
 
-    COMMIT in the environment names the commit: a copy of the tree may have no checkout around it, or another's.
+    COMMIT in the environment names the commit: a copy of the tree may lie outside any checkout, or inside another one.
     """
     return {
         "cpu": _cpu(),
@@ -59,9 +59,9 @@ def provenance(*peers: str) -> dict[str, Any]:
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]], common: Mapping[str, Any] | None = None) -> None:
-    """Write rows as CSV. Behind its own columns each has ``common``, by default the provenance of this run.
+    """Write rows as CSV. Each has its own columns, then ``common``, by default the provenance of this run.
 
-    Rows may have different columns. Where a row lacks a column, its cell is empty.
+    Rows may have different columns. If a row lacks a column, its cell is empty.
     """
     common = provenance() if common is None else common
     rows = [{**row, **common} for row in rows]
@@ -74,7 +74,7 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], common: Mapping[str, An
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]], same: tuple[str, ...]) -> None:
-    """Merge rows into a file: they replace those with the same values of ``same``, and others stay.
+    """Merge rows into a file: they replace the rows with the same values in the columns ``same``.
 
     Rows have their provenance already.
     """
@@ -85,12 +85,12 @@ def replace(path: Path, rows: Iterable[Mapping[str, Any]], same: tuple[str, ...]
             groups.setdefault(tuple(str(row.get(name)) for name in same), []).append(row)
         return groups
 
-    groups = grouped(read(path) if path.exists() else []) | grouped(rows)  # a group that is known keeps its place
+    groups = grouped(read(path) if path.exists() else []) | grouped(rows)  # a group that is in the file keeps its place
     write(path, [row for group in groups.values() for row in group], common={})
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Floats with six digits: no clock is more precise."""
+    """The row with floats of six digits: no clock is more precise."""
     return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -114,7 +114,7 @@ def _cpu() -> str:
     if info.exists():
         fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
         fields = {key.strip(): value.strip() for key, value in fields.items()}
-        # Virtual machines may hide the model's name; family and model number tell the generation.
+        # virtual machines may hide the model's name; family and model number identify the generation
         return f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"
     return platform.processor() or platform.machine()
 
@@ -138,7 +138,7 @@ def _commit() -> str:
     if named := os.environ.get("COMMIT"):
         return named
     here = RESULTS.parent.parent
-    if not (here / "pyproject.toml").exists():  # installed: a repository around it would be another's
+    if not (here / "pyproject.toml").exists():  # installed: a repository around it would be a different one
         return "unknown"
     try:
         commit = subprocess.run(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastebm.bench.contestants import Contestant
     from fastebm.bench.limits import Yardstick
 
-# Heavy imports are within functions: `fastebm --help` needs only the arguments, and threads are set before JAX starts.
+# Heavy imports are inside functions: `fastebm --help` needs the arguments only, and JAX must start after on_threads.
 
 PEERS = ("jax", "jaxlib", "torchebm", "ebmkit", "blackjax", "arviz-stats")
 BUDGET, QUICK_BUDGET = 300.0, 32.0
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(patterns: Sequence[str] | None, names: Iterable[str], what: str) -> list[str]:
-    """Names that match a pattern, in the order of ``names``; all without patterns.
+    """The names that match a pattern, in the order of ``names``. Without patterns: all.
 
     Raises:
-        ValueError: a pattern that matches nothing, with the names that there are.
+        ValueError: a pattern matches no name. The message lists the names.
     """
     names = list(names)
     for pattern in patterns or ():
@@ -70,7 +70,7 @@ def chosen(patterns: Sequence[str] | None, names: Iterable[str], what: str) -> l
 
 @contextmanager
 def on_threads(n: int | None) -> Iterator[int]:
-    """Limit torch's threads, and the cores of this process, which JAX goes by; both are restored afterwards."""
+    """Limit torch's threads, and the cores of this process, which JAX uses; both are restored afterwards."""
     import torch
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -92,7 +92,7 @@ def on_threads(n: int | None) -> Iterator[int]:
 
 
 def run(arguments: argparse.Namespace, quick: bool) -> int:
-    """Run the chosen cases; returns the exit status.
+    """Run the chosen cases. Returns the exit status.
 
     Raises:
         ValueError: bad arguments.
@@ -163,15 +163,15 @@ class Runner:
         seconds = self.budget / 4  # the rest is for gates, warm-up, and the least number of rounds
         if key in TRAINING:
             found = training.race(TRAINING[key], self.trainers, self.device, seconds=seconds, budget=self.budget)
-            return "training", told(found, training.brief)
+            return "training", reported(found, training.brief)
         if key in EFFICIENCY:
             found = efficiency.race(EFFICIENCY[key], self.contestants, self.device, seconds=seconds, budget=seconds)
-            return "efficiency", told(found, efficiency.brief)
+            return "efficiency", reported(found, efficiency.brief)
         if key in COMPILATION:
             there = {(c.name, c.precision) for c in self.contestants}
             ways = [way for way in compilation.WAYS[self.device.type] if way in there]
             measured = compilation.measure(key, ways, self.device.type, self.threads)
-            return "compilation", told(measured, compilation.brief)
+            return "compilation", reported(measured, compilation.brief)
         return "steps", self._steps(STEPS[key], seconds)
 
     def _steps(self, case: Case, seconds: float) -> list[Row]:
@@ -192,7 +192,7 @@ class Runner:
             case, self.contestants, self.device, yardsticks=self._yardsticks, seconds=seconds, budget=self.budget,
             underway=transient,
         )  # fmt: skip
-        return told(found, brief)
+        return reported(found, brief)
 
     def _present(self) -> int:
         """How many contestants can run here, tried on the smallest case."""
@@ -210,7 +210,7 @@ class Runner:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes."""
+    """Bytes of free memory on the device, inf if unknown."""
     import torch
 
     if device.type == "cuda":
@@ -222,7 +222,7 @@ def free_memory(device: torch.device) -> float:
     return 1024.0 * int(fields["MemAvailable"].split()[0])
 
 
-# -- words ---------------------------------------------------------------------------------------------------
+# -- messages ---------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -230,13 +230,13 @@ def say(text: str) -> None:
 
 
 def transient(text: str) -> None:
-    """What is running now; on a terminal, until the next line."""
+    """Show what is running, on a terminal only, until the next line."""
     if sys.stderr.isatty():
         print(f"\r\033[K  ... {text}", end="", file=sys.stderr, flush=True)
 
 
-def told(found: Iterable[Row], brief: Callable[[Row], str]) -> list[Row]:
-    """The rows, each printed as it comes."""
+def reported(found: Iterable[Row], brief: Callable[[Row], str]) -> list[Row]:
+    """The rows as a list, each printed as soon as it is there."""
     done = []
     for row in found:
         done.append(row)
@@ -263,7 +263,7 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("of limit", "of_limit", _share),
     ],
     "training": [
-        ("ms a training step", "seconds", _milliseconds),
+        ("ms per training step", "seconds", _milliseconds),
         ("first quartile", "seconds_q1", _milliseconds),
         ("third", "seconds_q3", _milliseconds),
         ("x tutorial", "times_tutorial", _times),
@@ -284,7 +284,7 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
 
 
 def print_tables(found: dict[str, list[Row]]) -> None:
-    """On stdout: one table per result file; then what was not timed, and why."""
+    """Print one table per result file, followed by what was not timed, and why."""
     for file, new in found.items():
         columns = TABLES[file]
         body = [["case", "contestant", *(heading for heading, _, _ in columns)]]

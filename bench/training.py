@@ -2,8 +2,8 @@
 
 One recipe for all: draw a batch of persistent chains, restart some, move them K Langevin steps, put them back,
 contrastive divergence with a regulariser (``contrastive_divergence_loss``), Adam. How chains are drawn, restarted and
-put back is each one's own: fastebm draws distinct rows, restarts them uniformly and writes them back in place; the
-tutorials' list draws with replacement, starts anew likewise and keeps the newest; torchebm draws one row a stratum,
+put back differs: fastebm draws distinct rows, restarts them uniformly and writes them back in place; the tutorials'
+list draws with replacement, restarts chains in the same way and keeps the newest; torchebm draws one row per stratum,
 adds noise of 0.01 instead of a restart and overwrites the oldest; ebmkit draws with replacement, restarts uniformly and
 writes back in place.
 """
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from fastebm.bench.cases import TrainingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, quartiles, seconds_of
-from fastebm.bench.problem import NOISE_SEED, SEED, ULP, Missing, largest, make_energy
+from fastebm.bench.problem import NOISE_SEED, SEED, ULP, Missing, gradient_of, largest, make_energy
 from torch import Tensor, nn
 
 from fastebm import ChainPool, Langevin, contrastive_divergence_loss
 from fastebm.backends import Advanced
-from fastebm.targets.autograd import Energy
+from fastebm.pool import moves
 
 LEARNING_RATE, REGULARISER = 1e-4, 0.01
 DATA_BATCHES = 8
@@ -53,12 +53,12 @@ class Trainer:
 
 
 def fresh_model(case: TrainingCase, device: torch.device) -> nn.Module:
-    """A trainable copy of the case's energy: every contestant trains its own."""
+    """A trainable copy of the case's energy, one for every contestant."""
     return copy.deepcopy(make_energy("mlp", case.dim, case.widths, device)).requires_grad_(True).train()
 
 
 def _finish(model: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, negatives: Tensor) -> Tensor:
-    """Loss, gradients, Adam, of the contestants that bring no loss of their own."""
+    """Loss, gradients and Adam, for the contestants without a loss of their own."""
     loss = contrastive_divergence_loss(model(real), model(negatives), REGULARISER)
     optimizer.zero_grad()
     loss.backward()
@@ -73,24 +73,25 @@ def fastebm_pool(case: TrainingCase, device: torch.device, storage_dtype: torch.
         case.n_chains, case.dim, clamp=case.clamp, seed=SEED, device=device, reinit_prob=case.restart_prob,
         storage_dtype=storage_dtype,
     )  # fmt: skip
-    rule = Langevin.from_drift_and_noise(case.drift, case.noise_std)
+    sampler = Langevin.from_drift_and_noise(case.drift, case.noise_std)
     energies = torch.zeros(case.batch_size, device=device)
     taken: Any = None
 
     def draw() -> Tensor:
         nonlocal taken
         drawn = pool._next_draw(case.batch_size)
-        x, steps = pool._taken(drawn)
+        x, steps = moves.take(drawn, pool._storage, pool._records)
         taken = drawn, steps
         return x
 
     def put(x: Tensor) -> None:
         drawn, steps = taken
-        pool._put_back(drawn, steps, steps + case.steps, Advanced(x, energies, energies))()
+        done = Advanced(x, energies, energies)
+        moves.put(drawn, pool._storage, pool._records, steps, steps + case.steps, done)()
         pool.draws += 1
 
     def sample() -> Tensor:
-        return pool.sample(model, case.batch_size, rule, case.steps)[0]
+        return pool.sample(model, case.batch_size, sampler, case.steps)[0]
 
     def step(real: Tensor) -> Tensor:
         return _finish(model, optimizer, real, sample())
@@ -168,7 +169,7 @@ def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
     sampler = LangevinDynamics(
         model,
         step_size=case.drift,
-        noise_scale=max(case.noise_std, 1e-20) / (2 * case.drift) ** 0.5,  # it takes no 0
+        noise_scale=max(case.noise_std, 1e-20) / (2 * case.drift) ** 0.5,  # 0 is not allowed
         clamp=case.clamp,
         device=device,
     )
@@ -179,7 +180,7 @@ def torchebm_buffer(case: TrainingCase, device: torch.device) -> Trainer:
     objective.initialize_buffer((case.dim,))
     optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE)
     lo, hi = case.clamp
-    objective.replay_buffer.uniform_(lo, hi)  # its own start is near 0
+    objective.replay_buffer.uniform_(lo, hi)  # it would start near 0
 
     def step(real: Tensor) -> Tensor:
         loss, negatives = objective(real)
@@ -270,7 +271,7 @@ def gate(
     zero = torch.zeros(1, case.dim, device=device)
     energy = make_energy("mlp", case.dim, case.widths, device)
     exact, plain = (
-        (-case.drift * Energy(energy, (case.dim,), dtype).gradient(zero.to(dtype))).clamp(*case.clamp)
+        (-case.drift * gradient_of(energy, zero.to(dtype))).clamp(*case.clamp)
         for dtype in (torch.float64, torch.float32)
     )
     trainer = make(small, device)
@@ -289,7 +290,9 @@ def gate(
     trainer = make(replace(small, noise_std=case.noise_std), device)
     trainer.fill(zero[0])
     noise = (trainer.step(data).detach().double() - exact) / case.noise_std
-    inside = noise.abs() < 2.0  # the clamp cuts the tails: compare with a normal law cut at 2, of variance 0.7737
+    inside = (
+        noise.abs() < 2.0
+    )  # the clamp cuts the tails, so compare with a normal law truncated at 2, of variance 0.7737
     spread = float((noise[inside].square().mean() / 0.77374).sqrt())
     share = float(inside.double().mean()) / 0.95450
     correct = kept and error <= allowed and abs(spread - 1) < 0.03 and abs(share - 1) < 0.03
@@ -303,7 +306,7 @@ def relative(value: Tensor | None, truth: Tensor) -> float:
 
 
 def _loss_gradients(model: nn.Module, real: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
-    """Of the recipe's loss in the weights, written out; the head's bias has one of the regulariser alone."""
+    """Gradients of the recipe's loss in the weights. (That of the head's bias comes from the regulariser alone.)"""
     dtype = next(model.parameters()).dtype
     e_real, e_neg = model(real.to(dtype)), model(negatives.to(dtype))
     loss = e_real.mean() - e_neg.mean() + REGULARISER * ((e_real**2).mean() + (e_neg**2).mean())
@@ -311,7 +314,7 @@ def _loss_gradients(model: nn.Module, real: Tensor, negatives: Tensor) -> tuple[
 
 
 def real_batches(case: TrainingCase, device: torch.device) -> list[Tensor]:
-    """Stand-ins for data: points of a few clusters within the clamp range."""
+    """Batches that stand in for data: points of a few clusters within the clamp range."""
     lo, hi = case.clamp
     generator = torch.Generator().manual_seed(SEED)
     centres = torch.rand(10, case.dim, generator=generator)
@@ -340,7 +343,7 @@ def row_of(case: TrainingCase, **columns: Any) -> dict[str, Any]:
 def race(
     case: TrainingCase, names: Sequence[str], device: torch.device, *, seconds: float = 6.0, budget: float = math.inf
 ) -> list[dict[str, Any]]:
-    """One row a contestant: gate, then training steps in turns, each run on another batch of data.
+    """One row per contestant: the gate, then interleaved training steps, each on another batch of data.
 
     seconds: for the timed steps. budget: seconds for the case; each contestant may take an equal share of it.
     """
@@ -388,4 +391,4 @@ def brief(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return f"{row['contestant']}: {row['status']}: {row['note'][:120]}"
     ratio = f", {row['times_tutorial']:.2f} x {TUTORIAL}" if row["times_tutorial"] else ""
-    return f"{row['contestant']}: {1e3 * row['seconds']:.3g} ms a training step{ratio}"
+    return f"{row['contestant']}: {1e3 * row['seconds']:.3g} ms per training step{ratio}"

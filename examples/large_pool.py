@@ -24,7 +24,7 @@ def main(n_chains: int = 200_000) -> fastebm.PoolStats:
             pool.sample(energy, 256, rule, steps=20)  # a training step's draw
 
         stats = pool.stats()
-        print(f"{stats.n_chains:,} chains, {stats.draws} draws, {stats.restarts} restarts")
+        print(f"{stats.n_chains:,} chains, {stats.draws} draws, {stats.reinits} reinits")
         print("energies, by quantile:", {q: round(e, 3) for q, e in stats.energy.items()})
 
         # Tensors and plain numbers: save them as you like. What goes on is the same, bit for bit.

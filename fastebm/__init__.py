@@ -4,70 +4,73 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backends.choose import why_not_fused
-    from .driver.sampling import NonFiniteError, SampleInfo, langevin_sample
-    from .energies import (
-        Activation,
-        ClassifierEnergy,
-        GaussianEnergy,
-        MLPEnergy,
-        Negative,
-        SumEnergy,
-        build,
-        build_energy_fn,
-        energy,
-    )
-    from .objectives import ContrastiveDivergence, Loss, contrastive_divergence_loss
-    from .pool import ChainPool, PoolCall, PoolStats
-    from .samplers.langevin import Langevin
-    from .train.scoring import TrainedRun, load
+    from .backends.choose import why_not_fused as why_not_fused
+    from .backends.settle import NonFiniteError as NonFiniteError
+    from .driver.info import SampleInfo as SampleInfo
+    from .driver.langevin_sample import langevin_sample as langevin_sample
+    from .driver.sample import SampleResult as SampleResult
+    from .driver.sample import sample as sample
+    from .energies import Activation as Activation
+    from .energies import ClassifierEnergy as ClassifierEnergy
+    from .energies import GaussianEnergy as GaussianEnergy
+    from .energies import MLPEnergy as MLPEnergy
+    from .energies import Negative as Negative
+    from .energies import SumEnergy as SumEnergy
+    from .energies import build as build
+    from .energies import build_energy_fn as build_energy_fn
+    from .energies import energy as energy
+    from .objectives import *  # noqa: F403
+    from .pool import ChainPool as ChainPool
+    from .pool import PoolCall as PoolCall
+    from .pool import PoolStats as PoolStats
+    from .samplers import *  # noqa: F403
+    from .train.scoring import TrainedRun as TrainedRun
+    from .train.scoring import load as load
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Activation",
-    "ChainPool",
-    "ClassifierEnergy",
-    "ContrastiveDivergence",
-    "GaussianEnergy",
-    "Langevin",
-    "Loss",
-    "MLPEnergy",
-    "Negative",
-    "NonFiniteError",
-    "PoolCall",
-    "PoolStats",
-    "SampleInfo",
-    "SumEnergy",
-    "TrainedRun",
-    "build",
-    "build_energy_fn",
-    "contrastive_divergence_loss",
-    "energy",
-    "langevin_sample",
-    "load",
-    "why_not_fused",
-]
-
-_HOMES = ("energies", "samplers.langevin", "backends.choose", "driver.sampling", "pool", "objectives", "train.scoring")
+# Public names by the module that defines them. Those of samplers and objectives are in their registries: __init__.py of
+# the two packages.
+_PUBLIC = {
+    "backends.choose": ["why_not_fused"],
+    "backends.settle": ["NonFiniteError"],
+    "driver.info": ["SampleInfo"],
+    "driver.langevin_sample": ["langevin_sample"],
+    "driver.sample": ["SampleResult", "sample"],
+    "energies": [
+        "Activation", "ClassifierEnergy", "GaussianEnergy", "MLPEnergy", "Negative", "SumEnergy", "build",
+        "build_energy_fn", "energy",
+    ],
+    "pool": ["ChainPool", "PoolCall", "PoolStats"],
+    "train.scoring": ["TrainedRun", "load"],
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """A public name, or a module, at its first use: they bring PyTorch, which takes seconds, and the command has
     something to do before that (``__main__``)."""
-    if name in __all__:
-        for module in (import_module(f".{home}", __name__) for home in _HOMES):
-            if name in module.__all__:
-                globals()[name] = found = getattr(module, name)
-                return found
-    elif not name.startswith("_"):
+    if name == "__all__":
+        return sorted([*(public for names in _PUBLIC.values() for public in names), *_registered()])
+    home = next((home for home, names in _PUBLIC.items() if name in names), None)
+    if home is not None:
+        globals()[name] = found = getattr(import_module(f".{home}", __name__), name)
+        return found
+    if not name.startswith("_"):
         try:
             return import_module(f".{name}", __name__)
         except ModuleNotFoundError as error:
             if error.name != f"{__name__}.{name}":
                 raise
+        if (home := _registered().get(name)) is not None:
+            globals()[name] = found = getattr(import_module(f".{home}", __name__), name)
+            return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _registered() -> dict[str, str]:
+    """Public names of samplers and objectives, and their packages."""
+    return {name: home for home in ("samplers", "objectives") for name in import_module(f".{home}", __name__).__all__}
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,4 +1,4 @@
-"""Devices by name: which there are here, and in words why one can't be used."""
+"""Devices by name, with errors that say why a device can't be used and which ones there are."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ __all__ = ["checked_device", "named_device"]
 
 
 def named_device(device: torch.device | str | int) -> torch.device:
-    """What a name means, whether or not it is here.
+    """The device that a name means, whether or not this machine has it.
 
     Raises:
-        TypeError, ValueError: it means nothing.
+        TypeError, ValueError: it is not the name of a device.
     """
     if isinstance(device, torch.device):
         return device
     if isinstance(device, bool) or not isinstance(device, (str, int)):
-        raise TypeError(f"device must be a torch.device or a name, as 'cpu' or 'cuda:1', got {device!r}")
+        raise TypeError(f"device must be a torch.device or a name such as 'cpu' or 'cuda:1', got {device!r}")
     try:
         return torch.device(device)
     except RuntimeError:
         if isinstance(device, int) and device >= 0:
-            return torch.device("cuda", device)  # as PyTorch says where it finds any
+            return torch.device("cuda", device)  # what PyTorch answers on a machine with a GPU
         raise ValueError(
             f"device must be 'cpu', 'cuda', 'cuda:1' or another name of PyTorch's, got {device!r}{_meant(device)}"
         ) from None
 
 
 def checked_device(device: torch.device | str | int) -> torch.device:
-    """The device of a name, which is here.
+    """The device that a name means, if this machine has it.
 
     Raises:
-        TypeError, ValueError: there is no such device, or none here: what there is, and the way out.
+        TypeError, ValueError: it is not the name of a device, or this machine has no such device.
     """
     found = named_device(device)
-    # torch.compile can't look, and what it compiles for is there
+    # torch.compile can't ask, and a device that it compiles for exists
     if found.type in ("cpu", "meta") or torch.compiler.is_compiling():
         return found
     if found.type == "cuda":
@@ -63,9 +63,9 @@ def _makes_tensors(device: torch.device) -> bool:
 
 
 def _meant(name: Any) -> str:
-    """The likely mistake."""
+    """The likely mistake behind a name that PyTorch does not know, as the end of an error message."""
     if name == "auto":
-        return ": leave it out, and it is found by itself"
+        return ": leave it out, and a device is chosen"
     match = re.fullmatch(r"(cpu|cuda|gpu|nvidia|mps|xpu)[\s:._-]*(\d*)", str(name).strip().lower())
     if match is None:
         return ""

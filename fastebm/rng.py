@@ -1,9 +1,10 @@
-"""The one noise stream of fastebm: counter-based Philox4x32-10.
+"""The random numbers of fastebm: counter-based Philox4x32-10.
 
 Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on the device,
-on how chains are split into batches or processes, or on what was drawn before. Here it is in PyTorch, which runs
-everywhere and is the truth for its twins, kernels/philox.py (Triton) and kernels/cpu/philox.py (Numba); all are held
-to the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` take the latter where they can.
+on how chains are split into batches or processes, or on what was drawn before. This file is the definition, in
+PyTorch. kernels/triton/philox.py and kernels/cpu/philox.py (Numba) compute the same numbers; all three are tested
+against the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` use the Numba kernels if they
+can.
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (chain & 0xffffffff, chain >> 32, step, stream << 24 | block),   block = dim // 4
@@ -27,10 +28,10 @@ from .scalars import plain_number
 from .threads import Spares, Team
 
 __all__ = [
+    "Noise",
     "Stream",
     "draw_seed",
     "normal",
-    "normals_of_steps",
     "philox4x32",
     "random_bytes",
     "seed_words",
@@ -42,15 +43,14 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
-# Counters that a thread of a CPU works on at once: the fastest of 4,096 to 131,072 on Zen 4 cores, where fewer pay for
-# PyTorch's cost per operation, or are too few for it to take a second thread, and more leave the cache.
+# Counters per CPU thread and chunk: the fastest of 4,096 to 131,072 on Zen 4 cores. With fewer, PyTorch's cost per
+# operation dominates, or it uses no second thread; with more, the chunk does not fit the cache.
 _CHUNK = 65536
 
-
-# Counters that a thread of a CPU draws before a second pays for itself.
+# Counters per CPU thread below which a second thread does not pay.
 _COUNTERS_PER_THREAD = 8192
 
-_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # what ``steps`` are counted from
+_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # the step number that ``steps`` of a draw are relative to
 
 
 class Stream(IntEnum):
@@ -89,7 +89,7 @@ def philox4x32(
     if scratch is None:
         scratch = [torch.empty(shape, dtype=torch.int64, device=counter[0].device) for _ in range(6)]
     c0, c1, c2, c3, p0, p1 = scratch
-    # The first round by itself: counters that are constant along an axis are multiplied once a row.
+    # The first round is separate: it multiplies a counter that is constant along an axis only once per row.
     q0, q1 = counter[0] * _M0, counter[2] * _M1
     c0.copy_(((q1 >> 32) & _MASK) ^ k0 ^ counter[1])
     c2.copy_(((q0 >> 32) & _MASK) ^ k1).bitwise_xor_(counter[3])
@@ -117,11 +117,11 @@ def words(
     *,
     scratch: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words of n_blocks blocks for each row.
+    """The four random words of each of n_blocks blocks, for each row.
 
     Args:
-        seed: 64-bit integer, or a (1,) int64 tensor, which no one waits for; negative seeds count from 2**64, as in
-            two's complement.
+        seed: 64-bit integer, or a (1,) int64 tensor, whose value is not read on the host; negative seeds are taken
+            modulo 2**64.
         chains: (rows,) int64 global chain numbers.
         steps: (rows,) int64 step numbers, or one for all rows.
 
@@ -135,7 +135,7 @@ def words(
         return w0, w1, w2, w3
     rows = chains.reshape(-1, 1)
     seed = seed.to(chains.device) if isinstance(seed, Tensor) else seed
-    if not isinstance(steps, Tensor):  # made on the device: a copy from the host would wait for it
+    if not isinstance(steps, Tensor):  # created on the device: a copy from the host would synchronise
         steps = torch.full((1,), steps, dtype=torch.int64, device=chains.device)
     step = steps.to(chains.device, torch.int64).reshape(-1, 1)
     block = torch.arange(first_block, first_block + n_blocks, device=chains.device).reshape(1, -1)
@@ -147,7 +147,7 @@ def words(
 def random_bytes(
     seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, n: int, first_block: int = 0
 ) -> Tensor:
-    """(rows, n) uint8: the bytes of ``words``, 16 of a block, the low ones of a word first."""
+    """The bytes of ``words``, 16 per block, the low byte of a word first: (rows, n) uint8."""
     arguments = seed, stream, chains, steps, (n + 15) // 16, first_block
     if _has_kernels(seed, chains):
         return _word_bits(*arguments).view(torch.uint8).flatten(1)[:, :n]
@@ -169,10 +169,15 @@ def uniform(
     if dtype == torch.float32 and _has_kernels(seed, chains):
         _draw(kernels.UNIFORM, seed, stream, chains, steps, 0, _n_blocks(dim), out)
         return _rows(out, dim)
+    _uniform(seed, stream, chains, steps, out)
+    return _rows(out, dim)
+
+
+def _uniform(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
+    """``uniform`` by PyTorch. out: (rows, n_blocks, 4)."""
     for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out):
         for j in range(4):
             part[..., j] = _unit(w[j], u)
-    return _rows(out, dim)
 
 
 def normal(
@@ -203,7 +208,7 @@ def normal(
 
 
 def _normal(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
-    """``normal`` by PyTorch. out: (rows, n_blocks, 4)."""
+    """``normal`` by PyTorch operations. out: (rows, n_blocks, 4)."""
     for part, w, (radius, angle, cos) in _chunks(seed, stream, chains, steps, out):
         for j in (0, 2):
             _unit(w[j], radius).log_().mul_(-2.0).sqrt_()
@@ -212,28 +217,71 @@ def _normal(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | 
             torch.mul(radius, angle.sin_(), out=part[..., j + 1])
 
 
-def normals_of_steps(
-    seed: int, stream: Stream, chains: Tensor, first_steps: Tensor, steps: int, dim: int, *, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """``normal`` of each of some steps in turn, (n, dim), until the next is asked for: by PyTorch, everywhere.
-
-    Few numbers of several steps are drawn together, so that the many small operations pay.
+class Noise:
+    """The random numbers of some chains, by stream and step. Samplers see this alone: the seed, the chains' global
+    numbers and their lifetime steps are inside.
 
     Args:
-        chains, first_steps: (n,) int64.
+        chains, first_steps: (n,) int64, global chain numbers, and the lifetime step of step 0.
+        dim: of a state.
+        steps: how many may be asked for. Small draws of several steps are made together, so that PyTorch's cost per
+            operation is shared.
+        frozen: (1 or n, dim) bool, coordinates without noise; or None.
+        by_definition: PyTorch's own operations draw, which are the definition; else Numba's kernels where they can.
     """
-    n, device = len(chains), chains.device
-    at_once = max(1, _blocks_at_once(device) // max(1, n * _n_blocks(dim)))
-    out = torch.empty(min(at_once, steps) * n, _n_blocks(dim), 4, dtype=dtype, device=device)
-    for t in range(0, steps, at_once):
-        ahead = torch.arange(t, min(t + at_once, steps), device=device)[:, None]
-        rows = chains.expand(len(ahead), n).reshape(-1)
-        _normal(seed, stream, rows, (first_steps + ahead).reshape(-1), out[: len(rows)])
-        yield from out[: len(rows)].flatten(1)[:, :dim].reshape(len(ahead), n, dim)
+
+    def __init__(
+        self,
+        seed: int | Tensor,
+        chains: Tensor,
+        first_steps: Tensor,
+        dim: int,
+        *,
+        dtype: torch.dtype,
+        steps: int,
+        frozen: Tensor | None = None,
+        by_definition: bool = False,
+    ) -> None:
+        self.seed, self.chains, self.first_steps, self.dim, self.dtype = seed, chains, first_steps, dim, dtype
+        self.steps, self.frozen, self.by_definition = steps, frozen, by_definition
+        self._ahead: dict[Stream, tuple[int, Tensor]] = {}  # the first step of a block, and (steps, n, dim) numbers
+
+    def normal(self, stream: Stream, t: int) -> Tensor:
+        """N(0, 1) of step t, (n, dim); 0 at frozen coordinates."""
+        if self._kernels():
+            noise = normal(self.seed, stream, self.chains, self.first_steps + t, self.dim, dtype=self.dtype)
+        else:
+            first, block = self._ahead.get(stream, (0, self.first_steps[:0]))
+            if not first <= t < first + len(block):
+                first, block = t, self._drawn(stream, t)
+                self._ahead[stream] = first, block
+            noise = block[t - first]
+        return noise if self.frozen is None else noise.masked_fill(self.frozen, 0.0)
+
+    def uniform(self, stream: Stream, t: int) -> Tensor:
+        """One number in (0, 1] per chain at step t, (n,)."""
+        steps = self.first_steps + t
+        if self._kernels():
+            return uniform(self.seed, stream, self.chains, steps, 1, dtype=self.dtype)[:, 0]
+        out = torch.empty(len(self.chains), 1, 4, dtype=self.dtype, device=self.chains.device)
+        _uniform(self.seed, stream, self.chains, steps, out)
+        return out[:, 0, 0]
+
+    def _kernels(self) -> bool:
+        return not self.by_definition and self.dtype == torch.float32 and _has_kernels(self.seed, self.chains)
+
+    def _drawn(self, stream: Stream, first: int) -> Tensor:
+        n, device = len(self.chains), self.chains.device
+        at_once = max(1, _blocks_at_once(device) // max(1, n * _n_blocks(self.dim)))
+        steps = torch.arange(first, max(first + 1, min(first + at_once, self.steps)), device=device)[:, None]
+        out = torch.empty(len(steps) * n, _n_blocks(self.dim), 4, dtype=self.dtype, device=device)
+        rows = self.chains.expand(len(steps), n).reshape(-1)
+        _normal(self.seed, stream, rows, (self.first_steps + steps).reshape(-1), out)
+        return out.flatten(1)[:, : self.dim].reshape(len(steps), n, self.dim)
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
-    """The given seed, or one 64-bit seed drawn from ``generator`` (default: torch's global CPU generator)."""
+    """The seed modulo 2**64, or a random 64-bit seed from ``generator`` (default: torch's global CPU generator)."""
     if seed is not None:
         seed = plain_number(seed)
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -249,18 +297,18 @@ def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int
 
 
 def _blocks_at_once(device: torch.device) -> int:
-    """Blocks of four normals that are drawn together, at least, for PyTorch's cost per operation to be small."""
+    """Blocks of four normals to draw together, so that PyTorch's cost per operation is small."""
     return _CHUNK * torch.get_num_threads() if device.type == "cpu" else 0
 
 
 def seed_words(seed: int | Tensor) -> tuple[int, int]:
-    """The low and the high word of 64 bits. A tensor is on the CPU."""
-    seed = int(seed.numpy().item()) if isinstance(seed, Tensor) else seed  # no operation: nothing waits
+    """The low and the high 32-bit word of a seed. A tensor must be on the CPU."""
+    seed = int(seed.numpy().item()) if isinstance(seed, Tensor) else seed  # faster than an operation of PyTorch
     return seed & _MASK, (seed >> 32) & _MASK
 
 
 def _has_kernels(seed: int | Tensor, chains: Tensor) -> bool:
-    """Whether Numba's kernels can draw for these chains. What traces (torch.compile, fake tensors) sees PyTorch."""
+    """Whether Numba's kernels can draw for these chains. A tracer (torch.compile, fake tensors) needs PyTorch."""
     return (
         all(type(v) is Tensor and v.device.type == "cpu" for v in (seed, chains) if isinstance(v, Tensor))
         and not torch.compiler.is_compiling()
@@ -271,7 +319,7 @@ def _has_kernels(seed: int | Tensor, chains: Tensor) -> bool:
 def _word_bits(
     seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, n_blocks: int, first_block: int
 ) -> Tensor:
-    """``words`` as the kernel has them: (rows, n_blocks, 4) int32 of their bits."""
+    """``words`` as the kernel writes them: the bits of each as int32, (rows, n_blocks, 4)."""
     out = torch.empty(len(chains), n_blocks, 4, dtype=torch.float32, device=chains.device)
     _draw(kernels.WORDS, seed, stream, chains, steps, first_block, n_blocks, out)
     return out.view(torch.int32)
@@ -281,7 +329,7 @@ def _draw(
     kind: int, seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, first_block: int, n_blocks: int,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """out: (rows, n_blocks, 4) float32."""
+    """Draw with Numba's kernel on several threads. kind: WORDS, UNIFORM or NORMAL. out: (rows, n_blocks, 4) float32."""
     n = len(chains)
     if n == 0 or n_blocks == 0:
         return
@@ -291,9 +339,9 @@ def _draw(
         raise ValueError(
             f"chains must be (n,), and steps a number or (n,), got {tuple(chains.shape)} and {tuple(steps.shape)}"
         )
-    chains, steps = _whole(chains), _whole(steps)
+    chains, steps = _int64_rows(chains), _int64_rows(steps)
     n_threads = torch.get_num_threads()
-    # More parts than threads: one that the machine keeps from its work has others take it over.
+    # More parts than threads: if the machine delays one thread, the others take over its parts.
     n_parts = min(n, -(-n * n_blocks // _COUNTERS_PER_THREAD), 1 if n_threads == 1 else 4 * n_threads)
     size = -(-n // n_parts)
     arguments = seed_words(seed), int(stream), chains, steps, first_block, n_blocks, out
@@ -307,9 +355,12 @@ def drawing(
     kind: int, rows: slice, spare: tuple[Tensor, Tensor], key: tuple[int, int], stream: int, chains: Tensor,
     steps: Tensor, first_block: int, n_blocks: int, out: Tensor,
 ) -> kernels.Call:  # fmt: skip
-    """The call that draws some rows of out, (len(chains), n_blocks, 4) float32. steps: (1,) or one per chain, int64.
+    """Prepare the call of the kernel that draws some rows of out.
 
-    spare: of ``scratch``; no other call that runs meanwhile may have it.
+    Args:
+        spare: buffers from ``scratch``, which no other running call may use.
+        steps: (1,) or one per chain, int64.
+        out: (len(chains), n_blocks, 4) float32.
     """
     w, r = spare
     return kernels.load("update.draw").prepared(
@@ -318,8 +369,9 @@ def drawing(
     )  # fmt: skip
 
 
-def _whole(v: Tensor) -> Tensor:
-    """As the kernel reads it; mostly it is so already, and the operations would take longer than a look."""
+def _int64_rows(v: Tensor) -> Tensor:
+    """Contiguous int64 (n,), as the kernel reads it."""
+    # mostly it is so already, and the check is faster than the operations
     return v if v.dtype is torch.int64 and v.ndim == 1 and v.is_contiguous() else v.long().flatten().contiguous()
 
 
@@ -328,13 +380,13 @@ def _scratch() -> tuple[Tensor, Tensor]:
     return w, r
 
 
-# What a draw works in: memory that is in a core's cache still takes half the time of new memory.
+# Work buffers of draws. Reused, they are still in a core's cache: a draw takes half the time.
 scratch = Spares(_scratch)
 _NOT_A_STEP = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
 
 
 def _rows(out: Tensor, dim: int) -> Tensor:
-    """(rows, dim), of blocks of four."""
+    """(rows, n_blocks, 4) -> (rows, dim): without the padding of the last block."""
     rows = out.flatten(1)
     return rows if rows.shape[1] == dim else rows[:, :dim]
 
@@ -352,15 +404,15 @@ def _unit(w: Tensor, out: Tensor) -> Tensor:
 def _chunks(
     seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...], list[Tensor]]]:
-    """Triples (rows of ``out``, their four words, three work buffers of its dtype); buffers are reused.
+    """Yield (rows of ``out``, their four words, three work buffers of its dtype); the buffers are reused.
 
-    Chunks of a CPU stay in cache; another device takes all rows at once.
+    On a CPU a chunk fits the cache; any other device takes all rows at once.
     """
     n_rows, n_blocks, _ = out.shape
     size = n_rows
     if out.device.type == "cpu":
         most = max(1, _blocks_at_once(out.device) // max(1, n_blocks))
-        size = -(-n_rows // max(1, -(-n_rows // most)))  # chunks of equal size: a small rest would have one thread
+        size = -(-n_rows // max(1, -(-n_rows // most)))  # equal chunks: a small last one would use one thread
     ints = torch.empty(6, size, n_blocks, dtype=torch.int64, device=out.device)
     floats = torch.empty(3, size, n_blocks, dtype=out.dtype, device=out.device)
     for i in range(0, n_rows, max(1, size)):

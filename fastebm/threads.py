@@ -1,4 +1,4 @@
-"""Threads: how many PyTorch's operations may use, and work that is shared among some."""
+"""How many threads PyTorch's operations use, and work shared among threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _pool_lock = threading.Lock()
 def _note_fork() -> None:
     global _forked, _pool, _pool_lock
     _forked = True
-    _pool, _pool_lock = None, threading.Lock()  # its threads did not come along
+    _pool, _pool_lock = None, threading.Lock()  # a fork copies no other threads
 
 
 if hasattr(os, "register_at_fork"):
@@ -38,7 +38,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Operations within use n threads."""
+    """PyTorch's operations inside use n threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -47,27 +47,29 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# Fewer threads are taken where they save more than this: what a measurement of a few calls can tell from chance.
+# Fewer threads are chosen if they are faster by more than this factor: timings of a few calls vary by less.
 _GAIN = 1.1
 
-# Seconds that all threads are timed for, unless they are clearly slower, by _CLEAR. A process that was idle has both
-# cores for some time before the other has its share: in a shorter test two threads looked faster, and were 10 times
-# slower.
+# Seconds for which all threads are timed, unless they are slower by the factor _CLEAR. A process that was idle gets
+# both cores for a while before a busy process gets its share: in a shorter test two threads looked faster, and were
+# 10 times slower.
 _TIMED, _CLEAR, _ROUNDS = 1.0, 2.0, 3
 
 
 def fastest(work: Callable[[], object], most: int) -> dict[int, float]:
-    """Mean seconds that ``work`` takes, by number of threads: ``most``, half of them, ... and one. The number to take
-    is the first.
+    """Time ``work`` with ``most`` threads, half of them, ... and one.
 
-    Where another process is busy on the cores, each of PyTorch's operations waits for the thread that shares a core
-    with it: two threads have been 3 to 30 times slower than one.
+    While another process keeps the cores busy, each of PyTorch's operations waits for the thread that shares its core
+    with that process: two threads have been 3 to 30 times slower than one.
+
+    Returns:
+        Number of threads -> mean seconds. The number to choose is the first key.
     """
     numbers = [most]
     while numbers[-1] > 1:
         numbers.append(numbers[-1] // 2)
     total, rounds = dict.fromkeys(numbers, 0.0), 0
-    work()  # kernels are compiled, memory is taken
+    work()  # warm-up: kernels are compiled, memory is allocated
     while rounds < _ROUNDS or (total[most] < _TIMED and total[most] < _CLEAR * min(total.values())):
         for n in numbers:
             with threads(n):
@@ -80,10 +82,15 @@ def fastest(work: Callable[[], object], most: int) -> dict[int, float]:
 
 
 def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], None], n_threads: int) -> None:
-    """``work`` on every item, by n_threads threads at most, this one among them; PyTorch's operations within use one
-    thread each. For work that spends its time without Python's lock.
+    """Call ``work`` on every item, on at most n_threads threads including this one.
 
-    work: takes an item, and a function that tells whether to stop early: another has raised, which is raised here.
+    It pays for work that releases the GIL. PyTorch's operations inside use one thread each.
+
+    Args:
+        work: called with an item and a function that returns whether to stop early, since another call has raised.
+
+    Raises:
+        The first exception of any call.
     """
     left, lock, stop = iter(items), threading.Lock(), threading.Event()
     before = torch.get_num_threads()
@@ -91,8 +98,8 @@ def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], No
 
     def take(_: object = None) -> None:
         try:
-            # For this thread; but PyTorch also takes it as the number for threads that are yet to start, so it is put
-            # back to what the caller had, not to what a new thread finds.
+            # This sets the number for this thread, and also for threads that start later. So it is restored to the
+            # caller's number, not to what this thread had.
             torch.set_num_threads(1)
             while not stop.is_set():
                 with lock:
@@ -100,7 +107,7 @@ def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], No
                 if item is None:
                     return
                 work(item, stop.is_set)
-        except BaseException as error:  # none may leave a function that C calls
+        except BaseException as error:  # C calls this function, so no exception may leave it
             stop.set()
             errors.append(error)
         finally:
@@ -121,8 +128,10 @@ def share(items: Iterable[_Item], work: Callable[[_Item, Callable[[], bool]], No
 
 
 def together(call: kernels.Call, n_threads: int) -> None:
-    """One call of a kernel by n_threads threads at once, which take their parts of its work by a counter: like
-    ``share``, but without Python between them, so that a few microseconds of work pay."""
+    """Run one call of a kernel on n_threads threads, which take parts of its work from a shared counter.
+
+    It is ``share`` without Python in the threads, so that it pays for a few microseconds of work.
+    """
     if n_threads > 1 and not _forked and (in_parallel := _openmp()) is not None:
         in_parallel(call.kernel.run, call.block, n_threads, 0)
     elif n_threads > 1:
@@ -132,8 +141,10 @@ def together(call: kernels.Call, n_threads: int) -> None:
 
 
 class Team:
-    """Calls of kernels, each made once by n_threads threads at most, ``together``. To be run any number of times, by
-    one caller at a time."""
+    """A list of kernel calls that at most n_threads threads share, each call made once.
+
+    It may run any number of times, for one caller at a time.
+    """
 
     def __init__(self, calls: Sequence[kernels.Call], n_threads: int) -> None:
         self._calls, self._n_threads = calls, min(len(calls), n_threads)
@@ -153,10 +164,10 @@ class Team:
 
 
 class Spares(Generic[_Item]):
-    """Things to work with, each for one caller at a time, which are quicker to use again than to make.
+    """Reusable objects such as scratch buffers, each used by one caller at a time.
 
-    Not kept by ``threading.local``: a thread of OpenMP loses that whenever Python returns to C in it, and a view of a
-    tensor that goes away then has Python's state of the thread freed twice.
+    ``threading.local`` would not do: an OpenMP thread loses it whenever Python returns to C, and a tensor view that is
+    freed then makes Python free its thread state twice.
     """
 
     def __init__(self, make: Callable[[], _Item]) -> None:
@@ -169,7 +180,7 @@ class Spares(Generic[_Item]):
             return self._make()
 
     def give(self, *items: _Item) -> None:
-        """Back; after an error they may be lost as well."""
+        """Return items. After an error they need not be returned."""
         self._left.extend(items)
 
 
@@ -178,10 +189,13 @@ _TeamFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @functools.cache
 def _openmp() -> Callable[..., None] | None:
-    """``GOMP_parallel``, which runs a function on the threads of PyTorch's own OpenMP library. They start at once, and
-    no thread of ours fits beside them: after an operation they wait for the next by spinning, for milliseconds.
+    """``GOMP_parallel``, which runs a function on the threads of PyTorch's own OpenMP library.
 
-    None where there is no function of that name (macOS, Windows).
+    Those threads start at once. Threads of our own would compete with them: after an operation they spin for
+    milliseconds, waiting for the next one.
+
+    Returns:
+        None if the library has no function of that name (macOS, Windows).
     """
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
@@ -192,7 +206,7 @@ def _openmp() -> Callable[..., None] | None:
 
 
 def _submit(work: Callable[[], None]) -> Future[None] | None:
-    """None where no thread can be started any more: at the end of the process."""
+    """Start work in a thread; None if the process is ending and starts no more threads."""
     global _pool
     with _pool_lock:
         if _pool is None:
@@ -204,8 +218,10 @@ def _submit(work: Callable[[], None]) -> Future[None] | None:
 
 
 def survives_fork(function: _Function) -> _Function:
-    """In a process that was forked, on one thread: OpenMP's do not survive, and an operation would wait for them for
-    ever. PyTorch's operations on many numbers do, where no one sees to it."""
+    """Decorator: in a forked process, run the function on one thread.
+
+    OpenMP's threads do not survive a fork, and an operation that uses several would wait for them forever.
+    """
 
     @functools.wraps(function)
     def call(*arguments: object, **options: object) -> object:
@@ -219,8 +235,10 @@ def survives_fork(function: _Function) -> _Function:
 
 
 def outside_inference(function: _Function) -> _Function:
-    """``survives_fork``; and tensors that are made within are no inference tensors, even inside torch.inference_mode:
-    they can be kept, and changed in place at any time."""
+    """Decorator: ``survives_fork``, and leave torch.inference_mode, with gradients off.
+
+    So the tensors that the function creates are normal tensors, which can be stored, and changed in place later.
+    """
     guarded = survives_fork(function)
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""torch.compile and CUDA graphs: what a call must do without while it is traced or captured, and operators for it."""
+"""Helpers for torch.compile and CUDA-graph capture, and operators that a compiler does not look into."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ __all__ = ["capturing", "operator", "readable"]
 
 
 def capturing(device: torch.device) -> bool:
-    """What is called now is recorded for a CUDA graph, so nothing may wait for the device."""
+    """Whether a CUDA graph is being captured, so that nothing may synchronise with the device."""
     return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def readable(device: torch.device) -> bool:
-    """The host may look at values on the device: torch.compile does not trace now, and no CUDA graph is captured."""
+    """Whether the host may read values on the device: no torch.compile trace and no CUDA-graph capture is running."""
     return not torch.compiler.is_compiling() and not capturing(device)
 
 
 def operator(
     name: str, schema: str, fake: Callable[..., Any] | None = None, *, tags: tuple[torch.Tag, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: ``fastebm::name`` in torch.library, into which a compiler does not look; outputs carry no gradient.
+    """Decorator: register the function as ``fastebm::name`` in torch.library. Its outputs carry no gradient.
 
-    A compiler that fuses arithmetic rounds it differently, so what samples depend on is kept from it in this way.
+    A compiler that fuses arithmetic rounds it differently. Inside an operator, the numbers that samples depend on are
+    safe from that.
 
     Args:
-        fake: outputs without values; None: the function itself gives them.
+        fake: returns outputs of the right shapes without values. None: the function itself can run on fake tensors.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

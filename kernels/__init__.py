@@ -1,11 +1,9 @@
-"""Kernels of fastebm, imported as ``fastebm.kernels``: in Triton here, and in Numba for a CPU in ``cpu``.
+"""Kernels of fastebm, imported as ``fastebm.kernels``.
 
-philox.py    the noise stream on the device
-mlp.py       activations with their slopes, and the way through the layers
-weights.py   the weights as the step kernels read them, made in one launch
-langevin.py  K Langevin steps of an MLP energy in one launch, in two regimes
-update.py    noise, update and clamp in one launch, for a gradient computed elsewhere
-launch.py    regime, tile, warps and stages for an architecture's dims
+triton/   for GPUs, in Triton
+cpu/      for CPUs, in Numba
+
+Where both have an operation, it has the same name in both.
 """
 
 if __name__ == "kernels":

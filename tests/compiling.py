@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import runs
 import torch
 import triton
 import triton.language as tl
-from fastebm.kernels import langevin as kernels
-from fastebm.kernels.launch import SHARED_MEMORY, choose_launch, shared_bytes
+from fastebm.kernels.triton import step
+from fastebm.kernels.triton.launch import SHARED_MEMORY, choose_launch, shared_bytes
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, SumEnergy
-from fastebm.backends import Chains, fused
+from fastebm.backends import Chains
 from fastebm.energies import ACTIVATIONS
 from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
@@ -117,16 +118,16 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     recording = {"thin": int(recorded), "telemetry": recorded}
     estimate, launch = None, None
     if case["kernel"] == "update":
-        kernel = compiled_by(fused.advance_module, Energy(energy, (dim,), torch.float32), *arguments, **recording)
+        kernel = compiled_by(runs.fused_module, Energy(energy, (dim,), torch.float32), *arguments, **recording)
     else:
         description = describe(energy, labels=labels is not None)
         launch = choose_launch(dim, description.networks, precision, capability)
         if isinstance(launch, str):
             return {**case, "refused": launch}
         estimate = shared_bytes(launch, dim, description.networks, precision, capability)
-        with mock.patch.object(kernels, "normals", silence if case.get("silent") else kernels.normals):
+        with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
             kernel = compiled_by(
-                fused.advance_mlp, description, *arguments, precision=precision, launch=launch, **recording
+                runs.fused_mlp, description, *arguments, precision=precision, launch=launch, **recording
             )
     if "cubin" in case:
         Path(case["cubin"]).write_bytes(kernel.asm["cubin"])

@@ -16,15 +16,16 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import runs
 import torch
 from fastebm.bench.problem import halves
-from fastebm.kernels.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
+from fastebm.kernels.triton.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from fastebm import Activation, Langevin, MLPEnergy
-from fastebm.backends import Chains, fused, reference, torch_tiles
+from fastebm.backends import Chains
 from fastebm.backends.choose import interpreted
 from fastebm.energies import ACTIVATIONS
 from fastebm.rng import Stream, normal
@@ -105,14 +106,14 @@ def first_steps_of(rule, steps):
 
 
 def advance_reference(energy, x, rule, steps, counters, dtype=torch.float32, **asked):
-    return reference.advance(
+    return runs.by_definition(
         Energy(energy, x.shape[1:], dtype), Chains(x.flatten(1).to(dtype), **counters), rule, steps, **asked
     )
 
 
 def advance_torch(energy, x, rule, steps, counters, **asked):
     description = describe(energy, labels="labels" in counters)
-    return torch_tiles.advance(description, Chains(x.clone(), **counters), rule, steps, **asked)
+    return runs.closed_form(description, Chains(x.clone(), **counters), rule, steps, **asked)
 
 
 def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", chunk=32, warps=4, **asked):
@@ -131,7 +132,7 @@ def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", ch
             return None
     guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
     inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)
-    done = fused.advance_mlp(
+    done = runs.fused_mlp(
         description, Chains(inner, **counters), rule, steps, precision=precision, launch=launch, **asked
     )
     assert guarded[:128].isnan().all()
@@ -152,7 +153,7 @@ def where_the_gradient_is_taken(state, t, rule, steps, counters):
     noise = normal(counters["seed"], Stream.LANGEVIN, counters["numbers"], ages, dim, dtype=state.dtype)
     noisy = state + b[:, t, None] * noise
     if rule.clamp_noise and rule.clamp is not None:
-        noisy = noisy.clamp(*rule.bounds(dim, dtype=state.dtype, device=state.device))
+        noisy = noisy.clamp(*rule.box.on(dim, dtype=state.dtype, device=state.device))
     return noisy if counters.get("frozen") is None else torch.where(counters["frozen"], state, noisy)
 
 
@@ -435,4 +436,4 @@ def test_fused_update(device, energy, shape, step_form, noise_form, clamp):
     x, counters = start(n_chains, torch.Size(shape).numel(), device)
     truth = Truth(energy, x.reshape(n_chains, *shape), rule, steps, counters)
     module = Energy(energy, shape, torch.float32)
-    truth.check(fused.advance_module(module, Chains(x.clone(), **counters), rule, steps))
+    truth.check(runs.fused_module(module, Chains(x.clone(), **counters), rule, steps))

@@ -175,7 +175,7 @@ def written_too_early(asm, constraints):
 
 
 def inline_assembly():
-    for file in sorted(Path(fastebm.kernels.__path__[0]).glob("*.py")):
+    for file in sorted(Path(fastebm.kernels.__path__[0]).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "inline_asm_elementwise":
                 yield pytest.param(*map(ast.literal_eval, node.args[:2]), id=f"{file.name}:{node.lineno}")

@@ -18,7 +18,7 @@ from fastebm import langevin_sample, threads
 from fastebm import rng as noise
 from fastebm.backends import Advanced, choose, cpu
 from fastebm.energies import ACTIVATIONS
-from fastebm.pool import copies, draws
+from fastebm.pool import copies, draws, moves
 from fastebm.rng import Stream
 from fastebm.threads import share
 
@@ -351,9 +351,10 @@ def test_pools_are_those_of_pytorch(plain, team, small_parts, init, batch_size):
         pool = fastebm.ChainPool(500, 6, clamp=(0.0, 1.0), seed=3, reinit_prob=0.3, init=init)
         for i in range(70):  # more than are worked out at once
             draw = pool._next_draw(batch_size)
-            x, before = pool._taken(draw)
+            x, before = moves.take(draw, pool._storage, pool._records)
             energies = x.sum(dim=1)
-            pool._put_back(draw, before, before + i, Advanced((x + 0.01 * i).clamp(0, 1), energies, energies))()
+            done = Advanced((x + 0.01 * i).clamp(0, 1), energies, energies)
+            moves.put(draw, pool._storage, pool._records, before, before + i, done)()
             pool.draws += 1
         return tensors_of(pool)
 
@@ -361,7 +362,7 @@ def test_pools_are_those_of_pytorch(plain, team, small_parts, init, batch_size):
     theirs = plain(kept)
     assert n_calls == len(small_parts) == 140
     assert (max(small_parts) > 1) == (batch_size > 1)
-    assert ours["restarts"].sum() > 0
+    assert ours["reinits"].sum() > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
@@ -382,7 +383,7 @@ def test_a_pool_in_several_threads_keeps_its_memory_whole(small_parts):
         sys.setswitchinterval(interval)
     assert ((pool.steps % 3 == 0) & (pool.steps <= 4 * 40 * 3)).all()
     assert (pool.states.isfinite() & (pool.states >= 0) & (pool.states <= 1)).all()
-    assert (pool.restarts <= 4 * 40).all()
+    assert (pool.reinits <= 4 * 40).all()
 
 
 def test_a_graph_of_states_that_have_moved_is_refused():

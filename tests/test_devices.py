@@ -1,4 +1,4 @@
-"""Devices by name: a call says in words that one is not here, or what was meant, before it does anything."""
+"""Devices by name: errors say that a device is missing, or what was probably meant, before anything happens."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_a_device_that_is_not_here(device, match):
         ("CUDA", r"did you mean 'cuda'\?"),
         ("cuda1", r"did you mean 'cuda:1'\?"),
         ("Cpu", r"did you mean 'cpu'\?"),
-        ("auto", "leave it out, and it is found by itself"),
+        ("auto", "leave it out, and a device is chosen"),
         ("banana", "another name of PyTorch's, got 'banana'$"),
         ("", "got ''$"),
         (-1, "got -1$"),

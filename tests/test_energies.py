@@ -11,11 +11,11 @@ from fastebm import (
     build,
     build_energy_fn,
     contrastive_divergence_loss,
-    energies,
     energy,
     why_not_fused,
 )
 from fastebm.energies import ACTIVATIONS
+from fastebm.targets import autograd
 from fastebm.targets.autograd import Energy
 from fastebm.targets.mlp import read_mlp
 
@@ -54,7 +54,7 @@ def test_dropout_only_while_training():
 def test_spectral_norm_gives_every_linear_a_norm_of_one():
     model = build(20, (30, 10), spectral_norm=True)
     with torch.no_grad():
-        for _ in range(200):  # one power iteration a forward pass
+        for _ in range(200):  # one power iteration per forward pass
             model(torch.randn(2, 20))
     model.eval()
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -198,7 +198,7 @@ def test_gradient_is_of_the_sum_so_no_chain_sees_the_batch():
 
 
 class Named(torch.Tensor):
-    """A subclass, as an energy may put out."""
+    """A subclass of Tensor, which an energy may return."""
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -216,9 +216,9 @@ class Named(torch.Tensor):
     ],
 )
 def test_gradient_is_that_of_autograd_grad(forward, ours, monkeypatch):
-    assert energies._engine() is not None  # PyTorch's own still is as it is called there
+    assert autograd._engine() is not None  # PyTorch still has the engine that is called directly
     if not ours:
-        monkeypatch.setattr(energies, "_engine", lambda: None)
+        monkeypatch.setattr(autograd, "_engine", lambda: None)
     x = torch.randn(4, 2, 3)
     weight = nn.Parameter(torch.ones(()))
     leaf = x.clone().requires_grad_()
@@ -230,7 +230,7 @@ def test_gradient_is_that_of_autograd_grad(forward, ours, monkeypatch):
 
 
 def test_subclasses_are_left_to_autograd_grad(monkeypatch):
-    monkeypatch.setattr(energies, "_engine", lambda: pytest.fail("asked for a subclass"))
+    monkeypatch.setattr(autograd, "_engine", lambda: pytest.fail("asked for a subclass"))
     x = torch.randn(4, 3)
     found = Energy(Of(lambda x: x.square().sum(1).as_subclass(Named)), (3,), torch.float32).gradient(x)
     torch.testing.assert_close(found, 2 * x)
@@ -251,16 +251,16 @@ def test_an_engine_of_another_kind_is_not_used(monkeypatch):
     class Other:
         _execution_engine = Engine()
 
-    energies._engine.cache_clear()
+    autograd._engine.cache_clear()
     try:
         with monkeypatch.context() as patch:
             patch.setattr(torch.autograd, "Variable", Other)
-            assert energies._engine() is None
+            assert autograd._engine() is None
             x = torch.randn(4, 3)
             found = Energy(Of(lambda x: x.square().sum(1)), (3,), torch.float32).gradient(x)
             torch.testing.assert_close(found, 2 * x)
     finally:
-        energies._engine.cache_clear()
+        autograd._engine.cache_clear()
 
 
 def test_gradient_in_float64_of_a_float32_model():
@@ -361,7 +361,7 @@ def test_energies_from_a_pool_lose_the_negative_phase_with_a_word():
 @pytest.mark.filterwarnings("error")
 def test_whole_losses_are_not_warned_of():
     contrastive_divergence_loss(_grad(3), _grad(2))
-    contrastive_divergence_loss(torch.randn(3), torch.randn(2))  # to look at
+    contrastive_divergence_loss(torch.randn(3), torch.randn(2))  # for logging, without a gradient
     with torch.no_grad():
         contrastive_divergence_loss(_grad(3), torch.randn(2))
     contrastive_divergence_loss(_grad(3), torch.randn(0), batch_size=3)  # one of several processes

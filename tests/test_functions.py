@@ -38,7 +38,7 @@ class Bowl(nn.Module):
 
 
 class Model(nn.Module):
-    """With dropout and running statistics, which eval mode puts at rest."""
+    """With dropout and running statistics, which eval mode turns off."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -56,7 +56,7 @@ class Model(nn.Module):
 
 
 class Plain:
-    """No module, but with one."""
+    """An object that holds a module, but is not one."""
 
     def __init__(self, net):
         self.net = net
@@ -88,7 +88,7 @@ def of_another(net, x):
     return net(x)[:, 0]
 
 
-# name: what makes a function that calls a model, in the dtype of the model
+# name -> makes a function that calls a model, in the dtype of the model
 FUNCTIONS = {
     "method": lambda m: m.energy,
     "partial of a method": lambda m: functools.partial(m.scaled, scale=1.0),
@@ -110,7 +110,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_function_is_the_module_that_it_calls(name, dtype, untouched):
-    """In eval mode, with its parameters seen, and left as it was."""
+    """It runs in eval mode, its parameters are found, and its mode is restored."""
     model = Model(dtype).train()
     function = FUNCTIONS[name](model)
     with untouched(model):
@@ -249,7 +249,7 @@ def test_conditions_go_by_the_names_of_a_function_s_arguments():
     assert torch.equal(of_class, sample(lambda x, y: bowl(x - y[:, None]), labels=labels))
     assert torch.equal(sample(Conditioned().of_class), sample(bowl))
     with pytest.raises(
-        ValueError, match=r"lambda> takes \(cond, context\) beside x, and which of them is the condition"
+        ValueError, match=r"lambda> takes \(cond, context\) besides x, and which of them is the condition"
     ):
         sample(lambda x, cond, context: bowl(x), condition=sigma)
     with pytest.raises(ValueError, match=r"condition= was given, and bowl takes x only"):
@@ -272,7 +272,7 @@ def test_a_function_may_name_its_argument():
         sample(function, condition=sigma)
 
 
-# -- what is none -----------------------------------------------------------------------------------------------
+# -- what is not an energy ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_function_may_name_its_argument():
         ("runs/digits", r"got 'runs/digits': the energy of a run folder is fastebm\.load\(RUN\)\.model"),
         (torch.zeros(4, 3), r"got Tensor \(4, 3\): it is the first argument"),
         (torch.zeros(4, 3).numpy(), r"got ndarray \(4, 3\): it is the first argument"),
-        (None, "got NoneType: does what builds it return it"),
+        (None, "got NoneType: is a return missing"),
         ((Bowl(), 3), r"got tuple of Bowl, int: pass one of them, or their sum, SumEnergy\(\[\.\.\.\]\)"),
         ([Bowl()], "got list of Bowl: pass one of them"),
         (3, "got int$"),
@@ -316,7 +316,7 @@ def test_states_and_energy_the_wrong_way_round():
 
 @pytest.mark.parametrize("energies", [MLPEnergy(DIM, (8,)), bowl, Bowl(), 3])
 def test_a_sum_takes_a_list(energies):
-    """An MLPEnergy can be iterated over: its layers are no energies."""
+    """Iterating over an MLPEnergy gives its layers, which are not energies."""
     with pytest.raises(TypeError, match=r"a SumEnergy takes a list of energies, as in SumEnergy\(\[f, g\]\), got"):
         SumEnergy(energies)
 

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from test_agreement import ULP, largest, make_energy, plain_energy_and_gradient
 from torch import nn
 
 from fastebm import ChainPool, Langevin, NonFiniteError, SumEnergy, langevin_sample, why_not_fused
-from fastebm.backends import Chains, fused, reference
+from fastebm.backends import Chains
 from fastebm.rng import Stream, normal, philox4x32
 from fastebm.targets.autograd import Energy
 from fastebm.targets.mlp import read_mlp
@@ -95,7 +96,7 @@ def test_every_precision_against_float64(dim, widths, precision):
     # a few noisy steps, small ones, so that what differs at first does not grow
     rule, steps = Langevin(0.1, 1.0, clamp=(-2.0, 2.0)), 3
     chains = Chains(x.double(), SEED, torch.arange(300, device="cuda"), torch.full((300,), 7, device="cuda"))
-    truth = reference.advance(Energy(energy, (dim,), torch.float64), chains, rule, steps)
+    truth = runs.by_definition(Energy(energy, (dim,), torch.float64), chains, rule, steps)
     moved = langevin_sample(
         energy, init=x, steps=steps, step_size=0.1, noise_scale=1.0, clamp=(-2.0, 2.0), first_step=7, **options
     )
@@ -179,8 +180,8 @@ def test_the_fused_update_past_2_to_the_31_elements():
     rule, numbers = Langevin(0.1, 1.0), torch.arange(n_chains, device="cuda")
     ages = torch.zeros_like(numbers)
     rows = [slice(first, first + k) for first in (0, n_chains - 100 - k // 2, n_chains - k)]
-    few = [fused.advance_module(Halves(), Chains(init[r].clone(), SEED, numbers[r], ages[r]), rule, 3).x for r in rows]
-    moved = fused.advance_module(Halves(), Chains(init, SEED, numbers, ages), rule, 3).x
+    few = [runs.fused_module(Halves(), Chains(init[r].clone(), SEED, numbers[r], ages[r]), rule, 3).x for r in rows]
+    moved = runs.fused_module(Halves(), Chains(init, SEED, numbers, ages), rule, 3).x
     for r, expected in zip(rows, few, strict=True):
         assert torch.equal(moved[r], expected)
 

@@ -4,6 +4,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+import runs
 import torch
 from torch import nn
 
@@ -97,7 +98,6 @@ RULES = {
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 def test_the_same_bits_as_step_by_step(rule, path, options, device):
     pytest.importorskip("triton")
-    from fastebm.backends import fused
 
     torch.manual_seed(0)
     mlp = MLPEnergy(3, (8,)).to(device)
@@ -107,14 +107,16 @@ def test_the_same_bits_as_step_by_step(rule, path, options, device):
     def advance(**more):
         chains = Chains(x.clone(), seed, numbers, numbers * 100 % 997, None, frozen)
         if path == "products":
-            return fused.advance_products(describe(mlp), chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
+            return runs.fused_products(describe(mlp), chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
         energy = Energy(nn.Sequential(mlp, nn.Softplus()).eval(), (3,), torch.float32)
-        return fused.advance_module(energy, chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
+        return runs.fused_module(energy, chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
 
     expected, found = advance(), advance(recorder=FakeRecorder(**options))
     assert expected.cuda_graph is None
     assert (found.cuda_graph == "recorded") == (not options)
-    for a, b in zip((*found[:4], *found.telemetry), (*expected[:4], *expected.telemetry), strict=True):
+    for a, b in zip(
+        (*found[:4], *found.telemetry.values()), (*expected[:4], *expected.telemetry.values()), strict=True
+    ):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
     assert bool((found.first_bad >= 0).any()) == rule.startswith("explodes")
 
@@ -138,14 +140,13 @@ class WaitsOnce(nn.Module):
 def test_a_step_that_raises_has_moved_nothing(noise_first, device):
     """With the noise first, half of it has run: it does so again, also where that half ends a chain."""
     pytest.importorskip("triton")
-    from fastebm.backends import fused
 
     noise = torch.full((STEPS,), 0.5)
     noise[WARM_UP - 1] = 3e38
     rule = Langevin(1.0, noise, noise_first=noise_first)
     x, numbers = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).to(device), torch.arange(40).to(device)
     expected, found = (
-        fused.advance_module(
+        runs.fused_module(
             Energy(WaitsOnce(wait), (3,), torch.float32), Chains(x.clone(), 7, numbers, numbers), rule, STEPS, thin=1,
             recorder=FakeRecorder() if wait else None,
         )

@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import runs
 import torch
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton.launch import Launch, block
 
 from fastebm import Langevin, MLPEnergy, langevin_sample
-from fastebm.backends import Chains, fused, torch_tiles
+from fastebm.backends import Chains
 from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
 
@@ -39,7 +40,7 @@ def make_chains(n_chains, dim):
 def on_torch(mlp):
     def run(x, numbers, ages, step_size, steps=STEPS):
         rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
-        return torch_tiles.advance(mlp, Chains(x.clone(), SEED, numbers, ages), rule, steps)
+        return runs.closed_form(mlp, Chains(x.clone(), SEED, numbers, ages), rule, steps)
 
     return run
 
@@ -54,7 +55,7 @@ def on_triton(mlp, regime, device, precision):
         counters = SEED, numbers.to(device), ages.to(device)
         # a copy, on a CPU too: states are moved in place
         x = x.to(device, copy=True)
-        return fused.advance_mlp(mlp, Chains(x, *counters), rule, steps, precision=precision, launch=launch)
+        return runs.fused_mlp(mlp, Chains(x, *counters), rule, steps, precision=precision, launch=launch)
 
     return run
 
@@ -64,7 +65,7 @@ def on_the_fused_update(device):
         rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
         counters = SEED, numbers.to(device), ages.to(device)
         energy = Energy(Wells(), (x.shape[1],), torch.float32)
-        return fused.advance_module(energy, Chains(x.to(device, copy=True), *counters), rule, steps)
+        return runs.fused_module(energy, Chains(x.to(device, copy=True), *counters), rule, steps)
 
     return run
 

@@ -90,13 +90,27 @@ def test_coefficients_are_computed_in_float64_and_carry_no_gradient():
     assert torch.equal(b[0], exact.float())
 
 
-def test_update_is_the_formula():
-    rule = Langevin(0.5, 2.0, grad_clip=1.0)
-    a, b = rule.coefficients(1, 1, dtype=torch.float64)
+class Fixed:
+    """A target with this gradient, and a noise with these numbers."""
+
+    box = None
+
+    def __init__(self, gradient, numbers):
+        self.gradient, self.normal = lambda x: gradient, lambda stream, t: numbers
+        self.held = lambda x, moved: moved
+
+
+def test_step_is_the_formula():
     x, grad, noise = (torch.tensor([v], dtype=torch.float64) for v in ([1.0, 2.0], [5.0, -0.5], [0.25, 0.25]))
-    moved = rule.update(x, grad, noise, a, b)
+    at = Fixed(grad, noise)
+    sampler = Langevin(0.5, 2.0, grad_clip=1.0)
+    state, info = sampler.step(at, sampler.init(at, x, at), at, 0)
     expected = [1.0 - 0.25 * 1.0 + math.sqrt(0.5) * 2.0 * 0.25, 2.0 + 0.25 * 0.5 + math.sqrt(0.5) * 2.0 * 0.25]
-    assert moved[0].tolist() == pytest.approx(expected, rel=1e-14)
+    assert state.x[0].tolist() == pytest.approx(expected, rel=1e-14)
+    assert info.finite is None
+    counted, last = info.telemetry()
+    assert (counted["clipped"].item(), counted["clamped"].item()) == (True, False)
+    assert last["grad_norm"].item() == pytest.approx(math.sqrt(25.25))
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ import math
 
 import numpy as np
 import pytest
+import runs
 import torch
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton.launch import Launch, block
 from scipy import stats
 from scipy.special import ndtr
 from torch import nn
 
 from fastebm import Langevin, MLPEnergy
-from fastebm.backends import Chains, reference, torch_tiles
+from fastebm.backends import Chains
 from fastebm.rng import Stream, normal
 from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
@@ -36,31 +37,29 @@ def chains(x0, seed):
 
 def by_reference(energy, x0, rule, steps, seed):
     module = Energy(energy, x0.shape[1:], torch.float32)
-    return reference.advance(module, chains(x0, seed), rule, steps).x
+    return runs.by_definition(module, chains(x0, seed), rule, steps).x
 
 
 def by_torch(energy, x0, rule, steps, seed):
-    return torch_tiles.advance(describe(energy), chains(x0, seed), rule, steps).x
+    return runs.closed_form(describe(energy), chains(x0, seed), rule, steps).x
 
 
 def by_triton(regime):
     def sampler(energy, x0, rule, steps, seed):
-        from fastebm.backends import fused
 
         description = describe(energy)
         # in the interpreter the cost is a program's, whatever its size
         launch = Launch(regime, 64 if CUDA else 4096, block(description.dim), 4, 1)
         precision = "bf16x3" if CUDA else "ieee"
-        return fused.advance_mlp(description, chains(x0, seed), rule, steps, precision=precision, launch=launch).x
+        return runs.fused_mlp(description, chains(x0, seed), rule, steps, precision=precision, launch=launch).x
 
     return sampler
 
 
 def by_fused_update(energy, x0, rule, steps, seed):
-    from fastebm.backends import fused
 
     module = Energy(energy, x0.shape[1:], torch.float32)
-    return fused.advance_module(module, chains(x0, seed), rule, steps).x
+    return runs.fused_module(module, chains(x0, seed), rule, steps).x
 
 
 FEW = 200_000 if CUDA else 8_192  # chains where the interpreter runs

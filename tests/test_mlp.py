@@ -1,4 +1,4 @@
-"""read_mlp: what is an MLP energy, what is not and why, and that reading leaves no trace."""
+"""read_mlp: which modules are MLP energies, why others are not, and that reading leaves no trace."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ ACCEPTED = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_accepted_and_left_bit_for_bit(make, training, untouched):
     module = make().train(training)
-    list(module.modules())[-1].eval()  # a mixture of modes must come back as such
+    list(module.modules())[-1].eval()  # mixed modes must be restored
     state = {name: value.clone() for name, value in module.state_dict().items()}
     with untouched(module):
         read_mlp(module)
@@ -235,7 +235,7 @@ def test_rejected_with_the_layer_named_and_left_bit_for_bit(make, match, untouch
 
 
 def test_parametrizations_of_pytorch_alone_are_read():
-    """Of any other kind a forward may do anything: draw random numbers, count its calls."""
+    """The forward of a user's parametrization may do anything: draw random numbers, count its calls."""
     orthogonal = net()
     parametrizations.orthogonal(orthogonal[0])
     assert_reads(orthogonal)

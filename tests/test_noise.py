@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastebm.kernels.langevin import load_key
-from fastebm.kernels.philox import normals, philox4x32
+from fastebm.kernels.triton.philox import normals, philox4x32
+from fastebm.kernels.triton.step import load_key
 from randomgen import Philox
 from scipy import stats
 

@@ -1,4 +1,4 @@
-"""bench/on_gpu.sh, dry: what a GPU visit brings back, whenever it ends, and that a wrong result has no speed."""
+"""bench/on_gpu.sh with --dry: the results of a visit, whenever it ends, and that a wrong result has no speed."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastebm.bench import gpu, launches
+from fastebm.bench import gpu, gpu_visit, gpu_workers, launches
 from fastebm.bench.cases import Case
 from fastebm.bench.contestants import CONTESTANTS, Contestant, compiled_at, eager
 from fastebm.bench.problem import MM_BF16, Missing, Problem
@@ -36,7 +36,7 @@ def visited(out, *options):
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
     errors = (out / "errors.log").read_text() if (out / "errors.log").exists() else ""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + errors[-3000:]
-    return {(row["what"], row["job"]): row for row in gpu.read(out / "rows.jsonl")}, done.stdout
+    return {(row["what"], row["job"]): row for row in gpu_workers.read(out / "rows.jsonl")}, done.stdout
 
 
 def of(found, what):
@@ -74,7 +74,7 @@ def test_part_a(tmp_path):
     assert any("test_gpu.py" in name and "needs a CUDA device" in row["note"] for name, row in tests.items())
 
     timings = of(found, "timings")
-    assert len(timings) == 2 * len(gpu.ON_GPU)
+    assert len(timings) == 2 * len(gpu_visit.ON_GPU)
     for row in timings.values():
         assert bool(row["times_eager"]) == bool(row["seconds"]) == (row["correct"] == "yes") == (row["status"] == "ok")
         assert row["note"] or row["status"] == "ok"
@@ -114,11 +114,11 @@ def test_part_b(tmp_path):
 
 @pytest.mark.slow
 def test_both_parts_bring_their_rows_back(tmp_path):
-    """In too short a time, which their rows say too."""
+    """Also in too short a time, and then their rows say so."""
     (tmp_path / "rows.jsonl").write_text("of another visit\n")
     words, environment = command(tmp_path, "--budget", "12")
     assert subprocess.run(words, env=environment, capture_output=True, timeout=200).returncode == 1
-    found = gpu.read(tmp_path / "rows.jsonl")
+    found = gpu_workers.read(tmp_path / "rows.jsonl")
     assert {"shipped", "watched"} <= {row["what"] for row in found}
     assert any(row.get("note") == "out of time" for row in found)
 
@@ -135,7 +135,7 @@ def test_whatever_a_visit_knew_when_it_was_killed_is_there(tmp_path, rows_before
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    found = gpu.read(path)  # every line is whole JSON
+    found = gpu_workers.read(path)  # every line is whole JSON
     assert len(found) >= rows_before
     assert all(set(row) >= PROVENANCE | {"what", "job", "status"} for row in found)
     assert json.loads((tmp_path / "environment.json").read_text())["commit"] == found[0]["commit"]
@@ -157,6 +157,13 @@ def test_a_stage_that_there_is_not_is_told(tmp_path):
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 64
     assert "no stage is called 'nope'" in done.stderr
+
+
+def test_a_folder_without_rows_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        gpu.main(["rows", str(tmp_path / "nowhere"), "--out", str(tmp_path / "results")])
+    assert "nowhere holds no rows.jsonl: name the folder that a visit wrote into" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_cuda_device_nothing_is_written(tmp_path, monkeypatch):
@@ -184,8 +191,8 @@ def test_without_a_cuda_device_nothing_is_written(tmp_path, monkeypatch):
 
 
 def worker(tmp_path, work, what="stage"):
-    journal = gpu.Journal(tmp_path, {"commit": "c"})
-    return gpu.Worker(what, what, work, journal, tmp_path), journal
+    journal = gpu_workers.Journal(tmp_path, {"commit": "c"})
+    return gpu_workers.Worker(what, what, work, journal, tmp_path), journal
 
 
 def test_a_job_that_kills_its_process_costs_no_other(tmp_path):
@@ -200,8 +207,8 @@ def test_a_job_that_kills_its_process_costs_no_other(tmp_path):
             worker.underway("")
 
     one, _ = worker(tmp_path, work)
-    gpu.run([one], time.time() + 60)
-    found = {row["job"]: row for row in gpu.read(tmp_path / "rows.jsonl")}
+    gpu_workers.run([one], time.time() + 60)
+    found = {row["job"]: row for row in gpu_workers.read(tmp_path / "rows.jsonl")}
     assert {job: row["status"] for job, row in found.items()} == {"one": "ok", "two": "error", "three": "ok"}
     assert "died (status -9)" in found["two"]["note"]
 
@@ -213,9 +220,11 @@ def test_a_job_that_hangs_ends_with_its_stage(tmp_path):
 
     began = time.monotonic()
     one, _ = worker(tmp_path, work)
-    gpu.run([one], time.time() + 0.3)
+    gpu_workers.run([one], time.time() + 0.3)
     assert time.monotonic() - began < 10
-    assert [(row["job"], row["note"]) for row in gpu.read(tmp_path / "rows.jsonl")] == [("stuck", "out of time")]
+    assert [(row["job"], row["note"]) for row in gpu_workers.read(tmp_path / "rows.jsonl")] == [
+        ("stuck", "out of time")
+    ]
 
 
 def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -225,10 +234,10 @@ def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path, monkey
         "def test_two(): os.kill(os.getpid(), signal.SIGKILL)\n"
         "def test_three(): assert 1 == 2\n"
     )
-    monkeypatch.setattr(gpu, "DRY_TESTS", ([str(tmp_path / "test_three.py")], "test"))
-    visit = gpu.Visit(tmp_path, tmp_path, True, gpu.Journal(tmp_path, {}))
+    monkeypatch.setattr(gpu_visit, "DRY_TESTS", ([str(tmp_path / "test_three.py")], "test"))
+    visit = gpu_visit.Visit(tmp_path, tmp_path, True, gpu_workers.Journal(tmp_path, {}))
     visit.tests("tests-a", time.time() + 60)
-    found = {row["job"].split("::")[-1]: row for row in gpu.read(tmp_path / "rows.jsonl")}
+    found = {row["job"].split("::")[-1]: row for row in gpu_workers.read(tmp_path / "rows.jsonl")}
     assert {name: row["status"] for name, row in found.items()} == {
         "test_one": "passed", "test_two": "error", "test_three": "failed",
     }  # fmt: skip
@@ -236,9 +245,9 @@ def test_a_test_that_kills_its_process_does_not_stop_the_others(tmp_path, monkey
 
 
 def test_names_are_claimed_once(tmp_path):
-    first = gpu.claimed(tmp_path / "claims", "abc")
+    first = gpu_workers.claimed(tmp_path / "claims", "abc")
     assert next(first) == "a"
-    assert list(gpu.claimed(tmp_path / "claims", "abc")) == ["b", "c"]
+    assert list(gpu_workers.claimed(tmp_path / "claims", "abc")) == ["b", "c"]
     assert list(first) == []
 
 
@@ -271,13 +280,13 @@ def test_a_wrong_result_has_no_speed():
     for row in rows[1:]:
         assert row["times_eager"] == row["seconds"] == row["chain_steps_per_s"] == row["times_peer"] == ""
         assert row["peer"] == ""
-    # its time is told apart, with how wrong it is
+    # its time is in a separate column, with the size of its error
     assert rows[1]["untrusted_seconds"] > 0
     assert rows[1]["error_over_allowed"] > 10
     assert math.isnan(rows[2]["error_over_allowed"])
     assert rows[3]["untrusted_seconds"] == rows[4]["untrusted_seconds"] == ""
 
-    # nor is anything compared with an eager loop that is wrong itself
+    # nothing is compared with an eager loop that is itself wrong
     rows = race(CASE, [Contestant("eager", "float32", slipped), Contestant("x", "float32", eager)], CPU, seconds=0.0)
     assert [row["status"] for row in rows] == ["FAILED", "ok"]
     assert rows[1]["seconds"] > 0
@@ -295,7 +304,7 @@ def test_past_its_time_no_contestant_is_begun():
 
 
 def test_noise_is_gated_too():
-    """A fused path with the right gradient and another noise has no speed either."""
+    """A contestant of fastebm with the right gradient and other noise has no speed."""
     rows = race(CASE, [Contestant("fastebm", "float32", eager)], CPU, seconds=0.0)
     assert [row["status"] for row in rows] == ["FAILED"]
     assert rows[0]["error_over_allowed"] > 1
@@ -310,7 +319,7 @@ def test_a_peer_is_at_least_as_exact():
 
 
 def test_bf16_products_of_pytorch_pass_their_gate():
-    """The fair peer of our bf16 row: what it rounds is what its gate allows for."""
+    """The peer of fastebm's bf16 row: its gate allows for its rounding."""
     p = Problem(Case(64, (32, 32), 512, 4), CPU, dry=True)
     row = gate(p, Contestant("compile", MM_BF16, compiled_at(MM_BF16)))
     assert row["correct"] == "yes"
@@ -355,5 +364,5 @@ def test_a_shipped_kernel_that_is_wrong_is_found(monkeypatch):
 
 
 def test_contestants_of_a_gpu():
-    assert (gpu.ON_GPU[0].name, gpu.ON_GPU[0].precision) == ("eager", "float32")
+    assert (gpu_visit.ON_GPU[0].name, gpu_visit.ON_GPU[0].precision) == ("eager", "float32")
     assert len({(c.name, c.precision) for c in CONTESTANTS}) == len(CONTESTANTS)

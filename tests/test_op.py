@@ -155,12 +155,12 @@ def test_the_operator_leaves_its_inputs():
     assert out[0].data_ptr() != args[0].data_ptr()
 
 
-def test_opcheck_of_folded_terms():
+def test_opcheck_of_gaussian_and_linear_terms():
     zero = torch.zeros(())
     gaussians = [torch.rand(()), torch.tensor(0.5), torch.tensor(2.0), torch.rand(()), torch.randn(3), torch.rand(3)]
     linears = [torch.rand(()), torch.randn(1, 3)]
     for arguments in [(gaussians, linears, [None]), (gaussians[:3], [], []), ([], linears, [torch.randn(1)])]:
-        torch.library.opcheck(torch.ops.fastebm.folded.default, (*arguments, zero, 3))
+        torch.library.opcheck(torch.ops.fastebm.quadratic.default, (*arguments, zero, 3))
 
 
 def test_networks_round_trip():
@@ -613,7 +613,7 @@ def test_streams_agree_with_tensor_seeds():
 
 
 def test_capture_rule():
-    from fastebm.driver import sampling
+    from fastebm.driver import arguments as sampling
 
     tensor, cpu = torch.zeros(1, dtype=torch.int64), torch.device("cpu")
     sampling.check_capture("ignore", tensor, 0, (0.1, 0.2, tensor), cpu)
@@ -663,12 +663,12 @@ def captured(monkeypatch):
     pytest.importorskip("triton")
     from fastebm import tracing
     from fastebm.backends import fused
-    from fastebm.driver import sampling
+    from fastebm.driver import langevin_sample, run
 
-    for module in (tracing, sampling, op):
+    for module in (tracing, langevin_sample, run, op):
         monkeypatch.setattr(module, "capturing", lambda device: True)
-    monkeypatch.setattr(fused.kernels, "langevin_resident", NoKernel())
-    monkeypatch.setattr(fused, "langevin_update", NoKernel())
+    monkeypatch.setattr(fused.resident, "langevin_resident", NoKernel())
+    monkeypatch.setattr(fused.update, "langevin_update", NoKernel())
     return NoWaiting()
 
 

@@ -8,8 +8,9 @@ import itertools
 import math
 
 import pytest
+import runs
 import torch
-from fastebm.kernels.launch import Launch
+from fastebm.kernels.triton.launch import Launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -41,7 +42,8 @@ from fastebm import (
     SumEnergy,
     langevin_sample,
 )
-from fastebm.backends import Chains, fused
+from fastebm.backends import Chains
+from fastebm.backends.choose import multiplies_bf16
 from fastebm.energies import ACTIVATIONS
 from fastebm.rng import Stream, normal
 from fastebm.targets.autograd import Energy
@@ -74,10 +76,10 @@ def advance(path, energy, x, rule, steps, counters, **asked):
         return advance_torch(energy, x, rule, steps, counters, **asked)
     chains = Chains(x.clone(), **counters)
     if path == "update":
-        return fused.advance_module(Energy(energy, x.shape[1:], torch.float32), chains, rule, steps, **asked)
+        return runs.fused_module(Energy(energy, x.shape[1:], torch.float32), chains, rule, steps, **asked)
     if path == "products":
         description = describe(energy, labels="labels" in counters)
-        return fused.advance_products(description, chains, rule, steps, **asked)
+        return runs.fused_products(description, chains, rule, steps, **asked)
     if path == "eight warps":
         return advance_fused(energy, x, rule, steps, counters, "streaming", chunk=16, warps=8, **asked)
     return advance_fused(energy, x, rule, steps, counters, path, chunk=16, **asked)
@@ -159,7 +161,7 @@ def same_bits(done, expected, rows=slice(None)):
     """Everything that a path returns; NaN, which a gradient norm is after no step, equals NaN."""
     pairs = [
         *zip(done[:4], expected[:4], strict=True),
-        *zip(done.telemetry or (), expected.telemetry or (), strict=True),
+        *zip((done.telemetry or {}).values(), (expected.telemetry or {}).values(), strict=True),
     ]
     return all((a is None) == (b is None) and (a is None or bits_equal(a, b[rows])) for a, b in pairs)
 
@@ -191,7 +193,7 @@ class Told(Truth):
             self.tolerance = max(self.tolerance, 2 * error + self.rounding)
 
         a, b = (c.expand(-1, steps) for c in rule.coefficients(n, steps, dtype=torch.float64, device=x.device))
-        lo, hi = rule.bounds(dim, dtype=torch.float64, device=x.device) or (-torch.inf, torch.inf)
+        lo, hi = (-torch.inf, torch.inf) if rule.box is None else rule.box.on(dim, dtype=torch.float64, device=x.device)
         self.clipped, self.clamped = (torch.zeros(n, device=x.device) for _ in range(2))
         self.clear = self.sure.clone()
         self.grad_norm, self.norm_tolerance = torch.full((n,), torch.nan, device=x.device), 0.0
@@ -227,7 +229,7 @@ class Told(Truth):
             largest_norm = largest(self.grad_norm)
             self.norm_tolerance = float(torch.linalg.vector_norm(error, dim=1).max()) if error.numel() else 0.0
         if steps > 0:
-            measured = largest((plain.telemetry.grad_norm - self.grad_norm)[self.sure])
+            measured = largest((plain.telemetry["grad_norm"] - self.grad_norm)[self.sure])
             self.norm_tolerance += 2 * measured + 4 * ULP * largest_norm
 
     def _scatter(self, state):
@@ -252,7 +254,7 @@ class Told(Truth):
             error = (done.trajectory[:, k] - self.states[(k + 1) * self.thin][:n])[sure]
             assert not error.isnan().any()
             assert largest(error) <= self.tolerance
-        norm, clipped, clamped = done.telemetry
+        norm, clipped, clamped = done.telemetry.values()
         if self.steps == 0:
             assert norm.isnan().all()
         else:
@@ -397,7 +399,7 @@ def test_all_coordinates_frozen(device, path):
     done = advance(path, energy, x, rule, 2, counters, telemetry=True)
     assert torch.equal(done.x, x)
     assert (done.first_bad == -1).all()
-    assert [v.abs().sum().item() for v in done.telemetry] == [0.0, 0.0, 0.0]
+    assert [v.abs().sum().item() for v in done.telemetry.values()] == [0.0, 0.0, 0.0]
 
 
 @every_path
@@ -417,7 +419,7 @@ def test_what_would_happen_to_a_frozen_coordinate_never_counts(device, path):
     assert (done.first_bad == -1).all()
     assert torch.equal(done.x[:, far], x[:, far])
     torch.testing.assert_close(done.x, expected.x, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(done.telemetry.grad_norm, expected.telemetry.grad_norm, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(done.telemetry["grad_norm"], expected.telemetry["grad_norm"], rtol=1e-4, atol=1e-4)
 
 
 @every_path
@@ -442,10 +444,10 @@ def test_norm_clip_in_closed_form(device, path, grad_clip, frozen):
     torch.testing.assert_close(done.x.double(), x - a * shrunk, rtol=0, atol=2e-6)
     # telemetry is about the gradient before both clips
     torch.testing.assert_close(
-        done.telemetry.grad_norm.double(), torch.linalg.vector_norm(raw, dim=1), rtol=1e-5, atol=0
+        done.telemetry["grad_norm"].double(), torch.linalg.vector_norm(raw, dim=1), rtol=1e-5, atol=0
     )
     clipped = norm > norm_clip if grad_clip is None else (norm > norm_clip) | (raw.abs() > grad_clip).any(dim=1)
-    assert torch.equal(done.telemetry.clipped, clipped.float())
+    assert torch.equal(done.telemetry["clipped"], clipped.float())
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -476,8 +478,8 @@ def test_bounds_of_a_dim_are_its_own(device, path):
     assert torch.equal(done.x, free.x.clamp(lo.to(device), hi.to(device)))
     assert (done.x[:, 17] == 100.0).all()
     assert (done.x[:, 18] == -100.0).all()
-    assert torch.equal(done.telemetry.clamped, torch.ones(12, device=device))
-    assert torch.equal(free.telemetry.clamped, torch.zeros(12, device=device))
+    assert torch.equal(done.telemetry["clamped"], torch.ones(12, device=device))
+    assert torch.equal(free.telemetry["clamped"], torch.zeros(12, device=device))
 
 
 @every_path
@@ -525,7 +527,7 @@ def test_an_energy_minus_itself_leaves_a_random_walk(device, path):
         )
     torch.testing.assert_close(done.x, x, rtol=0, atol=3e-5)
     assert largest(done.energy) < 1e-4
-    assert largest(done.telemetry.grad_norm) < 1e-4
+    assert largest(done.telemetry["grad_norm"]) < 1e-4
 
 
 @every_path
@@ -547,7 +549,7 @@ def test_telemetry_by_hand(device, path):
         thin=1,
         telemetry=True,
     )
-    norm, clipped, clamped = (v.tolist() for v in done.telemetry)
+    norm, clipped, clamped = (v.tolist() for v in done.telemetry.values())
     assert norm == [10.0] * 3
     assert clipped == [1.0] * 3
     assert clamped == [5 / 8] * 3
@@ -585,13 +587,13 @@ def test_no_steps_or_no_chains(device, path, n_chains):
     for steps in (0, 2):
         done = advance(path, energy, x, Langevin(0.1, 0.1), steps, counters, thin=2, telemetry=True)
         assert done.trajectory.shape == (n_chains, steps // 2, 19)
-        assert {v.shape for v in (done.energy, done.first_bad, *done.telemetry)} == {(n_chains,)}
+        assert {v.shape for v in (done.energy, done.first_bad, *done.telemetry.values())} == {(n_chains,)}
         if steps == 0:
             assert torch.equal(done.x, x)
             assert (done.first_bad == -1).all()
-            assert done.telemetry.grad_norm.isnan().all()
-            assert (done.telemetry.clipped == 0).all()
-            assert (done.telemetry.clamped == 0).all()
+            assert done.telemetry["grad_norm"].isnan().all()
+            assert (done.telemetry["clipped"] == 0).all()
+            assert (done.telemetry["clamped"] == 0).all()
             exact = Energy(energy, (19,), torch.float64)(x.double(), counters["labels"])
             torch.testing.assert_close(done.energy.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -744,7 +746,9 @@ def test_precision_follows_pytorchs_setting(backend, home):
             asked, same = langevin_sample(energy, precision=name, **options)
             _, other = langevin_sample(energy, precision="tf32", **options)
             assert torch.equal(samples, asked)
-            assert info.precision == same.precision == (name if backend == "triton" else "ieee")
+            # a CPU with instructions for it multiplies in bf16 where that is what PyTorch is set to
+            in_bf16 = backend == "torch" and name == "bf16" and torch.device(home).type == "cpu" and multiplies_bf16()
+            assert info.precision == same.precision == (name if backend == "triton" or in_bf16 else "ieee")
             assert other.precision == ("tf32" if backend == "triton" else "ieee")
     finally:
         torch.set_float32_matmul_precision(before)
@@ -757,7 +761,7 @@ def test_an_mlp_too_wide_for_the_kernel_takes_library_products(device, monkeypat
         "step_size": 0.3, "seed": 3, "backend": "triton", "return_info": True,
     }  # fmt: skip
     expected, _ = langevin_sample(energy, precision="ieee", **options)
-    monkeypatch.setattr("fastebm.kernels.launch.choose_launch", lambda *arguments: "too wide")
+    monkeypatch.setattr("fastebm.kernels.triton.launch.choose_launch", lambda *arguments: "too wide")
     samples, info = langevin_sample(energy, **options)
     assert (info.backend, info.path, info.precision) == ("triton", "products", "ieee")
     assert info.why_not_fused.startswith("too wide; the closed-form gradient runs instead, by library products")
@@ -791,7 +795,7 @@ def by(path):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         chains = Chains(x0.to(device), **{k: v if k == "seed" else v.to(device) for k, v in counters.items()})
         launch = Launch(path, 64 if device == "cuda" else 4096, 16, 4, 1)
-        done = fused.advance_mlp(
+        done = runs.fused_mlp(
             description.to(torch.device(device), torch.float32), chains, rule, steps, precision="ieee", launch=launch
         )
         return done.x.cpu()
@@ -1075,10 +1079,10 @@ def test_exploding_chains_freeze_at_their_last_state_with_every_option(device, p
     assert torch.equal(done.x[counters["frozen"]], x[counters["frozen"]])
     # what a chain did after it had exploded is not counted
     lived = torch.tensor([7, 7, 3, 1, 0, 7], device=device)
-    torch.testing.assert_close(done.telemetry.clipped, lived / 7)
+    torch.testing.assert_close(done.telemetry["clipped"], lived / 7)
     assert 2.0**18 > 500  # the least move: every step passes a bound
-    torch.testing.assert_close(done.telemetry.clamped, lived / 7)
-    assert torch.equal(done.telemetry.grad_norm, torch.full((6,), 2.0**23, device=device))
+    torch.testing.assert_close(done.telemetry["clamped"], lived / 7)
+    assert torch.equal(done.telemetry["grad_norm"], torch.full((6,), 2.0**23, device=device))
 
 
 @every_path
@@ -1091,8 +1095,8 @@ def test_only_the_class_that_explodes_does(device, path):
     # the flat class: its free coordinates are where they began
     assert torch.equal(done.x[4], x[4])
     assert torch.equal(done.trajectory[4], x[4].expand(EXPLODING_STEPS, -1))
-    assert done.telemetry.grad_norm[4] == 0.0
-    assert done.telemetry.clipped[4] == 0.0
+    assert done.telemetry["grad_norm"][4] == 0.0
+    assert done.telemetry["clipped"][4] == 0.0
 
 
 @every_path
@@ -1107,7 +1111,7 @@ def test_exploding_neighbours_change_nothing(device, path):
     calm = torch.arange(70) % 3 > 0
     alone = advance(path, energy, x, rule, 2, counters, thin=1, telemetry=True)
     beside = advance(path, energy, wild, rule, 2, counters, thin=1, telemetry=True)
-    for a, b in zip([*alone[:4], *alone.telemetry], [*beside[:4], *beside.telemetry], strict=True):
+    for a, b in zip([*alone[:4], *alone.telemetry.values()], [*beside[:4], *beside.telemetry.values()], strict=True):
         assert bits_equal(a[calm], b[calm])
     assert (alone.first_bad == -1).all()
     for row in beside.trajectory[~calm].unbind(1):

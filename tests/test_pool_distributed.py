@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from pools import Trap
 from torch import nn
 
 from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy, langevin_sample
@@ -17,13 +18,6 @@ from fastebm import ChainPool, ClassifierEnergy, Langevin, MLPEnergy, langevin_s
 DIM, N = 3, 23
 RULE = Langevin(0.1, 0.5)
 TIMEOUT = 120  # seconds; a process that is left waiting fails the test
-
-
-class Trap(nn.Module):
-    """|x|^2 / 2, but for NaN where the first coordinate passes 100."""
-
-    def forward(self, x):
-        return (x.square().sum(1) / 2).masked_fill(x[:, 0] > 100, torch.nan)
 
 
 class Scaled(nn.Module):
@@ -49,14 +43,14 @@ def energies():
 
 
 def story(group=None):
-    """All that happens to a pool; of one process, or of each of several."""
+    """What happens to pools in every call, for one process or for each of several."""
     mlp, classifier = energies()
     told = {}
     pool = pool_of(group, clamp=(-1.0, 1.0))
     for i, batch in enumerate((9, 23, 1)):
         rule = Langevin(torch.linspace(0.05, 0.2, batch)[:, None], 0.5)
         x, e = pool.sample(mlp, batch, rule, 3)
-        told[f"sample {i}"] = (x, e, pool.last.chains, pool.last.restarted)
+        told[f"sample {i}"] = (x, e, pool.last.chains, pool.last.reinits)
     pool.advance(mlp, Langevin(torch.linspace(0.05, 0.2, N)[:, None], 0.5), 2, chunk_size=4)
     pool.add(torch.linspace(-1, 1, 5 * DIM).reshape(5, DIM))
     pool.add(torch.linspace(-1, 1, 60 * DIM).reshape(60, DIM), policy="reservoir")
@@ -69,11 +63,13 @@ def story(group=None):
     told["resumed"] = other.state_dict()
 
     pool = pool_of(group, labels=torch.arange(N) % 4, storage_dtype=torch.bfloat16)
+    told["stats of none"] = pool.stats()
     pool.sample(classifier, 11, RULE, 2)
     told["labels"] = pool.last.labels
+    told["stats of some"] = pool.stats()
     told["labelled"] = pool.state_dict()
     x, e = pool.sample(classifier, 6, RULE, 2, labels=torch.tensor([3, 0, 3, 1, 1, 0]))
-    told["for labels"] = (x, e, pool.last.chains, pool.last.restarted)
+    told["for labels"] = (x, e, pool.last.chains, pool.last.reinits)
     told["for labels state"] = pool.state_dict()
 
     pool = pool_of(group, condition=torch.linspace(0.5, 2.0, N)[:, None])
@@ -140,13 +136,13 @@ def faults(group, rank, folder):
     attempt("exploded", lambda: pool.sample(Trap(), N, RULE, 2), pool)
     attempt("exploded in a chunk", lambda: pool.advance(Trap(), RULE, 2, chunk_size=2), pool)
     pool.sample(Trap(), N, RULE, 2, on_nonfinite="reinit")
-    told["restarted"] = (pool.last.nonfinite, int(pool.nonfinite.sum()), pool.stats().nonfinite)
+    told["reinits"] = (pool.last.nonfinite, int(pool.nonfinite.sum()), pool.stats().nonfinite)
     attempt("afterwards", lambda: pool.sample(mlp, 5, RULE, 2), pool)
     return told
 
 
 def seeds(rank):
-    """Of pools without one: alone, and shared by all processes."""
+    """Seeds that pools draw: one pool per process, and one shared by all."""
     torch.manual_seed(rank)
     apart = ChainPool(N, DIM)
     apart.sample(energies()[0], 5, RULE, 0)
@@ -154,7 +150,7 @@ def seeds(rank):
 
 
 def wrapped():
-    """Sampling by a model that DistributedDataParallel wraps, with a training step between: (of it, of the model)."""
+    """Pairs of samples, of a model in DistributedDataParallel and of the model itself, before and after a backward."""
     mlp, classifier = energies()
     found = []
     for model, options in (
@@ -171,7 +167,7 @@ def wrapped():
 
 
 class Residual(nn.Module):
-    """No MLP."""
+    """Not an MLP."""
 
     def __init__(self, net):
         super().__init__()
@@ -196,13 +192,13 @@ def main(folder, rank, world):
         with pytest.raises(ValueError, match="this process is not in process_group"):
             pool_of(pair)
     torch.save(told, f"{folder}/{rank}.pt")
-    dist.barrier()  # destroying too early aborts the others
+    dist.barrier()  # destroying the group earlier would abort the others
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """{number of processes: what each of them tells}, from three processes, two of which are also a pair."""
+    """{number of processes: results of each}, from three processes, two of which also form a group of their own."""
     folder = tmp_path_factory.mktemp("processes")
     done = subprocess.run(
         [sys.executable, __file__, str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
@@ -233,25 +229,26 @@ def joined(parts, chains=None):
 def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
     shares = [told for told, _ in worlds[world]]
     for i, batch in enumerate((9, 23, 1)):
-        x, e, chains, restarted = alone[f"sample {i}"]
+        x, e, chains, reinits = alone[f"sample {i}"]
         order = torch.argsort(chains)
         parts = [told[f"sample {i}"] for told in shares]
         assert sum(len(part[0]) for part in parts) == batch
         assert torch.equal(joined((p[0] for p in parts), (p[2] for p in parts)), x[order])
         assert torch.equal(joined((p[1] for p in parts), (p[2] for p in parts)), e[order])
-        assert [part[3] for part in parts] == [restarted] * world
-    x, e, chains, restarted = alone["for labels"]
+        assert [part[3] for part in parts] == [reinits] * world
+    x, e, chains, reinits = alone["for labels"]
     order, parts = torch.argsort(chains), [told["for labels"] for told in shares]
     assert torch.equal(joined((p[0] for p in parts), (p[2] for p in parts)), x[order])
     assert torch.equal(joined((p[1] for p in parts), (p[2] for p in parts)), e[order])
-    assert [part[3] for part in parts] == [restarted] * world
+    assert [part[3] for part in parts] == [reinits] * world
     for name in ("state", "resumed", "labelled", "for labels state", "conditioned", "few state"):
         for key, value in alone[name].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(bits(joined(told[name][key] for told in shares)), bits(value)), (name, key)
             else:
                 assert [told[name][key] for told in shares] == [value] * world, (name, key)
-    assert [repr(told["stats"]) for told in shares] == [repr(alone["stats"])] * world
+    for name in ("stats", "stats of some", "stats of none"):
+        assert [repr(told[name]) for told in shares] == [repr(alone[name])] * world, name
     assert sum(len(told["labels"]) for told in shares) == len(alone["labels"])
     assert torch.equal(joined(told["few"][0] for told in shares), alone["few"][0])
     assert [repr(told["few"][2]) for told in shares] == [repr(alone["few"][2])] * world
@@ -267,12 +264,12 @@ def test_pools_of_any_number_of_processes_are_bit_equal(worlds, alone, world):
         ("no size", 0, "ValueError", r"n_chains must be an int in [1, 2**31), got 0", "RuntimeError"),
         ("starts", 0, "ZeroDivisionError", "division by zero", "RuntimeError"),
         ("bad add", 1, "ValueError", "samples must be (n, 3), got (2, 4)", "RuntimeError"),
-        ("adds", None, "ValueError", "or after other calls", None),
+        ("adds", None, "ValueError", "or made other calls", None),
         ("file", 0, "ValueError", "storage_file must not exist", "RuntimeError"),
-        ("batches", None, "ValueError", "called with another batch_size or steps", None),
+        ("batches", None, "ValueError", "used another batch_size or steps", None),
         ("bad batch", 1, "ValueError", "batch_size must be an int", "RuntimeError"),
-        ("steps", None, "ValueError", "called with another batch_size or steps", None),
-        ("calls", None, "ValueError", "or after other calls", None),
+        ("steps", None, "ValueError", "used another batch_size or steps", None),
+        ("calls", None, "ValueError", "or made other calls", None),
         ("labels", None, "ValueError", "asked for other labels", None),
         ("numbers of labels", None, "ValueError", "asked for other labels", None),
         ("no labels", None, "ValueError", "asked for other labels", None),
@@ -296,8 +293,8 @@ def test_distributed_errors_are_on_every_process(worlds, world, name, guilty, ki
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_distributed_restarts_are_counted_over_all_processes(worlds, world):
-    told = [faults["restarted"] for _, faults in worlds[world]]
+def test_distributed_reinits_are_counted_over_all_processes(worlds, world):
+    told = [faults["reinits"] for _, faults in worlds[world]]
     assert [last for last, _, _ in told] == [1] * world
     assert [here for _, here, _ in told] == [int(rank == 1) for rank in range(world)]
     assert [total for _, _, total in told] == [1] * world

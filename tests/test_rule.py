@@ -142,7 +142,7 @@ def test_what_is_no_rule_is_refused_with_the_likely_mistake(arguments, match):
 
 
 def test_other_places_say_so_too():
-    with pytest.raises(TypeError, match=r"got Langevin: a whole rule is passed as rule="):
+    with pytest.raises(TypeError, match=r"got Langevin: a whole sampler is passed as rule="):
         langevin_sample(gaussian(), step_size=Langevin(0.1))
     pool = ChainPool(10, 2, seed=0)
     for rule in (0.1, Langevin, None):
@@ -335,5 +335,5 @@ def test_the_look_at_the_bounds_leaves_the_samples_and_the_generator(monkeypatch
 
     with pytest.warns(UserWarning, match="too large"):
         looked = sample()
-    monkeypatch.setattr("fastebm.driver.sampling._warn_of_jumps", lambda *arguments: None)
+    monkeypatch.setattr("fastebm.driver.langevin_sample._warn_of_jumps", lambda *arguments: None)
     assert all(map(torch.equal, looked, sample()))

@@ -4,13 +4,14 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import runs
 import torch
-from fastebm.kernels.launch import Launch
+from fastebm.kernels.triton.launch import Launch
 from torch import nn
 
 import fastebm
 from fastebm import Langevin, MLPEnergy, NonFiniteError, langevin_sample
-from fastebm.backends import Chains, fused, reference, torch_tiles
+from fastebm.backends import Chains
 from fastebm.rng import Stream, normal, uniform
 from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
@@ -320,7 +321,7 @@ def test_uniform_start(backend, home, clamp):
 @pytest.mark.parametrize("clamp", [(0.1, 0.7), (-0.3, 0.9), (1e-3, 1.0), (-1.0, 0.1)])
 def test_uniform_start_at_the_largest_uniform_number_is_within_the_clamp(clamp, monkeypatch):
     """u(w) rounds to 1 for w near 2**32, one number in 2**25, and lo + (hi - lo) may round past hi."""
-    monkeypatch.setattr("fastebm.backends.run.uniform", lambda *a, dtype, **k: torch.ones(4, DIM, dtype=dtype))
+    monkeypatch.setattr("fastebm.box.uniform", lambda *a, dtype, **k: torch.ones(4, DIM, dtype=dtype))
     samples = langevin_sample(mlp(), batch_size=4, steps=0, clamp=clamp)
     assert torch.equal(samples, samples.clamp(*clamp))
 
@@ -597,15 +598,15 @@ def advance(path: str, model: nn.Module, x: torch.Tensor, rule: Langevin, steps:
     whole = Energy(model, (x.shape[1],), x.dtype)
     with torch.no_grad():
         if path == "reference":
-            return reference.advance(whole, chains, rule, steps)
+            return runs.by_definition(whole, chains, rule, steps)
         if path == "torch":
-            return torch_tiles.advance(describe(model), chains, rule, steps)
+            return runs.closed_form(describe(model), chains, rule, steps)
         if path == "update":
-            return fused.advance_module(whole, chains, rule, steps)
+            return runs.fused_module(whole, chains, rule, steps)
         regime, precision = path.split()
         block_dim = 16 if regime == "streaming" else max(16, 1 << (x.shape[1] - 1).bit_length())
         launch = Launch(regime, 16, block_dim, 1, 1, in_memory=precision == "bf16x3")  # as on sm_90
-        return fused.advance_mlp(describe(model), chains, rule, steps, precision=precision, launch=launch)
+        return runs.fused_mlp(describe(model), chains, rule, steps, precision=precision, launch=launch)
 
 
 PATHS = ["torch", "update", "resident ieee", "resident bf16x3", "streaming ieee", "streaming bf16x3"]

@@ -223,7 +223,7 @@ def same_run(out, expected):
     assert a_end.step == b_end.step == 6
     for name, t in b_end.tensors("model").items():
         torch.testing.assert_close(a_end.tensors("model")[name], t, rtol=1e-4, atol=1e-6)
-    for name in ("steps", "restarts"):
+    for name in ("steps", "reinits"):
         assert torch.equal(a_end.rows(0, 20)[name], b_end.rows(0, 20)[name])
     assert torch.equal(a_end.tensors("state")["generator"], b_end.tensors("state")["generator"])
 

@@ -2,6 +2,7 @@
 little and waits once; launches share scratch; tensors at odd places compile nothing anew."""
 
 import pytest
+import runs
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -10,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fastebm.kernels import weights
-from fastebm.kernels.launch import Launch, block
+from fastebm.kernels.triton import weights
+from fastebm.kernels.triton.launch import Launch, block
 
 from fastebm import (
     ChainPool,
@@ -31,7 +32,7 @@ from fastebm.targets.description import describe
 
 
 def in_lanes(v):
-    """The last axis in the order of kernels/philox.py, to_lanes."""
+    """The last axis in the order of kernels/triton/tiles.py, to_lanes."""
     return v.reshape(*v.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(v.shape)
 
 
@@ -222,8 +223,8 @@ def test_a_call_dispatches_little_and_waits_once(dim, widths, precision, return_
     recorders = []
     for module, name in (
         (fused.weights, "prepare"),
-        (fused.kernels, "langevin_resident"),
-        (fused.kernels, "langevin_streaming"),
+        (fused.resident, "langevin_resident"),
+        (fused.streaming, "langevin_streaming"),
     ):
         recorders.append(Recorder(getattr(module, name)))
         monkeypatch.setattr(module, name, recorders[-1])
@@ -272,7 +273,7 @@ def test_the_report_is_what_chains_say(regime, device):
         numbers = torch.arange(len(x), device=device)
         chains = Chains(x.clone(), 1, numbers, numbers * 0)
         rule = Langevin(1.0, noise_scale)
-        done = fused.advance_mlp(describe(energy), chains, rule, steps, precision="ieee", launch=launch)
+        done = runs.fused_mlp(describe(energy), chains, rule, steps, precision="ieee", launch=launch)
         bad = (done.first_bad >= 0) | ~done.energy.isfinite()
         assert bool(done.report) == bool(bad.any())
         return bool(done.report)
@@ -332,7 +333,7 @@ def test_slices_change_no_bits_and_bound_the_scratch(regime, precision, labels, 
 
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", counted)
-            done = fused.advance_mlp(
+            done = runs.fused_mlp(
                 describe(energy, labels=labels), chains, rule, steps, precision=precision, launch=launch, thin=1,
                 telemetry=True,
             )  # fmt: skip
@@ -342,7 +343,7 @@ def test_slices_change_no_bits_and_bound_the_scratch(regime, precision, labels, 
 
     with pytest.warns(RuntimeWarning, match="encountered in") if interpreted() else torch.no_grad():
         whole, parts = advance(2**17), advance(128)
-    for a, b in zip((*whole[:4], *whole.telemetry), (*parts[:4], *parts.telemetry), strict=True):
+    for a, b in zip((*whole[:4], *whole.telemetry.values()), (*parts[:4], *parts.telemetry.values()), strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     assert whole.first_bad[[70, 299]].tolist() == [0, 0]
     assert bool(whole.report)
@@ -400,9 +401,9 @@ def watched(monkeypatch):
     kernels = {}
     for module, name in (
         (fused.weights, "prepare"),
-        (fused.kernels, "langevin_resident"),
-        (fused.kernels, "langevin_streaming"),
-        (fused, "langevin_update"),
+        (fused.resident, "langevin_resident"),
+        (fused.streaming, "langevin_streaming"),
+        (fused.update, "langevin_update"),
     ):
         kernels[name] = Watched(getattr(module, name))
         monkeypatch.setattr(module, name, kernels[name])

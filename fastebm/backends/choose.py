@@ -19,6 +19,7 @@ from . import cpu
 
 __all__ = [
     "BACKENDS",
+    "FUSED",
     "PRECISIONS",
     "Choice",
     "choose",
@@ -27,6 +28,9 @@ __all__ = [
     "multiplies_bf16",
     "why_not_fused",
 ]
+
+# Paths that are the fused kernel.
+FUSED = ("resident", "streaming")
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
@@ -82,11 +86,13 @@ def choose(
     precision: str | None,
     *,
     condition: str | None = None,
+    no_kernel: str | None = None,
 ) -> Choice:
     """The backend for an energy, states of ``dtype`` on ``device``, and a wish.
 
     Args:
         condition: what the energy is given beside x: "labels", "condition" (anything else), or None.
+        no_kernel: why no Triton kernel runs the sampler (table.py), or None.
 
     Raises:
         ValueError: an unknown name, or an explicit "triton" that can't be honoured.
@@ -108,7 +114,7 @@ def choose(
         description = describe(energy, labels=condition == "labels", bare=True)
     except NotAnMLP as error:
         why_not = f"not an MLP that can be read: {error}"
-    no_triton = _why_not_triton(device, dtype, asked=backend == "triton")
+    no_triton = no_kernel or _why_not_triton(device, dtype, asked=backend == "triton")
     if backend == "triton" and no_triton is not None:
         raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
     wanted = precision or default_precision()
@@ -157,7 +163,7 @@ def multiplies_bf16() -> bool:
 
 def launch_for(description: Description, precision: str, device: torch.device) -> Any:
     """The fused kernel's configuration, or why there is none."""
-    from ..kernels.launch import choose_launch  # needs no triton, but only this path needs it
+    from ..kernels.triton.launch import choose_launch  # needs no triton, but only this path needs it
 
     capability = None if interpreted() else _capability(device)
     return choose_launch(description.dim, description.networks, precision, capability)

@@ -15,7 +15,7 @@ from ..targets.mlp import NotAnMLP
 from . import Advanced, Chains, cpu, op
 from . import choose as choosing
 
-__all__ = ["advance", "can_compile", "uncompiled"]
+__all__ = ["can_compile", "run", "uncompiled"]
 
 
 # What they say of a machine stays true, and what torch.set_float32_matmul_precision said is taken when compiling. (This
@@ -48,7 +48,7 @@ uncompiled = torch.compiler.disable(  # type: ignore[no-untyped-call]
 )
 
 
-def advance(
+def run(
     energy: nn.Module,
     chains: Chains,
     rule: Langevin,
@@ -67,4 +67,4 @@ def advance(
     description = choice.description
     assert description is not None  # can_compile
     check_shape(energy, description, shape)
-    return choice, op.advance(description, chains, rule, steps, path=choice.path, precision=choice.precision, **options)
+    return choice, op.run(description, chains, rule, steps, path=choice.path, precision=choice.precision, **options)

@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..box import Box
 from ..kernels import cpu as kernels
 from ..kernels.cpu import Call
 from ..rng import seed_words
 from ..samplers.langevin import Langevin
 from ..targets.autograd import Energy
-from ..targets.description import Description
-from ..targets.mlp import MLP
-from ..threads import Spares, Team, share
-from . import Advanced, Chains
-from .torch_tiles import (
+from ..targets.base import Target
+from ..targets.closed_form import (
     NARROW,
     Evaluator,
     Network,
@@ -35,12 +33,15 @@ from .torch_tiles import (
     padded_rows,
     product,
     rounds_alike,
-    rows_of,
     rows_of_products,
-    tiles,
 )
+from ..targets.description import Description
+from ..targets.mlp import MLP
+from ..threads import Spares, Team, share
+from . import Advanced, Chains, averaged
+from .tiles import tiles
 
-__all__ = ["FEW_DIMS", "advance", "advance_module", "parts_of_update", "why_not"]
+__all__ = ["FEW_DIMS", "parts_of_update", "run_mlp", "run_module", "why_not"]
 
 # Up to as many dims, the products with the first weight are part of the loops around them: BLAS is slow there.
 FEW_DIMS = 4
@@ -72,8 +73,8 @@ class _Update:
     """
 
     def __init__(
-        self, chains: Chains, rule: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool,
-        t: Tensor, kind: int = kernels.LANGEVIN,
+        self, chains: Chains, sampler: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor,
+        telemetry: bool, t: Tensor, kind: int = kernels.LANGEVIN,
     ) -> None:  # fmt: skip
         n, self.dim = chains.x.shape
         self.t, self.kind = t, kind
@@ -81,21 +82,20 @@ class _Update:
         numbers, first_steps = chains.numbers.contiguous(), chains.first_steps.contiguous()
         a, b = (c.contiguous() for c in coefficients)
         both = [v for c in (a, b) for v in (c, c.shape[1] if len(c) > 1 else 0, int(c.shape[1] > 1))]
-        bounds: tuple[Any, Any] = rule.bounds(self.dim) or (-math.inf, math.inf)
-        lo, hi = bounds
+        lo, hi = Box(-math.inf, math.inf) if sampler.box is None else sampler.box.on(self.dim)
         key, frozen = seed_words(chains.seed), None if chains.frozen is None else chains.frozen.contiguous()
         self.plain = not (
-            telemetry or frozen is not None or isinstance(lo, Tensor) or rule.grad_clip is not None
-            or rule.grad_norm_clip is not None
+            telemetry or frozen is not None or isinstance(lo, Tensor) or sampler.grad_clip is not None
+            or sampler.grad_norm_clip is not None
         )  # fmt: skip
         if self.plain:
             self.kernel = kernels.load("update.draw")
             self.front = [n, 0, (self.dim + 3) // 4, 0, *key, numbers, first_steps, 1, self.t]
-            self.back = [first_bad, *both, lo, hi]
+            self.back: list[Any] = [first_bad, *both, lo, hi]
         else:
             self.kernel = kernels.load("update.update")
             lo, hi = (torch.as_tensor(bound, dtype=torch.float32, device="cpu") for bound in (lo, hi))
-            clips = [math.inf if clip is None else clip for clip in (rule.grad_clip, rule.grad_norm_clip)]
+            clips = [math.inf if clip is None else clip for clip in (sampler.grad_clip, sampler.grad_norm_clip)]
             self.front = [n if telemetry else 0, *key, numbers, first_steps, self.t]
             self.back = [first_bad, self.told, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
             self.back += [*both, *clips, lo, int(lo.numel() > 1), hi, int(hi.numel() > 1)]
@@ -112,27 +112,20 @@ class _Update:
             arguments = [self.kind, first, last, *self.front, *scratch.draw, *states, *self.back, scratch.clips]
         return self.kernel.prepared(*arguments)
 
-    def tell(self, done: Advanced, steps: int) -> None:
-        if done.telemetry is None or self.told is None:
-            return
-        for value, told in zip(done.telemetry, self.told, strict=True):
-            value.copy_(told)
-        done.telemetry.averaged(steps)
-
 
 def _updates(
-    chains: Chains, rule: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
+    chains: Chains, sampler: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
 ) -> list[_Update]:
     """Of a step; or, with the noise first, of its two halves: x - 0 x + b xi, whose gradient may be x itself, and the
     drift."""
     t = torch.zeros(1, dtype=torch.int64, device="cpu")
-    if not rule.noise_first:
-        return [_Update(chains, rule, coefficients, first_bad, telemetry, t)]
+    if not sampler.noise_first:
+        return [_Update(chains, sampler, coefficients, first_bad, telemetry, t)]
     (a, b), none = coefficients, torch.zeros(1, 1, dtype=torch.float32, device="cpu")
-    noise = Langevin(clamp=rule.clamp if rule.clamp_noise else None)
+    noise = Langevin(clamp=sampler.clamp if sampler.clamp_noise else None)
     return [
         _Update(chains, noise, (none, b), first_bad, False, t),
-        _Update(chains, rule, (a, none), first_bad, telemetry, t, kernels.DRIFT),
+        _Update(chains, sampler, (a, none), first_bad, telemetry, t, kernels.DRIFT),
     ]
 
 
@@ -147,10 +140,10 @@ class _Scratch:
 # -- an MLP energy -------------------------------------------------------------------------------------------------
 
 
-def advance(
+def run_mlp(
     description: Description,
     chains: Chains,
-    rule: Langevin,
+    sampler: Langevin,
     steps: int,
     *,
     precision: str = "ieee",
@@ -159,20 +152,17 @@ def advance(
 ) -> Advanced:
     """chains.x: moved in place. precision: "ieee", or "bf16" for products of operands in bf16."""
     x = chains.x
-    coefficients = rule.coefficients(len(x), steps)
-    done = Advanced.blank(x, steps, thin, telemetry)
-    assert description.scales is not None  # it is not bare
-    mlps = [
-        _Weights(mlp, float(scale), torch.bfloat16 if precision == "bf16" else torch.float32)
-        for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
-    ]
+    coefficients = sampler.coefficients(len(x), steps)
+    done = Advanced.blank(x, steps, thin)
+    told = x.new_zeros(3, len(x)) if telemetry else None
+    mlps = _weights(description, precision)
 
     few = rows_of_products(x.device)
     idle: dict[int, Spares[_Tile]] = {}  # tiles that no thread works on, by their rows
 
     def begun(rows: slice) -> _Tile:
         here, (a, b) = chains.rows(rows), (c[rows] if len(c) > 1 else c for c in coefficients)
-        updates = _updates(here, rule, (a, b), done.first_bad[rows], telemetry)
+        updates = _updates(here, sampler, (a, b), done.first_bad[rows], telemetry)
         n_rows = -(-len(here.x) // few) * few
         with torch.inference_mode():
             make = partial(_Tile, description, mlps, n_rows, here.labels is not None)
@@ -183,7 +173,7 @@ def advance(
     def move(rows: slice, interrupted: Callable[[], bool]) -> None:
         tile = ahead.pop(rows.start, None) or begun(rows)
         with torch.inference_mode():
-            tile.advance(steps, thin, rows_of(done, rows), interrupted)
+            tile.run(steps, thin, done, told, rows, interrupted)
         idle[tile.n_rows].give(tile)
 
     n_threads = torch.get_num_threads()
@@ -191,7 +181,7 @@ def advance(
     # Every thread's first: this is Python, in which they would stand in each other's way.
     ahead = {rows.start: begun(rows) for rows in parts[:n_threads]}
     share(parts, move, n_threads)
-    return done
+    return done if told is None else done._replace(telemetry=averaged(told, steps))
 
 
 class _Tile:
@@ -218,7 +208,7 @@ class _Tile:
         self.gradients = [[call for part in parts for call in part[k]] for k in range(2)]
 
     def begin(self, chains: Chains, updates: list[_Update]) -> None:
-        """At the start of these chains, for ``advance``."""
+        """At the start of these chains, for ``run``."""
         self.n_chains, self.update = len(chains.x), updates[-1]
         self.x.copy_(padded_rows(chains.x, self.n_rows))
         self.new.copy_(self.x)  # rows of padding stay what they are
@@ -236,8 +226,10 @@ class _Tile:
             self.ends = self.x, self.x
         self.program = _Program(even, odd, self.update.t)
 
-    def advance(self, steps: int, thin: int, done: Advanced, interrupted: Callable[[], bool]) -> None:
-        """All steps; everything in ``done`` is written."""
+    def run(
+        self, steps: int, thin: int, done: Advanced, told: Tensor | None, rows: slice, interrupted: Callable[[], bool]
+    ) -> None:
+        """All steps; these rows of ``done`` and ``told`` are written."""
         n = self.n_chains
         at_once = thin or _STEPS_AT_ONCE
         for first in range(0, steps, at_once):
@@ -246,11 +238,12 @@ class _Tile:
             last = min(first + at_once, steps)
             self.program.run(first, last)
             if done.trajectory is not None:
-                done.trajectory[:, first // thin] = self.ends[(last - 1) % 2][:n]
+                done.trajectory[rows, first // thin] = self.ends[(last - 1) % 2][:n]
         x = self.ends[(steps - 1) % 2]
-        done.x.copy_(x[:n])
-        done.energy.copy_(self.evaluator.energy(x, self.labels)[:n])
-        self.update.tell(done, steps)
+        done.x[rows].copy_(x[:n])
+        done.energy[rows].copy_(self.evaluator.energy(x, self.labels)[:n])
+        if told is not None and self.update.told is not None:
+            told[:, rows] = self.update.told
 
 
 class _Program:
@@ -293,6 +286,16 @@ class _Weights:
         self.heads = [first.new_ones(1, width) for width in mlp.widths]
         if mlp.head != "logsumexp":
             self.heads[-1] = mlp.weights[-1].contiguous()
+
+
+def _weights(description: Description, precision: str) -> list[_Weights]:
+    """precision: "ieee", or "bf16" for products of operands in bf16."""
+    assert description.scales is not None  # it is not bare
+    operand = torch.bfloat16 if precision == "bf16" else torch.float32
+    return [
+        _Weights(mlp, float(scale), operand)
+        for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
+    ]
 
 
 class _Network:
@@ -345,6 +348,44 @@ class _Network:
             elif few == 0:
                 calls += _product(above, w.down[0], out, add=add)
         return calls
+
+
+class _ClosedForm:
+    """An MLP energy as a ``Target`` (targets/base.py), for at most a tile of chains."""
+
+    def __init__(self, description: Description, mlps: list[_Weights], n_chains: int, labels: Tensor | None) -> None:
+        few = rows_of_products(torch.device("cpu"))
+        self.tile = _Tile(description, mlps, -(-n_chains // few) * few, labels is not None)
+        self.tile.x.zero_()
+        if self.tile.labels is not None and labels is not None:
+            self.tile.labels.copy_(padded_rows(labels, self.tile.n_rows))
+
+    def value(self, x: Tensor) -> Tensor:
+        """E(x), (n,)."""
+        self.tile.x[: len(x)] = x
+        return self.tile.evaluator.energy(self.tile.x, self.tile.labels)[: len(x)]
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """dE/dx, (n, dim)."""
+        self.tile.x[: len(x)] = x
+        for call in self.tile.gradients[0]:
+            call()
+        return self.tile.grad[: len(x)].clone()
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, by one forward pass where the head is no softmax, whose logits the gradient overwrites."""
+        evaluator = self.tile.evaluator
+        if any(network.mlp.head == "logsumexp" for network in evaluator.networks):
+            return self.value(x), self.gradient(x)
+        gradient = self.gradient(x)
+        # the gradient leaves the last hidden layer's activation as it is
+        return evaluator.energy_after(self.tile.x, self.tile.labels)[: len(x)], gradient
+
+
+def closed_form(description: Description, precision: str) -> Callable[[int, Tensor | None], Target]:
+    """Makes the target of so many chains with these labels."""
+    mlps = _weights(description, precision)
+    return lambda n_chains, labels: _ClosedForm(description, mlps, n_chains, labels)
 
 
 # -- products ------------------------------------------------------------------------------------------------------
@@ -423,16 +464,16 @@ def parts_of_update(n_chains: int, dim: int, n_threads: int) -> list[slice]:
     return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]
 
 
-def advance_module(
-    energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
+def run_module(
+    energy: Energy, chains: Chains, sampler: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
 ) -> Advanced:
     """Its gradient by autograd. chains.x is left as it is."""
     n, dim = chains.x.shape
     n_threads = torch.get_num_threads()
     with energy.differentiating():  # also what is made here: inference tensors could not be changed within
         x = chains.x.clone()
-        done = Advanced.blank(x, steps, thin, telemetry)
-        updates = _updates(chains, rule, rule.coefficients(n, steps), done.first_bad, telemetry)
+        done = Advanced.blank(x, steps, thin)
+        updates = _updates(chains, sampler, sampler.coefficients(n, steps), done.first_bad, telemetry)
         parts = [(part.start, part.stop, _Scratch(dim)) for part in parts_of_update(n, dim, n_threads)]
         calls = [[update.call(None, x, None, *part) for part in parts] for update in updates]
         teams = [Team(of_update, n_threads) for of_update in calls]
@@ -446,11 +487,12 @@ def advance_module(
 
         for t in range(steps if n > 0 else 0):
             updates[0].t.fill_(t)
-            if rule.noise_first:
+            if sampler.noise_first:
                 x = moved(0, x, x)
-            grad = energy.pulled_back(x.detach().requires_grad_(), chains.beside).resolve_neg().contiguous()
+            grad = energy.pulled_back(x.detach().requires_grad_(), chains.given).resolve_neg().contiguous()
             x = moved(-1, x, grad)
             if done.trajectory is not None and (t + 1) % thin == 0:
                 done.trajectory[:, t // thin] = x
-        updates[-1].tell(done, steps)
-    return done._replace(x=x, energy=energy(x, chains.beside))
+        if (told := updates[-1].told) is not None:
+            done = done._replace(telemetry=averaged(told, steps))
+    return done._replace(x=x, energy=energy(x, chains.given))

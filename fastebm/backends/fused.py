@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import langevin as kernels
-from ..kernels import weights
-from ..kernels.launch import Launch, block
-from ..kernels.update import langevin_update
+from ..kernels.triton import resident, streaming, update, weights
+from ..kernels.triton.launch import Launch, block
+from ..kernels.triton.mlp import Layers
 from ..samplers.langevin import Langevin
 from ..targets.autograd import Energy
+from ..targets.closed_form import Evaluator, matrix, rows_of_products
 from ..targets.description import Description
-from . import Advanced, Chains, Telemetry
+from . import LANGEVIN_TELEMETRY, Advanced, Chains, averaged
 from .choose import interpreted
 from .graphs import Recorder, run_steps
-from .torch_tiles import Evaluator, matrix, rows_of_products
 
-__all__ = ["advance_mlp", "advance_module", "advance_products"]
+__all__ = ["run_mlp", "run_module", "run_products"]
 
 # triton 3.10 turns fused multiply-add off by default; the interpreter takes no such option.
 _OPTIONS = {} if interpreted() else {"enable_fp_fusion": True}
@@ -35,10 +34,10 @@ _LEAN_OPTIONS = {} if interpreted() else {"ptx_options": "--register-usage-level
 CHAINS_AT_ONCE = 2**17
 
 
-def advance_mlp(
+def run_mlp(
     description: Description,
     chains: Chains,
-    rule: Langevin,
+    sampler: Langevin,
     steps: int,
     *,
     precision: str,
@@ -55,11 +54,11 @@ def advance_mlp(
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
     told = x.new_empty(3, n_chains) if telemetry else None
     if n_chains == 0:
-        return Advanced(x, energy, first_bad, trajectory, None if told is None else Telemetry(*told))
-    arguments, flags = _rule_arguments(rule, n_chains, steps, dim, device)
+        return Advanced(x, energy, first_bad, trajectory, _named(told))
+    arguments, flags = _sampler_arguments(sampler, n_chains, steps, dim, device)
     # without a step there is no order, nor a coefficient of the first one
-    flags["NOISE_FIRST"] = rule.noise_first and steps > 0
-    flags["CLAMP_NOISE"] = rule.clamp_noise and steps > 0
+    flags["NOISE_FIRST"] = sampler.noise_first and steps > 0
+    flags["CLAMP_NOISE"] = sampler.clamp_noise and steps > 0
     extra: list[Any]
     padded = launch.in_memory and dim != launch.block_dim
     n_tiles = tiles_at_once = -(-n_chains // launch.block_chains)
@@ -72,20 +71,23 @@ def advance_mlp(
         slopes = (
             torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in description.mlps
         )
-        kernel, extra = kernels.langevin_streaming, [tuple(slopes)]
+        kernel, extra = streaming.langevin_streaming, [tuple(slopes)]
         flags["OWN_CHAINS"] = launch.own_chains
         flags["LEAN"] = launch.lean
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
-        kernel, extra = kernels.langevin_resident, [x.new_empty(rows, launch.block_dim) if padded else None]
+        kernel, extra = resident.langevin_resident, [x.new_empty(rows, launch.block_dim) if padded else None]
         flags["BOTH_ORDERS"] = launch.both_orders
     mlps = description.mlps
-    constants = {
-        "FIRSTS": tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
-        "BLOCKS": tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
-        "ACTIVATIONS": tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
-        "PARAMETERS": tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
-    }
+    layers = Layers(
+        FIRSTS=tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
+        BLOCKS=tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
+        ACTIVATIONS=tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
+        PARAMETERS=tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
+        PRECISION=precision,
+        FAST=_fast(precision),
+        TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
+    )
     frozen = _frozen_arguments(chains)
     # triton launches on the current device, which may be another than x's
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -110,22 +112,19 @@ def advance_mlp(
                 first_tile,
                 *extra,
                 **places,
+                LAYERS=layers,
                 DIM=dim,
                 BLOCK_DIM=launch.block_dim,
-                **constants,
-                PRECISION=precision,
                 BLOCK_CHAINS=launch.block_chains,
                 **flags,
-                FAST=_fast(precision),
                 IN_MEMORY=launch.in_memory,
-                TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
                 **_OPTIONS,
                 **(_LEAN_OPTIONS if launch.lean else {}),
             )
     report = prepared[weights.REPORT.value]
-    return Advanced(x, energy, first_bad, trajectory, None if told is None else Telemetry(*told), report=report)
+    return Advanced(x, energy, first_bad, trajectory, _named(told), report=report)
 
 
 def _prepare(
@@ -133,7 +132,7 @@ def _prepare(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The buffer of seed and weights, and the constants that tell a step kernel where everything lies in it."""
     mlps = description.mlps
-    # At bf16 the kernel's silu takes z/2 (kernels/mlp.py), so the layers that feed one are halved, which is exact.
+    # At bf16 the kernel's silu takes z/2 (kernels/triton/mlp.py), so the layers below one are halved, which is exact.
     networks = tuple(
         weights.Network(
             tuple(map(len, mlp.weights)),
@@ -182,8 +181,8 @@ def _signed_words(seed: int) -> tuple[int, int]:
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
-def advance_module(
-    energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
+def run_module(
+    energy: Energy, chains: Chains, sampler: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
     recorder: Recorder | None = None,
 ) -> Advanced:  # fmt: skip
     """Any energy: its gradient by autograd, then noise, update and clamp in one launch. chains.x is moved in place.
@@ -192,14 +191,14 @@ def advance_module(
     """
 
     def gradient(x: Tensor) -> Tensor:
-        return _aligned(energy.gradient(x, chains.beside))
+        return _aligned(energy.gradient(x, chains.given))
 
-    done = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry, recorder)
-    return done._replace(energy=energy(chains.x, chains.beside))
+    done = _run_by_gradient(gradient, chains, sampler, steps, thin, telemetry, recorder)
+    return done._replace(energy=energy(chains.x, chains.given))
 
 
-def advance_products(
-    description: Description, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
+def run_products(
+    description: Description, chains: Chains, sampler: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
     recorder: Recorder | None = None,
 ) -> Advanced:  # fmt: skip
     """An MLP energy too wide for the fused kernel: closed-form gradient by library products, and the fused update.
@@ -227,14 +226,14 @@ def advance_products(
             grad[rows] = evaluator.gradient(tile, tile_labels, tile_grad)[: rows.stop - rows.start]
         return grad
 
-    done = _advance_by_gradient(gradient, chains, rule, steps, thin, telemetry, recorder)
+    done = _run_by_gradient(gradient, chains, sampler, steps, thin, telemetry, recorder)
     for rows in each_tile(chains.x):
         energy[rows] = evaluator.energy(tile, tile_labels)[: rows.stop - rows.start]
     return done._replace(energy=energy)
 
 
-def _advance_by_gradient(
-    gradient: Callable[[Tensor], Tensor], chains: Chains, rule: Langevin, steps: int, thin: int, telemetry: bool,
+def _run_by_gradient(
+    gradient: Callable[[Tensor], Tensor], chains: Chains, sampler: Langevin, steps: int, thin: int, telemetry: bool,
     recorder: Recorder | None,
 ) -> Advanced:  # fmt: skip
     """Without the energies."""
@@ -244,9 +243,9 @@ def _advance_by_gradient(
     first_bad = torch.full((n_chains,), -1, dtype=torch.int32, device=device)
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
     told = x.new_zeros(3, n_chains) if telemetry else None
-    arguments, flags = _rule_arguments(rule, n_chains, steps, dim, device)
+    arguments, flags = _sampler_arguments(sampler, n_chains, steps, dim, device)
     *coefficients, _, _, lo, hi = arguments
-    bounds, clamp = ((lo, hi), flags["CLAMP"]) if rule.clamp_noise else ((None, None), "")
+    bounds, clamp = ((lo, hi), flags["CLAMP"]) if sampler.clamp_noise else ((None, None), "")
     of_noise = [*coefficients, None, None, *bounds], clamp
     seed = _seed_tensor(chains.seed, device)
     at = torch.zeros(1, dtype=torch.int64, device=device)
@@ -259,7 +258,7 @@ def _advance_by_gradient(
         half: str, new: Tensor, x: Tensor, grad: Tensor | None, told: Tensor | None, arguments: list[Any], clamp: str
     ) -> None:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            langevin_update[((n_chains + block_chains - 1) // block_chains,)](
+            update.langevin_update[((n_chains + block_chains - 1) // block_chains,)](
                 new,
                 x,
                 grad,
@@ -284,7 +283,7 @@ def _advance_by_gradient(
 
     def step() -> None:
         # only the gradient may raise or wait: no chain has moved yet
-        if rule.noise_first:
+        if sampler.noise_first:
             launch("noise", new, x, None, None, *of_noise)
             launch("drift", x, new, gradient(new), told, arguments, flags["CLAMP"])
         else:
@@ -297,19 +296,21 @@ def _advance_by_gradient(
             trajectory[:, t // thin] = x
 
     how = run_steps(step, steps if n_chains > 0 else 0, recorder, keep)
-    telemetry_of = None if told is None else Telemetry(*told)
-    if telemetry_of is not None:
-        telemetry_of.averaged(steps)
-    return Advanced(x, x, first_bad, trajectory, telemetry_of, how)
+    return Advanced(x, x, first_bad, trajectory, None if told is None else averaged(told, steps), how)
 
 
-def _rule_arguments(
-    rule: Langevin, n_chains: int, steps: int, dim: int, device: torch.device
+def _named(told: Tensor | None) -> dict[str, Tensor] | None:
+    """The kernel's own table, (3, n_chains)."""
+    return None if told is None else dict(zip(LANGEVIN_TELEMETRY, told, strict=True))
+
+
+def _sampler_arguments(
+    sampler: Langevin, n_chains: int, steps: int, dim: int, device: torch.device
 ) -> tuple[list[Any], dict[str, Any]]:
     """The rule as kernel arguments (a and b with their strides, clips, bounds) and compile-time flags."""
     arguments: list[Any] = []
     flags: dict[str, Any] = {}
-    for name, c in zip("AB", rule.drift_and_noise(n_chains, steps, device=device), strict=True):
+    for name, c in zip(("DRIFT", "NOISE_STD"), sampler.drift_and_noise(n_chains, steps, device=device), strict=True):
         if not isinstance(c, Tensor):
             arguments += [float(c), None, None]
             flags[f"{name}_PER_CHAIN"] = False
@@ -318,11 +319,11 @@ def _rule_arguments(
         per_chain = c.shape[0] > 1
         arguments += [c, c.stride(0) if per_chain else 0, 1 if c.shape[1] > 1 else 0]
         flags[f"{name}_PER_CHAIN"] = per_chain
-    bounds = rule.bounds(dim, device=device)
+    bounds = None if sampler.box is None else sampler.box.on(dim, device=device)
     lo, hi = bounds or (None, None)
     rows = isinstance(lo, Tensor)
     # floats: of a clip at 1, an int, triton would make a constant, and compile anew
-    arguments += [None if clip is None else float(clip) for clip in (rule.grad_clip, rule.grad_norm_clip)]
+    arguments += [None if clip is None else float(clip) for clip in (sampler.grad_clip, sampler.grad_norm_clip)]
     arguments += [_aligned(bound) if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
     flags["CLAMP"] = "" if bounds is None else "rows" if rows else "numbers"
     return arguments, flags

@@ -2,7 +2,7 @@
 
 Tensors and plain constants only, so that a compiler need not look inside: what depends on data (checks, raising,
 restarting chains) happens in here, and weights are arguments, so that no compiled code keeps old ones. How a call
-becomes these arguments is this file's alone: ``advance`` encodes, the operator decodes.
+becomes these arguments is this file's alone: ``run`` encodes, the operator decodes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from ..box import uniform_states
 from ..energies.activations import Activation
 from ..rng import Stream
 from ..samplers.langevin import Langevin
 from ..targets.description import Description
 from ..targets.mlp import MLP
 from ..tracing import capturing, operator
-from . import Advanced, Chains, Telemetry, run
-from .choose import launch_for
+from . import LANGEVIN_TELEMETRY, Advanced, Chains, cpu, settle, table
+from .choose import FUSED, Choice, launch_for
 
-__all__ = ["advance", "encode_networks", "encode_rule"]
+__all__ = ["encode_networks", "encode_rule", "run"]
 
 
 def encode_networks(mlps: tuple[MLP, ...]) -> str:
@@ -103,38 +104,37 @@ def langevin(  # type: ignore[no-untyped-def]
         description = Description(mlps, scales, curvature, mean, linear, constant)
         rule = _decode_rule(numbers, tensors, grad_clip, grad_norm_clip, noise_first, clamp_noise)
         if not capturing(device):
-            if run.tells_of_the_start(path, steps):
+            if table.reports_bad_starts(path, steps):
                 start = x
             else:
-                run.check_finite(x)
+                settle.check_finite(x)
             if labels is not None:
-                run.check_classes(labels, min(len(mlp.weights[-1]) for mlp in mlps if mlp.head == "class"))
+                settle.check_classes(labels, min(len(mlp.weights[-1]) for mlp in mlps if mlp.head == "class"))
         if x.ndim == 2 and x.shape[1] == 0:
             start = None
-            x = run.uniform_states(seed, Stream.INITIAL, chains, 0, dim, clamp=rule.clamp, dtype=dtype)
+            x = uniform_states(seed, Stream.INITIAL, chains, 0, dim, clamp=rule.clamp, dtype=dtype)
         else:
             x = x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(len(chains), dim)
         frozen = None if frozen is None else frozen.reshape(-1, dim)
         moving = Chains(x, seed, chains, first_steps, labels, frozen)
-        launch = launch_for(description, precision, device) if path in ("resident", "streaming") else None
-        done = run.advance(
-            description, moving, rule, steps, path=path, precision=precision, launch=launch, thin=thin,
-            telemetry=telemetry,
-        )  # fmt: skip
+        launch = launch_for(description, precision, device) if path in FUSED else None
+        kernels = "triton" if path != "tiles" else "numba" if cpu.why_not(device, dtype) is None else "torch"
+        choice = Choice("auto", path, description, launch, precision, None, kernels)
+        done = table.run(table.Job(choice, None, moving, rule, steps, thin, telemetry))
         named = {f"{kind} {i}": v for kind, vs in (("weight", weights), ("bias", biases)) for i, v in enumerate(vs)}
         given = {name: v for name, v in named.items() if v is not None}
-        run.settle(done, moving, rule, steps, lambda: given, run.energy_of(description), on_nonfinite, start)
+        settle.settle(done, moving, rule, steps, lambda: given, table.energy_of(description), on_nonfinite, start)
     nothing = x.new_empty(0)
     return (
         done.x,
         done.energy,
         done.first_bad,
         nothing if done.trajectory is None else done.trajectory,
-        nothing.clone() if done.telemetry is None else torch.stack(done.telemetry),
+        nothing.clone() if done.telemetry is None else torch.stack([done.telemetry[k] for k in LANGEVIN_TELEMETRY]),
     )
 
 
-def advance(
+def run(
     description: Description, chains: Chains, rule: Langevin, steps: int, *, path: str, precision: str,
     on_nonfinite: str, thin: int, telemetry: bool,
 ) -> Advanced:  # fmt: skip
@@ -157,9 +157,8 @@ def advance(
         precision,
         on_nonfinite,
     )
-    return Advanced(
-        x, energy, first_bad, trajectory if thin else None, Telemetry(*told.unbind()) if telemetry else None
-    )
+    named = dict(zip(LANGEVIN_TELEMETRY, told.unbind(), strict=True)) if telemetry else None
+    return Advanced(x, energy, first_bad, trajectory if thin else None, named)
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -1,64 +1,77 @@
-"""The definition of correct: K Langevin steps in plain PyTorch, for any energy, on any device.
+"""The definition of correct: K steps of any sampler in plain PyTorch, on any target, on any device.
 
-Every other path is compared with this one. Read it as documentation.
+Every faster run is compared with this one. With ``by_definition`` the random numbers are made by PyTorch's own
+operations too; the faster paths that have no loop of their own use this one, with a faster target and Numba's numbers.
+Read it as documentation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rng import Stream, normals_of_steps
-from ..samplers.langevin import Langevin
-from ..targets.autograd import Energy
-from . import Advanced, Chains, Telemetry
+from ..rng import Noise
+from ..targets.base import Target, View
+from . import Advanced, Chains
 
-__all__ = ["advance"]
+__all__ = ["run"]
 
 
-def advance(
-    energy: Energy, chains: Chains, rule: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
-) -> Advanced:
-    """thin: keep the state after every thin-th step; 0: of none."""
+def run(
+    target: Target, chains: Chains, sampler: Any, steps: int, *, thin: int = 0, telemetry: bool = False,
+    by_definition: bool = True, interrupted: Callable[[], bool] = lambda: False,
+) -> Advanced:  # fmt: skip
+    """chains.x is left as it is.
+
+    thin: keep the state after every thin-th step; 0: none. interrupted: whether to stop early, the result unused.
+    """
     x, frozen = chains.x, chains.frozen
     n_chains, dim = x.shape
-    a, b = (c.expand(-1, steps) for c in rule.coefficients(n_chains, steps, dtype=x.dtype, device=x.device))
-    bounds = rule.bounds(dim, dtype=x.dtype, device=x.device)
-    noise_bounds = bounds if rule.clamp_noise else None
-    first_bad = torch.full((n_chains,), -1, dtype=torch.int32, device=x.device)
-    trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
-    grad_norm, clipped, clamped = x.new_full((n_chains,), torch.nan), x.new_zeros(n_chains), x.new_zeros(n_chains)
-    noises = normals_of_steps(
-        int(chains.seed), Stream.LANGEVIN, chains.numbers, chains.first_steps, steps, dim, dtype=x.dtype
-    )
+    box = None if sampler.box is None else sampler.box.on(dim, dtype=x.dtype, device=x.device)
+    view = View(target, None if box is None else box.except_at(frozen, x.dtype), frozen)
+    noise = Noise(
+        chains.seed, chains.numbers, chains.first_steps, dim, dtype=x.dtype, steps=steps, frozen=frozen,
+        by_definition=by_definition,
+    )  # fmt: skip
+    done = Advanced.blank(x, steps, thin)
+    first_bad = done.first_bad
+    stopped: Tensor | None = None  # (n_chains,) bool, chains that are not finite; None while there are none
+    sums: dict[str, Tensor] = {}
+    last: Mapping[str, Tensor] = {}
 
-    def settled(x: Tensor, moved: Tensor, bounds: Any, t: int) -> tuple[Tensor, Tensor]:
-        """Where chains that were to go from x to moved are, and (n_chains,) whether the clamp changed that."""
-        if frozen is not None:
-            moved = torch.where(frozen, x, moved)
-        bad = ~moved.isfinite().all(dim=1)  # tested before the clamp, which would turn infinity into a bound
-        first_bad[bad & (first_bad < 0)] = t
-        alive = first_bad < 0
-        new = moved if bounds is None else moved.clamp(*bounds)
-        if frozen is not None:
-            new = torch.where(frozen, x, new)
-        return torch.where(alive[:, None], new, x), alive & (new != moved).any(dim=1)
+    state = sampler.init(view, x, noise)
+    for t in range(steps if n_chains > 0 else 0):
+        if interrupted():
+            break
+        before = stopped
+        moved, info = sampler.step(view, state, noise, t)
+        # A chain that has stopped stays at its last finite state. In the step that stops it, ``moved`` is that state.
+        state = moved if stopped is None else _held(stopped, state, moved)
+        if info.finite is not None:
+            first_bad[~info.finite & (first_bad < 0)] = t
+            stopped = first_bad >= 0
+        if telemetry:
+            counted, latest = info.telemetry()
+            last = latest if before is None else {k: torch.where(before, last[k], v) for k, v in latest.items()}
+            for name, value in counted.items():
+                value = value.to(x.dtype) if stopped is None else value.to(x.dtype).masked_fill(stopped, 0.0)
+                sums[name] = sums[name] + value if name in sums else value
+        if done.trajectory is not None and (t + 1) % thin == 0:
+            done.trajectory[:, t // thin] = state.x
+    energy = getattr(state, "energy", None)  # a sampler may carry it
+    energy = target.value(state.x) if energy is None else energy
+    told = {**{name: value / steps for name, value in sums.items()}, **last}
+    named = {name: told.get(name, x.new_full((n_chains,), empty)) for name, empty in sampler.reports.items()}
+    return done._replace(x=state.x, energy=energy, telemetry=named if telemetry else None)
 
-    for t, noise in enumerate(noises):
-        a_t, b_t = a[:, t, None], b[:, t, None]
-        if rule.noise_first:
-            x, _ = settled(x, x + b_t * noise, noise_bounds, t)
-        grad = energy.gradient(x, chains.beside)
-        if frozen is not None:
-            grad = grad.masked_fill(frozen, 0.0)
-        moved = x - a_t * rule.clip(grad) if rule.noise_first else rule.update(x, grad, noise, a_t, b_t)
-        x, at_bounds = settled(x, moved, bounds, t)
-        grad_norm = grad.square().sum(dim=1).sqrt()
-        clipped += (first_bad < 0) & (rule.clip(grad) != grad).any(dim=1)
-        clamped += at_bounds
-        if trajectory is not None and (t + 1) % thin == 0:
-            trajectory[:, t // thin] = x
-    told = Telemetry(grad_norm, clipped / max(steps, 1), clamped / max(steps, 1)) if telemetry else None
-    return Advanced(x, energy(x, chains.beside), first_bad, trajectory, told)
+
+def _held(stopped: Tensor, old: Any, new: Any) -> Any:
+    """The new state, with the old one's rows for chains that have stopped."""
+
+    def held(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(stopped.view(-1, *[1] * (b.ndim - 1)), a, b)
+
+    return type(new)(*(held(a, b) for a, b in zip(old, new, strict=True)))

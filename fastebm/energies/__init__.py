@@ -1,4 +1,7 @@
-"""Energies: modules (batch, *shape) -> (batch,) or (batch, 1), one number per state."""
+"""Energies: modules (batch, *shape) -> (batch,) or (batch, 1), one number per state.
+
+Any such nn.Module or function is an energy. Here are the ones that fastebm knows, and what it asks of all others.
+"""
 
 from .activations import ACTIVATIONS, Activation
 from .base import energy, first_tensor

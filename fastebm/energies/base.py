@@ -1,4 +1,4 @@
-"""Energies of a batch, and the checks of what a module puts out."""
+"""Evaluate an energy on a batch, and check what the module returns."""
 
 from __future__ import annotations
 
@@ -27,28 +27,32 @@ def energy(
     Args:
         model: a module or a function, (batch, *shape) -> (batch,) or (batch, 1).
         params: parameters (and buffers) by name to use in place of the model's own (torch.func.functional_call).
-        labels: (batch,) int64, given to the model beside x; or None.
-        condition: (batch, ...), any other thing that it takes beside x; or None.
+        labels: (batch,) int64, one class label per state; or None.
+        condition: (batch, ...), any other second argument of the model, one row per state; or None.
 
     Raises:
-        ValueError: if the model puts out another shape, or takes no such thing.
+        ValueError: the model returns another shape, or takes no labels or condition.
     """
     if labels is not None and condition is not None:
-        raise ValueError("an energy takes labels= or condition= beside x, got both")
-    kind, given = ("condition", condition) if labels is None else ("labels", labels)
-    return values_of(as_module(model), x, params, given, kind).reshape(len(x))
+        raise ValueError("an energy takes labels= or condition=, got both")
+    condition_kind, condition = ("condition", condition) if labels is None else ("labels", labels)
+    return values_of(as_module(model), x, params, condition, condition_kind).reshape(len(x))
 
 
 def values_of(
-    model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, condition: Tensor | None, kind: str
+    model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None, condition: Tensor | None, condition_kind: str
 ) -> Tensor:
-    """(batch,) or (batch, 1), as the model puts them out; () for a batch of one that it squeezes."""
+    """The checked output of the model: (batch,) or (batch, 1), or () for a batch of one that it squeezes.
+
+    Args:
+        condition_kind: "labels" or "condition", the keyword that ``condition`` was passed by.
+    """
     arguments: tuple[Tensor, ...] = (x,)
     options: dict[str, Tensor] = {}
     if condition is not None:
-        parameter = condition_parameter(model, kind)
+        parameter = condition_parameter(model, condition_kind)
         if parameter is None:
-            raise ValueError(f"{name_of_forward(model)} takes x only, and {kind}= was given")
+            raise ValueError(f"{name_of_forward(model)} takes x only, and {condition_kind}= was given")
         if parameter.kind is parameter.POSITIONAL_ONLY:
             arguments = (x, condition)
         else:
@@ -62,14 +66,14 @@ def values_of(
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"an energy maps ({n}, ...) to ({n},) or ({n}, 1), got {got}{_mistake(value, x)}")
     if value.is_complex():
-        raise ValueError(f"an energy is real, got {value.dtype}: take .real, or .abs(), of what the model puts out")
+        raise ValueError(f"an energy is real, got {value.dtype}: take .real or .abs() of the model's output")
     if not value.is_floating_point():
         raise ValueError(f"an energy is a floating-point number, got {value.dtype}, which has no gradient")
     return value
 
 
 def _mistake(value: object, x: Tensor) -> str:
-    """The likely one, for an energy of another shape."""
+    """The likely mistake behind an output of another shape, as the end of an error message."""
     if value is None:
         return ": is a return missing?"
     if not isinstance(value, Tensor):
@@ -83,10 +87,10 @@ def _mistake(value: object, x: Tensor) -> str:
         return f": a state has shape {shape}; sum over all dims of it (or is the number of chains, batch_size=, in it?)"
     if len(value) == len(x) and value.ndim == 2:
         return ": several numbers per state; sum them, or, of a classifier, use ClassifierEnergy"
-    return ": the first dim is the batch, and nothing is left of the others"
+    return ": the first dim is the batch, and the other dims are summed over"
 
 
 def first_tensor(model: nn.Module) -> Tensor | None:
-    """That tells where a model is, and in which dtype: a parameter, or else a floating-point buffer."""
+    """A parameter, or else a floating-point buffer, whose device and dtype are taken for the model's."""
     parameter = next(model.parameters(), None)
     return next((b for b in model.buffers() if b.is_floating_point()), None) if parameter is None else parameter

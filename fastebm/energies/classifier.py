@@ -34,6 +34,7 @@ class ClassifierEnergy(nn.Module):
 
 
 def checked_logits(logits: object, x: Tensor) -> Tensor:
+    """What a classifier returned for x, if it is (batch, classes)."""
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

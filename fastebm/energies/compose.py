@@ -1,4 +1,4 @@
-"""Sums of energies, and what a sum or one of its terms takes."""
+"""Sums of energies, and questions that may have to be asked of each term: shape, condition, number of classes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class SumEnergy(nn.Module):
     kernel together.
 
     Args:
-        energies: each a module or a function, (batch, *shape) -> (batch,) or (batch, 1).
-        weights: one number each; None: all 1. Kept as a buffer, ``weights``.
+        energies: modules or functions, (batch, *shape) -> (batch,) or (batch, 1).
+        weights: one number per energy; None: all 1. Stored as a buffer, ``weights``.
     """
 
     weights: Tensor
 
     def __init__(self, energies: Iterable[EnergyLike], weights: Sequence[float] | Tensor | None = None) -> None:
         super().__init__()
-        # an nn.Sequential gives its layers
+        # iterating over an nn.Sequential would give its layers
         if not isinstance(energies, Iterable) or isinstance(energies, nn.Sequential):
             raise TypeError(
                 f"a SumEnergy takes a list of energies, as in SumEnergy([f, g]), got {type(energies).__name__}"
@@ -49,26 +49,27 @@ class SumEnergy(nn.Module):
     def check_weights(self) -> None:
         if len(self.weights) != len(self.energies):
             raise ValueError(
-                f"a SumEnergy has one weight per energy, got {len(self.weights)} for {len(self.energies)}: build it"
-                " anew"
+                f"a SumEnergy has one weight per energy, got {len(self.weights)} for {len(self.energies)}: build a"
+                " new one"
             )
 
     def forward(self, x: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """(batch, *shape), and labels (batch,) or another condition for the terms that take them -> (batch,)."""
-        kind, given = ("labels", labels) if labels is not None else ("condition", condition)
+        """(batch, *shape), and labels (batch,) or another condition for the terms that take one -> (batch,)."""
+        condition_kind, condition = ("labels", labels) if labels is not None else ("condition", condition)
         self.check_weights()
         terms = []
         for term in self.energies:
-            takes = given is not None and takes_condition(term, kind, alone=False)
-            # each its own copy: one may write to it
-            terms.append(values_of(term, x.clone(), None, given if takes else None, kind).reshape(len(x)))
+            takes = condition is not None and takes_condition(term, condition_kind, in_sum=True)
+            # a copy for each term, since a term may write to its input
+            value = values_of(term, x.clone(), None, condition if takes else None, condition_kind)
+            terms.append(value.reshape(len(x)))
         return torch.stack(terms).mul(self.weights[:, None]).sum(dim=0)
 
 
 class Negative(SumEnergy):
-    """E(x) = -f(x): for a network that puts out -E, as those of the UvA tutorial and of JEM do.
+    """E(x) = -f(x), for a network f that returns -E, as in the UvA tutorial and in JEM.
 
-    ``SumEnergy([f], [-1.0])`` under a name of its own, so an MLP takes the fused kernel.
+    It is ``SumEnergy([f], [-1.0])``, so an MLP keeps the fused kernel.
     """
 
     def __init__(self, energy: EnergyLike) -> None:
@@ -76,34 +77,40 @@ class Negative(SumEnergy):
 
 
 def shape_of(model: nn.Module) -> tuple[int, ...] | None:
-    """Of one state, as a ``GaussianEnergy`` with a mean or std of that shape tells, alone or in a sum; or None."""
+    """The shape of one state, known if the energy is, or contains, a ``GaussianEnergy`` with a mean or std of that
+    shape; otherwise None."""
     model = unwrapped(model)
     if isinstance(model, GaussianEnergy):
         return np.broadcast_shapes(model.mean.shape, model.std.shape) or None
     if isinstance(model, SumEnergy):
-        # one number may be for all dims of what the other terms take
-        told = {shape for e in model.energies if (shape := shape_of(e)) is not None and math.prod(shape) > 1}
-        return told.pop() if len(told) == 1 else None
+        # a mean or std of one element may be broadcast to any shape
+        shapes = {shape for e in model.energies if (shape := shape_of(e)) is not None and math.prod(shape) > 1}
+        return shapes.pop() if len(shapes) == 1 else None
     return None
 
 
-def takes_condition(model: nn.Module, kind: str = "labels", *, alone: bool = True) -> bool:
-    """Whether forward takes labels, or a condition of another kind, beside x; for a sum, whether any term does.
+def takes_condition(model: nn.Module, condition_kind: str = "labels", *, in_sum: bool = False) -> bool:
+    """Whether forward takes labels, or another condition, besides x; for a sum, whether any term does.
 
     Args:
-        kind: "labels" or "condition". alone: it is no term of a sum, so a condition may be meant for whatever it takes.
+        condition_kind: "labels" or "condition".
+        in_sum: the model is one term of a sum, so the condition may be meant for another term.
 
     Raises:
-        ValueError: it is ambiguous (conditions.py).
+        ValueError: it is ambiguous which argument is meant (conditions.py).
     """
     inner = unwrapped(model)
     if isinstance(inner, SumEnergy):
-        return any(takes_condition(term, kind, alone=False) for term in inner.energies)
-    return condition_parameter(inner, kind, alone=alone) is not None
+        return any(takes_condition(term, condition_kind, in_sum=True) for term in inner.energies)
+    return condition_parameter(inner, condition_kind, in_sum=in_sum) is not None
 
 
 def n_classes(model: nn.Module, x: Tensor) -> int | None:
-    """Labels of a classifier, or of a sum with classifiers, are in [0, n_classes); None if the model does not tell."""
+    """The number of classes of a classifier, or the smallest one in a sum; None if there is no classifier.
+
+    Args:
+        x: states on which classifiers are evaluated, to count their logits.
+    """
     model = unwrapped(model)
     if isinstance(model, SumEnergy):
         return min((n for e in model.energies if (n := n_classes(e, x)) is not None), default=None)

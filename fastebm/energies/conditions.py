@@ -1,8 +1,7 @@
-"""Which argument of an energy's forward is its condition: labels, or any other tensor with one row per chain.
+"""Find the argument of an energy's forward that is its condition: labels, or any tensor with one row per chain.
 
-It is decided by name, never by position alone: ``forward(x, scale=1.0)`` takes no labels. A module, or a function, may
-tell by itself: ``condition_argument = "sigma"`` on the class or the instance names the argument, and None says that
-there is none.
+Names decide, never the position alone: ``forward(x, scale=1.0)`` takes no labels. A module or function can also say
+it: ``condition_argument = "sigma"`` on the class or instance names the argument, and None means that there is none.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _CONDITIONS = _EITHER | {
 }
 # fmt: on
 
-# Wrappers that pass a call on, by where they are defined (no need to import them), and what is in them.
+# Wrappers that only pass the call on: where they are defined (so that none has to be imported) -> attribute.
 _WRAPPERS = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",  # torch.compile
     ("torch.optim.swa_utils", "AveragedModel"): "module",
@@ -41,7 +40,7 @@ _WRAPPERS = {
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What is inside torch.compile, AveragedModel, DistributedDataParallel and DataParallel, nested or not."""
+    """The module inside torch.compile, AveragedModel, DistributedDataParallel and DataParallel, nested or not."""
     while (name := _WRAPPERS.get((type(module).__module__, type(module).__name__))) is not None:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             break
@@ -50,50 +49,52 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def are_labels(condition: Tensor) -> bool:
-    """Integers, one per chain."""
+    """Whether a condition is class labels: integers, one per chain."""
     whole = not (condition.is_floating_point() or condition.is_complex() or condition.dtype == torch.bool)
     return whole and condition.ndim == 1
 
 
-def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> inspect.Parameter | None:
-    """The parameter of forward that takes it beside x; None: there is none.
+def condition_parameter(module: nn.Module, condition_kind: str, *, in_sum: bool = False) -> inspect.Parameter | None:
+    """The parameter of forward that takes the condition, or None if there is none.
 
-    Labels go to the one parameter with a name for labels or conditions, or else to the one that has no default. A
-    condition of another kind may have more names, and goes to the second parameter if there are only two and the module
-    stands alone: not, if it is one term of a sum.
+    Labels go to the one parameter whose name means labels or a condition, or else to the one without a default. For
+    any other condition more names are known; and if forward has only one parameter besides x, it is that one, unless
+    the module is a term of a sum.
 
     Args:
-        kind: "labels" or "condition": the keyword that it was given by.
+        condition_kind: "labels" or "condition", the keyword that the condition was passed by.
+        in_sum: the module is one term of a sum, so the condition may be meant for another term.
 
     Raises:
-        ValueError: it is ambiguous.
+        ValueError: it is ambiguous which parameter is meant.
     """
     inner = unwrapped(module)
     if isinstance(inner, torch.jit.ScriptModule):
-        others = _of_script(inner)
+        others = _parameters_of_script(inner)
     elif "forward" in inner.__dict__:
-        others = _others(inner.forward, 0)  # not kept: it may hold the module
-    else:  # torch.compile warns of caches, which it does not use
-        others = (_others if torch.compiler.is_compiling() else _others_kept)(type(inner).forward, 1)
-    told = getattr(inner, "condition_argument", "")
-    if told is None:
+        others = _other_parameters(inner.forward, 0)  # not cached: a cache would keep the module alive
+    else:  # torch.compile warns about functools caches
+        find = _other_parameters if torch.compiler.is_compiling() else _cached_other_parameters
+        others = find(type(inner).forward, 1)
+    argument = getattr(inner, "condition_argument", "")
+    if argument is None:
         return None
     plain = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if told:
+    if argument:
         if any(p.kind is p.VAR_KEYWORD for p in others):
-            plain.append(inspect.Parameter(told, inspect.Parameter.KEYWORD_ONLY))
-        if told not in (p.name for p in plain):
+            plain.append(inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY))
+        if argument not in (p.name for p in plain):
             raise ValueError(
-                f"condition_argument is {told!r}, and {name_of_forward(inner)} has no argument of that name"
+                f"condition_argument is {argument!r}, and {name_of_forward(inner)} has no argument of that name"
             )
-        return next(p for p in plain if p.name == told)
+        return next(p for p in plain if p.name == argument)
     required = [p for p in plain if p.default is p.empty]
     named: list[inspect.Parameter] = []
-    for known in (_LABELS,) if kind == "labels" else (_CONDITIONS, _LABELS):
-        named = named or [p for p in plain if p.name == kind] or [p for p in plain if p.name.lower() in known]
+    for known in (_LABELS,) if condition_kind == "labels" else (_CONDITIONS, _LABELS):
+        named = named or [p for p in plain if p.name == condition_kind] or [p for p in plain if p.name.lower() in known]
     if not named and len(required) == 1:
         named = required
-    elif not named and alone and kind == "condition" and len(others) == len(plain) == 1:
+    elif not named and not in_sum and condition_kind == "condition" and len(others) == len(plain) == 1:
         named = plain
     found = named if len(named) == 1 else [p for p in named if p in required]
     if len(found) == 1:
@@ -101,13 +102,13 @@ def condition_parameter(module: nn.Module, kind: str, *, alone: bool = True) -> 
     if named or len(others) > len(plain):
         names = ", ".join(str(p) for p in others)
         raise ValueError(
-            f"{name_of_forward(inner)} takes ({names}) beside x, and which of them is the {kind} is not clear: "
-            'set condition_argument = "NAME" on the module, or None if it takes none'
+            f"{name_of_forward(inner)} takes ({names}) besides x, and which of them is the {condition_kind} is not "
+            'clear: set condition_argument = "NAME" on the module, or None if it takes none'
         )
     return None
 
 
-def _of_script(module: nn.Module) -> list[inspect.Parameter]:
+def _parameters_of_script(module: nn.Module) -> list[inspect.Parameter]:
     forward: Any = module.forward
     return [
         inspect.Parameter(
@@ -119,15 +120,15 @@ def _of_script(module: nn.Module) -> list[inspect.Parameter]:
     ]
 
 
-def _others(forward: Callable[..., Any], first: int) -> list[inspect.Parameter]:
-    """All parameters but the states and what comes before them. first: where the states are."""
+def _other_parameters(forward: Callable[..., Any], first: int) -> list[inspect.Parameter]:
+    """The parameters after the states. first: the position of the states, 1 if ``self`` comes before."""
     try:
         parameters = list(inspect.signature(forward).parameters.values())
-    except ValueError:  # written in C, without a signature: of x alone
+    except ValueError:  # a function in C without a signature: taken for one of x alone
         return []
     if len(parameters) > first and parameters[first].kind is not inspect.Parameter.VAR_POSITIONAL:
         first += 1
     return parameters[first:]
 
 
-_others_kept = lru_cache(maxsize=1024)(_others)
+_cached_other_parameters = lru_cache(maxsize=1024)(_other_parameters)

@@ -1,4 +1,4 @@
-"""Functions as modules: an energy may be any callable, and what is none is refused with the likely mistake."""
+"""An energy may be any callable: functions become modules, and anything else is refused with a hint."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 __all__ = ["EnergyLike", "FunctionModule", "as_module", "enclosed", "is_library", "name_of_forward"]
 
-# It maps (batch, *shape) to (batch,) or (batch, 1).
+# Maps (batch, *shape) to (batch,) or (batch, 1).
 EnergyLike = nn.Module | Callable[..., Any]
 
 
 class FunctionModule(nn.Module):
     """A function as the forward of a module.
 
-    Modules that it calls are submodules: they run in eval mode while sampling, and tell the device and the dtype. They
-    are looked for in what a method belongs to, what a functools.partial was given, a closure, global variables by their
-    names, and the attributes of an object. Elsewhere (in a list, behind an import) they are not found, and keep their
-    mode. A copy calls the same function.
+    The modules that it calls become submodules, so that they run in eval mode while sampling and determine the device
+    and the dtype. They are searched for in the owner of a method, the arguments of a functools.partial, closures,
+    global variables that the code names, and the attributes of a callable object. Modules elsewhere (in a list, in an
+    imported module) are not found, and keep their mode. A copy calls the same function.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.forward = function  # on the instance, so that its signature is read as any forward's
+        self.forward = function  # on the instance: the signature is found as for any other forward
         for i, module in enumerate(_modules_of(function)):
             self.add_module(str(i), module)
         if hasattr(function, "condition_argument"):
@@ -36,13 +36,13 @@ class FunctionModule(nn.Module):
 
 
 def as_module(energy: EnergyLike, what: str = "energy") -> nn.Module:
-    """A module as it is, and any other callable in one.
+    """A module unchanged, and any other callable wrapped in one.
 
     Args:
-        what: its name in the error.
+        what: the name of the argument, for the error.
 
     Raises:
-        TypeError: it is neither, with the likely mistake.
+        TypeError: it is neither. The message has a hint at the likely mistake.
     """
     if isinstance(energy, nn.Module):
         return energy
@@ -52,12 +52,12 @@ def as_module(energy: EnergyLike, what: str = "energy") -> nn.Module:
     if isinstance(energy, type):
         got, hint = f"the class {energy.__name__}", f": are its parentheses missing, as in {energy.__name__}(...)?"
     elif energy is None:
-        hint = ": does what builds it return it?"
+        hint = ": is a return missing in the function that builds it?"
     elif isinstance(energy, (Tensor, np.ndarray)):
         got, hint = f"{got} {tuple(energy.shape)}", ": it is the first argument, and states to start from are init="
     elif isinstance(energy, str):
         got, hint = repr(energy), ": the energy of a run folder is fastebm.load(RUN).model"
-    elif isinstance(getattr(energy, "model", None), nn.Module):  # of fastebm.load, or of a trainer
+    elif isinstance(getattr(energy, "model", None), nn.Module):  # from fastebm.load, or a trainer
         hint = ": pass its .model"
     elif isinstance(energy, (tuple, list)):
         got = f"{got} of {', '.join(type(part).__name__ for part in energy)}"
@@ -66,7 +66,7 @@ def as_module(energy: EnergyLike, what: str = "energy") -> nn.Module:
 
 
 def name_of_forward(module: nn.Module) -> str:
-    """For an error: "MLPEnergy.forward", or the function that stands in its place."""
+    """The forward's name for an error, such as "MLPEnergy.forward", or the name of a wrapped function."""
     if not isinstance(module, FunctionModule):
         return f"{type(module).__name__}.forward"
     function: Any = module.forward
@@ -76,9 +76,10 @@ def name_of_forward(module: nn.Module) -> str:
 
 
 def _modules_of(function: Any) -> list[nn.Module]:
+    """The modules that a function may call, searched breadth first."""
     found: list[nn.Module] = []
     plain = isinstance(function, (FunctionType, MethodType, functools.partial))
-    todo: list[Any] = [function if plain else function.__call__]  # of an object: its method
+    todo: list[Any] = [function if plain else function.__call__]
     seen: set[int] = set()
     while todo:
         value = todo.pop(0)
@@ -101,23 +102,24 @@ def _modules_of(function: Any) -> list[nn.Module]:
 
 
 def enclosed(function: FunctionType) -> list[Any]:
-    """What it closes over."""
+    """The values in a function's closure."""
     contents = []
     for cell in function.__closure__ or ():
         try:
             contents.append(cell.cell_contents)
-        except ValueError:  # not filled yet
+        except ValueError:  # an empty cell: the variable is assigned later
             continue
     return contents
 
 
 def is_library(module: str | None) -> bool:
+    """Whether a module name belongs to a library whose functions are not searched: they hold no user's modules."""
     return (module or "").partition(".")[0] in ("torch", "fastebm", "numpy", "builtins")
 
 
 @functools.lru_cache(maxsize=1024)
 def _globals_in(code: CodeType) -> tuple[str, ...]:
-    """Names of global variables that it reads, in order; not of attributes, which co_names holds too."""
+    """The names of global variables that the code reads, in order. (co_names has names of attributes too.)"""
     names = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
     inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _globals_in(const)]
     return tuple(dict.fromkeys([*names, *inner]))

@@ -1,4 +1,4 @@
-"""A Gaussian as an energy."""
+"""A Gaussian as an energy, alone or as the base measure in a sum."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class GaussianEnergy(nn.Module):
     """E(x) = sum_d ((x_d - mean_d) / std_d)^2 / 2: a Gaussian base measure, as a term of a ``SumEnergy``.
 
     Args:
-        mean: a number, or a tensor or nested list of one state's shape.
-        std: > 0, likewise.
+        mean: a number, or a tensor or nested list of the shape of one state.
+        std: > 0, in the same form.
     """
 
     mean: Tensor
@@ -26,11 +26,11 @@ class GaussianEnergy(nn.Module):
 
     def __init__(self, mean: float | Sequence[Any] | Tensor = 0.0, std: float | Sequence[Any] | Tensor = 1.0) -> None:
         super().__init__()
-        for name, given in (("mean", mean), ("std", std)):
+        for name, argument in (("mean", mean), ("std", std)):
             try:
-                value = torch.as_tensor(given, dtype=torch.get_default_dtype()).detach().clone()
+                value = torch.as_tensor(argument, dtype=torch.get_default_dtype()).detach().clone()
             except (TypeError, ValueError, RuntimeError):
-                raise TypeError(f"{name} must be a number, or numbers of one state's shape, got {given!r}") from None
+                raise TypeError(f"{name} must be a number, or numbers of one state's shape, got {argument!r}") from None
             positive = name != "std" or bool((value > 0).all())
             if value.numel() == 0 or not bool(value.isfinite().all()) or not positive:
                 raise ValueError(f"{name} must be finite{' and > 0' if name == 'std' else ''}, got {value}")
@@ -44,7 +44,10 @@ class GaussianEnergy(nn.Module):
             ) from None
 
     def check_shape(self, shape: Sequence[int]) -> None:
-        """An error if states of this shape are not what it takes. (A mean for every chain would fit some batches.)"""
+        """Raise ValueError unless mean and std fit states of this shape.
+
+        Broadcasting alone is no check: a mean with one row per chain would fit a batch of that size.
+        """
         states = (1, *shape)
         for name, value in (("mean", self.mean), ("std", self.std)):
             if any(size not in (1, n) for size, n in zip_longest(reversed(value.shape), reversed(states), fillvalue=1)):

@@ -1,4 +1,4 @@
-"""The MLP energy, and its head on any trunk."""
+"""The MLP energy, and the same layers as the head of any trunk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .functions import EnergyLike, as_module
 __all__ = ["MLPEnergy", "build", "build_energy_fn"]
 
 
-def _layers(sizes: Sequence[int], activation: str | Activation, dropout: float, spectral_norm: bool) -> list[nn.Module]:
-    """Linear, activation(, dropout) for each hidden size, then one Linear output."""
+def _mlp_layers(
+    sizes: Sequence[int], activation: str | Activation, dropout: float, spectral_norm: bool
+) -> list[nn.Module]:
+    """Linear, activation (and dropout) for each hidden size, then a Linear with one output."""
     name = activation if isinstance(activation, str) else activation.name
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
@@ -69,7 +71,7 @@ class MLPEnergy(nn.Sequential):
             raise TypeError(f"hidden_sizes must be widths, as in (256, 128), got {hidden_sizes!r}")
         if len(hidden_sizes) == 0:
             raise ValueError("hidden_sizes must name at least one layer, got none")
-        super().__init__(*_layers([input_size, *hidden_sizes], activation, dropout, spectral_norm))
+        super().__init__(*_mlp_layers([input_size, *hidden_sizes], activation, dropout, spectral_norm))
 
     def __getitem__(self, index: Any) -> Any:
         """A layer; for a slice, an nn.Sequential of the same layers."""
@@ -83,7 +85,7 @@ def build(
     dropout: float = 0.0,
     spectral_norm: bool = False,
 ) -> MLPEnergy:
-    """An ``MLPEnergy``, under the name of the original design."""
+    """The same as ``MLPEnergy``."""
     return MLPEnergy(input_size, hidden_sizes, activation, dropout, spectral_norm)
 
 
@@ -99,7 +101,7 @@ def build_energy_fn(
 
     Args:
         trunk: (batch, *shape) -> (batch, feature_size).
-        feature_size: what the trunk puts out. None: the ``out_features`` of the trunk's last Linear layer.
+        feature_size: number of features of the trunk's output. None: ``out_features`` of its last Linear layer.
         hidden_sizes: hidden widths of the head; () for one Linear on the features.
 
     Returns:
@@ -109,8 +111,8 @@ def build_energy_fn(
     if feature_size is None:
         linears = [m for m in trunk.modules() if isinstance(m, nn.Linear)]
         if not linears:
-            raise ValueError("feature_size can't be told from a trunk without a Linear layer: pass feature_size=")
+            raise ValueError("a trunk without a Linear layer does not show its number of features: pass feature_size=")
         feature_size = linears[-1].out_features
     return nn.Sequential(
-        trunk, nn.Sequential(*_layers([feature_size, *hidden_sizes], activation, dropout, spectral_norm))
+        trunk, nn.Sequential(*_mlp_layers([feature_size, *hidden_sizes], activation, dropout, spectral_norm))
     )

@@ -10,10 +10,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..driver.sampling import langevin_sample
+from ..driver.sample import sample
 from ..energies import energy as energies_of
 from ..pool import ChainPool
-from ..samplers.langevin import Langevin
+from ..samplers.base import Sampler
 from .base import Loss
 
 __all__ = ["ContrastiveDivergence", "contrastive_divergence_loss"]
@@ -39,7 +39,7 @@ class ContrastiveDivergence(nn.Module):
 
     def __init__(
         self,
-        sampler: Langevin,
+        sampler: Sampler,
         steps: int,
         *,
         pool: ChainPool | None = None,
@@ -76,9 +76,9 @@ class ContrastiveDivergence(nn.Module):
             return self.pool.sample(
                 model, n, self.sampler, self.steps, backend=self.backend, on_nonfinite=self.on_nonfinite
             )[0]
-        return langevin_sample(  # type: ignore[return-value]  # no pair, since return_info is not set
+        return sample(
             model, self.sampler, init=batch, steps=self.steps, backend=self.backend, on_nonfinite=self.on_nonfinite
-        )
+        ).x
 
 
 def contrastive_divergence_loss(

@@ -1,4 +1,4 @@
-"""Persistent chains."""
+"""Pools of persistent chains: ``ChainPool``."""
 
 from .pool import ChainPool, PoolCall, PoolStats
 

@@ -1,4 +1,8 @@
-"""Which chains of a pool a call draws, which of them start anew, and where: functions of the number of the draw."""
+"""Which chains of a pool a call draws, which of them are reinitialised, and where those start.
+
+All of it is a pure function of the seed and the number of the draw, so a resumed pool draws the same chains, and
+several draws can be computed at once.
+"""
 
 from __future__ import annotations
 
@@ -16,59 +20,72 @@ from .starts import Starts, scaled
 
 __all__ = ["Draw", "Draws", "draw_distinct"]
 
-# Blocks of the pool's stream past any state's dims: pool.py and storage.py have others.
+# Blocks of the pool's random stream, above the blocks of any state; buffer.py and storage.py use others.
 _COIN_BLOCK = 0xFFFFFE
 _DRAW_BLOCK = 0xFFFFFF
 
-# Counters of draws worked out ahead: as many as rng.py has in a cache at once; and draws.
+# Draws are computed ahead for about this many random counters, which fit a core's cache, and at most this many draws.
 _AHEAD, _MAX_AHEAD = 32768, 64
 
 
 class Draw(NamedTuple):
-    """A draw, as one process has it.
+    """One draw: the chains of it that this process holds.
 
-    rows: (n,) of its chains. restart: (m,), ascending places among them of those that start anew; fresh: (m, dim),
-    their states. places: (n,) in the batch of all processes, or None if it has all chains.
+    rows: (n,) rows of the drawn chains. reinit: (m,) ascending indices into ``rows``, of the chains to reinitialise.
+    fresh: (m, dim) their new states. places: (n,) where the chains stand in the batch of all processes; None if this
+    process holds all chains.
     """
 
     rows: Tensor
-    restart: Tensor
+    reinit: Tensor
     fresh: Tensor
     places: Tensor | None
 
 
 class Draws:
-    """The draws of a pool of n_chains, as the process has them that holds first_chain to first_chain + n_local - 1."""
+    """The draws of a pool.
+
+    Args:
+        n_chains: of the pool.
+        first_chain, n_local: the chains that this process holds.
+    """
 
     def __init__(self, starts: Starts, n_chains: int, first_chain: int, n_local: int) -> None:
         self.starts, self.n_chains, self.first_chain, self.n_local = starts, n_chains, first_chain, n_local
         self._ahead: dict[tuple[int, int, float], Draw] = {}
 
     def draw(self, number: int, batch_size: int, reinit_prob: float) -> Draw:
-        """Draws depend on their number alone, so some are worked out at once: one by one, the many small operations
-        would take longer than all else of a call but its steps."""
+        """Draw of this number. Some of the next ones are computed with it.
+
+        Its many small operations would otherwise take longer than the rest of a call apart from its steps.
+        """
         starts, ahead = self.starts, self._ahead
         if (number, batch_size, reinit_prob) not in ahead:
             per_draw = max(2 * batch_size, round(reinit_prob * batch_size * starts.dim / 32))
             count = min(_MAX_AHEAD, max(1, _AHEAD // per_draw))
             self._ahead = ahead = self._draws(number, count, batch_size, reinit_prob)
-        return self._started(ahead[number, batch_size, reinit_prob], number)
+        return self._with_starts(ahead[number, batch_size, reinit_prob], number)
 
     def matching(self, number: int, labels: Tensor, wanted: Tensor, reinit_prob: float) -> Draw:
-        """Distinct chains of the wanted labels, (n,), in their order: every choice among the chains of a label is
-        equally likely. labels: (n_chains,), of all chains.
+        """Distinct chains that have the wanted labels, in their order. All chains of a label are equally likely.
+
+        Args:
+            labels: (n_chains,) of all chains of the pool.
+            wanted: (n,).
 
         Raises:
-            ValueError: there are too few of a label.
+            ValueError: the pool has too few chains of a label.
         """
         device = self.starts.device
         numbers = torch.arange(self.n_chains, device=device)
         w0, w1, _, _ = (w[:, 0] for w in words(self.starts.seed, Stream.POOL, numbers, number, 1, _DRAW_BLOCK))
+        # All chains sorted by label, and in random order within a label.
         order = torch.argsort((w0 << 31) | (w1 >> 1))
-        order = order[torch.argsort(labels[order], stable=True)]  # by label, and at random among equal ones
+        order = order[torch.argsort(labels[order], stable=True)]
         held = labels[order]
         asked, at = torch.sort(wanted, stable=True)
         first, end = torch.searchsorted(held, asked), torch.searchsorted(held, asked, right=True)
+        # The k-th request for a label takes the k-th chain of that label.
         places = first + torch.arange(len(asked), device=device) - torch.searchsorted(asked, asked)
         if bool((places >= end).any()):
             i = int((places >= end).nonzero()[0])
@@ -77,41 +94,42 @@ class Draws:
                 f"{int(end[i] - first[i])}"
             )
         drawn = torch.empty_like(asked).index_copy_(0, at, order[places])[None]
-        restarts = _coins(self.starts.seed, number, drawn, reinit_prob)
-        (draw,) = self._local(number, drawn, restarts)
-        return self._started(draw, number)
+        reinits = _coins(self.starts.seed, number, drawn, reinit_prob)
+        (draw,) = self._local(number, drawn, reinits)
+        return self._with_starts(draw, number)
 
-    def _started(self, draw: Draw, number: int) -> Draw:
-        """With states of those that start anew."""
-        if self.starts.early or len(draw.restart) == 0:
+    def _with_starts(self, draw: Draw, number: int) -> Draw:
+        """The draw with states of the chains to reinitialise, if they could not be computed ahead."""
+        if self.starts.early or len(draw.reinit) == 0:
             return draw
-        chains = draw.rows[draw.restart] + self.first_chain
+        chains = draw.rows[draw.reinit] + self.first_chain
         return draw._replace(fresh=self.starts.states(Stream.INITIAL, chains, torch.full_like(chains, number + 1)))
 
     def _draws(self, first: int, count: int, batch_size: int, reinit_prob: float) -> dict[tuple[int, int, float], Draw]:
-        drawn, restarts = _drawn(
+        """Draws of consecutive numbers, by the arguments of ``draw``."""
+        drawn, reinits = _drawn(
             self.starts.seed, first, count, self.n_chains, batch_size, reinit_prob, self.starts.device
         )
-        draws = enumerate(self._local(first, drawn, restarts), first)
+        draws = enumerate(self._local(first, drawn, reinits), first)
         return {(number, batch_size, reinit_prob): draw for number, draw in draws}
 
-    def _local(self, first: int, drawn: Tensor, restarts: Tensor) -> list[Draw]:
-        """What this process has of draws in a row. drawn, restarts: (count, batch_size)."""
+    def _local(self, first: int, drawn: Tensor, reinits: Tensor) -> list[Draw]:
+        """This process' part of consecutive draws. drawn, reinits: (count, batch_size)."""
         starts, device = self.starts, self.starts.device
         count, batch_size = drawn.shape
         rows, sizes = drawn.flatten() - self.first_chain, [batch_size] * count
         draws = torch.arange(count, device=device).repeat_interleave(batch_size)
-        restarts = restarts.flatten()
+        reinits = reinits.flatten()
         places: Sequence[Tensor | None] = [None] * count
         if self.n_local < self.n_chains:
             mine = (rows >= 0) & (rows < self.n_local)
-            rows, draws, restarts = rows[mine], draws[mine], restarts[mine]
+            rows, draws, reinits = rows[mine], draws[mine], reinits[mine]
             sizes = torch.bincount(draws, minlength=count).tolist()
             places = torch.split(mine.nonzero().flatten() % batch_size, sizes)
-        at = restarts.nonzero().flatten()
+        at = reinits.nonzero().flatten()
         of, again = draws[at], rows[at]
-        n_restarts = torch.bincount(of, minlength=count).tolist()
-        # Restarts are in the stream of first starts, whose step is 0, at the number of the draw, from 1.
+        n_reinits = torch.bincount(of, minlength=count).tolist()
+        # New states come from the stream of the first starts, which have step 0: draw d uses step d + 1.
         counter = again + self.first_chain, of + (first + 1)
         fresh = (
             starts.states(Stream.INITIAL, *counter)
@@ -119,15 +137,15 @@ class Draws:
             else torch.empty(len(at), 0, dtype=torch.float32, device=device)
         )
         at -= torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=device)[of]
-        parts = torch.split(rows, sizes), torch.split(at, n_restarts), torch.split(fresh, n_restarts), places
+        parts = torch.split(rows, sizes), torch.split(at, n_reinits), torch.split(fresh, n_reinits), places
         return [Draw(*part) for part in zip(*parts, strict=True)]
 
 
 def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device | str | None = None) -> Tensor:
-    """k distinct numbers of 0 .. n-1 in random order, (k,) int64: every ordered choice is equally likely.
+    """k distinct numbers of 0 .. n-1 in random order, (k,) int64. Every ordered choice is equally likely.
 
-    A pure function of (seed, draw, n, k). As in NumPy's Generator.choice, few of many come from independent
-    candidates without the repeated ones, in O(k log k) whatever n is; many from sorting a random key each.
+    A pure function of (seed, draw, n, k). As in NumPy's Generator.choice, a small part of many numbers comes from
+    independent candidates without repeated ones, in O(k log k) whatever n is; a large part from sorting random keys.
     """
     return _distinct(seed, draw, 1, n, k, torch.device("cpu" if device is None else device))[0]
 
@@ -135,24 +153,24 @@ def draw_distinct(seed: int, draw: int, n: int, k: int, *, device: torch.device 
 def _drawn(
     seed: int, first: int, count: int, n: int, k: int, reinit_prob: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Of count draws, both (count, k): their chains, and whether a chain starts anew."""
+    """Consecutive draws: their chains, and whether each is reinitialised. Both (count, k)."""
     if device.type == "cpu" and 2 * k <= n and kernels.why_not() is None:
-        bits = (2 * k).bit_length()  # of a table that is half full at most
+        bits = (2 * k).bit_length()  # of a hash table that is at most half full
         table = torch.empty(2**bits, dtype=torch.int32, device=device)
         w, _, _ = kernels.scratch(0)
         chains = torch.empty(count, k, dtype=torch.int64, device=device)
-        restarts = torch.empty(count, k, dtype=torch.bool, device=device)
+        reinits = torch.empty(count, k, dtype=torch.bool, device=device)
         kernels.load("pool.draw")(
             torch.tensor([first], device=device), count, n, k, *seed_words(seed), int(Stream.POOL), _DRAW_BLOCK,
-            _COIN_BLOCK, _threshold(reinit_prob), table, bits, w, chains, restarts,
+            _COIN_BLOCK, _threshold(reinit_prob), table, bits, w, chains, reinits,
         )  # fmt: skip
-        return chains, restarts
+        return chains, reinits
     chains = _distinct(seed, first, count, n, k, device)
     return chains, _coins(seed, first, chains, reinit_prob)
 
 
 def _coins(seed: int, first: int, chains: Tensor, reinit_prob: float) -> Tensor:
-    """Whether drawn chains, (count, k), start anew: their coins are below a threshold."""
+    """Whether each drawn chain, (count, k), is reinitialised."""
     count, k = chains.shape
     draws = torch.arange(first, first + count, device=chains.device).repeat_interleave(k)
     coins = words(seed, Stream.POOL, chains.flatten(), draws, 1, _COIN_BLOCK)[0]
@@ -160,11 +178,12 @@ def _coins(seed: int, first: int, chains: Tensor, reinit_prob: float) -> Tensor:
 
 
 def _threshold(probability: float) -> int:
-    return math.ceil(probability * 2**32)  # coins are whole numbers
+    """A 32-bit random integer is below it with this probability."""
+    return math.ceil(probability * 2**32)
 
 
 def _distinct(seed: int, first: int, count: int, n: int, k: int, device: torch.device) -> Tensor:
-    """``draw_distinct`` of count draws in a row: (count, k)."""
+    """``draw_distinct`` of consecutive draws: (count, k)."""
 
     def keys(size: int) -> tuple[Tensor, Tensor]:
         numbers = torch.arange(size, device=device).repeat(count)
@@ -175,7 +194,7 @@ def _distinct(seed: int, first: int, count: int, n: int, k: int, device: torch.d
     if 2 * k > n:
         w0, w1 = keys(n)
         return torch.argsort((w0 << 31) | (w1 >> 1), dim=1)[:, :k]
-    n_candidates = 2 * k  # of which at least 1.26 k are expected to differ
+    n_candidates = 2 * k  # of which at least 1.26 k are expected to be distinct
     while True:
         candidates = scaled(n, *keys(n_candidates))
         values, order = torch.sort(candidates, dim=1, stable=True)
@@ -185,4 +204,4 @@ def _distinct(seed: int, first: int, count: int, n: int, k: int, device: torch.d
         place = is_first.cumsum(dim=1)
         if k == 0 or bool((place[:, -1] >= k).all()):
             return candidates[is_first & (place <= k)].view(count, k)
-        n_candidates *= 2  # the same first ones, and more
+        n_candidates *= 2  # the same candidates first, so a draw does not depend on how many there were

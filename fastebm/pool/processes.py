@@ -1,4 +1,4 @@
-"""Processes that share a pool or a run: what they tell each other, and how torchrun's find together."""
+"""Processes that share a pool or a run: what they exchange, how they fail together, and how torchrun starts them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..driver.sampling import NonFiniteError
+from ..backends.settle import NonFiniteError
 
 __all__ = ["TIMEOUT", "Processes", "launched"]
 
-# Seconds that a process waits for the others: far more than they differ by (a write of gigabytes, a compilation), and
-# what a run waits at most for a process that hangs. One that died is noticed at once on most networks.
+# Seconds that a process waits for the others. Much longer than the longest pause of a healthy one (writing gigabytes,
+# compiling), since a run only waits this long if another process hangs: most networks report a dead one at once.
 TIMEOUT = 120
 
-# Words of gloo's errors, which have no class of their own.
+# Gloo raises plain RuntimeErrors, so errors of the network are recognised by their words.
 _NETWORK = re.compile("gloo|closed by peer|reset by peer|broken pipe|timed out", re.IGNORECASE)
 
 _T = TypeVar("_T")
 
 
 class Processes:
-    """The processes of a group, or this one alone: ``rank`` of ``size``. All make the same calls, in the same order.
+    """The processes of a group, or this process alone: process ``rank`` of ``size``.
+
+    All of them must make the same calls in the same order.
 
     Args:
-        device: of what they tell each other through nccl. None: the current one.
+        group: of torch.distributed. None: this process alone.
+        device: GPU through which nccl exchanges values. None: the current one.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
@@ -44,17 +47,19 @@ class Processes:
             raise ValueError("process_group needs torch.distributed.init_process_group() first")
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
-            raise ValueError("this process is not in process_group: only its members make this call")
+            raise ValueError("this process is not in process_group: only its members may make this call")
         if dist.get_backend(group) == "nccl":
             self._device = device or torch.device("cuda", torch.cuda.current_device())
 
     def share(self, n: int) -> tuple[int, int]:
-        """First of n things that is this process' part, and first of the next one's."""
+        """First and end of this process' part of n things. Parts differ by at most one in size."""
         return n * self.rank // self.size, n * (self.rank + 1) // self.size
 
     def own(self, file: str | os.PathLike[str] | None) -> str | None:
-        """The name of this process' part of a file."""
-        return None if file is None else os.fspath(file) if self.size == 1 else f"{os.fspath(file)}.{self.rank}"
+        """The name of this process' own file: ".RANK" is added if there are several processes."""
+        if file is None:
+            return None
+        return os.fspath(file) if self.size == 1 else f"{os.fspath(file)}.{self.rank}"
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over the processes."""
@@ -64,8 +69,22 @@ class Processes:
         dist.all_reduce(sums, group=self.group)
         return sums.to(values.device)
 
+    def concatenated(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks. rows: (n, ...), where n may differ."""
+        if self.size == 1:
+            return rows
+        lengths = [n for (n,) in self._numbers([len(rows)])]
+        if max(lengths) == 0:
+            return rows
+        # all_gather needs equal shapes.
+        padded = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype, device=self._device)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(rows.device)
+
     def gather(self, value: _T) -> list[_T]:
-        """What each process has."""
+        """The value of each process, by rank. It is pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -74,16 +93,19 @@ class Processes:
 
     @contextmanager
     def together(self, same: Sequence[object] = (), *, differ: str = "") -> Iterator[list[int]]:
-        """Work that is done on all processes or on none: ``with processes.together(): ...``, and then what can't fail.
+        """Work that must succeed on all processes: ``with processes.together(): work``.
+
+        The block should change nothing that lasts. What follows it runs only if the block succeeded everywhere, and
+        should not be able to fail; so all processes change or none does.
 
         Args:
             same, differ: as for ``agree``.
 
         Yields:
-            A list for two counts at most, which afterwards holds their sums over the processes.
+            A list to which the block may append at most two counts. Afterwards it has their sums over the processes.
 
         Raises:
-            What ``agree`` does, and what the work does.
+            The block's own error, or what ``agree`` raises.
         """
         counts: list[int] = []
         try:
@@ -96,22 +118,27 @@ class Processes:
     def agree(
         self, error: Exception | None, same: Sequence[object] = (), counts: Sequence[int] = (), *, differ: str = ""
     ) -> list[int]:
-        """Sums of counts, if no process has an error and ``same`` is the same on all. The caller raises its own error.
+        """Check that no process has an error and that all make the same call.
 
         Args:
-            same: what has the same repr on all processes if they make the same call.
-            counts: two at most.
-            differ: what some processes did, if they don't.
+            error: of this process, or None. The caller raises it afterwards.
+            same: arguments whose repr must be equal on all processes.
+            counts: at most two.
+            differ: end of the error message for unequal arguments, after "some".
+
+        Returns:
+            Sums of the counts over the processes.
 
         Raises:
-            RuntimeError, or NonFiniteError if it is one: another process has an error. ValueError: they differ.
+            RuntimeError: another process has an error. NonFiniteError: if that is one.
+            ValueError: ``same`` differs.
         """
         if self.size == 1:
             return list(counts)
         severity = 0 if error is None else 1 if isinstance(error, NonFiniteError) else 2
         digest = int.from_bytes(hashlib.sha256(repr(tuple(same)).encode()).digest()[:7], "big")
-        told = self._numbers([severity, digest, *counts, *[0] * (2 - len(counts))])
-        severities, digests, *columns = zip(*told, strict=True)
+        numbers = self._numbers([severity, digest, *counts, *[0] * (2 - len(counts))])
+        severities, digests, *columns = zip(*numbers, strict=True)
         if any(severities):
             texts = self.gather(f"{type(error).__name__}: {error}")
             if error is None:
@@ -123,23 +150,23 @@ class Processes:
         return [sum(column) for column in columns[: len(counts)]]
 
     def _numbers(self, mine: list[int]) -> list[list[int]]:
-        """What each process has, as fast as it can be told: equally many numbers on all."""
+        """The numbers of each process, as many on each. Faster than ``gather``, as nothing is pickled."""
         message = torch.tensor(mine, device=self._device)
         messages = [torch.empty_like(message) for _ in range(self.size)]
         dist.all_gather(messages, message, group=self.group)
-        told: list[list[int]] = torch.stack(messages).tolist()
-        return told
+        numbers: list[list[int]] = torch.stack(messages).tolist()
+        return numbers
 
     @staticmethod
     def lost(error: Exception) -> bool:
-        """The error says that another process can't be reached."""
+        """Whether the error means that another process cannot be reached."""
         return isinstance(error, RuntimeError) and (
             isinstance(error, dist.DistError) or _NETWORK.search(str(error)) is not None
         )
 
     @contextmanager
     def told_apart(self) -> Iterator[None]:
-        """Errors of the network say what they mean for a run."""
+        """Turn errors of the network into an error that says how to go on with the run."""
         try:
             yield
         except RuntimeError as error:
@@ -153,13 +180,13 @@ class Processes:
 
 @contextmanager
 def launched(device: str) -> Iterator[dist.ProcessGroup | None]:
-    """The group of the processes that torchrun started; None if it started one, or none.
+    """The group of the processes that torchrun started; None without torchrun, or if it started only one.
 
     Args:
-        device: "auto", "cpu", "cuda": GPUs are told apart by torchrun's LOCAL_RANK.
+        device: "auto", "cpu" or "cuda". With GPUs, each process uses the one that torchrun's LOCAL_RANK names.
 
     Raises:
-        ValueError: fewer GPUs than processes. RuntimeError: the others can't be reached in ``TIMEOUT`` seconds.
+        ValueError: fewer GPUs than processes. RuntimeError: the others could not be reached within ``TIMEOUT`` seconds.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield None
@@ -177,6 +204,6 @@ def launched(device: str) -> Iterator[dist.ProcessGroup | None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=TIMEOUT))
     yield dist.group.WORLD
-    # Destroying too early aborts the others: all have met at the end of ``train``. Not after an error, when some may be
-    # gone; the process ends anyway.
+    # Only after success, when all processes have met at the end of ``train``: destroying the group earlier would abort
+    # processes that still use it, and after an error some may be gone. The process ends anyway then.
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Where the chains of a pool start, at first and anew; and states that come from outside."""
+"""Where the chains of a pool start, also when they are reinitialised; and checks of states that the user passes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..driver.sampling import uniform_states
+from ..box import Bounds, Box, uniform_states
 from ..rng import Stream, normal, words
-from ..samplers.langevin import Bounds, Langevin
 
 __all__ = ["LAWS", "Start", "Starts", "checked_states", "scaled"]
 
 LAWS = ("uniform", "gaussian")
 
-# seed, stream, chains (n,), steps (n,) -> (n, *shape), as noise.uniform and noise.normal take them
+# (seed, stream, chains (n,), steps (n,)) -> (n, *shape): the arguments that noise.uniform and noise.normal take too.
 Start = Callable[[int, Stream, Tensor, Tensor], Tensor]
 
-# Bytes of states from outside that are looked at together.
+# Bytes of states that are checked at once, so that many states need little memory.
 _CHECKED_BYTES = 2**25
 
 
 class Starts:
-    """The ``init`` of a ``ChainPool``, with all that it depends on.
+    """The ``init`` of a ``ChainPool``, with everything that it depends on.
 
-    kind: what it is, in words, for a saved pool. early: states can be asked for long before they are needed; not of a
-    callable, which may go by what is then.
+    Attributes:
+        kind: what ``init`` is, in words; saved pools have it.
+        early: whether states may be computed long before they are needed. Not with a callable, which may depend on
+            anything that changes meanwhile.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class Starts:
         else:
             raise TypeError(f"init must be a name, a tensor of states or a callable, got {type(init).__name__}")
         self.init: str | Tensor | Start = init
-        if self.kind == "uniform":  # for its error
+        if self.kind == "uniform":  # raises if the clamp is infinite
             uniform_states(seed, Stream.INITIAL, torch.zeros(0, dtype=torch.int64), 0, self.dim, clamp=clamp)
 
     def states(self, stream: Stream, chains: Tensor, steps: Tensor) -> Tensor:
-        """Of chains that start, (n, dim): pure functions of seed, stream, chain and lifetime step."""
+        """States of starting chains, (n, dim): pure functions of seed, stream, chain and step."""
         init = self.init
         if isinstance(init, Tensor):
             w0, w1, _, _ = (w[:, 0] for w in words(self.seed, stream, chains, steps, 1))
@@ -67,16 +68,16 @@ class Starts:
             x = init(self.seed, stream, chains, steps)
             if not isinstance(x, Tensor) or x.shape != (len(chains), *self.shape):
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"init must give a tensor {(len(chains), *self.shape)}, got {got}")
+                raise ValueError(f"init must return a tensor {(len(chains), *self.shape)}, got {got}")
             x = x.detach().reshape(len(chains), self.dim).to(self.device, torch.float32)
             if not bool(x.isfinite().all()):
-                raise ValueError("init must give finite states, got NaN or inf")
-        bounds = Langevin(clamp=self.clamp).bounds(self.dim, device=self.device)
-        return x if bounds is None else x.clamp(*bounds)
+                raise ValueError("init must return finite states, got NaN or inf")
+        box = Box.of(self.clamp)
+        return x if box is None else box.on(self.dim, device=self.device).clamp(x)
 
 
 def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds | None) -> Tensor:
-    """States from outside, (n, dim): finite and within the clamp, also in float32."""
+    """(n, *shape) states as (n, dim), if they are finite and within the clamp, also in float32."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating-point tensor of states, got {got}")
@@ -84,7 +85,7 @@ def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds |
         raise ValueError(f"{name} must be (n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
     dim = math.prod(shape)
     x = x.detach().reshape(len(x), dim)
-    lo, hi = Langevin(clamp=clamp).bounds(dim, device=x.device) or (-math.inf, math.inf)
+    lo, hi = (Box.of(clamp) or Box(-math.inf, math.inf)).on(dim, device=x.device)
     for part in torch.split(x, max(1, _CHECKED_BYTES // (4 * dim))):
         part = part.float()
         good = part.isfinite() & (part >= lo) & (part <= hi)
@@ -99,5 +100,5 @@ def checked_states(name: str, x: Tensor, shape: tuple[int, ...], clamp: Bounds |
 
 
 def scaled(n: int, w0: Tensor, w1: Tensor) -> Tensor:
-    """floor(n * w / 2**64) for the 64-bit w = w0, w1; n < 2**31 keeps it in int64."""
+    """floor(n * w / 2**64) for the 64-bit word w = (w0, w1). It fits int64 because n < 2**31."""
     return (w0 * n + ((w1 * n) >> 32)) >> 32

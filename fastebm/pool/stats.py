@@ -1,29 +1,37 @@
-"""Numbers about all chains of a pool, computed where they are and fetched at once."""
+"""Statistics of all chains of a pool."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .processes import Processes
+
 __all__ = ["PoolStats", "statistics"]
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-# Of ages: 0, and a bin for each power of two up to 2^32, the most steps that are counted.
+# Bins of ages: one for 0, and one per power of two up to 2**32, where step counters end.
 _N_AGES = 34
 
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Plain numbers about all chains of a pool, on all processes.
+    """Statistics of all chains of a pool, on all processes. Plain numbers.
 
-    n_energies: chains whose energy is known and finite. energy: {q: the smallest such energy that at least a share q
-    of them do not exceed}; NaN if there are none. ages: counts of chains by their steps since they started: ages[0]
-    of 0 steps, ages[i] of 2^(i-1) to 2^i - 1. restarts, nonfinite: sums over the chains' lives.
+    Attributes:
+        n_chains: size of the pool.
+        draws: number of calls of ``sample``.
+        n_energies: number of chains whose energy is known and finite.
+        energy: {q: the smallest of these energies that at least a share q of them does not exceed}; NaN if there are
+            none.
+        ages: numbers of chains by their steps since they last started: ages[0] with 0 steps, ages[i] with 2**(i - 1) to
+            2**i - 1 steps.
+        reinits: how often chains started again, in total.
+        nonfinite: how often because they were not finite.
     """
 
     n_chains: int
@@ -31,47 +39,32 @@ class PoolStats:
     n_energies: int
     energy: dict[float, float]
     ages: tuple[int, ...]
-    restarts: int
+    reinits: int
     nonfinite: int
 
 
 def statistics(
-    n_chains: int, draws: int, energies: Tensor, ages: Tensor, restarts: Tensor, nonfinite: Tensor,
-    total: Callable[[Tensor], Tensor],
-) -> PoolStats:  # fmt: skip
-    """Tensors: (n_local,), of this process' chains. total: sums over the processes."""
+    n_chains: int, draws: int, energies: Tensor, ages: Tensor, reinits: Tensor, nonfinite: Tensor, processes: Processes
+) -> PoolStats:
+    """Tensors: (n_local,), of the chains of this process."""
     device = energies.device
-    # Floats in the order of their bits, as int64; what is not finite stands last.
-    bits = energies.view(torch.int32).long()
-    known = energies.isfinite()
-    keys = torch.where(bits < 0, 0x7FFFFFFF & ~bits, bits + 2**31)
-    keys = torch.where(known, keys, 2**32).sort().values
-    n_energies = total(known.sum().reshape(1))
-    shares = torch.tensor(QUANTILES, dtype=torch.float64, device=device)
-    ranks = (shares * n_energies).ceil().long().clamp_(min=1)
-    # The smallest key that at least rank keys do not exceed, by bisection: exact, and the same in any split.
-    low = torch.zeros_like(ranks)
-    high = low + (2**32 - 1)
-    for _ in range(32):
-        middle = (low + high) >> 1
-        enough = total(torch.searchsorted(keys, middle, right=True)) >= ranks
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    found = torch.where(low < 2**31, low ^ 0x7FFFFFFF, low).sub(2**31).to(torch.int32).view(torch.float32)
+    known = processes.concatenated(energies[energies.isfinite()]).sort().values
+    quantiles = [math.nan] * len(QUANTILES)
+    if len(known) > 0:
+        ranks = [max(math.ceil(q * len(known)), 1) for q in QUANTILES]
+        quantiles = known[torch.tensor(ranks, device=known.device) - 1].tolist()
     edges = 2 ** torch.arange(_N_AGES - 1, device=device)
-    bins = torch.bucketize(ages, edges, right=True)
-    histogram = torch.zeros(_N_AGES, dtype=torch.int64, device=device).index_add_(0, bins, torch.ones_like(bins))
-    counts = total(torch.cat([histogram, torch.stack([restarts.sum(), nonfinite.sum()])]))
-    values = torch.cat([found.double(), counts.double(), n_energies.double()]).tolist()
-    quantiles = values[: len(QUANTILES)]
-    *by_age, n_restarts, n_nonfinite, n_known = map(int, values[len(QUANTILES) :])
-    while len(by_age) > 1 and by_age[-1] == 0:
-        by_age.pop()
+    by_age = torch.bincount(torch.bucketize(ages, edges, right=True), minlength=_N_AGES)
+    sums = torch.stack([reinits.sum(), nonfinite.sum()])
+    *counts, n_reinits, n_nonfinite = processes.total(torch.cat([by_age, sums])).tolist()
+    while len(counts) > 1 and counts[-1] == 0:
+        counts.pop()
     return PoolStats(
         n_chains=n_chains,
         draws=draws,
-        n_energies=n_known,
-        energy=dict(zip(QUANTILES, quantiles if n_known else [math.nan] * len(QUANTILES), strict=True)),
-        ages=tuple(by_age),
-        restarts=n_restarts,
+        n_energies=len(known),
+        energy=dict(zip(QUANTILES, quantiles, strict=True)),
+        ages=tuple(counts),
+        reinits=n_reinits,
         nonfinite=n_nonfinite,
     )

@@ -25,24 +25,30 @@ Frozen coordinates stay what they are, whatever the bounds; their gradient count
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..scalars import plain_number
-from ..tracing import readable
+from ..box import Bounds, Box
+from ..rng import Noise, Stream
+from ..scalars import number_or_tensor, plain_number
+from ..targets.base import View
+from .base import Info, checked_coefficient, settled, value_at
 
-__all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "checked_rule"]
-
-
-Bounds = tuple[float | Tensor, float | Tensor]
+__all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin"]
 
 # What the original design starts from, Edifice's: for networks on images, whose gradients are small.
 STEP_SIZE, NOISE_SCALE = 10.0, 0.005
+
+
+class LangevinState(NamedTuple):
+    """x: (n_chains, dim)."""
+
+    x: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,22 +88,22 @@ class Langevin:
     noise_first: bool = False
     clamp_noise: bool = False
 
+    exact: ClassVar[bool] = False
+    reports: ClassVar[Mapping[str, float]] = {"grad_norm": math.nan, "clipped": 0.0, "clamped": 0.0}
+
     def __post_init__(self) -> None:
         if self.noise_scale is None:
             object.__setattr__(self, "noise_scale", NOISE_SCALE if self.step_size is None else 1.0)
         if self.step_size is None:
             object.__setattr__(self, "step_size", STEP_SIZE)
         for name in ("step_size", "noise_scale"):
-            object.__setattr__(
-                self, name, _checked_coefficient(name, getattr(self, name), positive=name == "step_size")
-            )
+            object.__setattr__(self, name, checked_coefficient(name, getattr(self, name), positive=name == "step_size"))
         for name in ("grad_clip", "grad_norm_clip"):
             bound = plain_number(getattr(self, name))
             object.__setattr__(self, name, bound)
             if bound is not None and not (_is_number(bound) and bound > 0):
                 raise ValueError(f"{name} must be a number > 0 or None, got {bound!r}")
-        if self.clamp is not None:
-            object.__setattr__(self, "clamp", _checked_bounds(self.clamp))
+        object.__setattr__(self, "clamp", Box.of(self.clamp))
         for name in ("noise_first", "clamp_noise"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -115,7 +121,7 @@ class Langevin:
 
         noise_std may be a schedule or have one value per chain, as noise_scale.
         """
-        drift, noise_std = plain_number(drift), _as_tensor(noise_std)
+        drift, noise_std = plain_number(drift), number_or_tensor(noise_std)
         if not (_is_number(drift) and drift > 0):
             raise ValueError(f"drift must be a number > 0, got {drift!r}")
         return cls(2.0 * drift, noise_std / math.sqrt(2.0 * drift), **options)
@@ -131,7 +137,7 @@ class Langevin:
     @classmethod
     def torchebm(cls, step_size: float, noise_scale: float = 1.0, **options: Any) -> Langevin:
         """torchebm, BlackJAX and posteriors: a = eta, b = sqrt(2 eta) noise_scale."""
-        return cls(2.0 * _as_tensor(step_size), noise_scale, **options)
+        return cls(2.0 * number_or_tensor(step_size), noise_scale, **options)
 
     @classmethod
     def edifice(cls, **options: Any) -> Langevin:
@@ -162,6 +168,11 @@ class Langevin:
         return cls.from_drift_and_noise(1.0, 0.01, **options)
 
     @property
+    def box(self) -> Box | None:
+        """The clamp."""
+        return self.clamp  # type: ignore[return-value]  # made one when this was built
+
+    @property
     def temperature(self) -> float | Tensor:
         """Implied temperature T = noise_scale^2, of the form that noise_scale has."""
         return self.noise_scale**2
@@ -190,50 +201,23 @@ class Langevin:
     def coefficients(
         self, n_chains: int, steps: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """(a, b), each (1 or n_chains, 1 or steps): drift coefficient and noise std of chain i at step t."""
+        """Drift and noise std of chain i at step t, each (1 or n_chains, 1 or steps)."""
         # made on the device: a copy from the host would wait for it
-        a, b = (
+        drift, noise_std = (
             c.to(dtype) if isinstance(c, Tensor) else torch.full((1, 1), c, dtype=dtype, device=device)
             for c in self.drift_and_noise(n_chains, steps, device=device)
         )
-        return a, b
+        return drift, noise_std
 
     def drift_and_noise(self, n_chains: int, steps: int, *, device: Any) -> tuple[float | Tensor, float | Tensor]:
-        """``coefficients`` in float64, or as a number each that is the same for all chains and steps."""
+        """``coefficients`` in float64, or two numbers that are the same for all chains and steps."""
         if not isinstance(self.step_size, Tensor) and not isinstance(self.noise_scale, Tensor):
-            return self.step_size / 2, math.sqrt(self.step_size) * self.noise_scale
+            return _drift_and_noise(self.step_size, self.noise_scale)
         step_size, noise_scale = (
             _as_matrix(name, value, n_chains, steps, device)
             for name, value in (("step_size", self.step_size), ("noise_scale", self.noise_scale))
         )
-        return step_size / 2, step_size.sqrt() * noise_scale
-
-    def bounds(
-        self, dim: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
-    ) -> tuple[float, float] | tuple[Tensor, Tensor] | None:
-        """The clamp as two numbers, or as two (dim,) tensors if any bound is a tensor.
-
-        Raises:
-            ValueError: bounds of another number of dims.
-        """
-        if self.clamp is None:
-            return None
-        lo, hi = self.clamp
-        if isinstance(lo, float) and isinstance(hi, float):
-            return lo, hi
-        rows = []
-        for name, bound in (("lo", lo), ("hi", hi)):
-            if not isinstance(bound, Tensor):
-                # made on the device: a copy from the host would wait for it
-                rows.append(torch.full((dim,), bound, dtype=dtype, device=device))
-                continue
-            if bound.ndim > 0 and bound.numel() != dim:
-                raise ValueError(
-                    f"clamp's {name} must be a number or have one value for each of the {dim} dims, "
-                    f"got shape {tuple(bound.shape)}"
-                )
-            rows.append(bound.detach().flatten().to(device, dtype).expand(dim).contiguous())
-        return rows[0], rows[1]
+        return _drift_and_noise(step_size, noise_scale)
 
     def clip(self, grad: Tensor) -> Tensor:
         """The gradient, (n_chains, dim), within grad_clip and then within grad_norm_clip."""
@@ -244,13 +228,49 @@ class Langevin:
             grad = grad * (self.grad_norm_clip / norm).clamp(max=1.0)  # of norm 0: times 1
         return grad
 
-    def update(self, x: Tensor, grad: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """x before the clamp: x - a clip(grad) + b noise. All (n_chains, dim); a and b broadcast."""
-        return x - a * self.clip(grad) + b * noise
+    # -- one step -----------------------------------------------------------------------------------------
+
+    def init(self, target: View, x: Tensor, noise: Noise) -> LangevinState:
+        """A chain carries its state alone."""
+        return LangevinState(x)
+
+    def step(self, target: View, state: LangevinState, noise: Noise, t: int) -> tuple[LangevinState, Info]:
+        """The update that this file begins with."""
+        x, xi = state.x, noise.normal(Stream.LANGEVIN, t)
+        at_t = (value_at(c, t, x.device) for c in (self.step_size, self.noise_scale))
+        drift, noise_std = (c.to(x.dtype) if isinstance(c, Tensor) else c for c in _drift_and_noise(*at_t))
+        noisy = None
+        if self.noise_first:
+            x, noisy = settled(target, x, _plus(x, xi, noise_std), target.box if self.clamp_noise else None)
+        grad = target.gradient(x)
+        clipped = self.clip(grad)
+        moved = _plus(x, clipped, -drift)
+        if not self.noise_first:
+            moved = _plus(moved, xi, noise_std)
+        new, finite = settled(target, x, moved, target.box)
+        if noisy is not None:  # a chain that its noise has stopped is not moved by its drift
+            new, finite = torch.where(noisy[:, None], new, x), noisy if finite is None else noisy & finite
+
+        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+            counted = {"clipped": (clipped != grad).any(dim=1), "clamped": (new != target.held(x, moved)).any(dim=1)}
+            return counted, {"grad_norm": grad.square().sum(dim=1).sqrt()}
+
+        return LangevinState(new), Info(finite, telemetry)
 
 
-def checked_rule(rule: object) -> Langevin:
-    """An error with the likely mistake if it is none."""
+def _drift_and_noise(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:
+    """(step_size / 2, sqrt(step_size) noise_scale), of numbers or float64 tensors."""
+    root = step_size.sqrt() if isinstance(step_size, Tensor) else math.sqrt(step_size)
+    return step_size / 2, root * noise_scale
+
+
+def _plus(x: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
+    """x + c v, in one pass; c: a number, () or (n_chains, 1)."""
+    return torch.addcmul(x, v, c) if isinstance(c, Tensor) else torch.add(x, v, alpha=c)
+
+
+def checked_langevin(rule: object) -> Langevin:
+    """For langevin_sample: the rule, or an error with the likely mistake."""
     if isinstance(rule, Langevin):
         return rule
     hint = ""
@@ -258,68 +278,13 @@ def checked_rule(rule: object) -> Langevin:
         hint = ": are its parentheses missing, as in Langevin(0.1)?"
     elif isinstance(rule, (int, float)):
         hint = ": a step size alone is Langevin(0.1), and numbers of chains and steps have names (batch_size=, steps=)"
+    elif callable(getattr(rule, "step", None)):
+        hint = f": fastebm.sample runs a {type(rule).__name__}"
     raise TypeError(f"the rule must be a Langevin, got {rule!r}{hint}")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
-
-
-def _as_tensor(value: Any) -> Any:
-    """An array as a tensor; a number of any kind as Python's."""
-    value = plain_number(value)
-    return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-
-
-def _checked_bounds(clamp: Any) -> Bounds:
-    try:
-        lo, hi = (v if isinstance(v, Tensor) else float(v) for v in map(_as_tensor, clamp))
-    except (TypeError, ValueError):
-        raise TypeError(f"clamp must be a pair (lo, hi) of numbers or tensors, or None, got {clamp!r}") from None
-    if isinstance(lo, float) and isinstance(hi, float):
-        if not lo < hi:  # NaN fails too; an infinite bound is a one-sided clamp
-            raise ValueError(f"clamp needs lo < hi, got {(lo, hi)}")
-        return lo, hi
-    for name, bound in (("lo", lo), ("hi", hi)):
-        if isinstance(bound, Tensor) and not bound.is_floating_point():
-            raise TypeError(f"clamp's {name} must be a number or a floating-point tensor, got {bound.dtype}")
-    tensors = [bound for bound in (lo, hi) if isinstance(bound, Tensor)]
-    sizes = {bound.numel() for bound in tensors if bound.ndim > 0}
-    if len(sizes) > 1:
-        raise ValueError(f"clamp's lo and hi must have as many values each, got {sorted(sizes)}")
-    if not all(readable(bound.device) for bound in tensors):
-        return lo, hi  # a compiled call looks when it runs (backends/op.py); a captured one can't
-    flat = [bound.flatten() if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
-    good = torch.as_tensor(flat[0] < flat[1])
-    if not bool(good.all()):
-        raise ValueError(f"clamp needs lo < hi in every dim, which fails in {int((~good).sum())} of {good.numel()}")
-    return lo, hi
-
-
-def _checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Tensor:
-    rule = f"{name} must be finite and {'> 0' if positive else '>= 0'}"
-    # a tensor without dims stays where it is: a captured call may read it there
-    value = value if isinstance(value, Tensor) else _as_tensor(value)
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-        if value.ndim > 2 or (value.ndim == 2 and value.shape[1] != 1):
-            raise ValueError(
-                f"{name} must be a float, a (steps,) tensor or a (n_chains, 1) tensor, got shape {tuple(value.shape)}"
-            )
-        if not readable(value.device):
-            return value  # a compiled call looks when it runs (backends/op.py); a captured one can't
-        # One reduction for all three faults: NaN fails every comparison.
-        good = torch.isfinite(value) & ((value > 0) if positive else (value >= 0))
-        if not bool(good.all()):
-            raise ValueError(f"{rule}, got a tensor with {value[~good].flatten()[0].item()}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = ": a whole rule is passed as rule=" if isinstance(value, Langevin) else ""
-        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}{hint}")
-    elif not ((value > 0 if positive else value >= 0) and value < math.inf):
-        raise ValueError(f"{rule}, got {value}")
-    checked: float | Tensor = value
-    return checked
 
 
 def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int, device: Any) -> Tensor:

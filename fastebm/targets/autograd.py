@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..energies.base import values_of
 from ..energies.conditions import unwrapped
 
-__all__ = ["Energy"]
+__all__ = ["Autograd", "Energy"]
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
@@ -84,6 +84,15 @@ class Energy:
             x = x.clone() if x.is_inference() else x.detach()
             return self.pulled_back(x.requires_grad_(), condition)
 
+    def value_and_gradient(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Both, by one forward pass: (n,) of x's dtype, and (n, dim)."""
+        if len(x) == 0:
+            return x.new_empty(0), x
+        with self.differentiating():
+            x = x.clone() if x.is_inference() else x.detach()
+            value, gradient = self._both(x.requires_grad_(), condition)
+            return value.detach().reshape(len(x)).to(x.dtype), gradient
+
     @staticmethod
     @contextmanager
     def differentiating() -> Iterator[None]:
@@ -93,9 +102,12 @@ class Energy:
 
     def pulled_back(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """``gradient`` of a leaf that requires grad, within ``differentiating``: for loops, which enter that once."""
+        return self._both(x, condition)[1]
+
+    def _both(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         value = self._evaluated(x, condition)
         if value.requires_grad and (grad := _gradient(value, x)) is not None:
-            return grad
+            return value, grad
         raise ValueError(
             "the energy does not depend on x through differentiable operations "
             "(is there a detach(), an item(), torch.no_grad() or a torch.tensor(...) of its values in its forward?)"
@@ -121,3 +133,22 @@ class Energy:
             raise ValueError(f"the energy does not take states of shape (n_chains, {shape}){beside}: {why}") from error
         self._worked = True
         return value
+
+
+class Autograd:
+    """A module as a ``Target`` (base.py): an ``Energy`` with the condition of its chains."""
+
+    def __init__(self, energy: Energy, condition: Tensor | None = None) -> None:
+        self.energy, self.condition = energy, condition
+
+    def value(self, x: Tensor) -> Tensor:
+        """E(x), (n,)."""
+        return self.energy(x, self.condition)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """dE/dx, (n, dim)."""
+        return self.energy.gradient(x, self.condition)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both."""
+        return self.energy.value_and_gradient(x, self.condition)

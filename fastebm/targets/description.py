@@ -1,8 +1,8 @@
-"""What the fused kernel and the torch path compute: an energy read out of its module into plain tensors.
+"""An energy with a closed-form gradient, read out of its module into plain tensors for kernels and the torch path.
 
     E(x) = sum_k w_k E_k(x) + sum_d [ c_d (x_d - m_d)^2 / 2 + b_d x_d ] + constant,   E_k an MLP with a head
 
-The flow is: module -> description -> backend -> chains.
+Data flows from the module to its description, then to a backend, which moves the chains.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from torch import Tensor, nn
 
 from ..energies import ClassifierEnergy, GaussianEnergy, SumEnergy, takes_condition
 from ..energies.conditions import unwrapped
+from ..energies.eval_mode import reading
 from ..tracing import operator
-from .forward import check_hooks, plain
-from .mlp import MLP, NotAnMLP, check_affine, effective_weight, read_mlp, reading
+from .checks import check_hooks, plain
+from .mlp import MLP, NotAnMLP, read_mlp
+from .weights import check_affine, effective_weight
 
 __all__ = ["Description", "check_shape", "describe"]
 
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """mlps: at least one, on the same x. scales: (k,), the w_k.
+    """The tensors of the formula above.
 
-    curvature, mean: (dim,) c and m, or None both. linear: (dim,) b, or None. constant: ().
-    A bare one has None for scales that are 1 and a constant that is 0, and parameters that are not detached.
+    mlps: at least one, all on the same x.
+    scales: (k,), the w_k.
+    curvature, mean: (dim,), c and m, or both None.
+    linear: (dim,), b, or None.
+    constant: ().
+
+    In a *bare* description the parameters are not detached, and ``scales`` and ``constant`` are None if they are 1 and
+    0.
     """
 
     mlps: tuple[MLP, ...]
@@ -45,19 +53,22 @@ class Description:
 
     @property
     def n_classes(self) -> int | None:
-        """Labels are in [0, n_classes); None: no head takes any."""
+        """Labels are in [0, n_classes); None if no head takes labels."""
         return min((len(mlp.weights[-1]) for mlp in self.mlps if mlp.head == "class"), default=None)
 
     @property
     def networks(self) -> tuple[tuple[int, ...], ...]:
-        """Of each MLP, the widths of its products' outputs: of the hidden layers, and of a "logsumexp" head."""
+        """For each MLP the widths that a kernel computes: the hidden ones, and the classes of a "logsumexp" head."""
         return tuple(
             (*mlp.widths, len(mlp.weights[-1])) if mlp.head == "logsumexp" else mlp.widths for mlp in self.mlps
         )
 
     def scaled_heads(self) -> tuple[MLP, ...]:
-        """The MLPs with w_k, and a class head's sign, in the head; a "logsumexp" head keeps its factor apart."""
-        assert self.scales is not None  # it is not bare
+        """The MLPs with their scale w_k, and the minus sign of a "class" head, multiplied into the last layer.
+
+        A "logsumexp" head is not linear in its last layer, so its scale stays separate.
+        """
+        assert self.scales is not None  # the description is not bare
         mlps = []
         for mlp, scale in zip(self.mlps, self.scales, strict=True):
             if mlp.head != "logsumexp":
@@ -72,20 +83,20 @@ class Description:
         return tuple(mlps)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Description:
-        """Moved, and not bare."""
+        """A copy on that device, not bare."""
 
         def moved(v: Tensor | None) -> Tensor | None:
             return None if v is None else v.to(device, dtype)
 
-        whole = self._whole(device, dtype)
+        whole = self._completed(device, dtype)
         return Description(
             tuple(mlp.to(device, dtype) for mlp in whole.mlps),
             *map(moved, (whole.scales, whole.curvature, whole.mean, whole.linear, whole.constant)),
         )
 
-    def _whole(self, device: torch.device, dtype: torch.dtype) -> Description:
-        """Not bare; what was None is made in place and kind given."""
-        # made on the device: a copy from the host would wait for it
+    def _completed(self, device: torch.device, dtype: torch.dtype) -> Description:
+        """The same description, not bare. New tensors have this device and dtype."""
+        # created on the device: a copy from the host would synchronise
         return replace(
             self,
             mlps=tuple(mlp.detached() for mlp in self.mlps),
@@ -95,12 +106,15 @@ class Description:
 
 
 def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> Description:
-    """Read an energy, in eval mode and without touching it.
+    """Read an energy, in eval mode and without changing it.
 
-    Accepted: what ``read_mlp`` reads; a ``ClassifierEnergy`` of such a module, which with labels has the "class"
-    head; a ``SumEnergy`` of these, of ``GaussianEnergy`` terms and of nn.Linear modules with one output.
+    Accepted are the modules that ``read_mlp`` reads; a ``ClassifierEnergy`` of such a module; and a ``SumEnergy`` of
+    these, of ``GaussianEnergy`` terms and of nn.Linear modules with one output.
 
-    bare: for a caller that makes no graph. For an MLP or a classifier no operation is dispatched then.
+    Args:
+        labels: labels will be passed, so a classifier has the head "class" instead of "logsumexp".
+        bare: return a bare description, for a caller that makes no graph. For an MLP or a classifier no operation is
+            dispatched then.
 
     Raises:
         NotAnMLP: naming the part that does not fit.
@@ -123,7 +137,7 @@ def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> 
                 biases.append(term.bias)
                 check_affine("a Linear term", linears[-1], term.bias)
             elif labels and not isinstance(term, ClassifierEnergy) and takes_condition(term):
-                raise NotAnMLP(f"{type(term).__name__} takes labels, and is no ClassifierEnergy")
+                raise NotAnMLP(f"{type(term).__name__} takes labels, and is not a ClassifierEnergy")
             else:
                 scales += [] if scale is None else [scale]
                 if isinstance(term, ClassifierEnergy):
@@ -140,19 +154,19 @@ def describe(module: nn.Module, *, labels: bool = False, bare: bool = False) -> 
                 raise NotAnMLP(f"a GaussianEnergy has {rows.numel()} dims, and the MLPs have {dim}")
         curvature = mean = linear = constant = None
         if one is not None and (gaussians or linears):
-            # made on the device: a copy from the host would wait for it
+            # zeros on the device: a copy from the host would synchronise
             arguments = (gaussians, linears, biases, torch.zeros((), dtype=one.dtype, device=one.device), dim)
             if compiling:
-                *rows, constant = _folded(*arguments)
+                *rows, constant = _traced_quadratic(*arguments)
                 curvature, mean, linear = (row if row.numel() > 0 else None for row in rows)
             else:
-                curvature, mean, linear, constant = _fold(*arguments)
+                curvature, mean, linear, constant = _quadratic(*arguments)
         read = Description(tuple(mlps), torch.stack(scales) if scales else None, curvature, mean, linear, constant)
-        return read if bare or compiling else read._whole(_device(module), _dtype(module))
+        return read if bare or compiling else read._completed(_device(module), _dtype(module))
 
 
 def check_shape(module: nn.Module, description: Description, shape: Sequence[int]) -> None:
-    """An error if states (n, *shape) are not what the module takes, of which only the number of dims was read."""
+    """Raise ValueError unless the module takes states (n, *shape): reading it showed the number of dims alone."""
     if description.dim != math.prod(shape):
         hint = ""
         if len(shape) > 1 and math.prod(shape[1:]) == description.dim:
@@ -164,12 +178,16 @@ def check_shape(module: nn.Module, description: Description, shape: Sequence[int
 
 
 def _terms(module: nn.Module, scale: Tensor | None) -> Iterator[tuple[Tensor | None, nn.Module]]:
-    """The terms of nested sums with their weights multiplied out; None: no sum."""
+    """The terms of nested sums, each with the product of the weights that it stands under.
+
+    Args:
+        scale: the weight of the module itself; None for an energy that is not a sum.
+    """
     module = unwrapped(module)
     known = (SumEnergy, ClassifierEnergy, GaussianEnergy, nn.Linear)
-    ours, name = next((cls for cls in known if isinstance(module, cls)), None), type(module).__name__
-    if ours is not None:
-        if not plain(module, ours):
+    cls, name = next((cls for cls in known if isinstance(module, cls)), None), type(module).__name__
+    if cls is not None:
+        if not plain(module, cls):
             raise NotAnMLP(f"{name} has a forward of its own")
         check_hooks(module, name)
         if isinstance(module, nn.Linear) and module.out_features != 1:
@@ -182,15 +200,22 @@ def _terms(module: nn.Module, scale: Tensor | None) -> Iterator[tuple[Tensor | N
         yield scale, module
 
 
-def _fold(
+def _quadratic(
     gaussians: list[Tensor], linears: list[Tensor], biases: list[Tensor | None], zero: Tensor, dim: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(curvature, mean, linear, constant) of a sum of Gaussian and linear terms, about the first Gaussian's mean m_0:
+    """(curvature, mean, linear, constant) of a sum of Gaussian and linear terms.
 
-    c (x - m)^2 / 2 = c (x - m_0)^2 / 2 + c (m_0 - m) x + c (m_0 - m) ((m_0 - m) / 2 - m_0)
+    All Gaussians are expanded about the mean m_0 of the first:
+
+        c (x - m)^2 / 2 = c (x - m_0)^2 / 2 + c (m_0 - m) x + c (m_0 - m) ((m_0 - m) / 2 - m_0)
+
+    The lists are flat, since an operator takes no nested ones.
 
     Args:
-        gaussians: scale, mean and std of each in turn. linears, biases: scale and weight (1, dim), and bias (1,).
+        gaussians: scale, mean and std of each Gaussian in turn.
+        linears: scale and weight (1, dim) of each linear term in turn.
+        biases: the bias (1,) of each linear term, or None.
+        zero: a zero of the dtype and device of the result.
     """
     curvature: Tensor | None = None
     mean: Tensor | None = None
@@ -215,15 +240,16 @@ def _fold(
 
 
 @operator(
-    "folded",
+    "quadratic",
     "(Tensor[] gaussians, Tensor[] linears, Tensor?[] biases, Tensor zero, int dim) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _folded(
+def _traced_quadratic(
     gaussians: list[Tensor], linears: list[Tensor], biases: list[Tensor | None], zero: Tensor, dim: int
 ) -> tuple[Tensor, ...]:
-    """``_fold`` in a compiled call: (0,) for None."""
-    return tuple(zero.new_empty(0) if v is None else v.clone() for v in _fold(gaussians, linears, biases, zero, dim))
+    """``_quadratic`` in a compiled call. An operator can't return None: an empty tensor (0,) stands for it."""
+    found = _quadratic(gaussians, linears, biases, zero, dim)
+    return tuple(zero.new_empty(0) if v is None else v.clone() for v in found)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

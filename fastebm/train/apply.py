@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..data.dataset import Data, Images
 from ..data.info import DataInfo
-from ..driver.sampling import SampleInfo, langevin_sample
+from ..driver.info import SampleInfo
+from ..driver.langevin_sample import langevin_sample
 from ..energies import energy
 from ..threads import survives_fork
 from .recipe import TrainConfig

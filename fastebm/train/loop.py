@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..backends.settle import NonFiniteError
 from ..data.dataset import Data
 from ..data.sets import reload
-from ..driver.sampling import NonFiniteError
 from ..pool.processes import Processes
 from ..threads import survives_fork
 from . import checkpoint

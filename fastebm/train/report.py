@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import evaluate, plot
 from ..data.dataset import Data, Images, Points
-from ..driver.sampling import SampleInfo
+from ..driver.info import SampleInfo
 from .apply import energies_of, fresh_samples, landscape, train_energies
 from .atomic import write_atomically
 from .folder import ENERGIES, SUMMARY, write_json

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dataset import Data
-from ..driver.sampling import langevin_sample
+from ..driver.langevin_sample import langevin_sample
 from ..objectives import ContrastiveDivergence
 from ..pool.pool import ChainPool
 from ..pool.processes import Processes

@@ -1,17 +1,17 @@
-"""Numba kernels of fastebm for a CPU, imported as ``fastebm.kernels.cpu``: the operations of the Triton kernels.
+"""Numba kernels of fastebm for CPUs, imported as ``fastebm.kernels.cpu``, and how they are loaded and called.
 
-philox.py   the noise stream: words, uniforms, normals
-update.py   noise, update and clamp in one pass
-mlp.py      activations with their slopes, heads, and the way down
-pool.py     draws of chains, and their rows
-program.py  calls of these and of BLAS by each other, without Python between them
-jit.py      how they are compiled
+philox.py       the noise stream: words, uniforms, normals
+update.py       noise, update and clamp in one pass
+activations.py  activations with their slopes
+mlp.py          the layers of an MLP
+pool.py         draws of chains, and their rows
+program.py      lists of calls, run without Python in between
+jit.py          how they are compiled
 
-A kernel is a C function of one argument, the address of a block of 64-bit values (addresses, whole numbers, float32 in
-the low half), which ``Kernel`` fills. It runs without Python's lock, on the thread that calls it; some are made for
-several threads to run at once. Its machine code is kept on disk, so that only the first process on a machine imports
-Numba and compiles, which takes seconds; the next ones load it within hundredths of one. That is why this is not Numba's
-own cache, which needs all of Numba.
+A kernel is a C function of one argument, the address of a block of 64-bit values (addresses, integers, float32 in the
+low half), which ``Kernel`` fills. It runs without the GIL on the calling thread; some may run on several threads at
+once. Machine code is cached on disk: the first process on a machine imports Numba and compiles, which takes seconds,
+and later ones load it in some 10 ms. Numba's own cache would not do, because reading it needs all of Numba.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ __all__ = [
     "why_not",
 ]
 
-# Counters that a kernel draws from at once: their words and normals take 32 KiB, the first cache of most cores.
+# Counters that a kernel draws from at once: their words and normals take 32 KiB, the L1 cache of most cores.
 CHUNK = 1024
 
-# What ``update.draw`` draws, or does with it; ``update.update`` does the last two.
+# What ``update.draw`` does; ``update.update`` does the last two.
 WORDS, UNIFORM, NORMAL, LANGEVIN, DRIFT = range(5)
 
 _lock = threading.RLock()
-_kept: list[Any] = []  # engines that own machine code in use
+_kept: list[Any] = []  # LLVM engines: they own machine code in use
 
 
 @cache
 def why_not() -> str | None:
-    """Why these kernels can't run in this process, in words; None if they can. Looks by loading one."""
+    """Why these kernels can't run in this process; None if they can. Finds out by loading one."""
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return "NUMBA_DISABLE_JIT is set"
     if importlib.util.find_spec("numba") is None:
@@ -78,7 +78,7 @@ def why_not() -> str | None:
 class Call:
     """A kernel with its arguments, to be run any number of times.
 
-    block: the arguments, as C has them. kept: owners of the memory that they point to.
+    block: the arguments as 64-bit values. kept: owners of the memory that they point to.
     """
 
     __slots__ = ("block", "kept", "kernel")
@@ -90,30 +90,30 @@ class Call:
         self.kernel.run(self.block)
 
     def again(self, **tensors: Tensor) -> Call:
-        """The same call with other tensors for some arguments; this one stays what it is."""
+        """A copy of this call with other tensors for some arguments."""
         call = Call(self.kernel, type(self.block).from_buffer_copy(self.block), (self.kept, tensors))
         call.aim(**tensors)
         return call
 
     def aim(self, **tensors: Tensor) -> None:
-        """Other tensors for some arguments, which the caller keeps: quicker than another call."""
+        """Replace some arguments in place, faster than a new call. The caller must keep the tensors alive."""
         for name, value in tensors.items():
             i = self.kernel.place[name]
             self.block[i] = _address(self.kernel.kinds[i], value)
 
 
 class Kernel:
-    """A C function. arguments: names and types: "int", "float", or something else for an address."""
+    """A C function. arguments: names and types, "int", "float", or anything else for an address."""
 
     def __init__(self, address: int, arguments: dict[str, str]) -> None:
         self.address, self.kinds = address, list(arguments.values())
         self.place = {name: i for i, name in enumerate(arguments)}  # of an argument in the block
-        self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)  # releases Python's lock
+        self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)  # releases the GIL
         self._layout = struct.Struct("=" + "".join("f4x" if kind == "float" else "q" for kind in self.kinds))
         self._block = ctypes.c_int64 * len(self.kinds)
 
     def prepared(self, *arguments: Any) -> Call:
-        """arguments: numbers, and for arrays tensors, which the call keeps, or None."""
+        """arguments: numbers, and tensors, which the call keeps alive, or None for arrays."""
         values = [
             value if kind in _NUMBERS else 0 if value is None else _address(kind, value)
             for kind, value in zip(self.kinds, arguments, strict=True)
@@ -131,17 +131,17 @@ _DTYPES = {
     "i32s": (torch.int32,),
     "i64s": (torch.int64,),
     "u8s": (torch.uint8, torch.bool),
-    "u32s": (torch.float32,),  # a place to work in
+    "u32s": (torch.float32,),  # scratch
 }
 
 
 def _address(kind: str, value: Tensor) -> int:
-    """Of a tensor on the CPU with whole rows; anything else would be read as what it is not, without a word."""
+    """Of a tensor on the CPU with contiguous rows. Checked here, because a kernel would silently read garbage."""
     whole = value.is_contiguous() or value.numel() <= 1 or value.shape[-1] <= 1 or value.stride(-1) == 1
     if not (whole and value.dtype in _DTYPES[kind] and value.is_cpu) or value.is_neg():
         raise TypeError(
             f"a kernel takes {kind} on the CPU with a last stride of 1, got {value.dtype} on {value.device}, strides "
-            f"{value.stride()}{', to be negated' if value.is_neg() else ''}"
+            f"{value.stride()}{', lazily negated' if value.is_neg() else ''}"
         )
     return value.data_ptr()
 
@@ -153,13 +153,12 @@ def listed(calls: Sequence[Call]) -> Tensor:
 
 
 def load(name: str) -> Kernel:
-    """A kernel, as "module.function": from memory, from disk, or compiled and put there."""
+    """The kernel "module.function": from memory, from disk, or compiled and stored there."""
     return _loaded.get(name) or _load(name)
 
 
 def scratch(n_blocks: int) -> list[Tensor]:
-    """Tensors that a kernel works in when it draws rows of n_blocks blocks: its arguments w, r and out. One for each
-    thread."""
+    """Scratch for drawing rows of n_blocks blocks: a kernel's arguments w, r and out. Each thread needs its own."""
     sizes = [4 * CHUNK, 4 * CHUNK, 4 * max(CHUNK, n_blocks)]
     return list(torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes))
 
@@ -186,7 +185,7 @@ def _load(name: str) -> Kernel:
 
 
 def _engine_of(source: str, code: bytes | None = None) -> Any:
-    """What has the functions of a source in LLVM's language, and of an object file."""
+    """An LLVM engine with the functions of a source in LLVM IR, and of an object file."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -207,7 +206,7 @@ def _function(header: dict[str, Any], code: bytes) -> Kernel:
 
 
 def _unpacking(address: int, kinds: Iterable[str]) -> str:
-    """A function in LLVM's language that calls another with what a block holds."""
+    """LLVM IR of a function that calls another with the values of a block."""
     lines, values = [], []
     for i, kind in enumerate(kinds):
         lines += [f"%p{i} = getelementptr i64, ptr %block, i64 {i}", f"%v{i} = load i64, ptr %p{i}"]
@@ -223,7 +222,7 @@ def _unpacking(address: int, kinds: Iterable[str]) -> str:
 
 @cache
 def _stamp() -> str:
-    """What machine code depends on: the sources of all kernels (one is compiled into another), Numba, and the CPU."""
+    """Identifies machine code: the sources of all kernels (they inline each other), Numba's version, and the CPU."""
     import llvmlite.binding as llvm
 
     sources = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
@@ -233,14 +232,14 @@ def _stamp() -> str:
 
 
 def _folders() -> list[Path]:
-    """Where kernels may lie, first choice first: never a folder that others can write to, as what is in it is run."""
+    """Folders for machine code, in order of preference. None that other users can write to: what is in it is run."""
     named, home = os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     folders = [Path(named)] if named else [Path(__file__).parent / "__pycache__"]
     return [*folders, Path(home or os.path.expanduser("~/.cache")) / "fastebm"]
 
 
 def _read(file: Path) -> tuple[dict[str, Any], bytes] | None:
-    """None if there is no such file, or it is damaged."""
+    """None if the file does not exist or is damaged."""
     try:
         first, code = file.read_bytes().split(b"\n", 1)
         header = json.loads(first)
@@ -250,14 +249,14 @@ def _read(file: Path) -> tuple[dict[str, Any], bytes] | None:
 
 
 def _write(file: str, header: dict[str, Any], code: bytes) -> None:
-    """To the first folder that takes it; to none if none does."""
+    """To the first folder that is writable, if any."""
     whole = json.dumps({**header, "sha256": hashlib.sha256(code).hexdigest()}).encode() + b"\n" + code
     for folder in _folders():
         part = folder / f"{file}.{os.getpid()}.{threading.get_ident()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             part.write_bytes(whole)
-            os.replace(part, folder / file)  # at once: other processes may write and read the same file
+            os.replace(part, folder / file)  # atomic: other processes may write and read the same file
             return
         except OSError:
             with suppress(OSError):

@@ -1,7 +1,7 @@
-"""How kernels are compiled, and the bits of a float.
+"""How kernels are compiled, and small building blocks for them.
 
-A kernel's arguments are addresses and numbers, told by their annotations. Loops over them vectorise where they are
-plain: the smallest number of branches, no calls of libm, int32 and float32 throughout.
+A kernel's arguments are addresses and numbers, typed by their annotations. Loops vectorise if they are plain: few
+branches, no calls of libm, int32 and float32 throughout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "u32s",
 ]
 
-# Arrays of numbers: an address here, and a tensor, or None, for who calls (``Kernel.prepared``).
+# Arrays of numbers: an address for the kernel; the caller passes a tensor or None (``Kernel.prepared``).
 f32s = i32s = i64s = u8s = u32s = int
 
 _TYPES = {
@@ -43,16 +43,17 @@ _TYPES = {
     "u32s": types.CPointer(types.uint32),
 }
 
-# A product and a sum may become one instruction, and -0 may be 0. Sums keep their order, unless ``device`` is told
-# otherwise: where the compiler may choose it ("reassoc"), it may choose otherwise in another loop.
+# A product and a sum may be fused, and -0 may become 0. Sums keep their order, except with ``device(reorder=True)``:
+# with "reassoc" the compiler may choose another order in another loop, which changes bits.
 _FAST = frozenset({"contract", "nsz"})
 
 
 def device(function: Callable[..., Any], *, reorder: bool = False) -> Any:
-    """Decorator: for kernels to call. Always inlined, as a loop with a call in it does not vectorise: by Numba, since
-    what LLVM inlines is compiled by itself as well, and that takes as long again.
+    """Decorator of functions that kernels call. Always inlined, because a loop with a call in it does not vectorise.
 
-    reorder: sums in the order that is the fastest here. It must depend on nothing but the number of terms.
+    Inlined by Numba, because LLVM would also compile the function on its own, which takes as long again.
+
+    reorder: allow sums in any order. The order must depend on nothing but the number of terms.
     """
     if reorder:
         return numba.njit(
@@ -67,7 +68,7 @@ def compiled(function: Callable[..., None]) -> tuple[dict[str, Any], bytes]:
     arguments = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
     signature = types.void(*(_TYPES[kind] for kind in arguments.values()))
     collects = gc.isenabled()
-    gc.disable()  # looking through Numba's millions of objects, which stay, is a tenth of the time
+    gc.disable()  # scanning Numba's millions of objects would take a tenth of the time
     try:
         done = numba.cfunc(signature, fastmath=set(_FAST), error_model="numpy")(function)
     finally:
@@ -78,7 +79,7 @@ def compiled(function: Callable[..., None]) -> tuple[dict[str, Any], bytes]:
 
 @intrinsic
 def next_of(typing_context, counter):  # type: ignore[no-untyped-def]
-    """counter[0], which is one more afterwards; threads that ask at the same time get different numbers."""
+    """Return counter[0] and add one to it, atomically."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
@@ -87,7 +88,7 @@ def next_of(typing_context, counter):  # type: ignore[no-untyped-def]
 
 
 def _dot(a, at, b, to, n):  # type: ignore[no-untyped-def]
-    """Sum of a[at + j] b[to + j] over n."""
+    """Sum of a[at + j] b[to + j] over j < n."""
     total = float32(0.0)
     for j in range(n):
         total += a[at + j] * b[to + j]

@@ -1,6 +1,6 @@
-"""Philox4x32-10 and Box-Muller: the twin of fastebm/rng.py and of kernels/philox.py, counter for counter.
+"""Philox4x32-10 and Box-Muller: the noise stream of fastebm/rng.py, counter for counter.
 
-Loops run over a chunk of counters, word by word (a structure of arrays): that is what LLVM makes vector code of.
+Loops run over a chunk of counters in a structure of arrays, which LLVM vectorises.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _W0, _W1 = uint32(0x9E3779B9), uint32(0xBB67AE85)
 def philox4x32(w, n, k0, k1):
     """n counters become their four words, in place. w: (4, CHUNK) uint32."""
     for j in range(n):
-        # 64 bits a lane, as a product of two words has; what is above the low word is masked where it matters
+        # 64 bits per lane, for the product of two words; the upper half is masked where it matters
         a, b, c, d = uint64(w[j]), uint64(w[_1 + j]), uint64(w[_2 + j]), uint64(w[_3 + j])
         key0, key1 = k0, k1
         for _ in range(10):
@@ -55,7 +55,7 @@ _L6, _L7, _L8 = float32(1.1676998740e-1), float32(-1.1514610310e-1), float32(7.0
 def log(u):
     """ln u of a normal float32 number: an exponent, and the polynomial of Cephes' logf by Estrin's scheme."""
     bits = bits_of(u)
-    exponent = int32(int32(bits - _ROOT_HALF) >> _23)  # of the power of two next to u
+    exponent = int32(int32(bits - _ROOT_HALF) >> _23)  # of the power of two nearest to u
     z = float_of(int32(bits - int32(exponent << _23))) - _ONE  # in [sqrt(1/2) - 1, sqrt(2) - 1)
     z2 = z * z
     z4 = z2 * z2
@@ -77,7 +77,7 @@ def box_muller(w, r, n):
     """r: (4, CHUNK) float32 normals of the words w: r (cos t, sin t), r = sqrt(-2 ln u(w0)), t = 2 pi u(w1), and of
     w2, w3 likewise. Within 5e-7 of the exact values."""
     for pair in range(0, _4, _2):
-        # Two loops: in one the chain of dependent instructions is too long for a core to work on two rounds at once.
+        # Two loops: in one, the chain of dependent instructions is too long for a core to overlap two iterations.
         for j in range(n):
             r[pair + j] = float32(math.sqrt(_MINUS_TWO * log(unit(w[pair + j]))))
         for j in range(n):
@@ -88,7 +88,7 @@ def box_muller(w, r, n):
             sin = ((_S3 * t2 + _S2) * t2 + _S1) * t2 * t + t
             cos = ((_C3 * t2 + _C2) * t2 + _C1) * t2 * t2 - _HALF * t2 + _ONE
             odd = int32(quarter & _I1) != _I0
-            # the sign of each, by the quarter of the circle
+            # their signs depend on the quarter of the circle
             c = bits_of(sin if odd else cos) ^ int32(int32(int32(quarter + _I1) & _I2) << _I30)
             s = bits_of(cos if odd else sin) ^ int32(int32(quarter & _I2) << _I30)
             radius = r[pair + j]
@@ -120,7 +120,7 @@ def uniform(w, r, n):
 
 @device
 def spread(r, n, out, at):
-    """out[at:] = r, four numbers of a block after each other: the order of the dims."""
+    """out[at:] = r, with the four numbers of a block next to each other: the order of the dims."""
     for j in range(n):
         q = at + 4 * j
         out[q], out[q + 1], out[q + 2], out[q + 3] = r[j], r[_1 + j], r[_2 + j], r[_3 + j]

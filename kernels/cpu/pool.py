@@ -1,4 +1,4 @@
-"""What a pool of persistent chains does besides steps: which chains are drawn, and their rows."""
+"""What a pool of persistent chains does besides steps: draw chains, and copy their rows."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def compiled(name: str):
 
 def draw(
     first: i64s, n_draws: int, n: int, k: int, key0: int, key1: int, stream: int, draw_block: int, coin_block: int,
-    threshold: int, table: i32s, bits: int, w: u32s, chains: i64s, restarts: u8s,
+    threshold: int, table: i32s, bits: int, w: u32s, chains: i64s, reinits: u8s,
 ):  # fmt: skip
-    """n_draws draws from number first[0] on: k distinct chains of n each, and which of them start anew.
+    """n_draws draws from number first[0] on: k distinct chains of n each, and which of them start again.
 
     Candidates are drawn until k of them differ, so n should be a few times k.
 
     Args:
-        first: (1,). draw_block, coin_block: the blocks of candidates and of coins. A coin below threshold is a restart.
-        table: 2**bits > k, to work in: the chains that a draw has so far, by their hash. w: (4, CHUNK), to work in.
-        chains, restarts: (n_draws, k), out.
+        first: (1,). draw_block, coin_block: the Philox blocks of candidates and of coins. A coin below threshold
+            reinitialises its chain.
+        table: (2**bits > k,), scratch: a hash set of the chains that a draw has so far. w: (4, CHUNK), scratch.
+        chains, reinits: (n_draws, k), out.
     """
     k0, k1 = uint32(key0), uint32(key1)
     size, shift = 1 << bits, uint32(32 - bits)
@@ -64,13 +65,13 @@ def draw(
             count(w, to + i, width, coin_block, 1, stream, chains, first, 0, d)
             philox4x32(w, width, k0, k1)
             for j in range(width):
-                restarts[to + i + j] = int64(w[j]) < threshold
+                reinits[to + i + j] = int64(w[j]) < threshold
             i += width
 
 
 @device
 def place_from(places, n, first):
-    """The first of n ascending places that is not before ``first``."""
+    """Index of the first of n ascending places that is not before ``first``."""
     low, high = 0, n
     while low < high:
         middle = (low + high) // 2
@@ -83,29 +84,29 @@ def place_from(places, n, first):
 
 @device
 def next_part(taken, size, n):
-    """The first and the last (exclusive) of the next ``size`` of n chains, for one of several threads."""
+    """The next ``size`` of n chains for one of several threads: first and last (exclusive)."""
     first = next_of(taken) * size
     return first, (first + size if first + size < n else n)
 
 
 def take(
-    dim: int, size: int, taken: i64s, n: int, n_restarts: int, rows: i64s, restart: i64s, data: f32s, steps: i64s,
+    dim: int, size: int, taken: i64s, n: int, n_reinit: int, rows: i64s, reinit: i64s, data: f32s, steps: i64s,
     fresh: f32s, x: f32s, before: i64s,
 ):  # fmt: skip
-    """x (n, dim) and before (n,): the states and lifetime steps of a pool's chains at ``rows``.
+    """Copy the states and lifetime steps of a pool's chains at ``rows`` to x (n, dim) and before (n,).
 
-    Several threads may be in here at once: each takes the next ``size`` chains until none are left.
+    Several threads may run this at once: each takes the next ``size`` chains until none are left.
 
     Args:
-        taken: (1,), 0. restart: (n_restarts,), ascending places of chains that start anew, from the rows of fresh.
+        taken: (1,), 0. reinit: (n_reinit,), ascending places of chains that start again, from the rows of fresh.
     """
     first, last = next_part(taken, size, n)
     while first < n:
-        j = place_from(restart, n_restarts, first)
+        j = place_from(reinit, n_reinit, first)
         for i in range(first, last):
             row, to = rows[i], i * dim
             before[i] = steps[row]
-            if j < n_restarts and restart[j] == i:
+            if j < n_reinit and reinit[j] == i:
                 for c in range(dim):
                     x[to + c] = fresh[j * dim + c]
                 j += 1
@@ -117,13 +118,16 @@ def take(
 
 
 def put(
-    dim: int, size: int, taken: i64s, n: int, n_restarts: int, rows: i64s, restart: i64s, data: f32s, steps: i64s,
-    energy: f32s, started: i64s, restarts: i32s, x: f32s, before: i64s, after: i64s, energies: f32s,
+    dim: int, size: int, taken: i64s, n: int, n_reinit: int, rows: i64s, reinit: i64s, data: f32s, steps: i64s,
+    energy: f32s, started: i64s, reinits: i32s, x: f32s, before: i64s, after: i64s, energies: f32s,
 ):  # fmt: skip
-    """What ``take`` took, after its steps: into the pool's data, steps, energy, started and restarts. By threads."""
+    """Write what ``take`` took, after its steps, into the pool's data, steps, energy, started and reinits.
+
+    Several threads may run this at once.
+    """
     first, last = next_part(taken, size, n)
     while first < n:
-        j = place_from(restart, n_restarts, first)
+        j = place_from(reinit, n_reinit, first)
         for i in range(first, last):
             row = rows[i]
             at, to = i * dim, row * dim
@@ -131,8 +135,8 @@ def put(
                 data[to + c] = x[at + c]
             steps[row] = after[i]
             energy[row] = energies[i]
-            if j < n_restarts and restart[j] == i:
+            if j < n_reinit and reinit[j] == i:
                 started[row] = before[i]
-                restarts[row] += 1
+                reinits[row] += 1
                 j += 1
         first, last = next_part(taken, size, n)

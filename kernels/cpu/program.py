@@ -1,20 +1,21 @@
-"""Kernels that call others, or BLAS, without Python in between: threads would wait for its lock at every call.
+"""Kernels that call other kernels, or BLAS, without Python in between: threads would wait for the GIL at every call.
 
-They are written in LLVM's own language, which compiles within milliseconds; Numba takes a tenth of a second for the
-same. As of every kernel, the one argument is the address of a block of 64-bit values; ``ARGUMENTS`` names them. A list
-of calls is an array of pairs of addresses: a kernel's, and its block's.
+Written in LLVM IR, which compiles within milliseconds; Numba takes 100 ms for the same. Like every kernel, each takes
+the address of a block of 64-bit values, named by ``ARGUMENTS``. A list of calls is an array of pairs of addresses: a
+kernel's, and its block's.
 """
 
 __all__ = ["ARGUMENTS", "SOURCE"]
 
 ARGUMENTS = {
-    # Steps first to last - 1: t[0] becomes the step, and then all calls of an even or of an odd one are made.
+    # For each step from first to last - 1: set t[0] to it, then make all calls in ``even`` or ``odd``.
     "run": {"even": "i64s", "odd": "i64s", "n_calls": "int", "t": "i64s", "first": "int", "last": "int"},
-    # Every call once, by as many threads as are in here: each takes the next one until none is left. taken: (1,), 0.
+    # Make every call once, on as many threads as run this: each takes the next call until none is left.
+    # taken: (1,), 0.
     "share": {"calls": "i64s", "n_calls": "int", "taken": "i64s"},
-    # out = scale a w + kept out by BLAS' sgemm, whose address is ``function``. BLAS counts columns first, so it is
-    # given out^T = w^T a^T. It takes the addresses of its numbers (Fortran's convention): those of the block's own
-    # values, of which most builds read 32 bits, the low half. letters: 'N' or 'T' for w, and 'N' for a.
+    # out = scale a w + kept out by BLAS' sgemm, whose address is ``function``. BLAS is column-major, so it computes
+    # out^T = w^T a^T. It takes pointers to its numbers (Fortran's convention), here to the block's own values, of which
+    # most builds read the low 32 bits. letters: 'N' or 'T' for w, and 'N' for a.
     "gemm": {
         "function": "int", "w": "int", "a": "int", "out": "int", "letters": "int", "n_out": "int", "n": "int",
         "n_in": "int", "scale": "float", "w_stride": "int", "a_stride": "int", "kept": "float", "out_stride": "int",
@@ -23,7 +24,7 @@ ARGUMENTS = {
 
 
 def _loads(name: str) -> str:
-    """A block's values as %names."""
+    """LLVM IR that loads a block's values as %names."""
     lines = []
     for i, (value, kind) in enumerate(ARGUMENTS[name].items()):
         lines += [f"  %at_{value} = getelementptr i64, ptr %block, i64 {i}"]

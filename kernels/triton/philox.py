@@ -1,7 +1,9 @@
-"""Philox4x32-10 and Box-Muller on the device: the twin of fastebm/rng.py, counter for counter."""
+"""Philox4x32-10 and Box-Muller: the noise stream of fastebm/rng.py, counter for counter."""
 
 import triton
 import triton.language as tl
+
+from .tiles import lane_order, to_lanes
 
 
 @triton.jit
@@ -42,8 +44,8 @@ def unit(w):
 def box_muller(w0, w1, scale, FAST: tl.constexpr):
     """Two standard normals times scale: r (cos t, sin t), r = scale sqrt(-2 ln u(w0)), t = 2 pi u(w1).
 
-    FAST uses the special-function unit through inline assembly: tl.cos and tl.sin carry a slow path for
-    large arguments, and tl.log a long polynomial, that four times the instructions of the whole draw.
+    FAST uses the special-function unit through inline assembly: tl.cos and tl.sin carry a slow path for large
+    arguments, and tl.log a long polynomial, which together make the whole draw four times as long.
     """
     u = unit(w0)
     if FAST:
@@ -64,31 +66,6 @@ def box_muller(w0, w1, scale, FAST: tl.constexpr):
 
 
 @triton.jit
-def lane_order(k):
-    """The dim that lies at column k of a state in registers: in each 16 columns, 4 neighbouring dims to a thread.
-
-    In an accumulator of a tensor-core product a thread holds columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of each 16. In
-    this order they are four neighbouring dims, one draw of Philox, so noise is made where it is used: neither shared
-    memory nor a barrier is needed. The host orders the columns of W_1 likewise.
-    """
-    return k // 16 * 16 + k % 8 // 2 * 4 + k // 8 % 2 * 2 + k % 2
-
-
-@triton.jit
-def to_lanes(x):
-    """(chains, dims) in the order of the dims -> with dim lane_order(k) at column k."""
-    parts = tl.reshape(x, (x.shape[0], x.shape[1] // 16, 4, 2, 2))
-    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), x.shape)
-
-
-@triton.jit
-def from_lanes(x):
-    """The inverse of to_lanes."""
-    parts = tl.reshape(x, (x.shape[0], x.shape[1] // 16, 2, 4, 2))
-    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), x.shape)
-
-
-@triton.jit
 def normals(
     key0,
     key1,
@@ -106,13 +83,14 @@ def normals(
     """(BLOCK_CHAINS, BLOCK_DIM) standard normals of dims 4 first_block .. 4 first_block + BLOCK_DIM - 1, times scale.
 
     chain: (BLOCK_CHAINS,) int64 global numbers; step: (BLOCK_CHAINS,) uint32 lifetime steps. scale: a number or
-    (BLOCK_CHAINS, 1); here it costs half an instruction a normal, afterwards one. LANES: columns in lane_order.
+    (BLOCK_CHAINS, 1); applied here it costs half an instruction per normal, afterwards one. LANES: columns in
+    lane_order.
     """
     c0 = chain.to(tl.uint32)[:, None]
     c1 = (chain >> 32).to(tl.uint32)[:, None]
     c2 = step[:, None]
     if DIM <= 4:
-        # One draw a chain serves all its dims; columns past DIM hold copies that nobody reads.
+        # One draw per chain serves all its dims; columns past DIM hold copies that nobody reads.
         c3 = tl.full((1, 1), STREAM << 24, tl.uint32)
         w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, key0, key1, FAST=FAST)
         n0, n1 = box_muller(w0, w1, scale, FAST)

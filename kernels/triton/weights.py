@@ -1,12 +1,13 @@
-"""Weights as the step kernels read them: padded, split into halves and put in order, by one launch a call.
+"""Weights as the step kernels read them: padded, split into halves and reordered, in one launch per call.
 
-They are made anew in every call and never kept, so whatever was written to a parameter in between is in them. In
-PyTorch the same takes a dozen operations a layer, whose dispatch may take longer than all steps on the device.
+They are prepared in every call and never cached, so that writes to a parameter in between always count. In PyTorch the
+same takes a dozen operations per layer, whose dispatch may take longer than all steps on the device.
 
-A call has one buffer of int32 words. `layout` says where everything lies in it, `prepare` fills it, and the step
-kernels find things with the functions below it.
+A call has one buffer of int32 words. `layout` says where everything lies in it, `prepare` fills it, and the functions
+below `prepare` find things in it.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -15,23 +16,24 @@ import triton
 import triton.language as tl
 
 from .launch import block
-from .philox import lane_order
+from .mlp import Terms
+from .tiles import lane_order
 
-# The buffer's head. REPORT: not 0 if any chain is not finite. SEED: its two words. BOUNDS: what bounds a gradient
-# in the streaming kernel, in float32: max|c|, max|b - c m|, then of each network max|W_1|.
+# The buffer's head. REPORT: not 0 if any chain is not finite. SEED: its two words. BOUNDS: what bounds a gradient in
+# the streaming kernel, in float32: max|c|, max|b - c m|, then max|W_1| of each network.
 REPORT = tl.constexpr(0)
 SEED = tl.constexpr(2)
 BOUNDS = tl.constexpr(4)
 
-# Words: each part begins at a whole 128 bytes, so that loads of 16 bytes are aligned.
+# In words: each part begins at a multiple of 128 bytes, so that loads of 16 bytes are aligned.
 _ALIGNMENT = 32
 
-# Elements a program of `prepare`: 8 a thread of its four warps.
+# Elements per program of `prepare`: 8 per thread of its four warps.
 _BLOCK = 1024
 
 
 class Network(NamedTuple):
-    """What a layout takes of an MLP. outputs: of each layer, the head's last. halved: layers whose weights are."""
+    """What a layout depends on of an MLP: the outputs of each layer and the head, and which weights are halved."""
 
     outputs: tuple[int, ...]
     head: str
@@ -39,12 +41,12 @@ class Network(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A matrix of the buffer, made of a source of rows x cols.
+    """A matrix in the buffer, from a source of rows x cols.
 
-    halves: 0 for float32, 1 for bf16, 2 for bf16 and what it left, which lies after it. in_lanes: columns are in
-    lane_order. scale: the network whose weight w_k multiplies the source, or -1; factor: a number that does.
-    padding: what stands beside the source; missing: what stands there if the source is None. reach: the word that takes
-    the largest |source|, or -1.
+    halves: 0 for float32, 1 for bf16, 2 for bf16 followed by its remainder in bf16. in_lanes: columns in lane_order.
+    scale: the network whose weight w_k multiplies the source, or -1; factor: a number that multiplies it too.
+    padding: the value outside the source; missing: the value if the source is None. reach: the word that receives the
+    largest |source|, or -1.
     """
 
     rows: int
@@ -68,11 +70,15 @@ class Part(NamedTuple):
         return self.size * self.halves // 2 if self.halves else self.size
 
 
+# The same of all parts, each field a tuple: triton loses the field names of a constant within a tuple.
+Parts = namedtuple("Parts", Part._fields)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """parts: weight and bias of each layer, w (k,), the constant, then c, m, b and b - c m as far as there are any.
+    """parts: weight and bias of each layer, w (k,), the constant, then those of c, m, b and b - c m that exist.
 
-    n_layers: of all networks. curvature, linear: whether there are c and m, and b. networks: how many.
+    n_layers: of all networks. curvature, linear: whether c and m, and b, exist.
     """
 
     parts: tuple[Part, ...]
@@ -83,7 +89,7 @@ class Layout:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Of each part, and the end of the last."""
+        """The first word of each part, and the end of the last."""
         ends = [_aligned(BOUNDS.value + 2 + self.n_networks)]
         for part in self.parts:
             ends.append(_aligned(ends[-1] + part.words))
@@ -103,13 +109,20 @@ class Layout:
         tiles = [0]
         for part in self.parts:
             tiles.append(tiles[-1] + -(-part.size // _BLOCK))
-        fields = {f"{name.upper()}": tuple(getattr(p, name) for p in self.parts) for name in Part._fields}
-        return {"TILES": tuple(tiles), "OFFSETS": self.offsets[:-1], **fields, "BLOCK": _BLOCK}
+        return {
+            "TILES": tuple(tiles),
+            "OFFSETS": self.offsets[:-1],
+            "PARTS": Parts(*zip(*self.parts, strict=True)),
+            "BLOCK": _BLOCK,
+        }
 
     @cached_property
     def places(self) -> dict[str, tuple[int, ...]]:
-        """The constants of the step kernels. WEIGHTS and BIASES: a word for each layer. LOWS: where a weight's low half
-        begins; 0 where it has none, -1 where it is float32. TERMS: -w, constant, c, m, b; -1 where there is none."""
+        """The constants of the step kernels.
+
+        WEIGHTS, BIASES: the first word of each layer's. LOWS: the first word of a weight's low half, 0 if it has none,
+        -1 if the weight is float32. TERMS: the first words of -w, constant, c, m, b; -1 for one that is absent.
+        """
         layers, rest = 2 * self.n_layers, iter(self.offsets[2 * self.n_layers :])
         weights = self.parts[:layers:2]
         there = (True, True, self.curvature, self.curvature, self.linear)
@@ -133,10 +146,10 @@ def layout(
     dim: int, networks: tuple[Network, ...], precision: str, block_dim: int, streaming: bool, curvature: bool,
     linear: bool,
 ) -> Layout:  # fmt: skip
-    """Of an architecture; nothing in it depends on a weight's value.
+    """The layout for an architecture; it depends on no weight's value.
 
-    A scalar or class head is (1 or classes, padded in) in float32, with w_k in it (and a class head's sign), and its
-    bias not padded. A "logsumexp" head keeps its factor apart, and its bias is -inf in the padding, where no class is.
+    A scalar or class head is (1 or classes, padded in) in float32, multiplied by w_k (and a class head's sign), and its
+    bias is not padded. A "logsumexp" head keeps its factor apart; its bias is padded with -inf, for there is no class.
     """
     padded_dim = -(-dim // block_dim) * block_dim
     halves = {"bf16": 1, "bf16x3": 2}.get(precision, 0)
@@ -170,7 +183,7 @@ def layout(
 
 @triton.jit
 def rounded_to_bf16(x):
-    """To the nearest, ties to even, as float32. In bits, because Triton's interpreter cuts off instead."""
+    """To nearest, ties to even, as float32. On the bits, because Triton's interpreter truncates instead."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return tl.where(x == x, rounded, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True)
@@ -178,65 +191,61 @@ def rounded_to_bf16(x):
 
 @triton.jit
 def store_bf16(ptr, x, exists):
-    """x as it is: a value of bf16 in float32."""
+    """x holds values of bf16 in float32, so nothing is rounded."""
     upper = (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
     tl.store(ptr, upper.to(tl.bfloat16, bitcast=True), mask=exists)
 
 
 @triton.jit
 def fill_part(
-    out_ptr, source_ptr, stride_row, stride_col, scale_ptr, tile, OFFSET: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, PADDED_ROWS: tl.constexpr, PADDED_COLS: tl.constexpr, HALVES: tl.constexpr,
-    IN_LANES: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, PADDING: tl.constexpr, MISSING: tl.constexpr,
-    REACH_WORD: tl.constexpr, BLOCK: tl.constexpr,
+    out_ptr, source_ptr, stride_row, stride_col, scale_ptr, tile, P: tl.constexpr, OFFSETS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Elements tile BLOCK and on of a `Part`."""
-    SIZE: tl.constexpr = PADDED_ROWS * PADDED_COLS
+    """Elements from tile * BLOCK on of part P."""
+    SIZE: tl.constexpr = PARTS.padded_rows[P] * PARTS.padded_cols[P]
     i = tile * BLOCK + tl.arange(0, BLOCK)
-    row = i // PADDED_COLS
-    col = i % PADDED_COLS
-    if IN_LANES:
+    row = i // PARTS.padded_cols[P]
+    col = i % PARTS.padded_cols[P]
+    if PARTS.in_lanes[P]:
         col = lane_order(col)
-    inside = (row < ROWS) & (col < COLS)
+    inside = (row < PARTS.rows[P]) & (col < PARTS.cols[P])
     if source_ptr is None:
-        x = tl.full((BLOCK,), MISSING, tl.float32)
+        x = tl.full((BLOCK,), PARTS.missing[P], tl.float32)
     else:
         # int64: a parameter may be a part of a larger tensor
         offsets = row.to(tl.int64) * stride_row + col.to(tl.int64) * stride_col
         x = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        if REACH_WORD >= 0:
-            # as integers, magnitudes are in the order of the floats, and NaN is above all
+        if PARTS.reach[P] >= 0:
+            # as integers, magnitudes order like the floats, and NaN is above all
             magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            tl.atomic_max(out_ptr + REACH_WORD, tl.max(magnitude, axis=0))
-        if SCALE >= 0 and scale_ptr is not None:
-            x = x * (tl.load(scale_ptr + SCALE).to(tl.float32) * FACTOR)
-        elif FACTOR != 1.0:
-            x = x * FACTOR
-    x = tl.where(inside, x, PADDING)
+            tl.atomic_max(out_ptr + PARTS.reach[P], tl.max(magnitude, axis=0))
+        if PARTS.scale[P] >= 0 and scale_ptr is not None:
+            x = x * (tl.load(scale_ptr + PARTS.scale[P]).to(tl.float32) * PARTS.factor[P])
+        elif PARTS.factor[P] != 1.0:
+            x = x * PARTS.factor[P]
+    x = tl.where(inside, x, PARTS.padding[P])
     exists = i < SIZE
-    if HALVES == 0:
-        tl.store((out_ptr + OFFSET).to(tl.pointer_type(tl.float32)) + i, x, mask=exists)
+    if PARTS.halves[P] == 0:
+        tl.store((out_ptr + OFFSETS[P]).to(tl.pointer_type(tl.float32)) + i, x, mask=exists)
     else:
-        half_ptr = (out_ptr + OFFSET).to(tl.pointer_type(tl.bfloat16)) + i
+        half_ptr = (out_ptr + OFFSETS[P]).to(tl.pointer_type(tl.bfloat16)) + i
         hi = rounded_to_bf16(x)
         store_bf16(half_ptr, hi, exists)
-        if HALVES == 2:
+        if PARTS.halves[P] == 2:
             store_bf16(half_ptr + SIZE, rounded_to_bf16(x - hi), exists)
 
 
-# Where parameters lie is theirs: another alignment or stride must not compile this anew.
+# Parameters may lie anywhere: another alignment or stride must not recompile this.
 @triton.jit(
     do_not_specialize=["seed_ptr", "seed_low", "seed_high", "scale_ptr", "sources", "row_strides", "col_strides"]
 )
 def prepare(
     out_ptr,  # int32, all 0
-    seed_ptr, seed_low, seed_high,  # (1,) int64; or None, and the words of a number
-    scale_ptr,  # (networks,), the w_k; or None: all 1
-    sources, row_strides, col_strides,  # of each part, a pointer to any float or None
+    seed_ptr, seed_low, seed_high,  # (1,) int64; or None, and the two words of a number
+    scale_ptr,  # (networks,), the w_k; None if all are 1
+    sources, row_strides, col_strides,  # of each part; a source is a pointer to any float type, or None
     TILES: tl.constexpr,  # of each part its first program, and the end
-    OFFSETS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PADDED_ROWS: tl.constexpr,
-    PADDED_COLS: tl.constexpr, HALVES: tl.constexpr, IN_LANES: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
-    PADDING: tl.constexpr, MISSING: tl.constexpr, REACH: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSETS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     if number == 0:
@@ -247,14 +256,11 @@ def prepare(
         tl.store(out_ptr + SEED, seed_low)
         tl.store(out_ptr + SEED + 1, seed_high)
     for p in tl.static_range(len(OFFSETS)):
-        # tl.constexpr: triton 3.6 takes an entry of a constexpr tuple for a value
+        # tl.constexpr: triton 3.6 takes an entry of a constexpr tuple for a run-time value
         if (number >= tl.constexpr(TILES[p])) & (number < tl.constexpr(TILES[p + 1])):
             fill_part(
-                out_ptr, sources[p], row_strides[p], col_strides[p], scale_ptr, number - tl.constexpr(TILES[p]),
-                tl.constexpr(OFFSETS[p]), tl.constexpr(ROWS[p]), tl.constexpr(COLS[p]), tl.constexpr(PADDED_ROWS[p]),
-                tl.constexpr(PADDED_COLS[p]), tl.constexpr(HALVES[p]), tl.constexpr(IN_LANES[p]),
-                tl.constexpr(SCALE[p]), tl.constexpr(FACTOR[p]), tl.constexpr(PADDING[p]), tl.constexpr(MISSING[p]),
-                tl.constexpr(REACH[p]), BLOCK,
+                out_ptr, sources[p], row_strides[p], col_strides[p], scale_ptr, number - tl.constexpr(TILES[p]), p,
+                OFFSETS, PARTS, BLOCK,
             )  # fmt: skip
 
 
@@ -278,7 +284,7 @@ def seed_pointer(prepared_ptr):
 
 @triton.jit
 def weight_pointers(prepared_ptr, WEIGHTS: tl.constexpr, LOWS: tl.constexpr):
-    """Of each layer, a pointer for each half of its weight. See `Layout.places`."""
+    """For each layer, a pointer to each half of its weight. See `Layout.places`."""
     pointers = ()
     for layer in tl.static_range(len(WEIGHTS)):
         if tl.constexpr(LOWS[layer]) < 0:
@@ -297,3 +303,25 @@ def bias_pointers(prepared_ptr, BIASES: tl.constexpr):
     for layer in tl.static_range(len(BIASES)):
         pointers = pointers + (float_pointer(prepared_ptr, tl.constexpr(BIASES[layer])),)
     return pointers
+
+
+@triton.jit
+def scale_pointer(prepared_ptr, TERMS: tl.constexpr):
+    """To -w_k of each network."""
+    return float_pointer(prepared_ptr, tl.constexpr(TERMS[0]))
+
+
+@triton.jit
+def constant_pointer(prepared_ptr, TERMS: tl.constexpr):
+    return float_pointer(prepared_ptr, tl.constexpr(TERMS[1]))
+
+
+@triton.jit
+def terms_of(prepared_ptr, TERMS: tl.constexpr):
+    quadratic, linear = (), ()  # a function of triton 3.6 can return an empty tuple, but not None
+    if tl.constexpr(TERMS[2]) >= 0:
+        curvature_ptr = float_pointer(prepared_ptr, tl.constexpr(TERMS[2]))
+        quadratic = (curvature_ptr, float_pointer(prepared_ptr, tl.constexpr(TERMS[3])))
+    if tl.constexpr(TERMS[4]) >= 0:
+        linear = (float_pointer(prepared_ptr, tl.constexpr(TERMS[4])),)
+    return Terms(quadratic, linear)

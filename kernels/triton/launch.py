@@ -1,6 +1,6 @@
-"""Regime, tile, warps and stages of the fused kernel, from an architecture's dims: never from the number of chains.
+"""Regime, tile, warps and stages of the fused kernel for an architecture.
 
-A choice that depended on the batch would change the order of sums, and with it the bits of a chain.
+The choice never depends on the number of chains: that would change the order of sums, and with it a chain's bits.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Launch:
     """One configuration of the fused kernel.
 
     regime: "resident" (weights and state on the chip for all steps) or "streaming" (W_1 and the state in L2).
-    block_chains: chains a program. block_dim: the padded dim, or the dims of one streamed chunk.
-    both_orders: a resident weight lies in shared memory twice, once transposed.
-    in_memory: what a step will need again waits in memory, not in registers: the state (resident) or the first layer's
+    block_chains: chains per program. block_dim: the padded dim, or the dims of one streamed chunk.
+    both_orders: resident weights lie in shared memory twice, once transposed.
+    in_memory: keep what a step needs again in memory, not in registers: the state (resident) or the first layer's
     slopes (streaming). For own_chains only.
-    lean: nothing is made, nor a sum put off, for which registers would have to wait (wgmma with triton 3.6).
+    lean: save registers: hoist nothing out of loops, delay no sums (wgmma with triton 3.6).
     """
 
     regime: str
@@ -57,7 +57,7 @@ class Launch:
 
 
 def block(n: int) -> int:
-    """The power of two, at least 16, that holds n: what a tensor-core tile takes."""
+    """n rounded up to a power of two, at least 16: what a tensor-core tile takes."""
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -65,7 +65,7 @@ Networks = tuple[tuple[int, ...], ...]
 
 
 def shared_bytes(launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90) -> int:
-    """An upper estimate of the shared memory that a configuration takes (tests hold it to compiled kernels)."""
+    """An upper bound of the shared memory that a configuration takes (tests compare it with compiled kernels)."""
     # bf16x3 keeps two bf16 halves. wgmma (9.x) and tcgen05 (10.x) transpose 16-bit operands only, so 4-byte ones lie in
     # both orders.
     weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 in (9, 10) else 4)
@@ -73,24 +73,24 @@ def shared_bytes(launch: Launch, dim: int, networks: Networks, precision: str, c
         weight_bytes *= 2
     chains_of_sizes = [[launch.block_dim, *(block(w) for w in widths)] for widths in networks]
     weights = sum(n_in * n_out for sizes in chains_of_sizes for n_in, n_out in pairwise(sizes)) * weight_bytes
-    # One operand of the tile on its way between layouts, or, streaming, the one of each network that all chunks use, at
-    # bf16x3 in two halves. A warp of mma.sync that has all columns (both_orders) keeps its operands in registers.
+    # One operand of the tile while it changes layouts, or, streaming, one per network that all chunks use, at bf16x3 in
+    # two halves. A warp of mma.sync that has all columns (both_orders) keeps its operands in registers.
     as_held = launch.regime == "streaming" and launch.own_chains and precision in ("bf16", "bf16x3")
     operand_bytes = {"bf16": 2, "bf16x3": 4 if as_held else 2}.get(precision, 4)
     operand = 0 if launch.both_orders else launch.block_chains * sum(map(max, chains_of_sizes)) * operand_bytes
-    # The state or its noise on its way between layouts; not where it is as threads hold it, unless rows are no multiple
-    # of 16 bytes or a layer is so narrow that threads share its columns.
+    # The state or its noise while it changes layouts; not if stored as threads hold it, unless rows are no multiple of
+    # 16 bytes or a layer is so narrow that threads share its columns.
     as_held = as_held and dim % 4 == 0 and all(w > 32 for widths in networks for w in widths)
     noise = 0 if as_held else launch.block_chains * launch.block_dim * 4
-    # eight warps of mma.sync: weights on their way between layouts
+    # eight warps of mma.sync: weights while they change layouts
     turning = 8192 if launch.num_warps == 8 and launch.block_chains < 64 else 0
     return weights + operand + noise + turning + 2048
 
 
 def wide_descriptors() -> bool:
-    """Whether this triton adds up wgmma's descriptors in 64 bits, as 3.6 does and 3.9 does not.
+    """Whether this triton computes wgmma's descriptors in 64 bits, as 3.6 does and 3.9 does not.
 
-    Made before a loop, those of a chunk take two registers each; 32-bit ones the compiler makes where they are used.
+    Hoisted out of a loop, those of a chunk take two registers each; 32-bit ones the compiler computes where used.
     """
     try:
         version = importlib.metadata.version("triton")
@@ -100,7 +100,7 @@ def wide_descriptors() -> bool:
 
 
 def choose_launch(dim: int, networks: Networks, precision: str, capability: int | None) -> Launch | str:
-    """The configuration for an architecture, or in words why there is none.
+    """The configuration for an architecture, or the reason why there is none.
 
     networks: the widths of each MLP's layers, from the first hidden one up.
     capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
@@ -131,18 +131,18 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     """Configurations in order of preference: without spills, then with fewest instructions (bench/resources.py)."""
     family = None if capability is None else capability // 10
     mma_sync, wgmma = family in (8, 12), family == 9
-    # wgmma finds an operand in shared memory by descriptors, at bf16x3 so many that registers for the rest are short.
+    # wgmma finds an operand in shared memory by descriptors; at bf16x3 these are so many that registers run short.
     in_memory = wgmma and precision == "bf16x3"
-    # Numbers, each as below, of triton 3.6 on sm_90 with lean and without: 64-[128, 128] at bf16 107 (0) and
+    # Numbers (units as below) of triton 3.6 on sm_90 with lean and without: 64-[128, 128] at bf16 107 (0) and
     # 112 (27 + 17); 784-[256, 128] at bf16x3 1,358 (4 + 3) and 1,505 (514 + 293). With 3.9 lean only costs: 1,643 (0)
     # and 1,597 (0).
     lean = wgmma and precision in ("bf16", "bf16x3") and wide_descriptors()
     tile = Launch("resident", 64, block(dim), 4, 1, in_memory=in_memory, lean=lean and precision == "bf16")
     # Eight warps of mma.sync take all chains of a small tile and an eighth of the columns each, so that weights and
-    # sums fit in their registers; of a layer with fewer than 64 columns they would repeat each other's work.
+    # sums fit in their registers. On a layer with fewer than 64 columns they would repeat each other's work.
     eight = all(width > 32 for widths in networks for width in widths)
 
-    # Numbers are of networks [128, 128]: warp-instructions a chain-step (spill loads + stores a warp and step).
+    # Numbers are for networks [128, 128]: warp-instructions per chain-step (spill loads + stores per warp and step).
     if dim > _MAX_RESIDENT_DIM:
         tiles = []
     elif mma_sync and eight and precision != "bf16":
@@ -151,10 +151,10 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
         # Two halves of every weight leave room for half the chains.
         tiles = [Launch("resident", 16 if precision == "bf16x3" else 32, max(64, block(dim)), 8, 1), tile]
     elif mma_sync and dim > 32:
-        # of four warps each has a quarter of the columns, which wants wide enough a state
+        # each of four warps has a quarter of the columns, for which the state must be wide enough
         tiles = [replace(tile, block_chains=32)]
     elif mma_sync and precision != "bf16x3":
-        # a warp has all columns of 16 chains; so narrow a state leaves shared memory for weights in both orders
+        # a warp has all columns of 16 chains; a state this narrow leaves shared memory for weights in both orders
         tiles = [replace(tile, both_orders=True), tile]
     elif wgmma and eight and precision == "tf32" and dim > 32:
         # wgmma takes 4-byte weights in both orders and an operand of twice the size: 208 (89 + 47) streaming, which is

@@ -1,0 +1,163 @@
+"""The driver: K steps of any sampler on chains that have numbers and lifetime steps of their own.
+
+    energy -> target -> run (backends/table.py) -> chains
+
+It reads the energy in eval mode, chooses the backend, checks what depends on values, runs, and looks at what came back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import Advanced, Chains, settle, table
+from ..backends.choose import FUSED, Choice, choose
+from ..backends.graphs import CudaRecorder
+from ..energies import EnergyLike, first_tensor, n_classes
+from ..energies.conditions import are_labels
+from ..energies.eval_mode import evaluating
+from ..energies.functions import as_module
+from ..samplers.base import check_settings
+from ..targets.autograd import Energy
+from ..targets.description import check_shape
+from ..threads import survives_fork
+from ..tracing import capturing, readable
+from .arguments import checked_count, checked_given, same_device
+from .settings import Settings
+
+__all__ = ["energies_of", "run_chains"]
+
+
+@survives_fork
+def run_chains(
+    energy: EnergyLike,
+    chains: Chains,
+    sampler: Any,
+    steps: int,
+    *,
+    shape: Sequence[int],
+    settings: Settings | None = None,
+    thin: int = 0,
+    telemetry: bool = False,
+    check_start: bool = False,
+) -> tuple[Advanced, Choice]:
+    """The chains after their steps, and what ran. The given chains are left as they are.
+
+    Args:
+        shape: of one state as the energy takes it.
+        thin: keep the state after every thin-th step; 0: none.
+        telemetry: also return what the sampler reports per chain.
+        check_start: whether states may not be finite, which is then a ValueError.
+
+    While torch.compile traces, chains.x is as ``backends/op.py`` takes it, and chains.seed a tensor.
+    """
+    settings = settings or Settings()
+    settings.check()
+    energy, steps = as_module(energy), checked_count("steps", steps)
+    x = chains.x
+    parameter = first_tensor(energy)
+    if parameter is not None and not same_device(parameter.device, x.device):
+        raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    chains = checked_given(energy, chains, dtype)
+    if torch.compiler.is_compiling():
+        from ..backends import compiling
+
+        choice, done = compiling.run(
+            energy, chains, sampler, steps, shape=shape, dtype=dtype, backend=settings.backend,
+            precision=settings.precision, on_nonfinite=settings.on_nonfinite, thin=thin, telemetry=telemetry,
+        )  # fmt: skip
+        if settings.cuda_graph:
+            done = done._replace(cuda_graph="a compiled call records nothing by itself")
+        return done, choice
+    check_settings(sampler, len(chains.numbers), steps)
+    device = x.device
+    start = x if check_start and readable(device) else None
+    with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        condition = None if chains.given is None else chains.kind
+        choice = choose(
+            energy, device, dtype, settings.backend, settings.precision, condition=condition,
+            no_kernel=table.why_no_kernel(sampler),
+        )  # fmt: skip
+        if start is not None and not table.reports_bad_starts(choice.path, steps):
+            settle.check_finite(start)
+            start = None
+        # a private, contiguous copy: runs work in place
+        x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        chains = chains._replace(x=x)
+        if capturing(device) and choice.backend != "triton":
+            raise ValueError(
+                f"while a CUDA graph is captured only kernels can run, and this call would wait: {choice.why_not_fused}"
+            )
+        _check_bounds(sampler, chains)
+        module = Energy(energy, shape, dtype, chains.kind)
+        _check_energy(energy, module, choice, chains, shape)
+        why_not_recorded = _why_not_recorded(choice, device) if settings.cuda_graph else None
+        recorder = CudaRecorder(device) if settings.cuda_graph and why_not_recorded is None else None
+        done = table.run(table.Job(choice, module, chains, sampler, steps, thin, telemetry, recorder))
+        if why_not_recorded is not None:
+            done = done._replace(cuda_graph=why_not_recorded)
+        energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
+        if choice.description is not None:
+            energy_of = table.energy_of(choice.description)
+        settle.settle(
+            done, chains, sampler, steps, lambda: dict(energy.named_parameters()), energy_of, settings.on_nonfinite,
+            start,
+        )  # fmt: skip
+    return done, choice
+
+
+@survives_fork
+def energies_of(energy: EnergyLike, chains: Chains, *, shape: Sequence[int], settings: Settings) -> Tensor:
+    """E of the chains' states, (n_chains,), without a graph, on the path that would move them in plain PyTorch."""
+    energy, x = as_module(energy), chains.x
+    with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        condition = None if chains.given is None else chains.kind
+        choice = choose(energy, x.device, x.dtype, settings.backend, settings.precision, condition=condition)
+        if choice.description is not None:
+            return table.energy_of(choice.description)(x, chains.labels)
+        return Energy(energy, shape, x.dtype, chains.kind)(x, chains.given)
+
+
+def _check_bounds(sampler: Any, chains: Chains) -> None:
+    """A sampler with an accept test can't bring chains into the bounds: they must start there."""
+    if not sampler.exact or sampler.box is None or not readable(chains.x.device):
+        return
+    x = chains.x
+    box = sampler.box.on(x.shape[1], dtype=x.dtype, device=x.device).except_at(chains.frozen, x.dtype)
+    outside = ~box.contains(x)
+    if bool(outside.any()):
+        raise ValueError(
+            f"{type(sampler).__name__} starts within its clamp, {sampler.box}, and {int(outside.sum())} of {len(x)} "
+            "chains do not: clamp the start, or leave clamp= out"
+        )
+
+
+def _check_energy(energy: nn.Module, module: Energy, choice: Choice, chains: Chains, shape: Sequence[int]) -> None:
+    """Whether the energy takes such states and labels."""
+    x, description = chains.x, choice.description
+    if description is not None:
+        check_shape(energy, description, shape)
+    if len(x) == 0 or not readable(x.device):
+        return
+    if description is not None and len(shape) > 1:
+        # Its layers alone do not say whether it takes images. Two states show as much as all.
+        module(x[:2], None if chains.labels is None else chains.labels[:2] * 0)
+    given = chains.given
+    if given is not None and are_labels(given):
+        n = n_classes(energy, x.reshape(len(x), *shape)) if description is None else description.n_classes
+        if n is not None:
+            settle.check_classes(given, n)
+
+
+def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
+    if choice.path in FUSED:
+        return "all steps are one launch of the fused kernel"
+    if choice.backend != "triton":
+        return "steps in plain PyTorch wait for the device"
+    if device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    return "a CUDA graph is captured already" if capturing(device) else None

@@ -1,0 +1,260 @@
+"""fastebm.sample: one call for all samplers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..backends import Advanced, Chains
+from ..backends.choose import Choice
+from ..energies import EnergyLike
+from ..energies.functions import as_module
+from ..samplers.base import check_settings, checked_sampler, for_steps
+from ..threads import survives_fork
+from ..tracing import capturing
+from .arguments import checked_count, checked_frozen, checked_thin
+from .info import SampleInfo, info_of
+from .run import run_chains
+from .settings import Settings
+from .start import Start
+
+__all__ = ["ChainState", "SampleResult", "sample"]
+
+# A bar is shown in so many parts of a call, and by itself for more numbers (chains x dims x steps) than these: seconds.
+_PARTS, _MANY = 20, 10**8
+
+
+class ChainState(NamedTuple):
+    """What chains need to go on.
+
+    chains: states, seed, numbers, lifetime steps, labels, condition and frozen coordinates. energies: (n_chains,) E of
+    the states, or None before the first step. stopped: (n_chains,) bool, which chains have stopped, or None.
+    """
+
+    chains: Chains
+    energies: Tensor | None = None
+    stopped: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SampleResult:
+    """What ``fastebm.sample`` returns.
+
+    Attributes:
+        x: (n_chains, *shape) last states.
+        trajectory: (n_chains, steps // thin, *shape) states after every thin-th step after the warm-up, or None.
+        energies: (n_chains,) E of x.
+        info: what the call did, after the warm-up where it is an average: a ``SampleInfo``.
+        state: all that is needed to go on: ``sample(..., init=result)``.
+    """
+
+    x: Tensor
+    trajectory: Tensor | None
+    energies: Tensor
+    info: SampleInfo
+    state: ChainState
+
+
+@survives_fork
+def sample(
+    energy: EnergyLike,
+    sampler: Any,
+    input_size: int | Sequence[int] | None = None,
+    *,
+    n_chains: int = 32,
+    steps: int,
+    warmup: int = 0,
+    thin: int = 0,
+    init: Tensor | SampleResult | None = None,
+    labels: Tensor | None = None,
+    condition: Tensor | None = None,
+    frozen: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    first_chain: int = 0,
+    backend: str = "auto",
+    precision: str | None = None,
+    device: torch.device | str | None = None,
+    on_nonfinite: str = "raise",
+    cuda_graph: bool = False,
+    progress: bool | None = None,
+) -> SampleResult:
+    """Samples of exp(-E) by any sampler: ``sample(energy, Langevin(0.1), steps=1000)``.
+
+    The energy runs in eval mode and is left as it was. The same weights, start, seed and precision give the same bits
+    for each chain, whatever else is in the batch, on one kind of device.
+
+    Args:
+        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA, ``Langevin`` on an MLP, on a
+            ``ClassifierEnergy`` of one or on a ``SumEnergy`` of them takes the fused kernel.
+        sampler: ``Langevin(step_size)``, ``MALA(step_size)``, ... A schedule has warmup + steps entries.
+        input_size: dims or shape of one state; may be left out with ``init``, or when the energy tells: an MLP, or a
+            ``GaussianEnergy`` with a mean of that shape.
+        n_chains: >= 0, when there is no ``init``.
+        steps: >= 0, after the warm-up.
+        warmup: >= 0 steps before them, which are not kept.
+        thin: keep the state after every thin-th step, a divisor of ``steps``; 0: the last states alone.
+        init: (n_chains, *shape) start, floating point; or a ``SampleResult``, to go on with its chains as if they had
+            not stopped, with the same bits. float64 is computed in float64, all else in float32. None: uniform on the
+            sampler's clamp, or on [-1, 1] without one.
+        labels: (n_chains,) integers, each chain's class, for an energy that takes them beside x.
+        condition: (n_chains, ...), in place of labels, what each chain is conditioned on.
+        frozen: bool, of one state's shape or (n_chains, *shape): coordinates that stay as they start.
+        seed: 64-bit seed of the noise. None: drawn from ``generator``, or from torch's global CPU generator. An int64
+            tensor of one element is read on the device.
+        first_chain: global number of the first chain; part of the noise's counter.
+        backend: "auto", "triton", "torch" or "reference".
+        precision: of the fused kernel's products: "bf16x3", "tf32", "bf16" or "ieee"; None: as ``langevin_sample``.
+        device: where to sample when there is no ``init``; None: where the energy is.
+        on_nonfinite: "raise", "reinit" (start those chains anew) or "ignore" (keep their last finite state).
+        cuda_graph: where a step is several launches, record one and replay it: see ``langevin_sample``.
+        progress: whether to show a bar on stderr. None: on a terminal, for calls that take seconds.
+
+    With a ``SampleResult``, seed and chain numbers are its own, and so are labels, condition and frozen unless they are
+    given.
+
+    Raises:
+        TypeError, ValueError: for bad input: the rule, the value, the way out. Nothing is changed then.
+        NonFiniteError: chains that are not finite, with what to try.
+    """
+    if torch.compiler.is_compiling():
+        from ..backends import compiling
+
+        found: SampleResult = compiling.uncompiled(
+            sample, energy, sampler, input_size, n_chains=n_chains, steps=steps, warmup=warmup, thin=thin, init=init,
+            labels=labels, condition=condition, frozen=frozen, seed=seed, generator=generator, first_chain=first_chain,
+            backend=backend, precision=precision, device=device, on_nonfinite=on_nonfinite, cuda_graph=cuda_graph,
+            progress=progress,
+        )  # fmt: skip
+        return found
+    energy, sampler = as_module(energy), checked_sampler(sampler)
+    steps, warmup = checked_count("steps", steps), checked_count("warmup", warmup)
+    thin = checked_thin(thin or 1, steps, thin != 0, on_nonfinite)
+    settings = Settings(backend, precision, cuda_graph, on_nonfinite)
+    if isinstance(init, SampleResult):
+        _check_resumed(input_size, seed, generator, first_chain, device)
+        shape = tuple(init.x.shape[1:])
+        state = _resumed(init, labels, condition, frozen)
+    else:
+        start = Start(
+            energy, input_size, ("n_chains", n_chains), init, labels, condition, frozen, seed, generator, first_chain,
+            0, device,
+        )  # fmt: skip
+        place = start.place()
+        shape = place.shape
+        if capturing(place.device):
+            raise ValueError("fastebm.sample can't be captured in a CUDA graph: langevin_sample can")
+        state = ChainState(start.chains(place, warmup + steps, sampler.clamp))
+    chains = state.chains
+    check_settings(sampler, len(chains.numbers), warmup + steps)
+    run = _Run(energy, sampler, shape, settings, thin, check_start=isinstance(init, Tensor))
+    many = len(chains.x) * chains.x.shape[1] * (warmup + steps) > _MANY
+    shown = (sys.stderr.isatty() and many) if progress is None else progress
+    size = max(thin, -(-max(steps, warmup) // (_PARTS * max(thin, 1))) * max(thin, 1)) if shown else 0
+    with tqdm(total=warmup + steps, unit=" steps", disable=not shown, dynamic_ncols=True) as bar:
+        if warmup > 0:
+            before, _, state = run.steps(state, 0, warmup, size, bar, keep=False)
+        done, choice, state = run.steps(state, warmup, warmup + steps, size, bar, keep=True)
+    if warmup > 0:  # the first bad step may have been in the warm-up
+        done = done._replace(first_bad=torch.where(before.first_bad >= 0, before.first_bad, done.first_bad))
+    trajectory = None if done.trajectory is None else done.trajectory.reshape(*done.trajectory.shape[:2], *shape)
+    return SampleResult(
+        done.x.reshape(len(done.x), *shape), trajectory, done.energy, info_of(choice, done, chains, sampler), state
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Steps of a call, in parts."""
+
+    energy: EnergyLike
+    sampler: Any
+    shape: Sequence[int]
+    settings: Settings
+    thin: int
+    check_start: bool
+
+    def steps(
+        self, state: ChainState, first: int, last: int, size: int, bar: Any, *, keep: bool
+    ) -> tuple[Advanced, Choice, ChainState]:
+        """Steps first to last - 1 of the call. size: of a part, or 0 for one part. keep: the trajectory."""
+        parts: list[tuple[int, Advanced]] = []
+        edges = [*range(first, last, size), last] if size > 0 and last > first else [first, last]
+        for a, b in pairwise(edges):
+            done, choice = run_chains(
+                self.energy, state.chains, for_steps(self.sampler, a, b), b - a, shape=self.shape,
+                settings=self.settings, thin=self.thin if keep else 0, telemetry=True, check_start=self.check_start,
+            )  # fmt: skip
+            done = _still_stopped(done, state, a)
+            stopped = state.stopped
+            if self.settings.on_nonfinite == "ignore":
+                stopped = done.first_bad >= 0
+            chains = state.chains._replace(x=done.x, first_steps=state.chains.first_steps + (b - a))
+            state = ChainState(chains, done.energy, stopped)
+            parts.append((b - a, done))
+            bar.update(b - a)
+        return _joined(parts), choice, state
+
+
+def _still_stopped(done: Advanced, before: ChainState, first: int) -> Advanced:
+    """With bad steps counted from the call's first one, and chains that had stopped before where they were."""
+    first_bad = torch.where(done.first_bad >= 0, done.first_bad + first, done.first_bad)
+    rows, energies = before.stopped, before.energies
+    if rows is None or energies is None or not bool(rows.any()):
+        return done._replace(first_bad=first_bad)
+    x = torch.where(rows[:, None], before.chains.x.to(done.x.dtype), done.x)
+    trajectory = done.trajectory
+    if trajectory is not None:
+        trajectory = torch.where(rows[:, None, None], x[:, None], trajectory)
+    return done._replace(
+        x=x,
+        energy=torch.where(rows, energies, done.energy),
+        first_bad=torch.where(rows, first, first_bad),
+        trajectory=trajectory,
+    )
+
+
+def _joined(parts: list[tuple[int, Advanced]]) -> Advanced:
+    """One result of parts of so many steps each."""
+    _, last = parts[-1]
+    if len(parts) == 1:
+        return last
+    first_bad = last.first_bad
+    for _, done in reversed(parts):
+        first_bad = torch.where(done.first_bad >= 0, done.first_bad, first_bad)
+    total = sum(steps for steps, _ in parts)
+    telemetry = dict(last.telemetry or {})
+    for name in telemetry.keys() - {"grad_norm"}:  # which is of the last step; all others are means over steps
+        telemetry[name] = sum((done.telemetry or {})[name] * (steps / total) for steps, done in parts)  # type: ignore[assignment]
+    trajectories = [done.trajectory for _, done in parts if done.trajectory is not None]
+    trajectory = torch.cat(trajectories, dim=1) if trajectories else None
+    return last._replace(first_bad=first_bad, telemetry=telemetry, trajectory=trajectory)
+
+
+def _check_resumed(input_size: object, seed: object, generator: object, first_chain: int, device: object) -> None:
+    given = {"input_size": input_size, "seed": seed, "generator": generator, "device": device}
+    names = [name for name, value in given.items() if value is not None]
+    names += ["first_chain"] if first_chain != 0 else []
+    if names:
+        raise ValueError(
+            f"a SampleResult as init= has its own {', '.join(names)}: leave them out, or pass init=result.x"
+        )
+
+
+def _resumed(
+    result: SampleResult, labels: Tensor | None, condition: Tensor | None, frozen: Tensor | None
+) -> ChainState:
+    chains = result.state.chains
+    if labels is not None or condition is not None:
+        chains = chains._replace(labels=labels, condition=condition)
+    if frozen is not None:
+        shape = tuple(result.x.shape[1:])
+        chains = chains._replace(frozen=checked_frozen(frozen, len(chains.x), shape, chains.x.device))
+    return result.state._replace(chains=chains)

@@ -1,0 +1,251 @@
+"""The closed-form gradient of an MLP energy in plain PyTorch, on a tile of states.
+
+Bits do not depend on the batch: a matrix product may round a row differently for another number of rows or threads, so
+every product has the same few rows on one thread, or rounds like one that has (the last tile is padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..threads import threads
+from .description import Description
+from .mlp import MLP
+
+__all__ = [
+    "NARROW",
+    "ClosedForm",
+    "Evaluator",
+    "Network",
+    "matrix",
+    "padded_rows",
+    "product",
+    "rounds_alike",
+    "rows_of_products",
+]
+
+# Rows of one matrix product on a CPU: a call with few chains is padded to no more than this.
+PRODUCT_ROWS = 64
+
+# Rows of one on any other device, where a launch costs more than the padding.
+DEVICE_ROWS = 4096
+
+# Up to as many dims, a CPU's library is slow on the way down to them (fivefold at 2) unless the first weight is laid
+# out transposed. Beyond them that gains nothing, and takes long.
+NARROW = 16
+
+
+def rows_of_products(device: torch.device) -> int:
+    """The one number of rows that every product has on a device."""
+    return PRODUCT_ROWS if device.type == "cpu" else DEVICE_ROWS
+
+
+def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
+    """(n_rows, width), not initialised.
+
+    MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place in the
+    tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
+    """
+    return like.new_empty(n_rows, _stride(width))[:, :width]
+
+
+def _stride(width: int) -> int:
+    return width if width <= 4 else -(-width // 4) * 4
+
+
+@cache
+def rounds_alike(
+    multiply: Callable[[Tensor, Tensor, Tensor], object], n_in: int, n_out: int, transposed: bool, few: int, many: int,
+    dtype: torch.dtype,
+) -> bool:  # fmt: skip
+    """Whether a product of many rows has the bits of products of few rows each, here and on one thread: then it is
+    taken, being faster. Found out by trying, once for each shape: a library does not promise it.
+
+    multiply: makes its third argument, (rows, n_out), the product of the first two. transposed: of w, (n_in, n_out),
+    columns are whole.
+    """
+    if few == many:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(n_out, n_in, dtype=dtype, device="cpu", generator=generator).t()
+    w = w if transposed else w.contiguous()
+    a, whole, parts = (matrix(many, width, w) for width in (n_in, n_out, n_out))
+    a.copy_(torch.randn(many, n_in, dtype=dtype, device="cpu", generator=generator))
+    with threads(1):
+        multiply(a, w, whole)
+        for i in range(0, many, few):
+            multiply(a[i : i + few], w, parts[i : i + few])
+    return torch.equal(whole, parts)
+
+
+def _mm(a: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, w, out=out)
+
+
+def product(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> Tensor:
+    """out = a @ w (+ bias) (+ out), in products of a fixed number of rows, or what rounds like them. On a CPU of one
+    thread, and rows in a multiple of ``rows_of_products``."""
+    few = rows_of_products(a.device)
+    if a.device.type != "cpu" or rounds_alike(_mm, *w.shape, w.stride(0) == 1, few, len(a), a.dtype):
+        return _multiply(a, w, bias, out, add)
+    for i in range(0, len(a), few):
+        _multiply(a[i : i + few], w, bias, out[i : i + few], add)
+    return out
+
+
+def _multiply(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> Tensor:
+    if add:
+        return out.addmm_(a, w)
+    return torch.mm(a, w, out=out) if bias is None else torch.addmm(bias, a, w, out=out)
+
+
+class Network:
+    """One MLP of the sum, on a tile: its buffers, forward and backward."""
+
+    def __init__(self, mlp: MLP, scale: Tensor, n_rows: int) -> None:
+        self.mlp, self.scale = mlp, scale
+        weight = mlp.weights[0]
+        self.down = weight.t().contiguous().t() if mlp.dim <= NARROW else weight
+        self.z = [matrix(n_rows, width, weight) for width in mlp.widths]
+        self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations going up, gradients coming down
+        self.top = None if mlp.head == "scalar" else matrix(n_rows, len(mlp.weights[-1]), weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation of the last hidden layer."""
+        below = x
+        for i, activation in enumerate(self.mlp.activations):
+            product(below, self.mlp.weights[i].t(), self.mlp.biases[i], self.z[i])
+            below = activation.forward(self.z[i], self.h[i])
+        return below
+
+    def backward(self, last: Tensor, labels: Tensor | None, out: Tensor, *, add: bool) -> None:
+        """out (+)= dE_k/dx, after ``forward``. Each layer's gradient overwrites its activation, which is spent."""
+        weight = self.mlp.weights[-1]
+        if self.top is None:
+            above = weight.expand_as(self.z[-1])
+        elif self.mlp.head == "class":
+            above = weight[labels]
+        else:
+            torch.softmax(self._logits(last, self.top), dim=1, out=self.top)
+            above = product(self.top.mul_(-self.scale), weight, None, self.h[-1])
+        for i in reversed(range(len(self.z))):
+            self.mlp.activations[i].backward(above, self.z[i], self.h[i])
+            if i == 0:
+                product(self.h[0], self.down, None, out, add=add)
+            else:
+                above = product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
+
+    def energy(self, last: Tensor, labels: Tensor | None) -> Tensor:
+        """(rows,) w_k E_k(x), after ``forward``."""
+        if self.top is None:
+            return self._logits(last, matrix(len(last), 1, last))[:, 0]
+        logits = self._logits(last, self.top)
+        if self.mlp.head == "class":
+            return logits.gather(1, labels[:, None])[:, 0]  # type: ignore[index]
+        return torch.logsumexp(logits, dim=1) * -self.scale
+
+    def _logits(self, last: Tensor, out: Tensor) -> Tensor:
+        return product(last, self.mlp.weights[-1].t(), self.mlp.biases[-1], out)
+
+
+class Evaluator:
+    """Energy and gradient of a description in closed form, on tiles of n_rows states, in buffers of its own.
+
+    n_rows: a multiple of ``rows_of_products``. A state's values do not depend on the others. mlps: the description's
+    ``scaled_heads``, if they are there already.
+    """
+
+    def __init__(self, description: Description, n_rows: int, mlps: Sequence[MLP] | None = None) -> None:
+        assert description.scales is not None  # nor is the constant: it is not bare
+        assert description.constant is not None
+        self.description, self.constant = description, description.constant
+        mlps = description.scaled_heads() if mlps is None else mlps
+        self.networks = [Network(mlp, scale, n_rows) for mlp, scale in zip(mlps, description.scales, strict=True)]
+
+    def gradient(self, x: Tensor, labels: Tensor | None, out: Tensor) -> Tensor:
+        """out = dE/dx, (n_rows, dim)."""
+        for k, network in enumerate(self.networks):
+            network.backward(network.forward(x), labels, out, add=k > 0)
+        return self._add_terms(x, out)
+
+    def energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """(n_rows,) E(x)."""
+        values = [network.energy(network.forward(x), labels) for network in self.networks]
+        return self._energy(x, values)
+
+    def energy_after(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """``energy`` from the last activations, which are there already."""
+        return self._energy(x, [network.energy(network.h[-1], labels) for network in self.networks])
+
+    def energy_and_gradient(self, x: Tensor, labels: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, by one forward pass; out = dE/dx."""
+        values = []
+        for k, network in enumerate(self.networks):
+            last = network.forward(x)
+            values.append(network.energy(last, labels))
+            network.backward(last, labels, out, add=k > 0)
+        return self._energy(x, values), self._add_terms(x, out)
+
+    def _add_terms(self, x: Tensor, out: Tensor) -> Tensor:
+        d = self.description
+        if d.curvature is not None and d.mean is not None:
+            out.addcmul_(x - d.mean, d.curvature)
+        if d.linear is not None:
+            out.add_(d.linear)
+        return out
+
+    def _energy(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        value = sum(values, self.constant)
+        d = self.description
+        if d.curvature is not None and d.mean is not None:
+            value = value + ((x - d.mean).square_() * d.curvature).sum(dim=1) / 2
+        if d.linear is not None:
+            value = value + (x * d.linear).sum(dim=1)
+        return value
+
+
+class ClosedForm:
+    """An MLP energy as a ``Target`` (base.py), for at most a tile of chains.
+
+    labels: (n,) int64, one per chain, or None.
+    """
+
+    def __init__(self, description: Description, n_chains: int, labels: Tensor | None) -> None:
+        like = description.mlps[0].weights[0]
+        few = rows_of_products(like.device)
+        self.n_rows = -(-n_chains // few) * few
+        self.evaluator = Evaluator(description, self.n_rows)
+        self.labels = None if labels is None else padded_rows(labels, self.n_rows)
+        # rows of padding hold 0, and nobody reads what becomes of them
+        self.x = matrix(self.n_rows, description.dim, like).zero_()
+
+    def value(self, x: Tensor) -> Tensor:
+        """E(x), (n,)."""
+        return self.evaluator.energy(self._padded(x), self.labels)[: len(x)]
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """dE/dx, (n, dim)."""
+        return self.evaluator.gradient(self._padded(x), self.labels, self._out(x))[: len(x)]
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both."""
+        value, gradient = self.evaluator.energy_and_gradient(self._padded(x), self.labels, self._out(x))
+        return value[: len(x)], gradient[: len(x)]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        self.x[: len(x)] = x
+        return self.x
+
+    def _out(self, x: Tensor) -> Tensor:
+        return matrix(self.n_rows, x.shape[1], x)
+
+
+def padded_rows(v: Tensor, n_rows: int) -> Tensor:
+    """Rows repeated up to n_rows; a single row (of coefficients that all chains share) is left to broadcast."""
+    if len(v) == n_rows or (v.ndim == 2 and len(v) == 1):
+        return v
+    return torch.cat([v, v[-1:].expand(n_rows - len(v), *v.shape[1:])])

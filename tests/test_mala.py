@@ -1,0 +1,295 @@
+"""MALA: exact at any step, the same on every path, and safe with bounds, frozen coordinates and bad energies."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from fastebm import MALA, ChainPool, ClassifierEnergy, GaussianEnergy, MLPEnergy, NonFiniteError, sample
+from fastebm.rng import Noise
+from fastebm.targets.base import View
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+N = 40_000
+ALPHA = 1e-6  # of each test of a law
+
+
+# -- laws ----------------------------------------------------------------------------------------------------------
+
+
+def fits_gaussian(x, std) -> bool:
+    """Whether independent draws (n, dim) have this law: Kolmogorov and Smirnov's test in each dim, and of the sum."""
+    z = (x.double() / std.double()).numpy()
+    values = [*z.T, z.sum(1) / math.sqrt(z.shape[1]), *np.square(z).T]
+    laws = ["norm"] * (z.shape[1] + 1) + [stats.chi2(1).cdf] * z.shape[1]
+    return min(stats.kstest(v, law).pvalue for v, law in zip(values, laws, strict=True)) > ALPHA / len(values)
+
+
+def gaussian(step_size, steps=12):
+    """From the law itself, which each step must leave as it is."""
+    std = torch.tensor([1.0, 0.5, 2.0])
+    init = torch.randn(N, 3) * std
+    result = sample(GaussianEnergy(0.0, std), MALA(step_size), init=init, steps=steps, seed=5)
+    return result, fits_gaussian(result.x, std)
+
+
+@pytest.mark.parametrize(("step_size", "least", "most"), [(0.1, 0.95, 1.0), (0.6, 0.4, 0.8), (1.5, 0.02, 0.35)])
+def test_a_gaussian_stays_what_it_is(step_size, least, most):
+    result, fits = gaussian(step_size)
+    assert fits
+    assert least < float(result.info.acceptance.mean()) < most
+
+
+MUTANTS = {
+    "accepts always": lambda patch: patch.setattr(Noise, "uniform", lambda self, stream, t: torch.full((N,), 1e-38)),
+    "more noise than it counts": lambda patch: patch.setattr(
+        Noise, "normal", lambda self, stream, t, draw=Noise.normal: draw(self, stream, t) * 1.3
+    ),
+    "another energy in the test": lambda patch: patch.setattr(
+        View, "value_and_gradient", lambda self, x, of=View.value_and_gradient: (of(self, x)[0] / 2, of(self, x)[1])
+    ),
+    "half of the gradient in the proposal": lambda patch: patch.setattr(
+        MALA, "step", lambda self, target, state, noise, t, step=MALA.step: step(
+            self, target, state._replace(gradient=state.gradient / 2), noise, t
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_law_rejects_mutants(mutant, monkeypatch):
+    MUTANTS[mutant](monkeypatch)
+    assert not gaussian(0.6)[1]
+
+
+def cell_probabilities(energy, lo, hi, cells):
+    """Of exp(-E) on the square, by midpoints of 50 x 50 points per cell."""
+    n = 50 * cells
+    axis = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    points = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        weights = torch.exp(-energy.double()(points)[:, 0]).reshape(cells, 50, cells, 50).sum(dim=(1, 3))
+    energy.float()
+    return (weights / weights.sum()).numpy()
+
+
+def test_an_mlp_in_a_box_by_quadrature():
+    energy = MLPEnergy(2, (16, 16), "tanh")
+    with torch.no_grad():
+        for p in energy.parameters():
+            p.mul_(3.0)
+    lo, hi, cells = -2.0, 2.0, 6
+    expected = cell_probabilities(energy, lo, hi, cells)
+    assert expected.max() > 5 * expected.min()  # not flat
+    n = 10_000
+    result = sample(energy, MALA(0.8, clamp=(lo, hi)), n_chains=n, steps=100, seed=1)
+    assert 0.2 < float(result.info.acceptance.mean()) < 0.9
+    found, _, _ = np.histogram2d(*result.x.numpy().T, bins=cells, range=[[lo, hi]] * 2)
+    statistic = ((found - n * expected) ** 2 / (n * expected)).sum()
+    assert stats.chi2(cells**2 - 1).sf(statistic) > ALPHA
+    flat = ((found - n / cells**2) ** 2 / (n / cells**2)).sum()
+    assert stats.chi2(cells**2 - 1).sf(flat) < ALPHA  # the test has power
+
+
+def test_bounds_cut_the_law_off():
+    result = sample(GaussianEnergy(), MALA(0.5, clamp=(0.3, math.inf)), init=torch.full((N, 1), 0.5), steps=300, seed=2)
+    assert float(result.x.min()) >= 0.3
+    assert stats.kstest(result.x[:, 0].numpy(), stats.truncnorm(0.3, math.inf).cdf).pvalue > ALPHA
+
+
+class Correlated(nn.Module):
+    """A Gaussian with covariance [[1, r], [r, 1]]."""
+
+    r = 0.8
+
+    def forward(self, x):
+        a, b = x[:, 0], x[:, 1]
+        return (a * a + b * b - 2 * self.r * a * b) / (2 * (1 - self.r**2))
+
+
+def test_frozen_coordinates_give_the_conditional_law():
+    init = torch.randn(N, 2)
+    kept = init[:, 1].clone()
+    # outside of the bounds, which are not for what is frozen
+    init[:, 1], kept = kept + 10, kept + 10
+    frozen = torch.tensor([False, True])
+    result = sample(Correlated(), MALA(0.3), init=init, frozen=frozen, steps=200, seed=3)
+    assert torch.equal(result.x[:, 1], kept)
+    z = (result.x[:, 0] - 0.8 * kept) / 0.6
+    assert stats.kstest(z.numpy(), "norm").pvalue > ALPHA
+    clamped = sample(Correlated(), MALA(0.3, clamp=(-9.0, 9.0)), init=init.clamp(max=torch.tensor([9.0, 99.0])),
+                     frozen=frozen, steps=5, seed=3)  # fmt: skip
+    assert torch.equal(clamped.x[:, 1], kept)
+    assert bool((clamped.info.acceptance > 0).any())
+
+
+# -- paths ---------------------------------------------------------------------------------------------------------
+
+ENERGIES = {
+    "mlp": lambda: (MLPEnergy(5, (16, 8)), {}),
+    "classifier": lambda: (ClassifierEnergy(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))), {}),
+    "labels": lambda: (
+        ClassifierEnergy(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))), {"labels": torch.arange(130) % 3},
+    ),
+    "autograd": lambda: (GaussianEnergy(0.3, 1.2), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENERGIES)
+def test_paths_agree(name):
+    energy, given = ENERGIES[name]()
+    options = {"n_chains": 130, "steps": 15, "thin": 5, "seed": 6, **given}
+    truth = sample(energy.double(), MALA(0.4), 5, backend="reference", **options)
+    energy.float()
+    for backend in ("auto", "torch", "reference"):
+        found = sample(energy, MALA(0.4), 5, backend=backend, init=None, **options)
+        near = (found.x - truth.x).abs().amax(dim=1) < 1e-4
+        assert int(near.sum()) >= 128  # a test that is decided by rounding may go either way
+        torch.testing.assert_close(found.energies[near].double(), truth.energies[near], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.info.acceptance[near].double(), truth.info.acceptance[near], rtol=0, atol=1e-3)
+        assert torch.equal(found.trajectory[:, -1], found.x)
+        assert found.info.why_not_fused is not None
+        assert found.info.path == ("tiles" if backend != "reference" and name != "autograd" else "autograd")
+
+
+@pytest.mark.parametrize("name", ENERGIES)
+def test_other_chains_change_no_bits(name):
+    energy, given = ENERGIES[name]()
+    whole = sample(energy, MALA(0.4), 5, n_chains=130, steps=9, seed=7, **given)
+    for rows in (slice(0, 1), slice(3, 70), slice(64, 130)):
+        part = sample(
+            energy, MALA(0.4), 5, n_chains=rows.stop - rows.start, steps=9, seed=7, first_chain=rows.start,
+            **{k: v[rows] for k, v in given.items()},
+        )  # fmt: skip
+        assert torch.equal(part.x, whole.x[rows])
+        assert torch.equal(part.energies, whole.energies[rows])
+
+
+@pytest.mark.parametrize("name", ENERGIES)
+def test_going_on_is_as_if_it_had_not_stopped(name):
+    energy, given = ENERGIES[name]()
+    whole = sample(energy, MALA(0.4), 5, n_chains=130, steps=20, seed=8, **given)
+    first = sample(energy, MALA(0.4), 5, n_chains=130, warmup=3, steps=6, seed=8, **given)
+    then = sample(energy, MALA(0.4), init=first, steps=11)
+    assert torch.equal(then.x, whole.x)
+    assert torch.equal(then.energies, whole.energies)
+
+
+def test_settings_by_step_and_by_chain():
+    energy = MLPEnergy(5, (16, 8))
+    schedule, each = torch.linspace(0.6, 0.1, 8), torch.linspace(0.1, 0.9, 6)[:, None]
+    options = {"steps": 8, "seed": 9}
+    by_chain = sample(energy, MALA(each), n_chains=6, **options)
+    for i in range(6):
+        one = sample(energy, MALA(float(each[i])), n_chains=1, first_chain=i, **options)
+        torch.testing.assert_close(one.x[0], by_chain.x[i])
+    by_step = sample(energy, MALA(schedule), n_chains=6, **options)
+    then = sample(energy, MALA(schedule[:3]), n_chains=6, steps=3, seed=9)
+    then = sample(energy, MALA(schedule[3:]), init=then, steps=5)
+    assert torch.equal(then.x, by_step.x)
+
+
+def test_pools_take_it():
+    pool = ChainPool(2000, 3, seed=1, reinit_prob=0.0, init="gaussian")
+    energy = GaussianEnergy(0.0, torch.tensor([1.0, 0.5, 2.0]))
+    for _ in range(30):
+        pool.sample(energy, 1000, MALA(0.5), 10)
+    pool.advance(energy, MALA(0.5), 20)
+    assert fits_gaussian(pool.states, torch.tensor([1.0, 0.5, 2.0]))
+    torch.testing.assert_close(pool.energies, energy(pool.states))
+    bounded = ChainPool(100, 3, seed=1, clamp=(-0.5, 0.5))
+    x, _ = bounded.sample(energy, 50, MALA(0.5), 20)
+    assert float(x.abs().max()) <= 0.5
+    with pytest.raises(ValueError, match="the pool clamps to"):
+        bounded.sample(energy, 50, MALA(0.5, clamp=(-1.0, 1.0)), 1)
+    with pytest.raises(TypeError, match="are its parentheses missing"):
+        bounded.sample(energy, 50, MALA, 1)
+
+
+# -- energies that are not numbers ---------------------------------------------------------------------------------
+
+
+class Beyond(nn.Module):
+    """A Gaussian whose energy is this number beyond 1."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return torch.where((x > 1.0).any(dim=1), x.sum(dim=1) * 0 + self.number, x.square().sum(dim=1) / 2)
+
+
+def test_infinite_energy_is_never_entered():
+    init = torch.zeros(N, 1)
+    result = sample(Beyond(math.inf), MALA(0.7), init=init, steps=200, seed=4)
+    assert float(result.x.max()) <= 1.0
+    assert stats.kstest(result.x[:, 0].numpy(), stats.truncnorm(-math.inf, 1.0).cdf).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+def test_other_energies_stop_the_chain(number):
+    options = {"init": torch.zeros(500, 2), "steps": 30, "seed": 4}
+    with pytest.raises(NonFiniteError, match=r"of 500 chains are not finite.*step_size = 0.7.*Try a smaller step_size"):
+        sample(Beyond(number), MALA(0.7), **options)
+    result = sample(Beyond(number), MALA(0.7), on_nonfinite="ignore", **options)
+    stopped = result.info.first_bad_step >= 0
+    assert 50 < int(stopped.sum())
+    assert float(result.x.max()) <= 1.0
+    assert bool(result.energies.isfinite().all())
+    again = sample(Beyond(number), MALA(0.7), on_nonfinite="reinit", **options)
+    assert bool(again.x.isfinite().all())
+    assert not torch.equal(again.x[stopped], result.x[stopped])
+
+
+def test_a_proposal_that_overflows_stops_the_chain():
+    class Steep(nn.Module):
+        def forward(self, x):
+            return x.pow(20).sum(dim=1)
+
+    options = {"steps": 3, "seed": 1, "on_nonfinite": "ignore"}
+    result = sample(Steep(), MALA(1.0), init=torch.full((3, 1), 200.0), **options)
+    assert result.info.first_bad_step.tolist() == [0, 0, 0]
+    assert torch.equal(result.x, torch.full((3, 1), 200.0))
+    far = sample(Steep(), MALA(1.0), init=torch.full((3, 1), 50.0), **options)  # its energy overflows: rejected
+    assert far.info.first_bad_step.tolist() == [-1, -1, -1]
+    assert far.info.acceptance.tolist() == [0, 0, 0]
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MALA(0.0), ValueError, "step_size must be finite and > 0, got 0.0"),
+        (lambda: MALA(torch.tensor([1.0, math.nan])), ValueError, "got a tensor with nan"),
+        (lambda: MALA("0.1"), TypeError, "step_size must be a float or a tensor, got str"),
+        (lambda: MALA(0.1, clamp=(1.0, 0.0)), ValueError, r"clamp needs lo < hi, got \(1.0, 0.0\)"),
+        (lambda: MALA(), TypeError, "step_size"),
+    ],
+)
+def test_bad_settings(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_what_it_can_not_do_is_said():
+    energy = MLPEnergy(2, (8,))
+    with pytest.raises(ValueError, match=r"backend=\"triton\" can't run: MALA has no fused kernel"):
+        sample(energy, MALA(0.1), steps=1, backend="triton")
+    with pytest.raises(ValueError, match=r"MALA starts within its clamp, \(-1.0, 1.0\), and 1 of 2 chains do not"):
+        sample(energy, MALA(0.1, clamp=(-1, 1)), init=torch.tensor([[0.0, 0.0], [0.0, 1.5]]), steps=1)
+
+
+def test_float64_is_float64():
+    energy = MLPEnergy(3, (8,)).double()
+    result = sample(energy, MALA(0.3), n_chains=4, steps=3, seed=1)
+    assert result.x.dtype == result.energies.dtype == torch.float64
+    torch.testing.assert_close(result.energies, energy(result.x)[:, 0], rtol=1e-12, atol=1e-12)

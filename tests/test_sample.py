@@ -1,0 +1,180 @@
+"""fastebm.sample, and the driver behind it: the same chains as langevin_sample, in one go, in parts, or resumed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fastebm
+from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, NonFiniteError, langevin_sample, sample
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+SAMPLER = Langevin(0.3)
+
+
+class Other(nn.Module):
+    """No MLP, so by autograd."""
+
+    def forward(self, x):
+        return (x.flatten(1).square().sum(1) / 2 + x.flatten(1).sin().sum(1)).cos() + x.flatten(1).square().sum(1)
+
+
+ENERGIES = {"mlp": lambda: MLPEnergy(5, (16, 8)), "autograd": Other}
+every_energy = pytest.mark.parametrize("energy", list(ENERGIES.values()), ids=ENERGIES)
+
+
+def same(a, b):
+    assert torch.equal(a.x, b.x)
+    assert torch.equal(a.energies.nan_to_num(-1), b.energies.nan_to_num(-1))
+    assert torch.equal(a.info.first_bad_step, b.info.first_bad_step)
+
+
+@every_energy
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_langevin_is_langevin_sample(energy, backend):
+    energy = energy()
+    result = sample(energy, SAMPLER, 5, n_chains=70, steps=12, thin=3, seed=4, backend=backend)
+    options = {"batch_size": 70, "steps": 12, "seed": 4, "backend": backend}
+    x, info = langevin_sample(energy, 5, SAMPLER, return_info=True, **options)
+    (path,) = (langevin_sample(energy, 5, SAMPLER, return_trajectory=True, thin=3, **options),)
+    assert torch.equal(result.x, x)
+    assert torch.equal(result.trajectory, path)
+    assert torch.equal(result.energies, info.energies)
+    for name in ("backend", "path", "kernels", "precision", "seed", "temperature", "why_not_fused"):
+        assert getattr(result.info, name) == getattr(info, name)
+    for name in ("grad_norm", "clipped", "clamped", "first_bad_step"):
+        torch.testing.assert_close(getattr(result.info, name), getattr(info, name))
+    assert result.info.acceptance is None
+    assert result.info.step_size == 0.3
+
+
+@every_energy
+def test_warmup_comes_first_and_is_not_kept(energy):
+    energy = energy()
+    schedule = torch.linspace(0.5, 0.1, 17)
+    sampler = Langevin(schedule, torch.rand(9, 1))
+    whole = langevin_sample(energy, 5, sampler, batch_size=9, steps=17, seed=2, return_trajectory=True)
+    result = sample(energy, sampler, 5, n_chains=9, warmup=5, steps=12, thin=4, seed=2)
+    assert torch.equal(result.trajectory, whole[:, [8, 12, 16]])
+    assert torch.equal(result.x, whole[:, -1])
+    assert sample(energy, SAMPLER, 5, n_chains=9, warmup=5, steps=12, seed=2).trajectory is None
+
+
+@every_energy
+@pytest.mark.parametrize("progress", [False, True])
+def test_going_on_is_as_if_it_had_not_stopped(energy, progress, capsys):
+    energy = energy()
+    frozen = torch.rand(33, 5) < 0.2
+    options = {"n_chains": 33, "seed": 8, "frozen": frozen, "first_chain": 2**40}
+    whole = sample(energy, SAMPLER, 5, steps=50, progress=progress, thin=5, **options)
+    first = sample(energy, SAMPLER, 5, steps=20, thin=5, **options)
+    then = sample(energy, SAMPLER, init=first, steps=30, thin=5)
+    same(then, whole)
+    assert torch.equal(torch.cat([first.trajectory, then.trajectory], dim=1), whole.trajectory)
+    once_more = sample(energy, SAMPLER, init=first, steps=30, thin=5)  # the result is a value: nothing has moved it
+    same(once_more, then)
+    assert ("steps/s" in capsys.readouterr().err) == progress
+
+
+def test_labels_and_conditions_go_along():
+    energy = ClassifierEnergy(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
+    labels = torch.arange(12) % 3
+    whole = sample(energy, SAMPLER, 5, n_chains=12, steps=9, labels=labels, seed=1)
+    first = sample(energy, SAMPLER, 5, n_chains=12, steps=4, labels=labels, seed=1)
+    same(sample(energy, SAMPLER, init=first, steps=5), whole)
+    other = sample(energy, SAMPLER, init=first, steps=5, labels=(labels + 1) % 3)
+    assert not torch.equal(other.x, whole.x)
+
+
+class Cliff(nn.Module):
+    """NaN beyond 2 in the first coordinate."""
+
+    def forward(self, x):
+        return x.square().sum(1) / 2 + torch.where(x[:, 0] > 2.0, math.nan, 0.0) * x[:, 0]
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_chains_that_stopped_stay_so(progress):
+    options = {"n_chains": 200, "seed": 3, "on_nonfinite": "ignore"}
+    whole = sample(Cliff(), Langevin(0.5), 2, steps=60, **options)
+    bad = whole.info.first_bad_step >= 0
+    assert 20 < int(bad.sum()) < 180
+    assert int(whole.info.first_bad_step[bad].max()) > 25
+    if progress:
+        same(sample(Cliff(), Langevin(0.5), 2, steps=60, progress=True, **options), whole)
+    first = sample(Cliff(), Langevin(0.5), 2, steps=20, thin=4, **options)
+    then = sample(Cliff(), Langevin(0.5), init=first, steps=40, thin=4, on_nonfinite="ignore")
+    assert torch.equal(then.x, whole.x)
+    stopped = first.info.first_bad_step >= 0
+    assert torch.equal(then.trajectory[stopped], first.x[stopped][:, None].expand(-1, 10, -1))
+    assert torch.equal(then.energies.nan_to_num(-1), whole.energies.nan_to_num(-1))
+    warm = sample(Cliff(), Langevin(0.5), 2, warmup=20, steps=40, **options)
+    same(warm, whole)
+    with pytest.raises(NonFiniteError, match="of 200 chains are not finite"):
+        sample(Cliff(), Langevin(0.5), 2, warmup=20, steps=40, n_chains=200, seed=3)
+
+
+def test_the_caller_keeps_what_it_had():
+    energy = MLPEnergy(5, (8,), dropout=0.5, spectral_norm=True).train()
+    before = {name: t.clone() for name, t in energy.state_dict().items()}
+    init, state = torch.randn(7, 5), torch.get_rng_state()
+    kept = init.clone()
+    result = sample(energy, SAMPLER, init=init, steps=5, seed=0)
+    assert torch.equal(init, kept)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert energy.training
+    assert all(torch.equal(before[name], t) for name, t in energy.state_dict().items())
+    assert not result.x.requires_grad
+    sample(energy, SAMPLER, init=init, steps=1)
+    assert not torch.equal(torch.get_rng_state(), state)  # one seed, drawn from the global generator
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"steps": -1}, ValueError, "steps must be >= 0, got -1"),
+        ({"warmup": 1.5}, TypeError, "warmup must be an int, got 1.5"),
+        ({"thin": 4}, ValueError, "thin must divide steps"),
+        ({"thin": 2, "on_nonfinite": "reinit"}, ValueError, "a trajectory shows where chains exploded"),
+        ({"on_nonfinite": "stop"}, ValueError, "on_nonfinite must be one of raise, reinit, ignore, got 'stop'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"sampler": Langevin}, TypeError, r"got <class .*Langevin'>: are its parentheses missing"),
+        ({"sampler": 0.1}, TypeError, r"got 0.1: a step size alone is Langevin\(0.1\)"),
+        ({"sampler": Langevin(torch.ones(7))}, ValueError, "step_size schedule must have one entry per step: got 7"),
+        ({"sampler": Langevin(torch.ones(7, 1))}, ValueError, r"does not fit 3 chains; use \(3, 1\)"),
+        ({"init": torch.zeros(3)}, ValueError, r"init must be \(n_chains, \*shape\)"),
+        ({"init": torch.full((3, 5), math.nan)}, ValueError, "init must be finite"),
+        ({"frozen": torch.ones(4, dtype=torch.bool)}, ValueError, "frozen must have one state's shape"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "takes x only"),
+    ],
+)
+def test_bad_input(given, error, message):
+    options = {"energy": MLPEnergy(5, (8,)), "sampler": SAMPLER, "n_chains": 3, "steps": 6, **given}
+    with pytest.raises(error, match=message):
+        sample(**options)
+
+
+@pytest.mark.parametrize("given", [{"seed": 1}, {"first_chain": 4}, {"device": "cpu"}, {"input_size": 5}], ids=str)
+def test_a_result_has_its_own_seed_and_numbers(given):
+    result = sample(MLPEnergy(5, (8,)), SAMPLER, n_chains=3, steps=1)
+    with pytest.raises(ValueError, match=f"its own {next(iter(given))}: leave them out, or pass init=result.x"):
+        sample(MLPEnergy(5, (8,)), SAMPLER, init=result, steps=1, **given)
+
+
+def test_no_steps_and_no_chains():
+    energy, init = GaussianEnergy(), torch.randn(4, 3)
+    result = sample(energy, SAMPLER, init=init, steps=0)
+    assert torch.equal(result.x, init)
+    torch.testing.assert_close(result.energies, energy(init))
+    assert sample(energy, SAMPLER, 3, n_chains=0, steps=5, thin=1).trajectory.shape == (0, 5, 3)
+
+
+def test_public_names():
+    assert {"sample", "SampleResult", "Langevin", "langevin_sample"} <= set(fastebm.__all__)
+    assert all(getattr(fastebm, name) is not None for name in fastebm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Metropolis'"):
+        _ = fastebm.Metropolis
