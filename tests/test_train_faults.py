@@ -250,7 +250,7 @@ def test_a_pool_of_another_shape_is_refused(tmp_path, tiny_images, no_report):
     for change, message in (
         (lambda rows: rows.update(x=rows["x"][:, :8]), "the saved pool has 20 chains"),
         (lambda rows: rows.update(steps=rows["steps"].float()), "steps must be .* of torch.int64"),
-        (lambda rows: rows.pop("energy"), "it lacks energy"),
+        (lambda rows: rows.pop("energy"), "missing energy"),
         (lambda rows: rows["x"].fill_(torch.nan), "states that are not finite"),
     ):
         rows = {name: t.clone() for name, t in whole_rows.items()}

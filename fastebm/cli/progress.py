@@ -9,6 +9,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from tqdm import tqdm
+
 __all__ = ["Progress", "Signals"]
 
 # Without a terminal there are lines in place of a bar: seconds until the first line, and between later ones.
@@ -24,7 +26,7 @@ class Progress:
     def __init__(self, is_shown: bool = True) -> None:
         self.is_shown = is_shown
         self.is_terminal = is_shown and sys.stderr.isatty()
-        self.bar: Any = None
+        self.bar: tqdm[Any] | None = None
         self.words: str | None = None
         self.nonfinite = self.first = 0
         self.started = self.next_line = 0.0
@@ -93,8 +95,6 @@ class Progress:
                 print(f"{words} ...", end="", file=sys.stderr, flush=True)
             return
         if self.bar is None:
-            from tqdm import tqdm
-
             self.bar = tqdm(
                 total=total, initial=self.first, desc=words or None, unit="step", dynamic_ncols=True, leave=False
             )
