@@ -100,7 +100,7 @@ def test_resuming_with_another_configuration_is_refused(tmp_path, tiny_images, w
         train(dataclasses.replace(TINY, reg_alpha=7.0), whole, data=tiny_images, resume=True)
     with pytest.raises(ValueError, match="has done 6 steps: steps must be more to extend it, got 5"):
         train(dataclasses.replace(TINY, steps=5), whole, data=tiny_images, resume=True)
-    with pytest.raises(ValueError, match="is no run of fastebm"):
+    with pytest.raises(ValueError, match="is not a run of fastebm"):
         train(TINY, tmp_path, data=tiny_images, resume=True)
 
 
