@@ -1,4 +1,5 @@
-"""The Triton path: the fused K-step kernel for MLP energies; for all others a gradient, and the fused update."""
+"""The Triton runs of Langevin steps: one launch for all steps of an MLP energy; for other energies a gradient per step,
+then one launch for noise, update and clamp."""
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ __all__ = ["run_mlp", "run_module", "run_products"]
 
 # triton 3.10 turns fused multiply-add off by default; the interpreter takes no such option.
 _OPTIONS = {} if interpreted() else {"enable_fp_fusion": True}
-# ptxas moves no more out of loops than it must (its default is 5)
+# Lower than ptxas' default, 5: it hoists less out of loops, which would cost registers.
 _LEAN_OPTIONS = {} if interpreted() else {"ptx_options": "--register-usage-level=3"}
 
-# Most chains of one launch, where each chain needs scratch: the next launch uses the same again. An H200 works on some
-# 17,000 at a time (132 SMs, a tile of 128 each), so the last of a launch's eight rounds may leave some SMs idle, at a
-# cost of a few per cent. For 256 hidden units scratch is 128 MiB at most; of 10 million chains it would be 10 GB.
+# Most chains per launch where each chain needs scratch memory, which the next launch reuses. An H200 works on about
+# 17,000 chains at a time (132 SMs with a tile of 128 each), so the last of a launch's eight rounds may leave SMs idle,
+# which costs a few per cent. With 256 hidden units the scratch is at most 128 MiB; for 10 million chains at once it
+# would be 10 GB.
 CHAINS_AT_ONCE = 2**17
 
 
@@ -45,7 +47,7 @@ def run_mlp(
     thin: int = 0,
     telemetry: bool = False,
 ) -> Advanced:
-    """chains.x: float32, contiguous, moved in place."""
+    """Langevin steps of an MLP energy, all in one launch. chains.x: float32, contiguous, moved in place."""
     x = chains.x
     n_chains, dim = x.shape
     device = x.device
@@ -56,53 +58,25 @@ def run_mlp(
     if n_chains == 0:
         return Advanced(x, energy, first_bad, trajectory, _named(told))
     arguments, flags = _sampler_arguments(sampler, n_chains, steps, dim, device)
-    # without a step there is no order, nor a coefficient of the first one
+    # With no step there is no order, and no coefficient of the first step to load.
     flags["NOISE_FIRST"] = sampler.noise_first and steps > 0
     flags["CLAMP_NOISE"] = sampler.clamp_noise and steps > 0
-    extra: list[Any]
-    padded = launch.in_memory and dim != launch.block_dim
-    n_tiles = tiles_at_once = -(-n_chains // launch.block_chains)
-    if launch.regime == "streaming" or padded:
-        tiles_at_once = min(n_tiles, CHAINS_AT_ONCE // launch.block_chains)
-    rows = tiles_at_once * launch.block_chains
+    n_tiles = -(-n_chains // launch.block_chains)
+    tiles_at_once, extra, of_regime = _regime(description, launch, precision, n_tiles, x)
+    flags.update(of_regime)
     if launch.regime == "streaming":
-        halves = (2 if launch.own_chains else 0) if precision == "bf16x3" else 1
-        operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
-        slopes = (
-            torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in description.mlps
-        )
-        kernel, extra = streaming.langevin_streaming, [tuple(slopes)]
-        flags["OWN_CHAINS"] = launch.own_chains
-        flags["LEAN"] = launch.lean
+        kernel = streaming.langevin_streaming
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
-        kernel, extra = resident.langevin_resident, [x.new_empty(rows, launch.block_dim) if padded else None]
-        flags["BOTH_ORDERS"] = launch.both_orders
-    mlps = description.mlps
-    layers = Layers(
-        FIRSTS=tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
-        BLOCKS=tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
-        ACTIVATIONS=tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
-        PARAMETERS=tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
-        PRECISION=precision,
-        FAST=_fast(precision),
-        TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
-    )
-    frozen = _frozen_arguments(chains)
-    # triton launches on the current device, which may be another than x's
+        kernel = resident.langevin_resident
+    layers, frozen = _layers(description, launch, precision), _frozen_arguments(chains)
+    # Triton launches on the current device, which may not be x's.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         prepared, places = _prepare(description, chains.seed, precision, launch, device)
+        state = x, energy, first_bad, trajectory, thin, told, chains.numbers, chains.first_steps, chains.labels
         for first_tile in range(0, n_tiles, tiles_at_once):
             kernel[(min(tiles_at_once, n_tiles - first_tile),)](
-                x,
-                energy,
-                first_bad,
-                trajectory,
-                thin,
-                told,
-                chains.numbers,
-                chains.first_steps,
-                chains.labels,
+                *state,
                 *frozen,
                 *arguments,
                 *(prepared,) * 3,
@@ -127,10 +101,44 @@ def run_mlp(
     return Advanced(x, energy, first_bad, trajectory, _named(told), report=report)
 
 
+def _regime(
+    description: Description, launch: Launch, precision: str, n_tiles: int, x: Tensor
+) -> tuple[int, list[Any], dict[str, Any]]:
+    """How many tiles one launch takes, and the scratch and compile-time flags that only this regime's kernel has."""
+    padded = launch.in_memory and x.shape[1] != launch.block_dim
+    tiles_at_once = n_tiles
+    if launch.regime == "streaming" or padded:
+        tiles_at_once = min(n_tiles, CHAINS_AT_ONCE // launch.block_chains)
+    rows = tiles_at_once * launch.block_chains
+    if launch.regime == "resident":
+        scratch = [x.new_empty(rows, launch.block_dim) if padded else None]
+        return tiles_at_once, scratch, {"BOTH_ORDERS": launch.both_orders}
+    halves = (2 if launch.own_chains else 0) if precision == "bf16x3" else 1
+    operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
+    slopes = (
+        torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=x.device) for mlp in description.mlps
+    )
+    return tiles_at_once, [tuple(slopes)], {"OWN_CHAINS": launch.own_chains, "LEAN": launch.lean}
+
+
+def _layers(description: Description, launch: Launch, precision: str) -> Layers:
+    """The networks as compile-time constants."""
+    mlps = description.mlps
+    return Layers(
+        FIRSTS=tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
+        BLOCKS=tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
+        ACTIVATIONS=tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
+        PARAMETERS=tuple(p for mlp in mlps for p in (*(a.parameter for a in mlp.activations), 0.0)),
+        PRECISION=precision,
+        FAST=_fast(precision),
+        TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
+    )
+
+
 def _prepare(
     description: Description, seed: int | Tensor, precision: str, launch: Launch, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The buffer of seed and weights, and the constants that tell a step kernel where everything lies in it."""
+    """The buffer of seed and weights, and the offsets in it as compile-time constants of a step kernel."""
     mlps = description.mlps
     # At bf16 the kernel's silu takes z/2 (kernels/triton/mlp.py), so the layers below one are halved, which is exact.
     networks = tuple(
@@ -176,7 +184,7 @@ def _prepare(
 
 
 def _signed_words(seed: int) -> tuple[int, int]:
-    """The low and high word of 64 bits, both as int32: triton makes a number's type of its size."""
+    """The low and high word of 64 bits, both as int32: Triton chooses the type of an int by its size."""
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
@@ -185,9 +193,9 @@ def run_module(
     energy: Energy, chains: Chains, sampler: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
     recorder: Recorder | None = None,
 ) -> Advanced:  # fmt: skip
-    """Any energy: its gradient by autograd, then noise, update and clamp in one launch. chains.x is moved in place.
+    """Any energy: autograd's gradient, then noise, update and clamp in one launch. chains.x is moved in place.
 
-    recorder: to record one step and replay it.
+    recorder: records one step as a CUDA graph and replays it.
     """
 
     def gradient(x: Tensor) -> Tensor:
@@ -203,7 +211,7 @@ def run_products(
 ) -> Advanced:  # fmt: skip
     """An MLP energy too wide for the fused kernel: closed-form gradient by library products, and the fused update.
 
-    chains.x is moved in place. recorder: to record one step and replay it.
+    chains.x is moved in place. recorder: records one step as a CUDA graph and replays it.
     """
     n_chains, dim = chains.x.shape
     n_rows = rows_of_products(chains.x.device)
@@ -213,7 +221,7 @@ def run_products(
     grad, energy = torch.empty_like(chains.x), chains.x.new_empty(n_chains)
 
     def each_tile(x: Tensor) -> Iterator[slice]:
-        """Load every tile of the states in turn; rows past the last hold something finite that nobody reads."""
+        """Load one tile of states after another. Rows of padding hold finite numbers that nobody reads."""
         for first in range(0, n_chains, n_rows):
             rows = slice(first, min(first + n_rows, n_chains))
             tile[: rows.stop - first] = x[rows]
@@ -236,7 +244,7 @@ def _run_by_gradient(
     gradient: Callable[[Tensor], Tensor], chains: Chains, sampler: Langevin, steps: int, thin: int, telemetry: bool,
     recorder: Recorder | None,
 ) -> Advanced:  # fmt: skip
-    """Without the energies."""
+    """All but the energies."""
     x = chains.x
     n_chains, dim = x.shape
     device = x.device
@@ -249,7 +257,7 @@ def _run_by_gradient(
     of_noise = [*coefficients, None, None, *bounds], clamp
     seed = _seed_tensor(chains.seed, device)
     at = torch.zeros(1, dtype=torch.int64, device=device)
-    # about 1,024 elements a program: 8 a thread of four warps
+    # About 1,024 elements per program: 8 per thread of four warps.
     block_dim = max(4, min(1024, 1 << (dim - 1).bit_length()))
     block_chains = max(1, 1024 // block_dim)
     new = torch.empty_like(x)
@@ -282,13 +290,13 @@ def _run_by_gradient(
             )
 
     def step() -> None:
-        # only the gradient may raise or wait: no chain has moved yet
+        # Only the gradient may raise or synchronise, and it comes before any chain has moved.
         if sampler.noise_first:
             launch("noise", new, x, None, None, *of_noise)
             launch("drift", x, new, gradient(new), told, arguments, flags["CLAMP"])
         else:
             launch("", new, x, gradient(x), told, arguments, flags["CLAMP"])
-            x.copy_(new)  # not a swap: what a CUDA graph records stays in its place
+            x.copy_(new)  # not a swap: a CUDA graph replays with the same addresses
         at.add_(1)
 
     def keep(t: int) -> None:
@@ -307,7 +315,7 @@ def _named(told: Tensor | None) -> dict[str, Tensor] | None:
 def _sampler_arguments(
     sampler: Langevin, n_chains: int, steps: int, dim: int, device: torch.device
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The rule as kernel arguments (a and b with their strides, clips, bounds) and compile-time flags."""
+    """The sampler as kernel arguments (drift and noise std with their strides, clips, bounds) and compile-time flags."""
     arguments: list[Any] = []
     flags: dict[str, Any] = {}
     for name, c in zip(("DRIFT", "NOISE_STD"), sampler.drift_and_noise(n_chains, steps, device=device), strict=True):
@@ -322,7 +330,7 @@ def _sampler_arguments(
     bounds = None if sampler.box is None else sampler.box.on(dim, device=device)
     lo, hi = bounds or (None, None)
     rows = isinstance(lo, Tensor)
-    # floats: of a clip at 1, an int, triton would make a constant, and compile anew
+    # As floats: Triton would specialise on an int of 1, and recompile.
     arguments += [None if clip is None else float(clip) for clip in (sampler.grad_clip, sampler.grad_norm_clip)]
     arguments += [_aligned(bound) if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
     flags["CLAMP"] = "" if bounds is None else "rows" if rows else "numbers"
@@ -330,7 +338,7 @@ def _sampler_arguments(
 
 
 def _aligned(v: Tensor) -> Tensor:
-    """Contiguous, at a whole 16 bytes: for a pointer elsewhere triton would compile the kernel anew, for seconds."""
+    """Contiguous and 16-byte aligned: for other pointers Triton compiles the kernel again, which takes seconds."""
     v = v.contiguous()
     return v if v.data_ptr() % 16 == 0 else v.clone()
 
@@ -349,5 +357,5 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def _fast(precision: str | None) -> bool:
-    """Approximate special functions: not under the interpreter, which has none, nor at full precision."""
+    """Whether to use approximate special functions. The interpreter has none, and "ieee" asks for exact ones."""
     return not interpreted() and precision != "ieee"
