@@ -201,7 +201,7 @@ def resealed(path, change):
         (lambda body: body.update(files=[]), "does not describe a checkpoint"),
         (lambda body: body["files"].pop("state.safetensors"), "lists no state.safetensors"),
         (lambda body: body["files"].pop("rows-1.safetensors"), "lists 3 rows, and 7 are needed"),
-        (lambda body: body["files"]["rows-1.safetensors"].update(rows=5), "it has not the 5 rows"),
+        (lambda body: body["files"]["rows-1.safetensors"].update(rows=5), "it does not have the 5 rows"),
     ],
 )
 def test_a_manifest_of_another_version_or_of_something_else_is_refused(folder, change, message):
@@ -246,8 +246,8 @@ def test_rows_that_do_not_fit_together_are_refused(folder):
     for tensors, message in (
         ({"x": torch.zeros(4, 2), "steps": torch.zeros(4, dtype=torch.int64)}, "do not fit together"),
         ({"x": torch.zeros(4, 3)}, "holds other tensors"),
-        ({"x": torch.zeros(5, 3), "steps": torch.zeros(5)}, "it has not the 4 rows"),
-        ({"x": torch.tensor(1.0)}, "it has not the 4 rows"),
+        ({"x": torch.zeros(5, 3), "steps": torch.zeros(5)}, "it does not have the 4 rows"),
+        ({"x": torch.tensor(1.0)}, "it does not have the 4 rows"),
     ):
         save_file(tensors, path.parent / "other")
         replaced(path, (path.parent / "other").read_bytes())

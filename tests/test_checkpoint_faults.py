@@ -187,7 +187,7 @@ def test_an_error_of_one_process_is_one_of_all(tmp_path, monkeypatch):
 
 def test_what_can_not_be_written_is_refused(tmp_path):
     with Writer(tmp_path, Processes()) as writer:
-        with pytest.raises(ValueError, match="equally many"):
+        with pytest.raises(ValueError, match="the same number of rows"):
             writer.begin(1, {}, {"x": torch.zeros(3), "y": torch.zeros(2)}, {})
         writer.begin(1, {"state": {"w": torch.zeros(2, dtype=torch.complex128)}}, rows(), {})
         with pytest.raises(ValueError, match=r"safetensors can't hold torch.complex128"):

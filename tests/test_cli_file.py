@@ -67,7 +67,7 @@ def test_a_table_of_dates_and_text_from_training_to_samples(tmp_path, frame, mon
     monkeypatch.chdir(tmp_path)
     command = ["train", "--data", "people.csv", *SMALL]
     assert main(command) == 2
-    assert "these are not: 'date' ('2024-01-01' in line 2): mend" in capsys.readouterr().err.splitlines()[-1]
+    assert "these do not: 'date' ('2024-01-01' in line 2): mend" in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == [tmp_path / "people.csv"]
     assert main([*command, "--columns", "salary", "height", "age"]) == 0
     printed = capsys.readouterr()

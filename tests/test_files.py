@@ -38,9 +38,9 @@ def frame(table):
         ([7.5] * N, "holds '7.5' in every row"),
         (["x"] * N, "holds 'x' in every row"),
         ([None] * N, "is empty"),
-        (LABELS, "is of words ('red', 'blue', 'green'), which --label extra takes for classes"),
-        ([chr(97 + i // 26) + chr(97 + i % 26) for i in range(N)], "is of words ('aa', 'ab', 'ac', ... (60 in all))"),
-        ([*LABELS[:-1], None], "is of words"),
+        (LABELS, "holds words ('red', 'blue', 'green'), which --label extra takes for classes"),
+        ([chr(97 + i // 26) + chr(97 + i % 26) for i in range(N)], "holds words ('aa', 'ab', 'ac', ... (60 in all))"),
+        ([*LABELS[:-1], None], "holds words"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -65,7 +65,7 @@ def test_columns_of_no_use_are_left_out_and_this_is_said(tmp_path, frame, column
 def test_words_that_may_be_numbers_or_dates_are_never_left_out(tmp_path, frame, column):
     path = tmp_path / "x.csv"
     frame.assign(extra=column).to_csv(path, index=False, quoting=1)
-    assert "columns must be of numbers, and these are not: 'extra'" in refusal(path)
+    assert "columns must hold numbers, and these do not: 'extra'" in refusal(path)
 
 
 def test_labels_are_kept_beside_the_states(tmp_path, frame):
@@ -129,7 +129,7 @@ def test_booleans_and_names_that_come_again_are_said(tmp_path, words):
     columns, values, notes = read(path)
     assert columns == tuple(pd.read_csv(path).columns) == ("a", "b", "a.1")
     np.testing.assert_array_equal(values, np.c_[x, floats(N), floats(N)])
-    assert notes == ["names that come again are numbered, as 'a.1' is", "false and true are read as 0 and 1 in 'a'"]
+    assert notes == ["duplicate names are numbered, such as 'a.1'", "false and true are read as 0 and 1 in 'a'"]
     assert read(path, columns=["a.1"])[0] == ("a.1",)
 
 
@@ -214,9 +214,9 @@ def test_any_real_numbers_will_do(tmp_path, dtype):
         ("x.npy", npy(np.zeros((N, 2), complex)), "must hold real numbers, got dtype complex128"),
         ("x.npy", npy(np.full((N, 2), "1.5")), "must hold real numbers, got dtype <U3"),
         ("x.npy", npy(np.zeros(N, [("a", float)])), "must hold real numbers, got dtype [('a', '<f8')]"),
-        ("x.npy", npy(np.full((N, 2), None), allow_pickle=True), "no array of numbers in NumPy's .npy format"),
+        ("x.npy", npy(np.full((N, 2), None), allow_pickle=True), "not an array of numbers in NumPy's .npy format"),
         ("x.npy", npy(np.full((N, 2), np.nan)), "missing values in '0' (60 of 60, first row 0), '1' (60"),
-        ("x.npy", npy(np.ones((N, 2)))[:-8], "no array of numbers"),
+        ("x.npy", npy(np.ones((N, 2)))[:-8], "not an array of numbers"),
         ("x.npz", b"PK", "data must be text (.csv, .tsv, .txt), .parquet or .npy, got {path}: decompress it, or read"),
         ("x.csv.gz", b"", "decompress it"),
         ("x.csv", b"", "has no rows: it needs lines of numbers"),

@@ -83,7 +83,7 @@ def test_the_report_comes_before_training(tmp_path, monkeypatch, capsys):
     assert "reg_alpha must be" in error
     assert [line.removeprefix("fastebm: people.csv: ") for line in told if not line.startswith("reading")] == [
         "column 'Unnamed: 0' counts the rows, as an index does, so it is left out: --columns keeps what it names",
-        "column 'kind' is of words ('a', 'b'), which --label kind takes for classes, so it is left out: --columns "
+        "column 'kind' holds words ('a', 'b'), which --label kind takes for classes, so it is left out: --columns "
         "keeps what it names",
         "column 'version' holds '3' in every row, so it is left out: --columns keeps what it names",
         "missing values in 'height' (1 of 400, first line 9): 1 row left out",

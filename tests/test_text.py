@@ -159,7 +159,7 @@ def test_decimal_commas_are_read_and_said(tmp_path, frame, options):
         ("a;b\n" + rows(["1.234,5", "2,5"] * 30, ["2,5", "3,5"] * 30, separator=";"), "marks between thousands?"),
         (rows(['"1,234"'] * N, [2.5] * N), "'1,234' in column '0', line 1, may be a thousand or have a decimal comma"),
         (rows(["999", "1,234"] * 30, [2] * N, separator=";"), "'1,234' in column '0', line 2, may be a thousand"),
-        (rows(["1,5"] * N, ["1.5"] * N, separator=";"), "with decimal commas, and these are not: '1' ('1.5' in"),
+        (rows(["1,5"] * N, ["1.5"] * N, separator=";"), "with decimal commas, and these do not: '1' ('1.5' in"),
         (rows(["1,5", "1.5"] * 30, [2] * N, separator=";"), "'0' ('1,5' in line 1)"),
         ("x\n" + rows(["1,5"] * N), "the first row has more than the line of names (decimal commas need another"),
         ("x,y\n" + rows(["1,5"] * N, ["2,5"] * N), "the first row has more than the line of names"),
@@ -177,10 +177,10 @@ def test_encodings_and_comments(tmp_path, table):
         np.testing.assert_array_equal(values, table)
         assert notes == []
     for data in (text.encode("latin-1"), text.encode("utf-16-le"), npy(table), b"\xff\xfe1,2\n,"):
-        assert "is no text in UTF-8: save it as UTF-8" in refusal(write(tmp_path / "x.csv", data))
+        assert "is not text in UTF-8: save it as UTF-8" in refusal(write(tmp_path / "x.csv", data))
     np.savetxt(tmp_path / "x.txt", table, delimiter=",", header='by "Ann"\nheight, weight', fmt="%.17g")
     columns, values, notes = read(tmp_path / "x.txt")
-    assert (columns, notes[0]) == (("0", "1", "2"), "the first lines, which begin with #, are passed over")
+    assert (columns, notes[0]) == (("0", "1", "2"), "the lines at the top that begin with # are skipped")
     np.testing.assert_array_equal(values, table)
     assert "'b' ('x' in line 6)" in refusal(write(tmp_path / "x.csv", "# 1\n#\n\na,b\n1,2\n3,x\n" + "5,6\n" * N))
 
@@ -197,7 +197,7 @@ def test_encodings_and_comments(tmp_path, table):
         ("a b c\n" + "1 2 3\n" * 70 + "1  3\n", "between spaces no cell may be empty"),
         ("a,b\n" + "1,2\n" * 70 + '"3,4\n', "EOF inside string starting at row 71"),
         ("a,b\n" + "1,2\n" * 60 + "x" * 200_000 + ",1\n", "'a' ('xxxxxxxxxx"),
-        ("x" * 200_000 + "\n" + "1\n" * 60, "is no table of numbers: field larger"),
+        ("x" * 200_000 + "\n" + "1\n" * 60, "is not a table of numbers: field larger"),
     ],
 )
 def test_uneven_lines_are_named(tmp_path, text, message):

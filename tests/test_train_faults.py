@@ -100,7 +100,7 @@ def test_resuming_with_another_configuration_is_refused(tmp_path, tiny_images, w
         train(dataclasses.replace(TINY, reg_alpha=7.0), whole, data=tiny_images, resume=True)
     with pytest.raises(ValueError, match="has done 6 steps: steps must be more to extend it, got 5"):
         train(dataclasses.replace(TINY, steps=5), whole, data=tiny_images, resume=True)
-    with pytest.raises(ValueError, match="is no run of fastebm"):
+    with pytest.raises(ValueError, match="is not a run of fastebm"):
         train(TINY, tmp_path, data=tiny_images, resume=True)
 
 
@@ -250,7 +250,7 @@ def test_a_pool_of_another_shape_is_refused(tmp_path, tiny_images, no_report):
     for change, message in (
         (lambda rows: rows.update(x=rows["x"][:, :8]), "the saved pool has 20 chains"),
         (lambda rows: rows.update(steps=rows["steps"].float()), "steps must be .* of torch.int64"),
-        (lambda rows: rows.pop("energy"), "it lacks energy"),
+        (lambda rows: rows.pop("energy"), "missing energy"),
         (lambda rows: rows["x"].fill_(torch.nan), "states that are not finite"),
     ):
         rows = {name: t.clone() for name, t in whole_rows.items()}

@@ -9,6 +9,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from tqdm import tqdm
+
 __all__ = ["Progress", "Signals"]
 
 # Without a terminal there are lines in place of a bar: seconds until the first line, and between later ones.
@@ -24,7 +26,7 @@ class Progress:
     def __init__(self, is_shown: bool = True) -> None:
         self.is_shown = is_shown
         self.is_terminal = is_shown and sys.stderr.isatty()
-        self.bar: Any = None
+        self.bar: tqdm[Any] | None = None
         self.words: str | None = None
         self.nonfinite = self.first = 0
         self.started = self.next_line = 0.0
@@ -56,7 +58,7 @@ class Progress:
         self.nonfinite += int(row["nonfinite"])
         detail = f"gap {row['energy_gap']:+.3f}, {row['chain_steps_per_second'] / 1e3:.0f}k chain-steps/s"
         if self.nonfinite > 0:
-            detail += f", {self.nonfinite} chains restarted as not finite"
+            detail += f", {self.nonfinite} chains started again (not finite)"
         self.show("", step, steps, detail, always=step == steps or self.words != "")
 
     def show(self, words: str, done: int = 0, total: int = 0, detail: str = "", *, always: bool = False) -> None:
@@ -93,8 +95,6 @@ class Progress:
                 print(f"{words} ...", end="", file=sys.stderr, flush=True)
             return
         if self.bar is None:
-            from tqdm import tqdm
-
             self.bar = tqdm(
                 total=total, initial=self.first, desc=words or None, unit="step", dynamic_ncols=True, leave=False
             )

@@ -53,7 +53,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     check_writable(out, (*_ARRAYS, *_PICTURES))
     is_picture = out.suffix.lower() in _PICTURES
-    need("safetensors", "tqdm", *(["matplotlib"] if is_picture else ["pandas"] if out.suffix.lower() == ".csv" else []))
+    need("safetensors", *(["matplotlib"] if is_picture else ["pandas"] if out.suffix.lower() == ".csv" else []))
 
     device = resolve_device(arguments.device)
     model, config = load_model(arguments.source)

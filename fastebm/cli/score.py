@@ -55,7 +55,7 @@ def _score(arguments: argparse.Namespace) -> int:
         check_writable(arguments.out, (".csv",))
         if arguments.out.resolve() == arguments.file.resolve():
             raise ValueError(f"--out would write over the rows to score, {arguments.file}: name another file")
-    need("safetensors", "tqdm", "pandas", "sklearn")
+    need("safetensors", "pandas", "sklearn")
     if arguments.label is not None and "=" not in arguments.label:
         raise ValueError(f"--label takes NAME=VALUE, what ordinary rows hold, got {arguments.label!r}")
     with Progress() as progress:

@@ -119,7 +119,7 @@ def add(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    need("tqdm", "matplotlib", "pandas", "sklearn", "safetensors")
+    need("matplotlib", "pandas", "sklearn", "safetensors")
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "checkpoint_every")}
     if "hidden_sizes" in given:
         given["hidden_sizes"] = flat(given["hidden_sizes"])

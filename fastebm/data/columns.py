@@ -114,7 +114,7 @@ def _useless(cells: Any) -> str | None:
         return None
     found = words.value_counts().index
     label = f", which --label {shlex.quote(str(cells.name))} takes for classes" if len(found) <= MAX_LABELS else ""
-    return f"is of words ({listed([str(word)[:40] for word in found], 3)}){label}"
+    return f"holds words ({listed([str(word)[:40] for word in found], 3)}){label}"
 
 
 def has_decimal_commas(path: Path, frame: Any, place: Callable[[int], str]) -> bool:
@@ -181,6 +181,6 @@ def _not_numbers(path: Path, bad: dict[str, str], decimal: str) -> str:
     cells = ", ".join([*bad.values()][:5]) + ", ..." * (len(bad) > 5)
     commas = " with decimal commas" if decimal == "," else ""
     return (
-        f"{path}: columns must be of numbers{commas}, and these are not: {cells}{guess}: "
+        f"{path}: columns must hold numbers{commas}, and these do not: {cells}{guess}: "
         f"mend such cells, or leave those columns out by --drop {shlex.join(bad)} (--columns names those to keep)"
     )

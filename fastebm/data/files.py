@@ -131,7 +131,7 @@ def _array(path: Path) -> NDArray[Any]:
         try:
             x = np.lib.format.read_array(file, allow_pickle=False)
         except (ValueError, EOFError, MemoryError) as error:
-            raise ValueError(f"{path} is no array of numbers in NumPy's .npy format: {error}") from None
+            raise ValueError(f"{path} is not an array of numbers in NumPy's .npy format: {error}") from None
     if x.dtype.kind not in "biuf":
         raise ValueError(f"{path} must hold real numbers, got dtype {x.dtype}")
     return x

@@ -39,7 +39,7 @@ def decoded(path: Path) -> str:
         encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     text = path.read_text(encoding, errors="replace")
     if "\ufffd" in text or "\0" in text:  # undecodable bytes; or UTF-16 without its byte order mark
-        raise ValueError(f"{path} is no text in UTF-8: save it as UTF-8")
+        raise ValueError(f"{path} is not text in UTF-8: save it as UTF-8")
     return text
 
 
@@ -55,12 +55,12 @@ def detect(path: Path, text: str, header: bool | None, notes: list[str]) -> Layo
     if not head:
         raise ValueError(f"{path} has no rows: it needs lines of numbers")
     if next(numbered_lines(text))[1].startswith("#"):
-        notes.append("the first lines, which begin with #, are passed over")
+        notes.append("the lines at the top that begin with # are skipped")
     texts = [line for _, line in head]
     try:
         tables = {mark: [*csv.reader(texts, delimiter=mark, skipinitialspace=True)] for mark in MARKS}
     except csv.Error as error:  # a cell of more than 131,072 characters
-        raise ValueError(f"{path} is no table of numbers: {error}") from None
+        raise ValueError(f"{path} is not a table of numbers: {error}") from None
 
     def lines_alike(mark: str) -> float:
         """Lines with the most common number of cells. One cell per line is a table too, if no mark does better."""
@@ -87,7 +87,7 @@ def _is_header(first: list[str], header: bool | None, notes: list[str]) -> bool:
         last = f" to {len(first) - 1}" if len(first) > 1 else ""
         notes.append(f"no line of names was found, so columns are called 0{last}: --header makes one of the first line")
     elif twice := [name for name, count in Counter(filter(None, first)).items() if count > 1]:
-        notes.append(f"names that come again are numbered, as {twice[0] + '.1'!r} is")
+        notes.append(f"duplicate names are numbered, such as {twice[0] + '.1'!r}")
     return header
 
 

@@ -112,7 +112,7 @@ def contrastive_divergence_loss(
         phase, argument = ("negative", "samples") if without == ["neg_energy"] else ("positive", "data")
         warnings.warn(
             f"{without[0]} carries no gradient, so the {phase} phase is lost and the loss trains on the other side "
-            f"alone: pass energy({argument}), computed anew with gradients, not what a sampler or a pool returned",
+            f"alone: pass energy({argument}), computed with gradients, not what a sampler or a pool returned",
             stacklevel=2,
         )
 

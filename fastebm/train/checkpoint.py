@@ -158,7 +158,7 @@ class Saved:
         def rows(opened: Any) -> dict[str, Tensor]:
             slices = {name: opened.get_slice(name) for name in list(opened.keys())}
             if any(s.get_shape()[:1] != [size] for s in slices.values()):
-                raise ValueError(f"it has not the {size} rows that {MANIFEST} tells")
+                raise ValueError(f"it does not have the {size} rows that {MANIFEST} lists")
             return {name: s[here] for name, s in slices.items()}
 
         return self._read(rows_file(rank), rows)

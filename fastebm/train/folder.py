@@ -78,7 +78,7 @@ def located(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         near = "" if here else did_you_mean(str(path), beside)
         if not near and (here or beside):
             near = f": there are {', '.join((here or beside)[-5:])}"
-        raise ValueError(f"{path} is no run of fastebm: there is no {path / CHECKPOINTS}{near}")
+        raise ValueError(f"{path} is not a run of fastebm: there is no {path / CHECKPOINTS}{near}")
     return path, checkpoint.newest(path / CHECKPOINTS)
 
 
@@ -184,7 +184,7 @@ def metrics_up_to(step: int, path: Path) -> list[dict[str, float]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text: move it away to go on without it") from None
+        raise ValueError(f"{path} is not text: move it away to go on without it") from None
     for line in lines:
         try:
             row = json.loads(line)
@@ -205,4 +205,4 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is no JSON") from None
+        raise ValueError(f"{path} is not JSON") from None

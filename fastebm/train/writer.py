@@ -88,7 +88,7 @@ class Writer:
         with self._together():
             n_rows = {len(t) for t in rows.values()}
             if len(n_rows) > 1:
-                raise ValueError(f"tensors of rows must have equally many, got {sorted(n_rows)}")
+                raise ValueError(f"tensors of rows must all have the same number of rows, got {sorted(n_rows)}")
             rows = copied(rows) if in_background else rows
             shared = {file: copied(named) for file, named in tensors.items()} if is_first else {}
             if is_first:
