@@ -160,7 +160,7 @@ def test_a_step_that_raises_has_moved_nothing(noise_first, device):
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("module", [MLPEnergy(3, (8,)), nn.Sequential(MLPEnergy(3, (8,)), nn.Softplus())])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU; tests/test_gpu.py has the others")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU; tests/test_gpu_graphs.py has the others")
 def test_why_nothing_is_recorded(backend, module):
     options = {"batch_size": 4, "steps": 20, "step_size": 0.1, "seed": 0, "backend": backend, "return_info": True}
     x, info = langevin_sample(module, 3, cuda_graph=True, **options)
