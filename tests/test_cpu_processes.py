@@ -210,7 +210,8 @@ def sample():
 x = sample()
 child = os.fork()
 if child == 0:
-    os._exit(0 if all(map(numpy.array_equal, sample(), x)) else 1)
+    same = all(map(numpy.array_equal, sample(), x))
+    os._exit(0 if same and torch.get_num_threads() == 2 else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), all(map(numpy.array_equal, sample(), x)))
 """
 

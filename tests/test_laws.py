@@ -241,8 +241,15 @@ def test_law_of_an_mlp(law, sampler):
     assert not rejected(law(*MLP_SAMPLERS[sampler]))
 
 
-@pytest.mark.parametrize("sampler", MODULE_SAMPLERS)
-@pytest.mark.parametrize("law", MODULE_LAWS)
+@pytest.mark.parametrize(
+    ("law", "sampler"),
+    [
+        # 40 steps in the interpreter are slow; gaussian_law holds the same kernel to the law of each step
+        pytest.param(law, sampler, marks=[pytest.mark.slow] * (law is stationary_law and sampler == "fused update"))
+        for law in MODULE_LAWS
+        for sampler in MODULE_SAMPLERS
+    ],
+)
 def test_law_of_a_module(law, sampler):
     function, n_chains = MODULE_SAMPLERS[sampler]
     if law is stationary_law:

@@ -41,7 +41,11 @@ def energies():
 
 # -- langevin_sample in torch.compile
 @every_compiler
-@pytest.mark.parametrize("name", energies())
+@pytest.mark.parametrize(
+    "name",
+    # other quick tests compile plain MLPs
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("plain", "weight", "nested"))) for n in energies()],
+)
 def test_the_same_bits(name, backend, untouched):
     energy = energies()[name].train()
     x = torch.randn(5, 2)
