@@ -199,7 +199,7 @@ def check_precision(device, energy, n_chains, precision, regime, **launch):
     [(2, [50, 20], "silu"), (63, [100], "tanh"), (100, [64, 33, 20], "softplus"), (1, [17, 16], "silu")],
 )
 def test_precisions(device, dim, widths, activation, precision, regime):
-    check_precision(device, make_mlp(dim, widths, activation), 130, precision, regime)
+    check_precision(device, make_mlp(dim, widths, activation), YARDSTICK + 1, precision, regime)
 
 
 @pytest.mark.slow
@@ -232,9 +232,16 @@ class Wells(nn.Module):
         return (x**4 / 4 - x**2 / 2).sum(dim=1)
 
 
-@pytest.mark.parametrize("clamp", [None, (-1.0, 0.7)])
 @pytest.mark.parametrize(
-    ("step_form", "noise_form"), [("number", "per_chain"), ("schedule", "number"), ("per_chain", "schedule")]
+    ("step_form", "noise_form", "clamp"),
+    [
+        ("number", "per_chain", (-1.0, 0.7)),
+        ("schedule", "number", None),
+        ("per_chain", "schedule", (-1.0, 0.7)),
+        pytest.param("number", "per_chain", None, marks=pytest.mark.slow),
+        pytest.param("schedule", "number", (-1.0, 0.7), marks=pytest.mark.slow),
+        pytest.param("per_chain", "schedule", None, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("energy", "shape"),

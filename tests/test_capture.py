@@ -12,24 +12,8 @@ from fastebm.backends import op
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def test_capture_rule():
-    from fastebm.driver import arguments as sampling
-
-    tensor, cpu = torch.zeros(1, dtype=torch.int64), torch.device("cpu")
-    sampling.check_capture("ignore", tensor, 0, (0.1, 0.2, tensor), cpu)
-    sampling.check_capture("ignore", 0, tensor, (None, torch.ones(3)), cpu)
-    for arguments, message in [
-        (("raise", tensor, 0, (), cpu), "nothing can wait for the device"),
-        (("ignore", 0, 0, (), cpu), "each replay repeat the same noise"),
-        (("ignore", None, 0, (), cpu), "each replay repeat the same noise"),
-        (("ignore", tensor, 0, (torch.ones(3),), torch.device("cuda")), "every tensor must be on cuda"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            sampling.check_capture(*arguments)
-
-
 class NoWaiting(TorchDispatchMode):
-    """Fails where a device would be waited for: values read, shapes that depend on them, copies from the host."""
+    """Fails on operations that wait for a GPU: values read, shapes that depend on values, copies from the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
@@ -40,7 +24,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class Wrapper(nn.Module):
-    """An MLP in a class of its own."""
+    """An MLP inside another module."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +35,7 @@ class Wrapper(nn.Module):
 
 
 class NoKernel:
-    """Where a GPU's kernel would run."""
+    """A kernel that does nothing."""
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
@@ -59,7 +43,10 @@ class NoKernel:
 
 @pytest.fixture
 def captured(monkeypatch):
-    """A CPU that takes itself for a GPU that captures; without kernels, whose interpreter reads values."""
+    """Makes fastebm believe that this CPU is a GPU that captures. Kernels do nothing: their interpreter reads values.
+
+    Internal names are replaced because no CPU captures. test_gpu_graphs.py captures on a GPU.
+    """
     pytest.importorskip("triton")
     from fastebm import tracing
     from fastebm.backends import fused
@@ -100,3 +87,12 @@ def test_a_captured_call_waits_for_nothing(name, options, captured, monkeypatch)
         langevin_sample(energy, 3, backend="torch", on_nonfinite="ignore", **given, **tensors)
     with pytest.raises(ValueError, match="nothing can wait"):
         langevin_sample(energy, 3, backend="triton", **given, **tensors)
+
+
+def test_captured_calls_that_could_not_be_replayed_are_refused(captured):
+    options = {"backend": "triton", "batch_size": 5, "steps": 4, "step_size": 0.1, "on_nonfinite": "ignore"}
+    for seed in (None, 0):
+        with pytest.raises(ValueError, match="each replay repeat the same noise"):
+            langevin_sample(MLPEnergy(3, (8,)), seed=seed, **options)
+    with pytest.raises(ValueError, match="every tensor must be on cpu, got one on meta"):
+        langevin_sample(MLPEnergy(3, (8,)), seed=torch.tensor([3], device="meta"), **options)

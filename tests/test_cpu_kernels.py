@@ -1,6 +1,7 @@
 """Numba's kernels one by one: noise and activations, compared with plain PyTorch."""
 
 import pytest
+import runs
 import torch
 from fastebm.kernels import cpu as kernels
 
@@ -41,17 +42,9 @@ def test_bytes_are_those_of_pytorch(without_numba, n):
     ],
 )
 def test_known_answers(counter, key, expected):
-    """Random123's, through the kernel itself."""
-    c0, c1, c2, c3 = (int(word, 16) for word in counter.split())
-    low, high = (int(word, 16) for word in key.split())
-    signed = (c1 << 32 | c0) - (2**64 if c1 >> 31 else 0)
-    out = torch.zeros(4)
-    w, _, _ = kernels.scratch(0)
-    kernels.load("update.draw")(
-        kernels.WORDS, 0, 1, 1, c3 & 0xFFFFFF, 1, c3 >> 24, low, high, torch.tensor([signed]), torch.tensor([c2]), 1,
-        torch.zeros(1, dtype=torch.int64), w, w, out, None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0,
-    )  # fmt: skip
-    assert (out.view(torch.int32).long() & 0xFFFFFFFF).tolist() == [int(word, 16) for word in expected.split()]
+    """Those of Random123."""
+    counter, key, expected = ([int(word, 16) for word in text.split()] for text in (counter, key, expected))
+    assert runs.cpu_words(counter, key) == expected
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 16, 63, 4097, 5000])
@@ -64,7 +57,7 @@ def test_numbers_are_those_of_pytorch(without_numba, dim):
 
 
 def test_normals_of_many_words():
-    """The tails and every quarter of the circle are met among a million."""
+    """A million numbers reach the tails and every quadrant of the angle."""
     x = noise.normal(9, Stream.LANGEVIN, torch.arange(1000), 0, 1000)
     exact = noise.normal(9, Stream.LANGEVIN, torch.arange(1000), 0, 1000, dtype=torch.float64)
     assert x.abs().max() > 4.5
@@ -85,15 +78,14 @@ def test_draws_do_not_depend_on_threads_or_rows(team):
 @pytest.mark.parametrize("width", [1, 8, 37])
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_activations_and_slopes(name, width):
-    """At most twice as far from float64 as PyTorch's float32, and a few units of the last place."""
+    """The error is at most twice that of PyTorch's float32, plus a few units in the last place."""
     rule = ACTIVATIONS[name]
     parameter = {"softplus": 2.0, "elu": 0.7}.get(name, rule.default)
     z = torch.cat(
         [torch.linspace(-30, 30, 4000), torch.linspace(-1, 1, 4000), torch.tensor([0.0, -0.0, 1e-30, -90, 90])]
     )
     z = z[: len(z) // width * width].reshape(-1, width)
-    slope, value, bias, head = z.clone(), torch.empty_like(z), torch.zeros(width), torch.ones(1, width)
-    kernels.load(f"mlp.up_{name}")(slope, value, len(z), width, width, bias, parameter, head, None, 0, None, 0, 0, None)
+    value, slope = runs.cpu_activation(name, z, parameter)
     for ours, of in ((value, 0), (slope, 1)):
         truth, theirs = (
             (
@@ -108,15 +100,13 @@ def test_activations_and_slopes(name, width):
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
-def test_what_is_not_finite_stays_so(name):
-    """A NaN in the weights must not become a number on the way."""
-    z = torch.full((1, 8), torch.nan)
-    value = torch.empty_like(z)
-    kernels.load(f"mlp.up_{name}")(z, value, 1, 8, 8, torch.zeros(8), 1.0, torch.ones(1, 8), None, 0, None, 0, 0, None)
+def test_nan_stays_nan(name):
+    """A NaN in the weights must not become a number."""
+    value, _ = runs.cpu_activation(name, torch.full((1, 8), torch.nan), 1.0)
     assert value.isnan().all()
 
 
-def test_kernels_refuse_what_they_would_misread():
+def test_kernels_refuse_tensors_that_they_would_misread():
     kernel = kernels.load("mlp.softmax")
     z, bias = torch.zeros(4, 8), torch.zeros(8)
     for bad in (z.double(), z.t(), bias.expand(8, 8).t(), torch._neg_view(z)):
@@ -125,7 +115,7 @@ def test_kernels_refuse_what_they_would_misread():
 
 
 @pytest.mark.parametrize(("chains", "steps"), [(CHAINS, STEPS[:2]), (CHAINS[None], STEPS), (CHAINS, STEPS[:0])])
-def test_numbers_of_counters_that_do_not_fit(chains, steps):
+def test_counters_of_wrong_shapes_are_refused(chains, steps):
     for draw in (noise.uniform, noise.normal, noise.words):
         with pytest.raises(ValueError, match=r"chains must be \(n,\), and steps a number or \(n,\)"):
             draw(1, Stream.POOL, chains, steps, 5)

@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-from fastebm.kernels import cpu as kernels
 from small_energies import STEP, Square, seeded_mlp
 
 from fastebm import langevin_sample, threads
@@ -16,7 +15,7 @@ from fastebm.rng import Stream
 from fastebm.threads import share
 
 
-def threads_of_a_new_one():
+def threads_in_a_new_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     thread.start()
@@ -32,11 +31,11 @@ def test_pytorchs_threads_are_left_as_they_were(team, n):
         for make in (seeded_mlp, Square):
             langevin_sample(make(40), 40, batch_size=2000, steps=2, **STEP)
             assert torch.get_num_threads() == n
-            assert threads_of_a_new_one() == n
+            assert threads_in_a_new_thread() == n
         with pytest.raises(ZeroDivisionError):
             share(range(8), lambda item, interrupted: item // 0, n)
         assert torch.get_num_threads() == n
-        assert threads_of_a_new_one() == n
+        assert threads_in_a_new_thread() == n
     finally:
         torch.set_num_threads(before)
 
@@ -60,7 +59,7 @@ def test_shared_work_is_done_once_each_and_stops_at_an_error(team):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch has another OpenMP")
 def test_work_is_shared_by_the_threads_that_pytorch_has_already():
-    """Both work at once, and the next call finds the same two."""
+    """Both threads work at once, and the next call uses the same two."""
     both = threading.Barrier(2, timeout=60)
     seen = set()
 
@@ -131,8 +130,8 @@ def result(process):
 
 
 @pytest.mark.slow
-def test_the_cache_is_filled_used_and_mended(tmp_path):
-    """Two processes at once find none; a later one loads it without Numba; a damaged file is made anew."""
+def test_the_cache_is_filled_used_and_repaired(tmp_path):
+    """Two processes start without a cache; a later one loads it without Numba; a damaged file is written again."""
     folder = {"NUMBA_CACHE_DIR": str(tmp_path / "new")}
     both = [run(**folder), run(**folder)]
     first, second = map(result, both)
@@ -147,7 +146,7 @@ def test_the_cache_is_filled_used_and_mended(tmp_path):
     whole = draw.read_bytes()
     draw.write_bytes(whole[:-100] + bytes(100))
     assert result(run(**folder))[2] == first[2]
-    assert kernels._read(draw) is not None
+    assert result(run(**folder)) == later
 
 
 @pytest.mark.slow
@@ -168,23 +167,23 @@ def test_without_numba():
 
 
 THREADS = """
-import threading, torch, fastebm
-from fastebm.backends import cpu
-seen, advance = set(), cpu._Tile.advance
-cpu._Tile.advance = lambda *arguments: seen.add(threading.get_ident()) or advance(*arguments)
+import os, torch, fastebm
 torch.manual_seed(0)
 energy = fastebm.build(40, hidden_sizes=(32, 32))
+before = len(os.listdir("/proc/self/task"))
 x = fastebm.langevin_sample(energy, batch_size=2000, steps=20, step_size=0.1, noise_scale=0.3, seed=1)
-print(torch.get_num_threads(), len(seen), x.numpy().tobytes().hex()[:4000])
+started = len(os.listdir("/proc/self/task")) - before
+print(torch.get_num_threads(), started, x.numpy().tobytes().hex()[:4000])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_omp_num_threads_says_how_many_work():
     one, two = (result(run(THREADS, OMP_NUM_THREADS=n)) for n in "12")
-    assert one[:2] == ["1", "1"]
+    assert one[:2] == ["1", "0"]
     assert two[0] == "2"
-    assert int(two[1]) <= 2
+    assert int(two[1]) <= 1
     assert one[2] == two[2]
 
 
@@ -218,5 +217,5 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), all(map(numpy.array_eq
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_samples_too():
-    """Its parent's threads did not come along."""
+    """A fork does not copy its parent's threads."""
     assert result(run(FORKED)) == ["0", "True"]

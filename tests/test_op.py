@@ -3,13 +3,12 @@
 import copy
 
 import pytest
+import runs
 import torch
 from compiled_calls import LABELS, every_term, same
 
 from fastebm import Activation, Langevin, MLPEnergy
-from fastebm.backends import op
 from fastebm.rng import Stream
-from fastebm.targets.description import describe
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -17,44 +16,17 @@ pytestmark = [
 ]
 
 
-def arguments(
-    energy=None, x=True, labels=None, frozen=None, rule=None, grads=False, steps=4, thin=0, telemetry=False,
-    path="tiles", precision="ieee", on_nonfinite="raise",
-):  # fmt: skip
-    description = describe(energy or MLPEnergy(3, (8, 4), Activation("leaky_relu", 0.2)), labels=labels is not None)
-    n, mlps = 5, description.mlps
-    return (
-        torch.randn(n, 3 if x else 0),
-        torch.tensor([-7]),
-        torch.arange(n),
-        torch.zeros(n, dtype=torch.int64),
-        labels,
-        frozen,
-        [w.clone().requires_grad_(grads) for mlp in mlps for w in mlp.weights],
-        [b if i > 0 else None for mlp in mlps for i, b in enumerate(mlp.biases)],
-        op.encode_networks(mlps),
-        description.scales,
-        description.curvature,
-        description.mean,
-        description.linear,
-        description.constant,
-        *op.encode_rule(rule or Langevin(0.1, 0.3)),
-        steps,
-        thin,
-        telemetry,
-        path,
-        precision,
-        on_nonfinite,
-    )
+def plain_mlp():
+    return MLPEnergy(3, (8, 4), Activation("leaky_relu", 0.2))
 
 
 CASES = {
     "plain": {},
-    "uniform start": {"x": False, "rule": Langevin(0.1, 0.3, 0.5, (-1.0, 1.0))},
-    "a value a chain": {"rule": Langevin(torch.rand(5, 1) + 0.1, torch.rand(4)), "on_nonfinite": "reinit"},
+    "uniform start": {"x": False, "sampler": Langevin(0.1, 0.3, 0.5, (-1.0, 1.0))},
+    "one value per chain": {"sampler": Langevin(torch.rand(5, 1) + 0.1, torch.rand(4)), "on_nonfinite": "reinit"},
     "gradients": {"on_nonfinite": "ignore", "grads": True},
     "frozen": {"frozen": torch.tensor([[True, False, True]]), "on_nonfinite": "reinit", "telemetry": True},
-    "bounds": {"rule": Langevin(0.1, 0.3, None, (-torch.rand(3), 1.0), 0.5), "thin": 2, "telemetry": True},
+    "bounds": {"sampler": Langevin(0.1, 0.3, None, (-torch.rand(3), 1.0), 0.5), "thin": 2, "telemetry": True},
     "sum": {"energy": every_term(), "thin": 1},
     "labels": {"energy": every_term(), "labels": LABELS},
     "kernel": {"path": "resident", "precision": "bf16x3", "telemetry": True, "thin": 2},
@@ -65,7 +37,9 @@ CASES = {
 def test_opcheck(case):
     if case == "kernel":
         pytest.importorskip("triton")
-    torch.library.opcheck(torch.ops.fastebm.langevin.default, arguments(**CASES[case]))
+    torch.library.opcheck(
+        torch.ops.fastebm.langevin.default, runs.operator_arguments(**{"energy": plain_mlp(), **CASES[case]})
+    )
 
 
 @pytest.mark.parametrize("v", [True, False])
@@ -76,7 +50,7 @@ def test_opcheck_of_normalised_weights(v):
 
 
 def test_the_operator_leaves_its_inputs():
-    args = arguments()
+    args = runs.operator_arguments(plain_mlp())
     before = copy.deepcopy(args)
     out = torch.ops.fastebm.langevin(*args)
     for old, new in zip(before, args, strict=True):
@@ -91,29 +65,6 @@ def test_opcheck_of_gaussian_and_linear_terms():
     linears = [torch.rand(()), torch.randn(1, 3)]
     for arguments in [(gaussians, linears, [None]), (gaussians[:3], [], []), ([], linears, [torch.randn(1)])]:
         torch.library.opcheck(torch.ops.fastebm.quadratic.default, (*arguments, zero, 3))
-
-
-def test_networks_round_trip():
-    description = describe(every_term(), labels=True)
-    mlps = description.mlps
-    weights, biases = ([v for mlp in mlps for v in getattr(mlp, name)] for name in ("weights", "biases"))
-    again = op._decode_networks(op.encode_networks(mlps), weights, biases)
-    assert [(m.activations, m.head) for m in again] == [(m.activations, m.head) for m in mlps]
-    for a, b in zip(again, mlps, strict=True):
-        assert all(v is w for v, w in zip((*a.weights, *a.biases), (*b.weights, *b.biases), strict=True))
-
-
-def test_rules_round_trip():
-    step, low = torch.rand(4), -torch.rand(3)
-    rule = op._decode_rule(*op.encode_rule(Langevin(step, 0.3, 0.5, (low, 1.0), 2)))
-    assert rule.step_size is step
-    assert rule.clamp == (low, 1.0)
-    assert (rule.noise_scale, rule.grad_clip, rule.grad_norm_clip) == (0.3, 0.5, 2.0)
-    assert (rule.noise_first, rule.clamp_noise) == (False, False)
-    assert op._decode_rule(*op.encode_rule(Langevin())).clamp is None
-    for order in ({"noise_first": True}, {"noise_first": True, "clamp_noise": True}):
-        rule = op._decode_rule(*op.encode_rule(Langevin(**order)))
-        assert {name: getattr(rule, name) for name in order} == order
 
 
 def test_streams_agree_with_tensor_seeds():

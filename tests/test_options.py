@@ -35,8 +35,15 @@ DIM = 5
 
 
 @every_path
-@pytest.mark.parametrize("frozen", ["dims", "chains"])
-@pytest.mark.parametrize("bounds", ["numbers", "dims"])
+@pytest.mark.parametrize(
+    ("frozen", "bounds"),
+    [
+        ("dims", "numbers"),
+        ("chains", "dims"),
+        pytest.param("dims", "dims", marks=pytest.mark.slow),
+        pytest.param("chains", "numbers", marks=pytest.mark.slow),
+    ],
+)
 def test_frozen_coordinates_keep_their_bits_whatever_the_bounds(device, path, frozen, bounds):
     """Outside the clamp too, at every slot of the trajectory; all others move and are within it."""
     dim = 19

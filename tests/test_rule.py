@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastebm import ChainPool, GaussianEnergy, Langevin, MLPEnergy, NonFiniteError, SumEnergy, langevin_sample
+from fastebm import ChainPool, GaussianEnergy, Langevin, MLPEnergy, NonFiniteError, SumEnergy, langevin_sample, sample
 
 pytestmark = pytest.mark.usefixtures("seeded")
 ADVICE = r"step_size = 10 and noise_scale = 0\.005 are defaults, .* langevin_sample\(energy, Langevin\(0\.1\)\)"
@@ -150,7 +150,7 @@ def test_other_places_say_so_too():
             lambda rule=rule: pool.sample(gaussian(), 5, rule, 2),
             lambda r=rule: pool.advance(gaussian(), r, 2),
         ):
-            with pytest.raises(TypeError, match="the rule must be a Langevin, got"):
+            with pytest.raises(TypeError, match="the sampler must be a Langevin or another sampler of fastebm, got"):
                 call()
 
 
@@ -327,13 +327,17 @@ def test_a_pool_is_silent():
         pool.advance(GaussianEnergy(), Langevin(), 7)
 
 
-def test_the_look_at_the_bounds_leaves_the_samples_and_the_generator(monkeypatch):
-    def sample():
-        torch.manual_seed(0)
-        x = langevin_sample(GaussianEnergy(), 2, batch_size=4, steps=7, clamp=(-3.0, 3.0))
-        return x, torch.get_rng_state()
+def test_the_warning_changes_no_samples_and_draws_no_numbers():
+    """fastebm.sample runs the same chains without it."""
 
+    def states_and_generator(call):
+        torch.manual_seed(0)
+        return call(), torch.get_rng_state()
+
+    sampler = Langevin(clamp=(-3.0, 3.0))
     with pytest.warns(UserWarning, match="too large"):
-        looked = sample()
-    monkeypatch.setattr("fastebm.driver.langevin_sample._warn_of_jumps", lambda *arguments: None)
-    assert all(map(torch.equal, looked, sample()))
+        warned = states_and_generator(lambda: langevin_sample(GaussianEnergy(), 2, sampler, batch_size=4, steps=7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        silent = states_and_generator(lambda: sample(GaussianEnergy(), sampler, 2, n_chains=4, steps=7).x)
+    assert all(map(torch.equal, warned, silent))
