@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import numpy
 import pytest
@@ -76,6 +77,52 @@ def seeded() -> Iterator[None]:
 def device() -> str:
     """Where kernels run: "cuda" when there, else "cpu" (backend="triton" then runs in the interpreter)."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def home(backend: str, device: str) -> str:
+    """Where a test of every backend runs this one: only Triton's kernels need a GPU."""
+    return device if backend == "triton" else "cpu"
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN, or the largest integer, so that a test fails if an element is never written."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """torch.compile has compiled nothing yet, and PyTorch's generator starts from 0."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``without_numba(f, ...)`` calls f(...) as on a machine without Numba, so that plain PyTorch computes."""
+    from fastebm.kernels import cpu
+
+    def result(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "why_not", lambda: "off for this test")
+            return function(*arguments, **options)
+
+    return result
+
+
+@pytest.fixture(params=["OpenMP's threads", "Python's threads"])
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs once with PyTorch's OpenMP threads, and once as on a machine without them."""
+    from fastebm import threads
+
+    if request.param == "Python's threads":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)  # private: this machine has OpenMP
+    elif threads._openmp() is None:
+        pytest.skip("PyTorch has no OpenMP here")
 
 
 @pytest.fixture

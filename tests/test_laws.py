@@ -12,6 +12,7 @@ import pytest
 import runs
 import torch
 from fastebm.kernels.triton.launch import Launch, block
+from laws import counts_follow, double, standard_normal, two_sided
 from scipy import stats
 from scipy.special import ndtr
 from torch import nn
@@ -28,8 +29,6 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 # -- samplers: (energy, x0, rule, steps, seed) -> states ----------------------------------------------------
-
-
 def chains(x0, seed):
     numbers = torch.arange(len(x0), device=x0.device)
     return Chains(x0, seed, numbers, torch.zeros_like(numbers))
@@ -72,45 +71,7 @@ MLP_SAMPLERS = {
 MODULE_SAMPLERS = {"reference": (by_reference, 200_000), "fused update": (by_fused_update, FEW)}
 
 
-# -- statistics ---------------------------------------------------------------------------------------------
-
-
-def two_sided(z):
-    return 2 * stats.norm.sf(abs(z))
-
-
-def standard_normal(w):
-    """p-values that all of w (n_chains, dim) is independent and standard normal."""
-    n, dim = w.shape
-    total = float((w**2).sum())
-    p = [2 * min(stats.chi2.cdf(total, n * dim), stats.chi2.sf(total, n * dim))]
-    p += [two_sided(math.sqrt(n) * w[:, i].mean()) for i in range(dim)]
-    p += [two_sided((w[:, i] * w[:, j]).sum() / math.sqrt(n)) for i in range(dim) for j in range(i)]
-    p += [stats.kstest(w[:, i], "norm").pvalue for i in range(dim)]
-    return p
-
-
-def counts_follow(counts, probabilities):
-    """p-value of a chi-square test; cells with fewer than 10 expected are put together."""
-    counts, probabilities = np.ravel(counts), np.ravel(probabilities)
-    assert abs(probabilities.sum() - 1) < 1e-9
-    expected = probabilities * counts.sum()
-    small = expected < 10
-    counts = np.append(counts[~small], counts[small].sum())
-    expected = np.append(expected[~small], expected[small].sum())
-    if expected[-1] < 10:
-        counts[-2], expected[-2] = counts[-2] + counts[-1], expected[-2] + expected[-1]
-        counts, expected = counts[:-1], expected[:-1]
-    return stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1)
-
-
-def double(x):
-    return x.double().cpu().numpy()
-
-
 # -- the laws: (sampler, n_chains) -> p-values ----------------------------------------------------------------
-
-
 class Quadratic(nn.Module):
     """E = x^T P x / 2."""
 
@@ -274,16 +235,21 @@ def rejected(p_values):
 
 
 # -- the tests ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sampler", MLP_SAMPLERS)
 @pytest.mark.parametrize("law", MLP_LAWS)
 def test_law_of_an_mlp(law, sampler):
     assert not rejected(law(*MLP_SAMPLERS[sampler]))
 
 
-@pytest.mark.parametrize("sampler", MODULE_SAMPLERS)
-@pytest.mark.parametrize("law", MODULE_LAWS)
+@pytest.mark.parametrize(
+    ("law", "sampler"),
+    [
+        # 40 steps in the interpreter are slow; gaussian_law holds the same kernel to the law of each step
+        pytest.param(law, sampler, marks=[pytest.mark.slow] * (law is stationary_law and sampler == "fused update"))
+        for law in MODULE_LAWS
+        for sampler in MODULE_SAMPLERS
+    ],
+)
 def test_law_of_a_module(law, sampler):
     function, n_chains = MODULE_SAMPLERS[sampler]
     if law is stationary_law:
@@ -310,8 +276,6 @@ def test_bias_is_of_first_order_in_the_step():
 
 
 # -- power: a sampler with one mistake must be rejected by some law ----------------------------------------------
-
-
 def clamp(x, bounds):
     return x if bounds is None else x.clamp(*bounds)
 
