@@ -24,10 +24,10 @@ def main(run: str) -> Path:
 
     start = torch.where(given.flatten(), real, torch.rand_like(real))
     steps = 200
-    rule = config.sampler(steps)  # the rule that it was trained with
+    sampler = config.sampler(steps)  # as in training
     trajectory = fastebm.langevin_sample(
-        energy, init=start, frozen=given.flatten(), steps=steps, step_size=rule.step_size, noise_scale=rule.noise_scale,
-        clamp=rule.clamp, seed=0, return_trajectory=True, thin=steps // 4,
+        energy, init=start, frozen=given.flatten(), steps=steps, step_size=sampler.step_size,
+        noise_scale=sampler.noise_scale, clamp=sampler.clamp, seed=0, return_trajectory=True, thin=steps // 4,
     )  # fmt: skip
 
     rows = {"original": real, "start: lower\nhalf is noise": start}

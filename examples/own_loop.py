@@ -1,4 +1,4 @@
-"""Persistent contrastive divergence in a training loop of one's own: any nn.Module, any data, a pool of chains.
+"""Persistent contrastive divergence in your own training loop: any nn.Module, any data, a pool of chains.
 
 python examples/own_loop.py
 """
@@ -12,7 +12,7 @@ import fastebm
 
 
 class RadialEnergy(nn.Module):
-    """No MLP, so its gradient comes from autograd: sees the plane in polar coordinates as well."""
+    """Not an MLP, so its gradient comes from autograd: the radius is a third input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,19 +34,19 @@ def main(iterations: int = 400) -> float:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     energy = RadialEnergy()
-    pool = fastebm.ChainPool(2_000, 2, clamp=(-1.5, 1.5), seed=0)  # starts uniform; 5 % of a draw start anew
-    rule = fastebm.Langevin.ula(step_size=0.01)  # temperature 1: the energy becomes -log p
+    pool = fastebm.ChainPool(2_000, 2, clamp=(-1.5, 1.5), seed=0)  # starts uniform; 5 % of each draw are reinitialised
+    sampler = fastebm.Langevin.ula(step_size=0.01)  # temperature 1: the energy becomes -log p
     optimizer = torch.optim.Adam(energy.parameters(), lr=1e-3, betas=(0.0, 0.999))
     for i in range(iterations):
         real = ring(200, generator)
-        samples, _ = pool.sample(energy, len(real), rule, steps=20)
+        samples, _ = pool.sample(energy, len(real), sampler, steps=20)
         loss = fastebm.contrastive_divergence_loss(energy(real), energy(samples))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (i + 1) % 100 == 0:
             print(f"{i + 1:4d}  loss {loss.item():+.3f}  mean radius {pool.states.norm(dim=1).mean():.3f}")
-    pool.advance(energy, rule, steps=100)  # all chains, in chunks
+    pool.advance(energy, sampler, steps=100)  # all chains, in chunks
     radius = pool.states.norm(dim=1)
     print(f"radius of {len(pool)} chains: {radius.mean():.3f} +- {radius.std():.3f} (the ring's: 1.000 +- 0.100)")
     return radius.mean().item()
