@@ -1,4 +1,4 @@
-"""Labels and other conditions: which argument they go to, and what is refused."""
+"""Labels and other conditions: which argument gets them, and which ones are refused."""
 
 import pytest
 import torch

@@ -109,15 +109,15 @@ def test_pytorchs_defaults_change_nothing(make, clip):
     energy, init = make(40), torch.rand(300, 40)
     options = {"init": init, "steps": 3, "grad_clip": clip, **STEP}
     pool = {"storage_dtype": torch.uint8, "clamp": (0.0, 1.0), "device": "cpu", "seed": 0}
-    rule = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
+    sampler = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
     expected = langevin_sample(energy, **options)
     float_pool = {"init": lambda *counter: noise.uniform(*counter, 40), "reinit_prob": 0.0, "device": "cpu", "seed": 0}
-    drawn = [fastebm.ChainPool(50, 40, **p).sample(energy, 8, rule, 3)[0] for p in (pool, float_pool)]
+    drawn = [fastebm.ChainPool(50, 40, **p).sample(energy, 8, sampler, 3)[0] for p in (pool, float_pool)]
     try:
         torch.set_default_dtype(torch.float64)
         assert torch.equal(langevin_sample(energy, **options), expected)
         for p, x in zip((pool, float_pool), drawn, strict=True):
-            assert torch.equal(fastebm.ChainPool(50, 40, **p).sample(energy, 8, rule, 3)[0], x)
+            assert torch.equal(fastebm.ChainPool(50, 40, **p).sample(energy, 8, sampler, 3)[0], x)
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):

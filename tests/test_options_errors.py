@@ -136,7 +136,7 @@ BAD = {
     "dims of a Gaussian": (
         lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(5))]), {}, ValueError, r"a mean of shape \(5,\)",
     ),
-    "a column of means": (  # (4, 3) - (3, 1) would be no error of 3 chains
+    "a column of means": (  # with 3 chains it would broadcast silently
         lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(3, 1))]), {}, ValueError,
         r"a mean of shape \(3, 1\), and the chains' states have \(3,\)",
     ),
