@@ -1,4 +1,4 @@
-"""langevin_sample on a CPU: Numba's kernels beside plain PyTorch."""
+"""langevin_sample on a CPU: Numba's kernels compared with plain PyTorch."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_float64_and_the_reference_run_in_pytorch():
         assert info.kernels == "torch"
 
 
-def test_states_that_an_energy_keeps_stay_what_they_were():
+def test_states_that_an_energy_keeps_do_not_change():
     energy = Square(5)
     x0 = torch.zeros(4, 5)
     trajectory = langevin_sample(energy, init=x0, steps=6, return_trajectory=True, **STEP)
@@ -75,7 +75,7 @@ def test_products_in_bf16(monkeypatch):
     assert langevin_sample(energy, **options)[1].precision == "ieee"
 
 
-def test_without_the_librarys_product_the_steps_go_through_python(monkeypatch):
+def test_without_the_matrix_product_of_a_library(monkeypatch):
     energy, options = seeded_mlp(20, (64, 64)), {"batch_size": 90, "steps": 4, **STEP}
     x = langevin_sample(energy, **options)
     monkeypatch.setattr(cpu, "_sgemm", lambda: None)  # this machine's PyTorch exports one
@@ -91,7 +91,7 @@ def test_products_of_few_rows_have_the_same_bits():
         assert torch.equal(few, x[first : first + n])
 
 
-def test_a_gradient_that_is_still_to_be_negated():
+def test_a_lazily_negated_gradient():
     """PyTorch negates the imaginary part of a conjugated tensor lazily."""
 
     class Conjugated(nn.Module):

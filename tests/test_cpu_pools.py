@@ -20,11 +20,11 @@ from fastebm import threads
     ("n", "k", "probability"),
     [(10_000, 128, 0.05), (256, 128, 0.5), (1000, 1, 1.0), (2**31 - 1, 2000, 0.0), (5000, 2500, 0.3), (2, 1, 0.2)],
 )
-def test_drawn_chains_and_restarts_are_those_of_pytorch(without_numba, n, k, probability):
+def test_drawn_and_reinitialised_chains_are_those_of_pytorch(without_numba, n, k, probability):
     arguments = 2**63 + 5, 2**31 + 7, 9, n, k, probability
-    chains, restarts = runs.drawn_chains(*arguments)
+    chains, reinit = runs.drawn_chains(*arguments)
     assert all(len(row.unique()) == k for row in chains)
-    for ours, theirs in zip((chains, restarts), without_numba(runs.drawn_chains, *arguments), strict=True):
+    for ours, theirs in zip((chains, reinit), without_numba(runs.drawn_chains, *arguments), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -110,7 +110,7 @@ def test_a_pool_of_inference_mode_and_one_after_it():
 
 
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
-def test_a_copied_pool_moves_chains_of_its_own(copied_by):
+def test_a_copied_pool_moves_its_own_chains(copied_by):
     energy, sampler = seeded_mlp(6), fastebm.Langevin(0.1, 0.005)
     pool, same = (fastebm.ChainPool(50, 6, seed=1) for _ in range(2))
     pool.sample(energy, 8, sampler, 2)  # it computes later draws ahead, which are copied too

@@ -151,7 +151,7 @@ class Waits(nn.Module):
         return self.inner(x) * (1.0 if x.sum().item() > 0 else 0.5)
 
 
-def test_a_module_that_waits_is_not_recorded_and_harms_nothing():
+def test_a_module_that_waits_is_not_recorded():
     energy, shape = conv()
     options = {"steps": 20, "step_size": 0.1, "seed": 1, "batch_size": 100, "return_info": True}
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):

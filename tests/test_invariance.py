@@ -163,7 +163,7 @@ def test_stopping_between_steps_changes_nothing(device):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_parts_of_a_public_call(device, backend):
-    """first_chain and first_step say which part of a run a call is."""
+    """first_chain and first_step say which part of a run a call computes."""
     if backend == "torch":
         device = "cpu"
     energy = MLPEnergy(6, [10, 9]).to(device)

@@ -124,7 +124,7 @@ def test_exploding_noise_freezes_as_in_the_reference(path, dim, device):
 
 @pytest.mark.parametrize("path", ["torch", "update", "resident ieee", "streaming ieee"])
 @pytest.mark.parametrize("clamp", [None, (-1.0, 1.0)])
-def test_an_infinite_gradient_that_is_clipped_is_no_explosion(path, clamp, device):
+def test_an_infinite_gradient_that_is_clipped_stops_no_chain(path, clamp, device):
     """Padded columns hold zero weights, and 0 * inf is NaN, which must not stop a chain."""
     home = "cpu" if path == "torch" else device
     model = MLPEnergy(DIM, (4, 4), "relu")

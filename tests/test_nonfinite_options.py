@@ -147,8 +147,8 @@ def test_exploding_chains_raise_or_are_kept_or_reinitialised(backend, home, unto
     bad = info.first_bad_step >= 0
     assert bad.tolist() == [False, False, True, True, False, False]
     assert torch.equal(kept[bad], x[bad])
-    fresh, told = langevin_sample(energy, on_nonfinite="reinit", return_info=True, **options)
-    assert torch.equal(told.first_bad_step, info.first_bad_step)
+    fresh, fresh_info = langevin_sample(energy, on_nonfinite="reinit", return_info=True, **options)
+    assert torch.equal(fresh_info.first_bad_step, info.first_bad_step)
     assert torch.equal(fresh[~bad], kept[~bad])
     assert torch.equal(fresh[frozen], x[frozen])
     free = ~frozen & bad[:, None]
@@ -158,5 +158,5 @@ def test_exploding_chains_raise_or_are_kept_or_reinitialised(backend, home, unto
     assert bool((fresh[free] < 1.0).any())  # each dim starts within its own bounds
     assert bool((fresh[free] > 100.0).any())
     values = fastebm.energy(energy, fresh, labels=labels).detach()
-    torch.testing.assert_close(told.energies[bad], values[bad], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fresh_info.energies[bad], values[bad], rtol=1e-3, atol=1e-3)
     assert torch.equal(langevin_sample(energy, on_nonfinite="reinit", **options), fresh)

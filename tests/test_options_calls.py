@@ -40,7 +40,7 @@ def test_trajectory_and_info_of_a_call(backend, home):
     whole = langevin_sample(energy, return_trajectory=True, **options)
     assert whole.shape == (7, 4, 2, 3)
     assert torch.equal(whole[:, -1], samples)
-    thinned, told = langevin_sample(energy, return_trajectory=True, thin=2, return_info=True, **options)
+    thinned, thinned_info = langevin_sample(energy, return_trajectory=True, thin=2, return_info=True, **options)
     assert torch.equal(thinned, whole[:, 1::2])
     out = torch.full((7, 2, 2, 3), torch.nan, device=home)
     assert langevin_sample(energy, return_trajectory=True, thin=2, out=out, **options) is out
@@ -51,7 +51,7 @@ def test_trajectory_and_info_of_a_call(backend, home):
     masks = frozen.expand(7, 2, 3)
     assert torch.equal(langevin_sample(energy, **{**options, "frozen": masks}), samples)
     for name in ("energies", "first_bad_step", "grad_norm", "clipped", "clamped"):
-        assert torch.equal(getattr(info, name), getattr(told, name))
+        assert torch.equal(getattr(info, name), getattr(thinned_info, name))
         assert getattr(info, name).shape == (7,)
     expected = fastebm.energy(energy, samples, labels=labels.long()).detach()
     torch.testing.assert_close(info.energies, expected, rtol=1e-4, atol=1e-4)

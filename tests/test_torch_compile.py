@@ -135,7 +135,7 @@ def test_terms_are_never_stale():
     assert counting.n == 1
 
 
-def test_restarted_chains_and_frozen_coordinates():
+def test_reinitialised_chains_and_frozen_coordinates():
     energy = SumEnergy([MLPEnergy(3, (8,))], [1e30])
     x, frozen = torch.randn(4, 3), torch.tensor([True, False, False])
 
