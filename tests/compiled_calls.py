@@ -1,4 +1,4 @@
-"""What tests of langevin_sample in torch.compile share."""
+"""Energies and checks for tests of langevin_sample inside torch.compile."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from fastebm import Activation, ClassifierEnergy, GaussianEnergy, MLPEnergy, Sum
 
 OPTIONS = {"step_size": 0.1, "noise_scale": 0.5, "steps": 5}
 
-# inductor takes up to half a minute a test
+# inductor takes up to half a minute per test
 every_compiler = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 
 class Counting:
-    """A backend that counts how often something was compiled."""
+    """A torch.compile backend that counts compilations."""
 
     def __init__(self, inner="aot_eager"):
         self.inner, self.n = torch._dynamo.lookup_backend(inner), 0
@@ -31,14 +31,13 @@ def same(a, b):
     assert torch.equal(a, b), (a - b).abs().max()
 
 
-# -- the operators by themselves
 def classifier():
     torch.manual_seed(2)
     return ClassifierEnergy(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 5)))
 
 
 def every_term(labels=False):
-    """One of all that a description may hold."""
+    """A sum of every kind of term that has a closed form, nested sums included."""
     torch.manual_seed(3)
     terms = [MLPEnergy(3, (8, 4), Activation("leaky_relu", 0.2)), classifier(), GaussianEnergy(0.5, 2.0)]
     terms += [GaussianEnergy(torch.randn(3), torch.rand(3) + 1), nn.Linear(3, 1), nn.Linear(3, 1, bias=False)]

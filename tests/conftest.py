@@ -1,4 +1,4 @@
-"""Shared by every test: the interpreter stands in for a missing GPU, and hypothesis draws the same examples."""
+"""Set-up and fixtures of all tests. Without a GPU, Triton's interpreter runs the kernels."""
 
 import functools
 import os
@@ -14,17 +14,17 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-# Before anything imports triton: it reads the variable when it decorates a kernel.
+# Set before triton is imported, which reads the variable when it decorates a kernel.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # small tensors: a second thread would mostly wait for its turn on a shared machine
+torch.set_num_threads(1)  # tensors are small, so that a second thread would mostly wait
 
 
 def patch_language_once() -> None:
-    """Spare Triton's interpreter two fifths of its time.
+    """Save two fifths of the time of Triton's interpreter.
 
-    It patches triton.language for a launch, and again for every function that the kernel calls, without effect.
+    It patches triton.language once per launch, and again, without effect, for every function that the kernel calls.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -39,9 +39,9 @@ def patch_language_once() -> None:
 
 
 def multiply_rows_alone() -> None:
-    """In Triton's interpreter, round each row of a product alike wherever it lies, as tensor cores do.
+    """In Triton's interpreter, round a row of a matrix product the same way at every place, as tensor cores do.
 
-    NumPy's library may not: on CPUs without AVX-512 OpenBLAS rounds a row by its place in the matrix.
+    On CPUs without AVX-512, OpenBLAS rounds a row by its place in the matrix.
     """
     from triton.runtime import interpreter
 
@@ -67,7 +67,7 @@ settings.load_profile("fastebm")
 
 @pytest.fixture
 def seeded() -> Iterator[None]:
-    """PyTorch's generator starts from 0, and goes on afterwards as if nothing had been."""
+    """PyTorch's generator starts from 0, and has its former state after the test."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -75,13 +75,13 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run: "cuda" when there, else "cpu" (backend="triton" then runs in the interpreter)."""
+    """Where Triton's kernels run: "cuda", or "cpu" in the interpreter if there is no GPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
 def home(backend: str, device: str) -> str:
-    """Where a test of every backend runs this one: only Triton's kernels need a GPU."""
+    """The device on which a test runs its backend: only backend="triton" uses the GPU."""
     return device if backend == "triton" else "cpu"
 
 
@@ -120,14 +120,14 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     from fastebm import threads
 
     if request.param == "Python's threads":
-        monkeypatch.setattr(threads, "_openmp", lambda: None)  # private: this machine has OpenMP
+        monkeypatch.setattr(threads, "_openmp", lambda: None)  # private, because this machine has OpenMP
     elif threads._openmp() is None:
         pytest.skip("PyTorch has no OpenMP here")
 
 
 @pytest.fixture
 def untouched() -> Callable[..., AbstractContextManager[None]]:
-    """``with untouched(model, *tensors):`` asserts that the block leaves them, and the global RNG, bit for bit."""
+    """``with untouched(model, *tensors):`` asserts that the block changes no bit of them or of the global generator."""
 
     def bits(tensor: Tensor) -> Tensor:
         return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
@@ -155,7 +155,7 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
 
 @pytest.fixture(scope="module")
 def few_trees():
-    """A report in half a second: most of its time goes to the forests, which test_evaluate looks after."""
+    """A report in half a second: most of its time is for the forests, which test_evaluate.py tests."""
     from fastebm import evaluate
 
     with pytest.MonkeyPatch.context() as patch:

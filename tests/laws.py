@@ -1,4 +1,4 @@
-"""p-values of samples whose law is known exactly."""
+"""p-values of samples whose distribution is known exactly."""
 
 import math
 
@@ -11,7 +11,7 @@ def two_sided(z):
 
 
 def standard_normal(w):
-    """p-values that all of w (n_chains, dim) is independent and standard normal."""
+    """p-values of the hypothesis that the entries of w (n_chains, dim) are independent and standard normal."""
     n, dim = w.shape
     total = float((w**2).sum())
     p = [2 * min(stats.chi2.cdf(total, n * dim), stats.chi2.sf(total, n * dim))]
@@ -22,7 +22,7 @@ def standard_normal(w):
 
 
 def counts_follow(counts, probabilities):
-    """p-value of a chi-square test; cells with fewer than 10 expected are put together."""
+    """p-value of a chi-square test. Cells with fewer than 10 expected counts are merged."""
     counts, probabilities = np.ravel(counts), np.ravel(probabilities)
     assert abs(probabilities.sum() - 1) < 1e-9
     expected = probabilities * counts.sum()

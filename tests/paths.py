@@ -20,14 +20,14 @@ YARDSTICK = 64
 ULP = torch.finfo(torch.float32).eps
 REGIMES = ("resident", "streaming")
 IN_MEMORY = tuple(f"{regime} in memory" for regime in REGIMES)
-FAST_PATHS = ("torch", "products", *REGIMES)  # these promise bits
+FAST_PATHS = ("torch", "products", *REGIMES)  # a chain's bits do not depend on the batch
 PATHS = ("reference", "update", *FAST_PATHS)
 BACKENDS = ("reference", "torch", "triton")
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
 def seldom(paths, often):
-    """Each path, those that take many seconds in the interpreter as slow tests."""
+    """Each path. Those that are not in ``often`` are slow tests, since the interpreter takes many seconds for them."""
     marked = [pytest.param(path, marks=[] if path in often else pytest.mark.slow) for path in paths]
     return pytest.mark.parametrize("path", marked)
 
@@ -37,7 +37,7 @@ CLASSES = 3
 
 
 def make_mlp(dim, widths, activation="silu", *, bias=True, spectral_norm=False):
-    """An MLP whose gradient is of the state's size: behind PyTorch's initial weights a wrong one would hide."""
+    """An MLP whose gradient is as large as the state. PyTorch's initial weights would hide a wrong gradient."""
     parameter = {"leaky_relu": 0.2, "softplus": 1.5}.get(activation, 0.0)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def make_mlp(dim, widths, activation="silu", *, bias=True, spectral_norm=False):
     return energy.eval()
 
 
-def make_rule(n_chains, steps, *, step_form="number", noise_form="number", **options):
+def make_sampler(n_chains, steps, *, step_form="number", noise_form="number", **options):
     forms = {
         "number": lambda lo, hi: hi,
         "schedule": lambda lo, hi: torch.linspace(lo, hi, steps),
@@ -62,53 +62,55 @@ def make_rule(n_chains, steps, *, step_form="number", noise_form="number", **opt
 
 
 def start(n_chains, dim, device="cpu"):
-    """States, and counters that use all their bits: chain numbers about 2^33, lifetime steps of all ages."""
+    """States, and counters that use more than 32 bits: chain numbers near 2^33, and steps that differ by chain."""
     x = torch.randn(n_chains, dim, generator=torch.Generator().manual_seed(1)).to(device)
     numbers = (torch.arange(n_chains) * 3 + 2**33 - 50).to(device)
     first_steps = (torch.arange(n_chains) % 5 * 1000).to(device)
     return x, {"seed": SEED, "numbers": numbers, "first_steps": first_steps}
 
 
-def first_rows(n, x, rule, counters):
-    """The first n chains of a case."""
+def first_rows(n, x, sampler, counters):
+    """The same run for its first n chains alone."""
     values = {
-        name: v[:n] if isinstance(v := getattr(rule, name), torch.Tensor) and v.ndim == 2 else v
+        name: v[:n] if isinstance(v := getattr(sampler, name), torch.Tensor) and v.ndim == 2 else v
         for name in ("step_size", "noise_scale")
     }
     counters = {k: v[:n] if isinstance(v, torch.Tensor) else v for k, v in counters.items()}
-    return x[:n].clone(), replace(rule, **values), counters
+    return x[:n].clone(), replace(sampler, **values), counters
 
 
-def first_steps_of(rule, steps):
-    """The rule of the first steps of a run."""
+def first_steps_of(sampler, steps):
+    """The same sampler with schedules of the first steps only."""
     values = {
-        name: v[:steps] if isinstance(v := getattr(rule, name), torch.Tensor) and v.ndim == 1 else v
+        name: v[:steps] if isinstance(v := getattr(sampler, name), torch.Tensor) and v.ndim == 1 else v
         for name in ("step_size", "noise_scale")
     }
-    return replace(rule, **values)
+    return replace(sampler, **values)
 
 
-# counters: all that a chain has beside its state, with labels and frozen coordinates too; asked: thin, telemetry
-def advance_reference(energy, x, rule, steps, counters, dtype=torch.float32, **asked):
+# counters: the fields of Chains after the state: seed, numbers, first_steps, labels, frozen. asked: thin, telemetry
+
+
+def advance_reference(energy, x, sampler, steps, counters, dtype=torch.float32, **asked):
     return runs.by_definition(
-        Energy(energy, x.shape[1:], dtype), Chains(x.flatten(1).to(dtype), **counters), rule, steps, **asked
+        Energy(energy, x.shape[1:], dtype), Chains(x.flatten(1).to(dtype), **counters), sampler, steps, **asked
     )
 
 
-def advance_torch(energy, x, rule, steps, counters, **asked):
+def advance_torch(energy, x, sampler, steps, counters, **asked):
     description = describe(energy, labels="labels" in counters)
-    return runs.closed_form(description, Chains(x.clone(), **counters), rule, steps, **asked)
+    return runs.closed_form(description, Chains(x.clone(), **counters), sampler, steps, **asked)
 
 
-def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", chunk=32, warps=4, **asked):
-    """The fused kernel on a state between two guards; None where the GPU at hand has no room for it.
+def advance_fused(energy, x, sampler, steps, counters, regime, precision="ieee", chunk=32, warps=4, **asked):
+    """The fused kernel on a state between two guards of NaN; None if this GPU has too little shared memory.
 
-    regime: "resident" or "streaming"; with " in memory", as on sm_90 at bf16x3.
+    regime: "resident" or "streaming"; with " in memory", the kernel that sm_90 runs at bf16x3.
     """
     in_memory, regime = regime.endswith(" in memory"), regime.removesuffix(" in memory")
     description = describe(energy, labels="labels" in counters)
     block_dim = block(description.dim) if regime == "resident" else min(chunk, block(description.dim))
-    launch = Launch(regime, 64, block_dim, warps, 1, in_memory=in_memory)  # with four warps each has chains of its own
+    launch = Launch(regime, 64, block_dim, warps, 1, in_memory=in_memory)  # each of four warps has its own chains
     if x.is_cuda:
         major, minor = torch.cuda.get_device_capability()
         limit = SHARED_MEMORY.get(10 * major + minor, 101376)
@@ -117,7 +119,7 @@ def advance_fused(energy, x, rule, steps, counters, regime, precision="ieee", ch
     guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
     inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)
     done = runs.fused_mlp(
-        description, Chains(inner, **counters), rule, steps, precision=precision, launch=launch, **asked
+        description, Chains(inner, **counters), sampler, steps, precision=precision, launch=launch, **asked
     )
     assert guarded[:128].isnan().all()
     assert guarded[128 + x.numel() :].isnan().all()
@@ -128,25 +130,25 @@ def largest(values):
     return float(values.abs().max()) if values.numel() > 0 else 0.0
 
 
-def advance(path, energy, x, rule, steps, counters, **asked):
-    """Any path, from what ``start`` gives; "streaming" in chunks of 16 dims, "eight warps" likewise."""
+def advance(path, energy, x, sampler, steps, counters, **asked):
+    """Any path, on what ``start`` or ``begin`` returns. "streaming" and "eight warps" take chunks of 16 dims."""
     if path == "reference":
-        return advance_reference(energy, x.clone(), rule, steps, counters, **asked)
+        return advance_reference(energy, x.clone(), sampler, steps, counters, **asked)
     if path == "torch":
-        return advance_torch(energy, x, rule, steps, counters, **asked)
+        return advance_torch(energy, x, sampler, steps, counters, **asked)
     chains = Chains(x.clone(), **counters)
     if path == "update":
-        return runs.fused_module(Energy(energy, x.shape[1:], torch.float32), chains, rule, steps, **asked)
+        return runs.fused_module(Energy(energy, x.shape[1:], torch.float32), chains, sampler, steps, **asked)
     if path == "products":
         description = describe(energy, labels="labels" in counters)
-        return runs.fused_products(description, chains, rule, steps, **asked)
+        return runs.fused_products(description, chains, sampler, steps, **asked)
     if path == "eight warps":
-        return advance_fused(energy, x, rule, steps, counters, "streaming", chunk=16, warps=8, **asked)
-    return advance_fused(energy, x, rule, steps, counters, path, chunk=16, **asked)
+        return advance_fused(energy, x, sampler, steps, counters, "streaming", chunk=16, warps=8, **asked)
+    return advance_fused(energy, x, sampler, steps, counters, path, chunk=16, **asked)
 
 
 def network(dim, widths, outputs=1, activation="silu", seed=0):
-    """An MLP whose gradient is of the state's size, as make_energy of test_agreement.py."""
+    """Like ``make_mlp``, with any number of outputs."""
     parameter = {"leaky_relu": 0.2, "elu": 1.0, "softplus": 1.5}.get(activation, 0.0)
     sizes, layers = [dim, *widths], []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -177,7 +179,7 @@ HEADS = ("scalar", "logsumexp", "class")
 
 
 def make_energy(dim, widths=(20, 11), activation="silu", head="scalar", classes=CLASSES, terms=()):
-    """An MLP with a head, and if there are terms the sum of all, one weight below 0 and the last two nested."""
+    """An MLP with a head. With terms, the sum of all: one weight is negative, and the last two terms are nested."""
     model = network(dim, widths, 1 if head == "scalar" else classes, activation)
     if head != "scalar":
         model = ClassifierEnergy(model)
@@ -194,7 +196,7 @@ def per_dim_bounds(dim):
 
 
 def frozen_coordinates(form, n_chains, dim):
-    """None, or (1 or n_chains, dim)."""
+    """(1, dim), (n_chains, dim) or None."""
     if form == "dims":
         return (torch.arange(dim) % 3 == 0)[None]
     if form == "chains":
@@ -212,13 +214,13 @@ def begin(n_chains, dim, device="cpu", *, classes=None, frozen=None):
 
 
 def free_gradient(energy, x, counters):
-    """dE/dx in float64, 0 where frozen."""
+    """dE/dx in float64, 0 for frozen coordinates."""
     grad = Energy(energy, x.shape[1:], torch.float64).gradient(x.double(), counters.get("labels"))
     return grad if counters.get("frozen") is None else grad.masked_fill(counters["frozen"], 0.0)
 
 
 def same_bits(done, expected, rows=slice(None)):
-    """Everything that a path returns; NaN, which a gradient norm is after no step, equals NaN."""
+    """Whether everything that two paths return is equal. NaN equals NaN: a gradient norm after no steps."""
     pairs = [
         *zip(done[:4], expected[:4], strict=True),
         *zip((done.telemetry or {}).values(), (expected.telemetry or {}).values(), strict=True),

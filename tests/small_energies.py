@@ -1,4 +1,4 @@
-"""Small energies of the tests of langevin_sample: MLPs, and modules that are not MLPs."""
+"""Small energies for tests of langevin_sample: MLPs, and modules that are not MLPs."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ DIM = 3
 
 
 class Of(nn.Module):
-    """E(x) = f(x): an energy that no one can read as an MLP."""
+    """E(x) = f(x): not recognised as an MLP."""
 
     def __init__(self, f) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ def quadratic() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    """In train mode, with all that must be left alone: dropout, spectral norm's buffers, a mixture of modes."""
+    """An MLP with everything that a call must leave unchanged: dropout, spectral norm's buffers, mixed modes."""
     model = MLPEnergy(DIM, (9, 8), "silu", dropout=0.3, spectral_norm=True).train()
     model[3].eval()
     return model
@@ -47,7 +47,7 @@ def seeded_mlp(dim, widths=(32, 16), **options):
 
 
 class Square(nn.Module):
-    """No MLP: E(x) = |x - c|^4 / 4."""
+    """E(x) = |x - c|^4 / 4: not an MLP. It keeps each x that it is called with."""
 
     def __init__(self, dim):
         super().__init__()

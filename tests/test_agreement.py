@@ -1,15 +1,15 @@
-"""All paths are one computation: reference, torch tiles and Triton kernels agree step by step, given one noise.
+"""All paths agree step by step, given the same noise: reference, torch tiles and Triton kernels.
 
-Tolerances are measured. With the float64 reference as truth, a path may be off by twice what plain PyTorch is
-off at the same precision, plus rounding:
+Tolerances are measured. With the float64 reference as truth, the error of a path may be twice the error of plain
+PyTorch at the same precision, plus rounding:
 
     error <= 2 (error of plain PyTorch) + 2 steps ulp(scale),   scale = max |x| + max |a g|
 
-A step rounds the state three times (a product, two sums: half an ulp each) and takes a noise value that is right
-to about 2 ulp of its own, smaller, scale: 2 ulp in all. Errors of the gradient are in the measured part, which is
-taken over 64 chains or more, so that one lucky chain is no yardstick.
+A step rounds the state three times (a product and two sums: half an ulp each) and adds noise with an error of about
+2 ulp of its own, smaller, scale: 2 ulp in all. The measured part contains the error of the gradient. It is taken over
+at least 64 chains, so that it does not depend on one lucky chain.
 
-Uninitialised memory holds NaN throughout, and kernels get their states between two guards.
+Uninitialised memory holds NaN, and kernels get their states between two guards.
 """
 
 import pytest
@@ -30,7 +30,7 @@ from paths import (
     first_steps_of,
     largest,
     make_mlp,
-    make_rule,
+    make_sampler,
     start,
 )
 from torch import nn
@@ -68,12 +68,12 @@ def test_any_architecture(
 ):  # fmt: skip
     energy = make_mlp(dim, widths, activation, bias=bias, spectral_norm=spectral_norm).to(device)
     n_all = max(n_chains, YARDSTICK)
-    rule = make_rule(n_all, steps, step_form=step_form, noise_form=noise_form, grad_clip=grad_clip, clamp=clamp)
+    sampler = make_sampler(n_all, steps, step_form=step_form, noise_form=noise_form, grad_clip=grad_clip, clamp=clamp)
     x, counters = start(n_all, dim, device)
-    truth = Truth(energy, x, rule, steps, counters)
-    x, rule, counters = first_rows(n_chains, x, rule, counters)
-    truth.check(advance_torch(energy, x, rule, steps, counters))
-    if (done := advance_fused(energy, x, rule, steps, counters, regime)) is not None:
+    truth = Truth(energy, x, sampler, steps, counters)
+    x, sampler, counters = first_rows(n_chains, x, sampler, counters)
+    truth.check(advance_torch(energy, x, sampler, steps, counters))
+    if (done := advance_fused(energy, x, sampler, steps, counters, regime)) is not None:
         truth.check(done)
 
 
@@ -82,13 +82,13 @@ def test_any_architecture(
     ("dim", "widths", "activation"), [(3, [7], "softplus"), (40, [20, 33], "silu"), (5, [9, 8, 7], "tanh")]
 )
 def test_every_step_of_a_run(device, dim, widths, activation, regime):
-    """Not its end only: after each number of steps, none included."""
+    """Not only the end of a run: after 0, 1, 2 and 3 steps."""
     energy = make_mlp(dim, widths, activation).to(device)
-    rule = make_rule(YARDSTICK, 3, step_form="schedule", noise_form="per_chain")
+    sampler = make_sampler(YARDSTICK, 3, step_form="schedule", noise_form="per_chain")
     x, counters = start(YARDSTICK, dim, device)
     for steps in range(4):
-        truth = Truth(energy, x, first_steps_of(rule, steps), steps, counters)
-        arguments = energy, x, first_steps_of(rule, steps), steps, counters
+        truth = Truth(energy, x, first_steps_of(sampler, steps), steps, counters)
+        arguments = energy, x, first_steps_of(sampler, steps), steps, counters
         truth.check(advance_torch(*arguments))
         truth.check(advance_fused(*arguments, regime))
 
@@ -96,7 +96,7 @@ def test_every_step_of_a_run(device, dim, widths, activation, regime):
 @pytest.mark.parametrize("regime", [*REGIMES, *IN_MEMORY])
 @pytest.mark.parametrize("half", [0, 1])
 def test_each_layer_has_an_activation_of_its_own(device, regime, half):
-    """All there are, in two networks."""
+    """All activations, in two networks."""
     names = sorted(ACTIVATIONS)[half::2]
     parameters = {"leaky_relu": 0.2, "elu": 1.0, "softplus": 1.5}
     layers = list(make_mlp(40, [20, 17, 16, 12, 9]))
@@ -105,34 +105,36 @@ def test_each_layer_has_an_activation_of_its_own(device, regime, half):
     energy = nn.Sequential(*layers).to(device)
     assert [activation.name for activation in describe(energy).mlps[0].activations] == names
     x, counters = start(YARDSTICK, 40, device)
-    rule = make_rule(YARDSTICK, 2)
-    truth = Truth(energy, x, rule, 2, counters)
-    truth.check(advance_torch(energy, x, rule, 2, counters))
-    truth.check(advance_fused(energy, x, rule, 2, counters, regime))
+    sampler = make_sampler(YARDSTICK, 2)
+    truth = Truth(energy, x, sampler, 2, counters)
+    truth.check(advance_torch(energy, x, sampler, 2, counters))
+    truth.check(advance_fused(energy, x, sampler, 2, counters, regime))
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_slope_at_zero(device, activation):
-    """Without biases, x = 0 puts every unit on the kink: all paths take the same side of it."""
+    """Without biases, x = 0 puts every unit on its kink: all paths take the slope of the same side."""
     energy = make_mlp(5, [6, 7], activation, bias=False).to(device)
     x, counters = start(YARDSTICK, 5, device)
     x.zero_()
-    rule = make_rule(YARDSTICK, 1)
-    expected = advance_reference(energy, x, rule, 1, counters, torch.float64).x
-    done = [advance_fused(energy, x, rule, 1, counters, regime).x for regime in REGIMES]
-    for moved in (advance_torch(energy, x, rule, 1, counters).x, *done):
+    sampler = make_sampler(YARDSTICK, 1)
+    expected = advance_reference(energy, x, sampler, 1, counters, torch.float64).x
+    done = [advance_fused(energy, x, sampler, 1, counters, regime).x for regime in REGIMES]
+    for moved in (advance_torch(energy, x, sampler, 1, counters).x, *done):
         torch.testing.assert_close(moved.double(), expected, rtol=0, atol=8 * ULP * largest(expected))
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter, about what is meant
+@pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning"
+)  # the interpreter warns of the overflow that is tested
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("clamp", [None, (-3.0, 3.0)])
 def test_exploding_chains_freeze(device, regime, clamp):
-    """Chains that leap to infinity, or whose gradient is NaN, stay where they were; others never notice."""
+    """Chains that move to infinity, or whose gradient is NaN, stay where they were. Others are unaffected."""
     steps, n_chains = 3, 70
     energy = make_mlp(37, [20, 11]).to(device)
     with torch.no_grad():
-        energy[0].weight.abs_()  # so that a huge x > 0 makes infinity, and not this or that by the order of sums
+        energy[0].weight.abs_()  # so that a huge x > 0 gives infinity in any order of summation
     x, counters = start(n_chains, 37, device)
     noise = torch.full((n_chains, 1), 0.5)
     calm = advance_reference(energy, x, Langevin(1.0, noise, clamp=clamp), steps, counters).x
@@ -140,11 +142,11 @@ def test_exploding_chains_freeze(device, regime, clamp):
     x[1::9] = 3e38
     exploding = torch.zeros(n_chains, dtype=torch.bool, device=device)
     exploding[::9] = exploding[1::9] = True
-    rule = Langevin(1.0, noise, clamp=clamp)
+    sampler = Langevin(1.0, noise, clamp=clamp)
     for done in (
-        advance_reference(energy, x, rule, steps, counters),
-        advance_torch(energy, x, rule, steps, counters),
-        advance_fused(energy, x, rule, steps, counters, regime),
+        advance_reference(energy, x, sampler, steps, counters),
+        advance_torch(energy, x, sampler, steps, counters),
+        advance_fused(energy, x, sampler, steps, counters, regime),
     ):
         assert torch.equal(done.first_bad, torch.where(exploding, 0, -1).int())
         assert torch.equal(done.x[exploding], x[exploding])
@@ -155,18 +157,18 @@ def test_exploding_chains_freeze(device, regime, clamp):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("clamp", [None, (-1e38, torch.inf)])
 def test_chains_explode_at_different_steps(device, regime, clamp):
-    """A random walk towards float32's end: each chain stops at the last state before it."""
+    """A random walk towards float32's largest number: each chain stops at its last finite state."""
     steps, n_chains = 8, 40
     energy = make_mlp(37, [20, 11]).to(device)
     with torch.no_grad():
-        energy[0].weight *= 1e-10  # or a sum of terms might overflow, or not, by the order of its terms
+        energy[0].weight *= 1e-10  # else whether a sum overflows may depend on the order of its terms
     x, counters = start(n_chains, 37, device)
-    rule = Langevin(0.25, torch.linspace(0.2e38, 1e38, n_chains).reshape(-1, 1), clamp=clamp)
-    expected = advance_reference(energy, x, rule, steps, counters)
+    sampler = Langevin(0.25, torch.linspace(0.2e38, 1e38, n_chains).reshape(-1, 1), clamp=clamp)
+    expected = advance_reference(energy, x, sampler, steps, counters)
     assert len(expected.first_bad.unique()) >= 3
     for done in (
-        advance_torch(energy, x, rule, steps, counters),
-        advance_fused(energy, x, rule, steps, counters, regime),
+        advance_torch(energy, x, sampler, steps, counters),
+        advance_fused(energy, x, sampler, steps, counters, regime),
     ):
         assert torch.equal(done.first_bad, expected.first_bad)
         assert done.x.isfinite().all()
@@ -177,13 +179,13 @@ def check_precision(device, energy, n_chains, precision, regime, **launch):
     """One step of gradient descent, and the energy at its start."""
     mlp = read_mlp(energy.to(device))
     x, counters = start(n_chains, mlp.dim, device)
-    rule = Langevin(2.0, 0.0)
+    sampler = Langevin(2.0, 0.0)
     plain_energy, plain_gradient = plain_energy_and_gradient(mlp, x, precision)
     exact_energy = Energy(energy, (mlp.dim,), torch.float64)(x.double())
-    exact = advance_reference(energy, x, rule, 1, counters, torch.float64).x
+    exact = advance_reference(energy, x, sampler, 1, counters, torch.float64).x
 
-    moved = advance_fused(energy, x, rule, 1, counters, regime, precision, **launch)
-    stayed = advance_fused(energy, x, rule, 0, counters, regime, precision, **launch)
+    moved = advance_fused(energy, x, sampler, 1, counters, regime, precision, **launch)
+    stayed = advance_fused(energy, x, sampler, 0, counters, regime, precision, **launch)
     scale = largest(x) + largest(exact - x)
     assert largest(moved.x - exact) <= 2 * largest(x - plain_gradient - exact) + 2 * ULP * scale
     assert torch.equal(stayed.x, x)
@@ -205,18 +207,20 @@ def test_precisions(device, dim, widths, activation, precision, regime):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dim", "widths"), [(1024, [512]), (1000, [512, 10])])
 def test_wide(device, dim, widths):
-    """At bf16x3, for which sm_90 has room; at full precision it has none."""
+    """At bf16x3, which fits the shared memory of sm_90. Full precision does not."""
     energy = make_mlp(dim, widths).to(device)
     x, counters = start(YARDSTICK, dim, device)
-    rule = make_rule(YARDSTICK, 2)
-    Truth(energy, x, rule, 2, counters).check(advance_torch(energy, x, rule, 2, counters))
+    sampler = make_sampler(YARDSTICK, 2)
+    Truth(energy, x, sampler, 2, counters).check(advance_torch(energy, x, sampler, 2, counters))
     chosen = choose_launch(dim, (tuple(widths),), "bf16x3", 90)
     assert (chosen.regime, chosen.block_chains, chosen.num_warps, chosen.in_memory) == ("streaming", 64, 4, True)
-    chunk = 256 if interpreted() else chosen.block_dim  # the interpreter pays for turns of the loop
+    chunk = 256 if interpreted() else chosen.block_dim  # the interpreter is slow at many turns of the loop
     check_precision(device, energy, YARDSTICK, "bf16x3", "streaming in memory", chunk=chunk)
 
 
 # -- other energies: autograd and the fused update ---------------------------------------------------------
+
+
 def convolution():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -249,10 +253,10 @@ class Wells(nn.Module):
     ids=["conv", "dim1", "dim3", "dim63", "dim1500"],
 )
 def test_fused_update(device, energy, shape, step_form, noise_form, clamp):
-    steps, n_chains = 3, 70 if len(shape) > 1 or shape[0] < 1024 else 5  # wide ones are a program a chain
-    rule = make_rule(n_chains, steps, step_form=step_form, noise_form=noise_form, clamp=clamp, grad_clip=0.8)
+    steps, n_chains = 3, 70 if len(shape) > 1 or shape[0] < 1024 else 5  # wide states take one program per chain
+    sampler = make_sampler(n_chains, steps, step_form=step_form, noise_form=noise_form, clamp=clamp, grad_clip=0.8)
     energy = energy.to(device)
     x, counters = start(n_chains, torch.Size(shape).numel(), device)
-    truth = Truth(energy, x.reshape(n_chains, *shape), rule, steps, counters)
+    truth = Truth(energy, x.reshape(n_chains, *shape), sampler, steps, counters)
     module = Energy(energy, shape, torch.float32)
-    truth.check(runs.fused_module(module, Chains(x.clone(), **counters), rule, steps))
+    truth.check(runs.fused_module(module, Chains(x.clone(), **counters), sampler, steps))

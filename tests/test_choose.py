@@ -25,7 +25,10 @@ def no_interpreter(monkeypatch):
 
 @pytest.fixture
 def pretend_gpu(monkeypatch, no_interpreter):
-    """Decisions about a GPU need only its capability, which is replaced because this machine may have none."""
+    """Decisions about a GPU need only its capability, which is replaced because this machine may have no GPU.
+
+    These tests call ``choose`` itself: why_not_fused would answer that PyTorch finds no GPU.
+    """
     return lambda capability: monkeypatch.setattr(choosing, "_capability", lambda device: capability)
 
 
@@ -89,13 +92,13 @@ def test_why_not_fused_names_the_layer_first():
         (MLPEnergy(3, (8,)), "reference", "the definition of correct, and the slowest path"),
     ],
 )
-def test_what_runs_instead_is_told(energy, backend, instead):
+def test_info_names_what_runs_instead(energy, backend, instead):
     _, info = langevin_sample(energy, 3, batch_size=2, steps=1, backend=backend, return_info=True)
     assert instead in info.why_not_fused
     assert f'backend="{backend}" was asked for' in info.why_not_fused or backend == "auto"
 
 
-def test_what_runs_without_numba_is_told(without_numba):
+def test_why_not_fused_names_what_runs_without_numba(without_numba):
     for energy, path in ((MLPEnergy(3, (8,)), "closed-form"), (nn.Sequential(nn.Linear(3, 1)), "autograd's")):
         found = without_numba(why_not_fused, energy)
         assert f"{path} gradient runs instead" in found
@@ -134,7 +137,7 @@ def test_a_gpu_with_another_module_takes_the_fused_update(pretend_gpu):
     assert choice.why_not_fused.endswith("one launch for the rest of a step (cuda_graph=True records both)")
 
 
-def test_widths_that_do_not_fit_are_told_with_the_bytes(pretend_gpu):
+def test_widths_that_do_not_fit_are_refused_with_the_bytes(pretend_gpu):
     pretend_gpu(90)
     choice = choose(MLPEnergy(64, (2048, 2048)), CUDA, torch.float32, "auto", None)
     assert choice.backend == "triton"

@@ -1,4 +1,4 @@
-"""langevin_sample on a CPU: Numba's kernels beside plain PyTorch."""
+"""langevin_sample on a CPU: Numba's kernels compared with plain PyTorch."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_float64_and_the_reference_run_in_pytorch():
         assert info.kernels == "torch"
 
 
-def test_states_that_an_energy_keeps_stay_what_they_were():
+def test_states_that_an_energy_keeps_do_not_change():
     energy = Square(5)
     x0 = torch.zeros(4, 5)
     trajectory = langevin_sample(energy, init=x0, steps=6, return_trajectory=True, **STEP)
@@ -75,7 +75,7 @@ def test_products_in_bf16(monkeypatch):
     assert langevin_sample(energy, **options)[1].precision == "ieee"
 
 
-def test_without_the_librarys_product_the_steps_go_through_python(monkeypatch):
+def test_without_the_matrix_product_of_a_library(monkeypatch):
     energy, options = seeded_mlp(20, (64, 64)), {"batch_size": 90, "steps": 4, **STEP}
     x = langevin_sample(energy, **options)
     monkeypatch.setattr(cpu, "_sgemm", lambda: None)  # this machine's PyTorch exports one
@@ -91,7 +91,7 @@ def test_products_of_few_rows_have_the_same_bits():
         assert torch.equal(few, x[first : first + n])
 
 
-def test_a_gradient_that_is_still_to_be_negated():
+def test_a_lazily_negated_gradient():
     """PyTorch negates the imaginary part of a conjugated tensor lazily."""
 
     class Conjugated(nn.Module):
@@ -109,15 +109,15 @@ def test_pytorchs_defaults_change_nothing(make, clip):
     energy, init = make(40), torch.rand(300, 40)
     options = {"init": init, "steps": 3, "grad_clip": clip, **STEP}
     pool = {"storage_dtype": torch.uint8, "clamp": (0.0, 1.0), "device": "cpu", "seed": 0}
-    rule = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
+    sampler = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
     expected = langevin_sample(energy, **options)
     float_pool = {"init": lambda *counter: noise.uniform(*counter, 40), "reinit_prob": 0.0, "device": "cpu", "seed": 0}
-    drawn = [fastebm.ChainPool(50, 40, **p).sample(energy, 8, rule, 3)[0] for p in (pool, float_pool)]
+    drawn = [fastebm.ChainPool(50, 40, **p).sample(energy, 8, sampler, 3)[0] for p in (pool, float_pool)]
     try:
         torch.set_default_dtype(torch.float64)
         assert torch.equal(langevin_sample(energy, **options), expected)
         for p, x in zip((pool, float_pool), drawn, strict=True):
-            assert torch.equal(fastebm.ChainPool(50, 40, **p).sample(energy, 8, rule, 3)[0], x)
+            assert torch.equal(fastebm.ChainPool(50, 40, **p).sample(energy, 8, sampler, 3)[0], x)
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):

@@ -75,6 +75,8 @@ def test_draws_do_not_depend_on_threads_or_rows(team):
 
 
 # -- activations -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("width", [1, 8, 37])
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_activations_and_slopes(name, width):

@@ -20,11 +20,11 @@ from fastebm import threads
     ("n", "k", "probability"),
     [(10_000, 128, 0.05), (256, 128, 0.5), (1000, 1, 1.0), (2**31 - 1, 2000, 0.0), (5000, 2500, 0.3), (2, 1, 0.2)],
 )
-def test_drawn_chains_and_restarts_are_those_of_pytorch(without_numba, n, k, probability):
+def test_drawn_and_reinitialised_chains_are_those_of_pytorch(without_numba, n, k, probability):
     arguments = 2**63 + 5, 2**31 + 7, 9, n, k, probability
-    chains, restarts = runs.drawn_chains(*arguments)
+    chains, reinit = runs.drawn_chains(*arguments)
     assert all(len(row.unique()) == k for row in chains)
-    for ours, theirs in zip((chains, restarts), without_numba(runs.drawn_chains, *arguments), strict=True):
+    for ours, theirs in zip((chains, reinit), without_numba(runs.drawn_chains, *arguments), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -101,26 +101,26 @@ def test_backward_through_states_that_have_moved_is_refused():
 
 
 def test_a_pool_of_inference_mode_and_one_after_it():
-    energy, rule, found = seeded_mlp(6), fastebm.Langevin(0.1, 0.005), []
+    energy, sampler, found = seeded_mlp(6), fastebm.Langevin(0.1, 0.005), []
     for mode in (torch.inference_mode, torch.enable_grad):
         with mode():
             pool = fastebm.ChainPool(50, 6, seed=1)
-            found.append(pool.sample(energy, 8, rule, 2)[0])
+            found.append(pool.sample(energy, 8, sampler, 2)[0])
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
-def test_a_copied_pool_moves_chains_of_its_own(copied_by):
-    energy, rule = seeded_mlp(6), fastebm.Langevin(0.1, 0.005)
+def test_a_copied_pool_moves_its_own_chains(copied_by):
+    energy, sampler = seeded_mlp(6), fastebm.Langevin(0.1, 0.005)
     pool, same = (fastebm.ChainPool(50, 6, seed=1) for _ in range(2))
-    pool.sample(energy, 8, rule, 2)  # it computes later draws ahead, which are copied too
-    same.sample(energy, 8, rule, 2)
+    pool.sample(energy, 8, sampler, 2)  # it computes later draws ahead, which are copied too
+    same.sample(energy, 8, sampler, 2)
     copied = copied_by(pool)
     before = tensors_of(copied)
-    pool.sample(energy, 8, rule, 2)
+    pool.sample(energy, 8, sampler, 2)
     torch.testing.assert_close(tensors_of(copied), before, rtol=0, atol=0, equal_nan=True)
     for other in (same, copied):
-        assert torch.equal(other.sample(energy, 8, rule, 2)[0], pool.states[pool.last.chains])
+        assert torch.equal(other.sample(energy, 8, sampler, 2)[0], pool.states[pool.last.chains])
         assert torch.equal(other.states, pool.states)
 
 

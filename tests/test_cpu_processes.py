@@ -192,15 +192,15 @@ import os, numpy, torch, fastebm
 torch.set_num_threads(2)
 torch.manual_seed(0)
 energy = fastebm.build(40, hidden_sizes=(32, 32))
-rule = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
+sampler = fastebm.Langevin(step_size=0.1, noise_scale=0.3)
 
 def sample():
     x = fastebm.langevin_sample(energy, batch_size=600, steps=4, step_size=0.1, noise_scale=0.3, seed=1)
     pool = fastebm.ChainPool(40_000, 40, seed=1)
     pool.labels = torch.from_numpy(numpy.arange(40_000))
     pool.labels = None
-    pool.sample(energy, 1200, rule, 2)
-    pool.advance(energy, rule, 1)
+    pool.sample(energy, 1200, sampler, 2)
+    pool.advance(energy, sampler, 1)
     pool.load_state_dict(pool.state_dict())
     pool.add(x.clamp(-1, 1))
     assert pool.stats().n_chains == len(pool.ages) == 40_000

@@ -1,6 +1,6 @@
-"""What only a GPU can show: sizes, memory, streams, and every shipped precision at the shipped launches.
+"""Tests that need a GPU: sizes, memory, streams, and every shipped precision at the shipped launches.
 
-The rest of the suite runs on a GPU too, where there is one; this file runs nowhere else.
+test_gpu_graphs.py needs one too. All other tests run on the GPU of a machine that has one.
 """
 
 import os
@@ -26,7 +26,7 @@ pytestmark = [
 SEED = 0x9E3779B97F4A7C15
 ARCHITECTURES = [(2, [128, 128]), (64, [128, 128]), (784, [256, 128])]
 
-# The special-function unit is 2^-22 off in log2, and the radius is the root of that: worst where it is near 0.
+# The GPU's log2 has an error of 2^-22, and the radius of the noise is a root of it: worst for a radius near 0.
 NOISE_ERROR = 1e-3
 
 
@@ -37,7 +37,7 @@ def need_memory(gigabytes):
 
 
 def fits(energy, precision):
-    """Skips where this GPU's shared memory has no room: the one reason that the kernel may give here."""
+    """Skip the test if this GPU has too little shared memory: no other reason is accepted."""
     why_not = why_not_fused(energy, precision=precision)
     if why_not is not None:
         assert "shared memory" in why_not
@@ -48,7 +48,9 @@ def start(n_chains, dim):
     return torch.randn(n_chains, dim, generator=torch.Generator().manual_seed(1)).cuda()
 
 
-# -- which path runs, and is it right ---------------------------------------------------------------------
+# -- which path runs, and its error ---------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
 def test_auto_is_the_fused_kernel(dim, widths):
     energy = make_mlp(dim, widths).cuda()
@@ -57,7 +59,9 @@ def test_auto_is_the_fused_kernel(dim, widths):
     assert x.is_cuda
     assert x.shape == (100, dim)
     assert (info.backend, info.why_not_fused, info.precision) == ("triton", None, "bf16x3")
-    assert info.path == ("resident" if dim <= 2 else "streaming") or dim == 64  # 64 by the GPU's shared memory
+    assert (
+        info.path == ("resident" if dim <= 2 else "streaming") or dim == 64
+    )  # at 64 dims it depends on the shared memory
 
 
 def test_auto_for_another_module_is_the_fused_update():
@@ -68,13 +72,13 @@ def test_auto_for_another_module_is_the_fused_update():
     assert "Conv2d" in info.why_not_fused
 
 
-# "ieee" products of these widths take minutes to compile: a small energy speaks for them.
+# "ieee" products of these widths take minutes to compile, so a small energy is used.
 @pytest.mark.parametrize(
     ("dim", "widths", "precision"),
     [*((*a, precision) for a in ARCHITECTURES for precision in ("bf16x3", "tf32", "bf16")), (5, [16, 16], "ieee")],
 )
 def test_every_precision_against_float64(dim, widths, precision):
-    """One step of gradient descent: at most twice the error of plain PyTorch with operands rounded alike."""
+    """The error of a gradient step is at most twice that of plain PyTorch with operands of the same precision."""
     energy = make_mlp(dim, widths).cuda()
     fits(energy, precision)
     x = start(300, dim)
@@ -92,10 +96,10 @@ def test_every_precision_against_float64(dim, widths, precision):
     assert info.path in ("resident", "streaming")
     assert largest(moved - exact) <= allowed
 
-    # a few noisy steps, small ones, so that what differs at first does not grow
-    rule, steps = Langevin(0.1, 1.0, clamp=(-2.0, 2.0)), 3
+    # a few small steps with noise: differences must not grow
+    sampler, steps = Langevin(0.1, 1.0, clamp=(-2.0, 2.0)), 3
     chains = Chains(x.double(), SEED, torch.arange(300, device="cuda"), torch.full((300,), 7, device="cuda"))
-    truth = runs.by_definition(Energy(energy, (dim,), torch.float64), chains, rule, steps)
+    truth = runs.by_definition(Energy(energy, (dim,), torch.float64), chains, sampler, steps)
     moved = langevin_sample(
         energy, init=x, steps=steps, step_size=0.1, noise_scale=1.0, clamp=(-2.0, 2.0), first_step=7, **options
     )
@@ -104,6 +108,8 @@ def test_every_precision_against_float64(dim, widths, precision):
 
 
 # -- noise --------------------------------------------------------------------------------------------------
+
+
 def test_words_are_the_same_on_both_devices():
     generator = torch.Generator().manual_seed(0)
     counter = tuple(torch.randint(2**32, (4, 10_000), generator=generator))
@@ -117,13 +123,13 @@ def test_normals_in_pytorch_agree_on_both_devices():
     chains = torch.arange(10_000) + 2**33
     a = normal(SEED, Stream.LANGEVIN, chains, 5, 63)
     b = normal(SEED, Stream.LANGEVIN, chains.cuda(), 5, 63)
-    # r <= 6.77 times an angle below 2 pi, whose last place is 4.8e-7
+    # a radius of at most 6.77, times the rounding of an angle below 2 pi, 4.8e-7
     torch.testing.assert_close(b.cpu(), a, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize(("dim", "widths"), [*ARCHITECTURES, (3, [16]), (63, [16])])
 def test_noise_of_the_kernel_is_the_documented_noise(dim, widths):
-    """A flat energy and a start at 0 leave the noise alone: x' = xi."""
+    """With E = 0 and a start at 0, x' is the noise."""
     energy = make_mlp(dim, widths).cuda()
     with torch.no_grad():
         for p in energy.parameters():
@@ -140,8 +146,10 @@ def test_noise_of_the_kernel_is_the_documented_noise(dim, widths):
 
 
 # -- size and memory ----------------------------------------------------------------------------------------
+
+
 def test_past_2_to_the_31_elements():
-    """4 M chains of 784 dims: rows at both ends, and about the 2^31st element, are those of small runs."""
+    """4 M chains of 784 dims: rows at both ends and around element 2^31 equal those of small runs."""
     need_memory(50)
     n_chains, dim, k = 4 * 2**20, 784, 70
     assert n_chains * dim > 2**31
@@ -158,7 +166,7 @@ def test_past_2_to_the_31_elements():
 
 
 class Halves:
-    """E = |x|^2 / 2 as the backend sees an energy, without the copies that autograd would make."""
+    """E = |x|^2 / 2 as a target, without the copies that autograd would make."""
 
     def gradient(self, x, labels):
         return x
@@ -172,11 +180,11 @@ def test_the_fused_update_past_2_to_the_31_elements():
     dim, k = 784, 70
     n_chains = 2**31 // dim + 100
     init = torch.rand(n_chains, dim, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    rule, numbers = Langevin(0.1, 1.0), torch.arange(n_chains, device="cuda")
+    sampler, numbers = Langevin(0.1, 1.0), torch.arange(n_chains, device="cuda")
     ages = torch.zeros_like(numbers)
     rows = [slice(first, first + k) for first in (0, n_chains - 100 - k // 2, n_chains - k)]
-    few = [runs.fused_module(Halves(), Chains(init[r].clone(), SEED, numbers[r], ages[r]), rule, 3).x for r in rows]
-    moved = runs.fused_module(Halves(), Chains(init, SEED, numbers, ages), rule, 3).x
+    few = [runs.fused_module(Halves(), Chains(init[r].clone(), SEED, numbers[r], ages[r]), sampler, 3).x for r in rows]
+    moved = runs.fused_module(Halves(), Chains(init, SEED, numbers, ages), sampler, 3).x
     for r, expected in zip(rows, few, strict=True):
         assert torch.equal(moved[r], expected)
 
@@ -184,7 +192,7 @@ def test_the_fused_update_past_2_to_the_31_elements():
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16"])
 @pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
 def test_bits_do_not_depend_on_the_batch(dim, widths, precision):
-    """At the launches that ship, over many tiles; sizes about the edges of one."""
+    """At the shipped launches: many tiles, and sizes around the edges of one."""
     energy = make_mlp(dim, widths).cuda()
     fits(energy, precision)
     x = start(20_000, dim)
@@ -220,16 +228,18 @@ def test_memory_stays_flat_over_1000_calls():
         call(i)
     *after, resident_after = memory()
     assert after == before
-    assert resident_after - resident_before < 2**26  # the host's allocator may round; a leak of 64 KiB a call may not
+    assert resident_after - resident_before < 2**26  # less than 64 KiB per call
 
 
 # -- streams and devices ------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("other", [False, True], ids=["mlp", "module"])
 def test_a_side_stream(other):
-    """Sampling runs on the caller's stream: behind what makes its start, and before what reads its result."""
+    """Sampling runs on the caller's stream: after the work that makes its start, and before what reads its result."""
     dim = 64
     energy = make_mlp(dim, [128, 128]).cuda()
-    if other:  # a module that is no plain MLP: the fused update
+    if other:  # not an MLP: the fused update
         energy = nn.Sequential(nn.LayerNorm(dim, device="cuda"), *energy).eval()
         assert why_not_fused(energy) is not None
     x = start(4096, dim)
@@ -240,12 +250,12 @@ def test_a_side_stream(other):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         late = torch.full_like(x, 100.0)
-        for _ in range(50):  # some tens of milliseconds of work, in front of the start
+        for _ in range(50):  # tens of milliseconds of work before the start is there
             big = (big @ big).clamp(-1, 1)
         late.copy_(x)
         moved = langevin_sample(energy, init=late, **options).clone()
     side.synchronize()
-    if other:  # cuBLAS promises the same bits on one stream only
+    if other:  # cuBLAS guarantees the same bits on one stream only
         torch.testing.assert_close(moved, expected, rtol=0, atol=0.05)
     else:
         assert torch.equal(moved, expected)
@@ -266,19 +276,21 @@ def test_a_device_that_is_not_the_current_one(other):
 
 
 # -- pools ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("home", ["pinned", "file"])
 def test_a_pool_on_the_host_moves_as_one_on_the_gpu(home, dtype, tmp_path):
-    """Chunks come and go in two streams while others move: no bit may depend on that."""
-    energy, rule = make_mlp(64, [128, 128]).cuda(), Langevin(0.05, 0.3)
+    """Chunks are copied in two streams while others move, which must not change a bit."""
+    energy, sampler = make_mlp(64, [128, 128]).cuda(), Langevin(0.05, 0.3)
     there = {"storage_device": "cpu"} if home == "pinned" else {"storage_file": tmp_path / "pool"}
     options = {"clamp": (-1.0, 1.0), "seed": SEED, "device": "cuda", "storage_dtype": dtype, "reinit_prob": 0.3}
     near, far = ChainPool(10_000, 64, **options), ChainPool(10_000, 64, **options, **there)
     assert far.state_dict(copy=False)["x"].is_pinned() == (home == "pinned")
     for _ in range(5):
-        near.advance(energy, rule, 3)
-        far.advance(energy, rule, 3, chunk_size=700, on_nonfinite="reinit")
-        a, b = near.sample(energy, 500, rule, 2), far.sample(energy, 500, rule, 2)
+        near.advance(energy, sampler, 3)
+        far.advance(energy, sampler, 3, chunk_size=700, on_nonfinite="reinit")
+        a, b = near.sample(energy, 500, sampler, 2), far.sample(energy, 500, sampler, 2)
         assert a[0].is_cuda
         assert b[0].is_cuda
         assert torch.equal(a[0], b[0])
@@ -296,13 +308,13 @@ def test_a_pool_on_the_host_moves_as_one_on_the_gpu(home, dtype, tmp_path):
             assert value == theirs, key
 
 
-def test_a_pool_larger_than_a_chunk_takes_little_of_the_gpu():
+def test_a_pool_on_the_host_takes_little_gpu_memory():
     need_memory(8)
-    energy, rule = make_mlp(784, [256, 128]).cuda(), Langevin(0.05, 0.3)
+    energy, sampler = make_mlp(784, [256, 128]).cuda(), Langevin(0.05, 0.3)
     pool = ChainPool(500_000, 784, clamp=(0.0, 1.0), device="cuda", storage_device="cpu", storage_dtype=torch.uint8)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    pool.advance(energy, rule, 2, chunk_size=20_000, on_nonfinite="reinit")
+    pool.advance(energy, sampler, 2, chunk_size=20_000, on_nonfinite="reinit")
     assert torch.cuda.max_memory_allocated() - before < 14 * 20_000 * 784 * 4
     assert pool.steps.tolist() == [2] * 500_000
 

@@ -1,4 +1,4 @@
-"""CUDA graphs and torch.compile on a GPU: replays are calls, and the compiled call has the same bits."""
+"""CUDA graphs and torch.compile on a GPU: replays and compiled calls give the samples of plain calls."""
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ SEED = 0x9E3779B97F4A7C15
 
 
 # -- CUDA graphs and torch.compile ----------------------------------------------------------------------------
+
+
 def conv():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 64, 1)]
@@ -22,7 +24,7 @@ def conv():
 
 
 def too_wide():
-    """Its closed-form gradient takes library products."""
+    """An MLP that is too wide for the fused kernel: its closed-form gradient uses library products."""
     return make_mlp(64, [1024, 1024]).cuda(), (64,)
 
 
@@ -37,7 +39,7 @@ IN_GRAPHS = {"steps": 20, "step_size": 0.1, "noise_scale": 1.0, "clamp": (-3.0, 
 
 
 def captured(call):
-    """A graph of the call, after one call that compiles its kernels, and what the graph fills."""
+    """A graph of the call, and the tensors that it writes. A first call compiles the kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -51,7 +53,7 @@ def captured(call):
 
 @pytest.mark.parametrize("given", [True, False], ids=["init", "uniform start"])
 @pytest.mark.parametrize("name", GRAPHED)
-def test_replays_are_calls_with_the_seed_and_step_of_the_moment(name, given):
+def test_replays_use_the_current_seed_and_step(name, given):
     energy, shape = GRAPHED[name]()
     seed, step = torch.tensor([SEED - 2**64], device="cuda"), torch.tensor([7], device="cuda")
     start_of = {"init": torch.randn(100, *shape, device="cuda")} if given else {"batch_size": 100}
@@ -66,7 +68,7 @@ def test_replays_are_calls_with_the_seed_and_step_of_the_moment(name, given):
     for _ in range(3):
         graph.replay()
         expected, expected_info = call(int(seed), int(step))
-        if name in ("products", "autograd"):  # cuBLAS promises the same bits on one stream only
+        if name in ("products", "autograd"):  # cuBLAS guarantees the same bits on one stream only
             torch.testing.assert_close(moved, expected, rtol=0, atol=1e-3)
         else:
             assert torch.equal(moved, expected)
@@ -74,14 +76,14 @@ def test_replays_are_calls_with_the_seed_and_step_of_the_moment(name, given):
                 assert torch.equal(getattr(info, field), getattr(expected_info, field))
         assert not any(torch.equal(moved, before) for before in seen)
         seen.append(moved.clone())
-        graph.replay()  # under the same seed and step: the same noise
+        graph.replay()  # same seed and step, same noise
         torch.testing.assert_close(moved, seen[-1], rtol=0, atol=1e-3 if name in ("products", "autograd") else 0)
         step += 20
         seed += 1
 
 
-def test_a_graph_may_move_its_own_state_on():
-    """out= and init= the same tensor, and the step counted in the graph: a persistent chain, one replay a call."""
+def test_a_graph_can_continue_its_own_chains():
+    """With out= and init= the same tensor, and a step counter in the graph, each replay continues the chains."""
     energy, shape = GRAPHED["resident"]()
     x, step = torch.randn(100, *shape, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
     first = x.clone()
@@ -99,13 +101,13 @@ def test_a_graph_may_move_its_own_state_on():
     assert torch.equal(x, langevin_sample(energy, init=first, seed=5, steps=60, **options))
 
 
-def test_what_can_not_be_captured_is_refused_and_harms_nothing():
+def test_captures_that_could_not_be_replayed_are_refused():
     energy, _shape = GRAPHED["resident"]()
     x, seed = torch.randn(10, 2, device="cuda"), torch.tensor([3], device="cuda")
 
     def capture(options):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            seed.add_(0)  # a graph is not empty
+            seed.add_(0)  # a graph must not be empty
             langevin_sample(energy, init=x, **{**IN_GRAPHS, **options})
 
     for options, message in [
@@ -127,7 +129,7 @@ def test_recorded_steps_are_the_steps(make, more):
     x, schedule = torch.randn(100, *shape, device="cuda"), torch.linspace(0.1, 0.01, 40)
     options = {"steps": 40, "step_size": schedule, "noise_scale": 1.0, "seed": SEED, "return_info": True, **more}
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        for _ in range(2):  # what is recorded serves one call: the second has other weights, in another place
+        for _ in range(2):  # a recording serves one call: the second has other weights, elsewhere in memory
             expected, expected_info = langevin_sample(energy, init=x, **options)
             found, info = langevin_sample(energy, init=x, cuda_graph=True, **options)
             assert info.cuda_graph == "recorded"
@@ -149,7 +151,7 @@ class Waits(nn.Module):
         return self.inner(x) * (1.0 if x.sum().item() > 0 else 0.5)
 
 
-def test_a_module_that_waits_is_not_recorded_and_harms_nothing():
+def test_a_module_that_waits_is_not_recorded():
     energy, shape = conv()
     options = {"steps": 20, "step_size": 0.1, "seed": 1, "batch_size": 100, "return_info": True}
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
@@ -178,7 +180,7 @@ def test_memory_stays_flat_over_recordings():
 
 @pytest.mark.parametrize("name", GRAPHED)
 def test_compiled(name):
-    """The operator on a GPU; aot_eager, since not every machine can build what inductor makes."""
+    """aot_eager, because inductor needs a C++ compiler."""
     energy, shape = GRAPHED[name]()
     x = torch.randn(100, *shape, device="cuda")
 

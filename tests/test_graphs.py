@@ -48,7 +48,7 @@ class FakeRecorder:
 
 @pytest.mark.parametrize("steps", [0, 1, MIN_STEPS - 1, MIN_STEPS, 60])
 @pytest.mark.parametrize("options", [{}, {"waits": True}, {"fails": True}], ids=str)
-def test_every_step_is_taken_once_and_then_looked_at(steps, options):
+def test_every_step_runs_once_and_is_then_checked(steps, options):
     recorder, taken = FakeRecorder(**options), []
     how = run_steps(lambda: taken.append("step"), steps, recorder, taken.append)
     assert taken == [v for t in range(steps) for v in ("step", t)]
@@ -64,7 +64,7 @@ def test_every_step_is_taken_once_and_then_looked_at(steps, options):
         assert ("record" in recorder.log) == ("fails" in options)
 
 
-def test_errors_of_the_energy_are_its_own():
+def test_errors_of_the_energy_reach_the_caller():
     def step():
         raise ValueError("the energy does not depend on x")
 
@@ -192,7 +192,7 @@ def test_recordings_of_a_thread_share_one_stream_per_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", make)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(graphs, "_kept", threading.local())
+    monkeypatch.setattr(graphs, "_kept", threading.local())  # private: without a GPU there are no streams to count
     names = ("cuda", "cuda:0", "cuda:1")
 
     def streams():

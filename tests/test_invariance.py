@@ -31,8 +31,8 @@ def make_chains(n_chains, dim):
 
 def on_torch(mlp):
     def run(x, numbers, ages, step_size, steps=STEPS):
-        rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
-        return runs.closed_form(mlp, Chains(x.clone(), SEED, numbers, ages), rule, steps)
+        sampler = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
+        return runs.closed_form(mlp, Chains(x.clone(), SEED, numbers, ages), sampler, steps)
 
     return run
 
@@ -43,21 +43,21 @@ def on_triton(mlp, regime, device, precision):
     mlp = mlp.to(torch.device(device), torch.float32)
 
     def run(x, numbers, ages, step_size, steps=STEPS):
-        rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
+        sampler = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
         counters = SEED, numbers.to(device), ages.to(device)
         # a copy, on a CPU too: states are moved in place
         x = x.to(device, copy=True)
-        return runs.fused_mlp(mlp, Chains(x, *counters), rule, steps, precision=precision, launch=launch)
+        return runs.fused_mlp(mlp, Chains(x, *counters), sampler, steps, precision=precision, launch=launch)
 
     return run
 
 
 def on_the_fused_update(device):
     def run(x, numbers, ages, step_size, steps=STEPS):
-        rule = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
+        sampler = Langevin(step_size, 0.7, clamp=(-2.0, 2.0))
         counters = SEED, numbers.to(device), ages.to(device)
         energy = Energy(Wells(), (x.shape[1],), torch.float32)
-        return runs.fused_module(energy, Chains(x.to(device, copy=True), *counters), rule, steps)
+        return runs.fused_module(energy, Chains(x.to(device, copy=True), *counters), sampler, steps)
 
     return run
 
@@ -163,7 +163,7 @@ def test_stopping_between_steps_changes_nothing(device):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_parts_of_a_public_call(device, backend):
-    """first_chain and first_step say which part of a run a call is."""
+    """first_chain and first_step say which part of a run a call computes."""
     if backend == "torch":
         device = "cpu"
     energy = MLPEnergy(6, [10, 9]).to(device)

@@ -215,7 +215,7 @@ def test_all_options_at_once(device, head, terms, clamp, clamp_noise):
         device, (*FAST_PATHS, *IN_MEMORY, "update", *NUMBA), energy=make_energy(DIM, head=head, terms=terms), dim=DIM,
         classes=CLASSES if head == "class" else None, n_chains=33, steps=4, thin=2, step_form="schedule",
         noise_form="per_chain", clamp=clamp, frozen=None if clamp == "none" else "chains",
-        rule={"grad_clip": 0.3, "grad_norm_clip": 0.9, "noise_first": True, "clamp_noise": clamp_noise}, move=moved,
+        sampler={"grad_clip": 0.3, "grad_norm_clip": 0.9, "noise_first": True, "clamp_noise": clamp_noise}, move=moved,
     )  # fmt: skip
 
 

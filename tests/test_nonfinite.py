@@ -1,4 +1,4 @@
-"""Chains that explode: they stop at their last finite state, and the call raises, ignores or restarts them."""
+"""Chains that explode stop at their last finite state, and the call raises, ignores them or reinitialises them."""
 
 import math
 
@@ -36,18 +36,17 @@ def test_out_and_init_are_unchanged_when_chains_explode(backend, home, untouched
             langevin_sample(model, init=init, out=init, step_size=10.0, steps=6, backend=backend, seed=1)
 
 
-# -- chains that explode ----------------------------------------------------------------------------------------
 STEPS = 7
 
-# On the slope below a step moves by step_size * 2**20: these overflow never, never, at steps 3, 1 and 0, and never.
+# On the slope below a step moves by step_size * 2**20. Chains 2, 3 and 4 overflow at steps 3, 1 and 0.
 EXPLOSIVE = torch.tensor([[2.0**60], [2.0**70], [2.0**106], [2.0**107], [2.0**108], [1.0]])
 FIRST_BAD = [-1, -1, 3, 1, 0, -1]
 
 
 def slide(dim: int, active: slice = slice(None)) -> nn.Module:
-    """A downhill plane with slope -2**21 in the active dims, by weights that every precision represents.
+    """A plane with slope -2**21 in the active dims, made of weights that every precision represents.
 
-    Products and sums of powers of two are exact, so that all backends must agree bit for bit.
+    Products and sums of powers of two are exact, so that all backends agree bit for bit.
     """
     model = MLPEnergy(dim, (4,), "relu")
     with torch.no_grad():
@@ -59,22 +58,22 @@ def slide(dim: int, active: slice = slice(None)) -> nn.Module:
     return model
 
 
-def advance(path: str, model: nn.Module, x: torch.Tensor, rule: Langevin, steps: int = STEPS):
+def advance(path: str, model: nn.Module, x: torch.Tensor, sampler: Langevin, steps: int = STEPS):
     x, n = x.clone(), len(x)
     numbers = torch.arange(n, device=x.device)
     chains = Chains(x, 3, numbers, torch.zeros_like(numbers))
     whole = Energy(model, (x.shape[1],), x.dtype)
     with torch.no_grad():
         if path == "reference":
-            return runs.by_definition(whole, chains, rule, steps)
+            return runs.by_definition(whole, chains, sampler, steps)
         if path == "torch":
-            return runs.closed_form(describe(model), chains, rule, steps)
+            return runs.closed_form(describe(model), chains, sampler, steps)
         if path == "update":
-            return runs.fused_module(whole, chains, rule, steps)
+            return runs.fused_module(whole, chains, sampler, steps)
         regime, precision = path.split()
         block_dim = 16 if regime == "streaming" else max(16, 1 << (x.shape[1] - 1).bit_length())
         launch = Launch(regime, 16, block_dim, 1, 1, in_memory=precision == "bf16x3")  # as on sm_90
-        return runs.fused_mlp(describe(model), chains, rule, steps, precision=precision, launch=launch)
+        return runs.fused_mlp(describe(model), chains, sampler, steps, precision=precision, launch=launch)
 
 
 PATHS = ["torch", "update", "resident ieee", "resident bf16x3", "streaming ieee", "streaming bf16x3"]
@@ -94,14 +93,14 @@ PATHS = ["torch", "update", "resident ieee", "resident bf16x3", "streaming ieee"
     ],
 )
 def test_exploding_chains_freeze_as_in_the_reference(path, dim, clamp, active, device):
-    """In all dims, or in the last alone: the first chunks are finite, and must not move either."""
+    """They explode in all dims, or in the last alone: then the first chunks are finite and must not move either."""
     home = "cpu" if path == "torch" else device
     model = slide(dim, slice(None) if active == "all" else slice(dim - 1, dim))
-    rule = Langevin(EXPLOSIVE, 0.0, clamp=clamp)
+    sampler = Langevin(EXPLOSIVE, 0.0, clamp=clamp)
     x = torch.zeros(6, dim)
-    expected = advance("reference", model, x, rule)
+    expected = advance("reference", model, x, sampler)
     assert expected.first_bad.tolist() == (FIRST_BAD if clamp is None else [-1, -1, -1, -1, 0, -1])
-    done = advance(path, model.to(home), x.to(home), rule)
+    done = advance(path, model.to(home), x.to(home), sampler)
     assert torch.equal(done.first_bad.cpu(), expected.first_bad)
     assert torch.equal(done.x.cpu(), expected.x)
     assert bool(done.x.isfinite().all())
@@ -111,38 +110,38 @@ def test_exploding_chains_freeze_as_in_the_reference(path, dim, clamp, active, d
 @pytest.mark.parametrize("dim", [3, 40])
 def test_exploding_noise_freezes_as_in_the_reference(path, dim, device):
     home = "cpu" if path == "torch" else device
-    rule = Langevin(2.0, torch.logspace(36.5, 38.4, 12, dtype=torch.float64)[:, None])
+    sampler = Langevin(2.0, torch.logspace(36.5, 38.4, 12, dtype=torch.float64)[:, None])
     x = torch.zeros(12, dim)
-    expected = advance("reference", slide(dim), x, rule, 4)
+    expected = advance("reference", slide(dim), x, sampler, 4)
     assert {-1, 0} < set(expected.first_bad.tolist())
-    done = advance(path, slide(dim).to(home), x.to(home), rule, 4)
-    # Kernels scale the radius of Box and Muller, which may pass float32's end where its sine would have come back.
+    done = advance(path, slide(dim).to(home), x.to(home), sampler, 4)
+    # Kernels scale the radius of Box-Muller before its sine: the radius may overflow where the product would not.
     early = done.first_bad.cpu() != expected.first_bad
-    assert (rule.noise_scale[early, 0] * 2**0.5 * 6.8 > torch.finfo(torch.float32).max).all()
+    assert (sampler.noise_scale[early, 0] * 2**0.5 * 6.8 > torch.finfo(torch.float32).max).all()
     assert path != "torch" or not early.any()
     torch.testing.assert_close(done.x.cpu()[~early], expected.x[~early], rtol=1e-5, atol=1e33)
 
 
 @pytest.mark.parametrize("path", ["torch", "update", "resident ieee", "streaming ieee"])
 @pytest.mark.parametrize("clamp", [None, (-1.0, 1.0)])
-def test_an_infinite_gradient_that_is_clipped_is_no_explosion(path, clamp, device):
-    """Padded columns hold zero weights, and 0 * inf is NaN: they must not freeze a chain."""
+def test_an_infinite_gradient_that_is_clipped_stops_no_chain(path, clamp, device):
+    """Padded columns hold zero weights, and 0 * inf is NaN, which must not stop a chain."""
     home = "cpu" if path == "torch" else device
     model = MLPEnergy(DIM, (4, 4), "relu")
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.fill_(1e20 if name.endswith("weight") else 0.0)
-    rule = Langevin(1.0, 0.0, grad_clip=0.5, clamp=clamp)
+    sampler = Langevin(1.0, 0.0, grad_clip=0.5, clamp=clamp)
     x = torch.full((4, DIM), 1e-30)
-    expected = advance("reference", model, x, rule, 1)
+    expected = advance("reference", model, x, sampler, 1)
     assert expected.first_bad.tolist() == [-1] * 4
-    done = advance(path, model.to(home), x.to(home), rule, 1)
+    done = advance(path, model.to(home), x.to(home), sampler, 1)
     assert torch.equal(done.first_bad.cpu(), expected.first_bad)
     assert torch.equal(done.x.cpu(), expected.x)
 
 
 def quartic() -> nn.Module:
-    """Falls faster than any step size can follow."""
+    """E = -sum of x^4: every chain explodes."""
     return Of(lambda x: -x.square().square().sum(1))
 
 
@@ -180,7 +179,7 @@ def test_exploding_chains_raise_with_advice(backend, home, make, options, first_
 @every_backend
 @explosions
 @pytest.mark.parametrize("clamp", [None, (-1e30, 1e30)])
-def test_exploding_chains_ignored_or_started_anew(backend, home, make, options, first_bad, clamp):
+def test_exploding_chains_ignored_or_reinitialised(backend, home, make, options, first_bad, clamp):
     model, init = make().to(home), torch.linspace(0.0, 2.0, 6, device=home)[:, None].repeat(1, DIM)
     options = {
         "init": init, "steps": STEPS, "noise_scale": 0.0, "backend": backend, "seed": 4, "return_info": True, **options

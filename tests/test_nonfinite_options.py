@@ -14,8 +14,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 
-# Slopes of -2^21 in 16 free dims have the norm 2^23, so that a step after both clips below moves each by
-# step_size * 2^18: these overflow never, never, at steps 3, 1 and 0, and never.
+# Slopes of -2^21 in 16 free dims have the norm 2^23, so that after both clips below a step moves each by
+# step_size * 2^18. Chains 2, 3 and 4 overflow at steps 3, 1 and 0.
 FREE, EXPLODING_STEPS = 16, 7
 STEP_SIZES = torch.tensor([[2.0**60], [2.0**72], [2.0**108], [2.0**109], [2.0**110], [1.0]])
 FIRST_BAD = [-1, -1, 3, 1, 0, -1]
@@ -23,7 +23,7 @@ CLIPS = {"grad_clip": 2.0**20, "grad_norm_clip": 2.0**21}
 
 
 def slide(dim, label=None):
-    """Downhill planes by powers of two, whose products and sums are exact; with a label, for that class only."""
+    """A plane made of powers of two, whose products and sums are exact. With a label, only that class has a slope."""
     model = nn.Sequential(nn.Linear(dim, 4), nn.ReLU(), nn.Linear(4, 1 if label is None else CLASSES))
     with torch.no_grad():
         for p in model.parameters():
@@ -38,7 +38,7 @@ def slide(dim, label=None):
 
 
 def exploding_case(device, classes=None):
-    """Six chains on 17 dims, each with another one frozen."""
+    """Six chains on 17 dims. Each has another dim frozen."""
     dim, n = FREE + 1, len(STEP_SIZES)
     x, counters = start(n, dim, device)
     x.zero_()
@@ -55,31 +55,31 @@ def exploding_case(device, classes=None):
 
 @every_path
 def test_exploding_chains_freeze_at_their_last_state_with_every_option(device, path):
-    x, counters, rule = exploding_case(device)
+    x, counters, sampler = exploding_case(device)
     energy = SumEnergy([slide(FREE + 1), GaussianEnergy(0.0, 1e30)], [1.0, 0.0]).to(device)
-    expected = advance_reference(energy, x.clone(), rule, EXPLODING_STEPS, counters, thin=1, telemetry=True)
-    done = advance(path, energy, x, rule, EXPLODING_STEPS, counters, thin=1, telemetry=True)
+    expected = advance_reference(energy, x.clone(), sampler, EXPLODING_STEPS, counters, thin=1, telemetry=True)
+    done = advance(path, energy, x, sampler, EXPLODING_STEPS, counters, thin=1, telemetry=True)
     assert done.first_bad.tolist() == FIRST_BAD
     assert torch.equal(done.x, expected.x)
     assert torch.equal(done.trajectory, expected.trajectory)
     assert done.x.isfinite().all()
     assert torch.equal(done.x[counters["frozen"]], x[counters["frozen"]])
-    # what a chain did after it had exploded is not counted
+    # steps after a chain has stopped are not counted
     lived = torch.tensor([7, 7, 3, 1, 0, 7], device=device)
     torch.testing.assert_close(done.telemetry["clipped"], lived / 7)
-    assert 2.0**18 > 500  # the least move: every step passes a bound
+    assert 2.0**18 > 500  # the smallest move: every step passes a bound
     torch.testing.assert_close(done.telemetry["clamped"], lived / 7)
     assert torch.equal(done.telemetry["grad_norm"], torch.full((6,), 2.0**23, device=device))
 
 
 @every_path
 def test_only_the_class_that_explodes_does(device, path):
-    labels = torch.tensor([1, 0, 1, 1, 2, 1])  # of the three that could, one is of another class
-    x, counters, rule = exploding_case(device, labels)
+    labels = torch.tensor([1, 0, 1, 1, 2, 1])  # of the three with large steps, one has another class
+    x, counters, sampler = exploding_case(device, labels)
     energy = slide(FREE + 1, label=1).to(device)
-    done = advance(path, energy, x, rule, EXPLODING_STEPS, counters, thin=1, telemetry=True)
+    done = advance(path, energy, x, sampler, EXPLODING_STEPS, counters, thin=1, telemetry=True)
     assert done.first_bad.tolist() == [-1, -1, 3, 1, -1, -1]
-    # the flat class: its free coordinates are where they began
+    # its class has no slope, so that it does not move
     assert torch.equal(done.x[4], x[4])
     assert torch.equal(done.trajectory[4], x[4].expand(EXPLODING_STEPS, -1))
     assert done.telemetry["grad_norm"][4] == 0.0
@@ -88,16 +88,16 @@ def test_only_the_class_that_explodes_does(device, path):
 
 @every_path
 def test_exploding_neighbours_change_nothing(device, path):
-    """All that is told about a chain, bit for bit."""
+    """Neither states nor trajectory nor telemetry, bit for bit."""
     energy = make_energy(19, [20, 11], head="class", terms=("gaussian", "linear")).to(device)
     x, counters = begin(70, 19, device, classes=CLASSES, frozen="chains")
     counters["frozen"][::3] = False
-    rule = Langevin(0.3, 0.7, clamp=(-torch.inf, torch.full((19,), 1e30)), grad_clip=0.5)
+    sampler = Langevin(0.3, 0.7, clamp=(-torch.inf, torch.full((19,), 1e30)), grad_clip=0.5)
     wild = x.clone()
     wild[::3] = 3e38
     calm = torch.arange(70) % 3 > 0
-    alone = advance(path, energy, x, rule, 2, counters, thin=1, telemetry=True)
-    beside = advance(path, energy, wild, rule, 2, counters, thin=1, telemetry=True)
+    alone = advance(path, energy, x, sampler, 2, counters, thin=1, telemetry=True)
+    beside = advance(path, energy, wild, sampler, 2, counters, thin=1, telemetry=True)
     for a, b in zip([*alone[:4], *alone.telemetry.values()], [*beside[:4], *beside.telemetry.values()], strict=True):
         assert bits_equal(a[calm], b[calm])
     assert (alone.first_bad == -1).all()
@@ -108,7 +108,7 @@ def test_exploding_neighbours_change_nothing(device, path):
 
 @every_path
 def test_infinite_steps_leave_frozen_coordinates(device, path):
-    """Chains whose noise is infinite stop as they are; those with nothing free have nothing to explode."""
+    """Chains with infinite noise stop where they are. Chains with all coordinates frozen do not explode."""
     energy = make_energy(19, [9]).to(device)
     x, counters = begin(12, 19, device, frozen="chains")
     counters["frozen"][::4] = True
@@ -125,7 +125,7 @@ def test_infinite_steps_leave_frozen_coordinates(device, path):
 
 
 @every_backend
-def test_exploding_chains_raise_are_kept_or_start_anew(backend, home, untouched):
+def test_exploding_chains_raise_or_are_kept_or_reinitialised(backend, home, untouched):
     x, counters, _ = exploding_case(home, torch.tensor([1, 0, 1, 1, 2, 1]))
     labels, frozen = counters["labels"], counters["frozen"]
     energy = slide(FREE + 1, label=1).to(home)
@@ -147,16 +147,16 @@ def test_exploding_chains_raise_are_kept_or_start_anew(backend, home, untouched)
     bad = info.first_bad_step >= 0
     assert bad.tolist() == [False, False, True, True, False, False]
     assert torch.equal(kept[bad], x[bad])
-    fresh, told = langevin_sample(energy, on_nonfinite="reinit", return_info=True, **options)
-    assert torch.equal(told.first_bad_step, info.first_bad_step)
+    fresh, fresh_info = langevin_sample(energy, on_nonfinite="reinit", return_info=True, **options)
+    assert torch.equal(fresh_info.first_bad_step, info.first_bad_step)
     assert torch.equal(fresh[~bad], kept[~bad])
     assert torch.equal(fresh[frozen], x[frozen])
     free = ~frozen & bad[:, None]
     within = (fresh >= lo.to(home)) & (fresh <= hi.to(home))
     assert bool(within[free].all())
     assert len(fresh[free].unique()) == int(free.sum())
-    assert bool((fresh[free] < 1.0).any())  # each dim by its own bounds
+    assert bool((fresh[free] < 1.0).any())  # each dim starts within its own bounds
     assert bool((fresh[free] > 100.0).any())
     values = fastebm.energy(energy, fresh, labels=labels).detach()
-    torch.testing.assert_close(told.energies[bad], values[bad], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fresh_info.energies[bad], values[bad], rtol=1e-3, atol=1e-3)
     assert torch.equal(langevin_sample(energy, on_nonfinite="reinit", **options), fresh)

@@ -1,4 +1,4 @@
-"""What each option means: labels, frozen coordinates, clips, bounds per dim, trajectories. On every path."""
+"""What each option means, on every path: labels, frozen coordinates, clips, bounds per dim, trajectories."""
 
 import pytest
 import torch
@@ -45,15 +45,15 @@ DIM = 5
     ],
 )
 def test_frozen_coordinates_keep_their_bits_whatever_the_bounds(device, path, frozen, bounds):
-    """Outside the clamp too, at every slot of the trajectory; all others move and are within it."""
+    """They keep them outside the clamp too, and in the whole trajectory. All others move and stay within the clamp."""
     dim = 19
     energy = make_energy(dim, [9], terms=("gaussian",)).to(device)
     x, counters = begin(40, dim, device, frozen=frozen)
     x *= 3.0
     frozen = counters["frozen"].expand_as(x)
     lo, hi = (-0.2, 0.3) if bounds == "numbers" else per_dim_bounds(dim)
-    rule = Langevin(0.3, 1.0, clamp=(lo, hi))
-    done = advance(path, energy, x, rule, 3, counters, thin=1, telemetry=True)
+    sampler = Langevin(0.3, 1.0, clamp=(lo, hi))
+    done = advance(path, energy, x, sampler, 3, counters, thin=1, telemetry=True)
     lo, hi = (torch.as_tensor(v, device=device).expand_as(x) for v in (lo, hi))
     assert ((x < lo) | (x > hi))[frozen].any()
     for state in (done.x, *done.trajectory.unbind(1)):
@@ -65,20 +65,20 @@ def test_frozen_coordinates_keep_their_bits_whatever_the_bounds(device, path, fr
 
 @every_path
 def test_all_coordinates_frozen(device, path):
-    """The gradient counts as 0, whose norm no clip divides by."""
+    """The gradient counts as 0. Clipping its norm must not divide by 0."""
     energy = make_energy(DIM).to(device)
     x, counters = start(7, DIM, device)
     counters["frozen"] = torch.ones(1, DIM, dtype=torch.bool, device=device)
-    rule = Langevin(0.3, 1.0, clamp=(-0.1, 0.1), grad_clip=0.1, grad_norm_clip=0.1)
-    done = advance(path, energy, x, rule, 2, counters, telemetry=True)
+    sampler = Langevin(0.3, 1.0, clamp=(-0.1, 0.1), grad_clip=0.1, grad_norm_clip=0.1)
+    done = advance(path, energy, x, sampler, 2, counters, telemetry=True)
     assert torch.equal(done.x, x)
     assert (done.first_bad == -1).all()
     assert [v.abs().sum().item() for v in done.telemetry.values()] == [0.0, 0.0, 0.0]
 
 
 @every_path
-def test_what_would_happen_to_a_frozen_coordinate_never_counts(device, path):
-    """Its gradient is infinite: no explosion, no share in the norm, and the others move as if it were not there."""
+def test_the_gradient_of_a_frozen_coordinate_does_not_count(device, path):
+    """Its infinite gradient stops no chain and is not part of the norm, and the others move as without it."""
     dim, far = 19, 17
     base = make_energy(dim, [9])
     std = torch.full((dim,), 1e10)
@@ -87,9 +87,9 @@ def test_what_would_happen_to_a_frozen_coordinate_never_counts(device, path):
     x, counters = start(6, dim, device)
     x[:, far] = 1e5
     counters["frozen"] = (torch.arange(dim, device=device) == far)[None]
-    rule = Langevin(0.3, 0.5, grad_norm_clip=2.0)
-    expected = advance_reference(base.to(device), x, rule, 3, counters, telemetry=True)
-    done = advance(path, energy, x, rule, 3, counters, telemetry=True)
+    sampler = Langevin(0.3, 0.5, grad_norm_clip=2.0)
+    expected = advance_reference(base.to(device), x, sampler, 3, counters, telemetry=True)
+    done = advance(path, energy, x, sampler, 3, counters, telemetry=True)
     assert (done.first_bad == -1).all()
     assert torch.equal(done.x[:, far], x[:, far])
     torch.testing.assert_close(done.x, expected.x, rtol=1e-4, atol=1e-4)
@@ -110,13 +110,13 @@ def test_norm_clip_in_closed_form(device, path, grad_clip, frozen):
     norm = torch.linalg.vector_norm(grad, dim=1)
     shrunk = grad * (norm_clip / norm).clamp(max=1.0)[:, None]
     assert 0 < int((norm > norm_clip).sum()) < 40
-    if grad_clip is not None:  # the other order is another result
+    if grad_clip is not None:  # clipping in the other order would give another result
         other = raw * (norm_clip / torch.linalg.vector_norm(raw, dim=1)).clamp(max=1.0)[:, None]
         assert largest(other.clamp(-grad_clip, grad_clip) - shrunk) > 0.01
-    rule = Langevin(2 * a, 0.0, grad_clip=grad_clip, grad_norm_clip=norm_clip)
-    done = advance(path, energy, x, rule, 1, counters, telemetry=True)
+    sampler = Langevin(2 * a, 0.0, grad_clip=grad_clip, grad_norm_clip=norm_clip)
+    done = advance(path, energy, x, sampler, 1, counters, telemetry=True)
     torch.testing.assert_close(done.x.double(), x - a * shrunk, rtol=0, atol=2e-6)
-    # telemetry is about the gradient before both clips
+    # telemetry describes the gradient before both clips
     torch.testing.assert_close(
         done.telemetry["grad_norm"].double(), torch.linalg.vector_norm(raw, dim=1), rtol=1e-5, atol=0
     )
@@ -139,15 +139,15 @@ def test_norm_clip_is_exact_in_float64(backend):
 
 
 @every_path
-def test_bounds_of_a_dim_are_its_own(device, path):
-    """Infinite ones are none, and a chain that is driven out ends on its bound, in the second chunk too."""
+def test_each_dim_has_its_own_bounds(device, path):
+    """Infinite bounds do nothing, and a chain beyond a bound ends on it, in the second chunk of dims too."""
     dim = 19
     energy = make_energy(dim, [9]).to(device)
     x, counters = start(12, dim, device)
     lo, hi = torch.full((dim,), -torch.inf), torch.full((dim,), torch.inf)
     lo[3], hi[4], lo[17], hi[18] = 0.5, -0.25, 100.0, -100.0
-    rule = Langevin(0.3, 0.7)
-    free = advance(path, energy, x, rule, 1, counters, telemetry=True)
+    sampler = Langevin(0.3, 0.7)
+    free = advance(path, energy, x, sampler, 1, counters, telemetry=True)
     done = advance(path, energy, x, Langevin(0.3, 0.7, clamp=(lo, hi)), 1, counters, telemetry=True)
     assert torch.equal(done.x, free.x.clamp(lo.to(device), hi.to(device)))
     assert (done.x[:, 17] == 100.0).all()
@@ -170,18 +170,18 @@ def test_bounds_as_numbers_and_as_tensors_are_the_same(device, path):
 
 @every_path
 def test_a_label_picks_its_row_of_the_head(device, path):
-    """The chain of label y moves as one of the energy -f_y, and ends with its value."""
+    """A chain of label y moves as with the energy -f_y, and has its energy at the end."""
     x, counters = begin(40, 19, device, classes=CLASSES)
     energy = make_energy(19, head="class").to(device)
-    rule = Langevin(0.3, 0.5)
-    done = advance(path, energy, x, rule, 2, counters, telemetry=True)
+    sampler = Langevin(0.3, 0.5)
+    done = advance(path, energy, x, sampler, 2, counters, telemetry=True)
     for y in range(CLASSES):
         alone = make_energy(19, head="class").classifier
         last = nn.Linear(alone[-1].in_features, 1)
         last.weight.data, last.bias.data = -alone[-1].weight.data[y : y + 1], -alone[-1].bias.data[y : y + 1]
         alone = nn.Sequential(*alone[:-1], last).to(device)
         bare = {k: v for k, v in counters.items() if k != "labels"}
-        expected = advance(path, alone, x, rule, 2, bare, telemetry=True)
+        expected = advance(path, alone, x, sampler, 2, bare, telemetry=True)
         rows = counters["labels"] == y
         assert rows.any()
         torch.testing.assert_close(done.x[rows], expected.x[rows], rtol=1e-5, atol=1e-6)
@@ -192,9 +192,9 @@ def test_a_label_picks_its_row_of_the_head(device, path):
 def test_an_energy_minus_itself_leaves_a_random_walk(device, path):
     body = network(19, [20, 11])
     x, counters = start(40, 19, device)
-    rule = Langevin(0.3, 0.5)
-    done = advance(path, SumEnergy([body, body], [1.0, -1.0]).to(device), x, rule, 3, counters, telemetry=True)
-    _, b = rule.coefficients(1, 1)
+    sampler = Langevin(0.3, 0.5)
+    done = advance(path, SumEnergy([body, body], [1.0, -1.0]).to(device), x, sampler, 3, counters, telemetry=True)
+    _, b = sampler.coefficients(1, 1)
     for t in range(3):
         x = x + b.to(device) * normal(
             counters["seed"], Stream.LANGEVIN, counters["numbers"], counters["first_steps"] + t, 19
@@ -235,22 +235,22 @@ def test_a_trajectory_is_the_run_at_each_step(device, path):
     energy = make_energy(19, [9], head="class", terms=("gaussian",)).to(device)
     x, counters = begin(40, 19, device, classes=CLASSES, frozen="chains")
     schedule = torch.linspace(0.1, 0.5, 6)
-    rule = Langevin(schedule, 0.5, clamp=per_dim_bounds(19), grad_norm_clip=1.0)
-    bare = advance(path, energy, x, rule, 6, counters)
+    sampler = Langevin(schedule, 0.5, clamp=per_dim_bounds(19), grad_norm_clip=1.0)
+    bare = advance(path, energy, x, sampler, 6, counters)
     assert bare.trajectory is None
     assert bare.telemetry is None
-    whole = advance(path, energy, x, rule, 6, counters, thin=1)
+    whole = advance(path, energy, x, sampler, 6, counters, thin=1)
     assert whole.trajectory.shape == (40, 6, 19)
     for thin in (1, 2, 3, 6):
-        done = advance(path, energy, x, rule, 6, counters, thin=thin, telemetry=thin > 1)
+        done = advance(path, energy, x, sampler, 6, counters, thin=thin, telemetry=thin > 1)
         assert torch.equal(done.trajectory, whole.trajectory[:, thin - 1 :: thin])
         assert torch.equal(done.trajectory[:, -1], done.x)
-        # asking for more changes no bits
+        # a trajectory and telemetry change no bits
         assert torch.equal(done.x, bare.x)
         assert torch.equal(done.energy, bare.energy)
     for t in (1, 4):
-        rule = Langevin(schedule[:t], 0.5, clamp=per_dim_bounds(19), grad_norm_clip=1.0)
-        assert torch.equal(advance(path, energy, x, rule, t, counters).x, whole.trajectory[:, t - 1])
+        sampler = Langevin(schedule[:t], 0.5, clamp=per_dim_bounds(19), grad_norm_clip=1.0)
+        assert torch.equal(advance(path, energy, x, sampler, t, counters).x, whole.trajectory[:, t - 1])
 
 
 @every_path
@@ -274,17 +274,17 @@ def test_no_steps_or_no_chains(device, path, n_chains):
 
 @seldom(FAST_PATHS, often=("torch", "products", "resident"))
 def test_bits_do_not_depend_on_the_batch(device, path):
-    """Prefixes, the rest and a permutation of chains with labels, masks and coefficients of their own."""
+    """Prefixes, the rest and a permutation of chains, each with its own label, frozen coordinates and step size."""
     energy = make_energy(19, [20, 11], head="class", terms=("classifier", "gaussian", "linear")).to(device)
     n = 130
     x, counters = begin(n, 19, device, classes=CLASSES, frozen="chains")
 
     def run(rows):
-        rule = Langevin(
+        sampler = Langevin(
             torch.linspace(0.1, 0.5, n)[:, None][rows], 0.7, clamp=per_dim_bounds(19), grad_clip=0.4, grad_norm_clip=1.0
         )
         own = {k: v if k == "seed" else v[rows] for k, v in counters.items()}
-        return advance(path, energy, x[rows].contiguous(), rule, 2, own, thin=1, telemetry=True)
+        return advance(path, energy, x[rows].contiguous(), sampler, 2, own, thin=1, telemetry=True)
 
     whole = run(slice(None))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
@@ -296,11 +296,15 @@ def test_bits_do_not_depend_on_the_batch(device, path):
 def test_bits_do_not_depend_on_threads(n_chains):
     energy = make_energy(19, [20, 11], head="class", terms=("classifier", "gaussian", "linear"))
     x, counters = begin(n_chains, 19, classes=CLASSES, frozen="chains")
-    rule, before, done = Langevin(0.3, 0.7, clamp=per_dim_bounds(19), grad_norm_clip=1.0), torch.get_num_threads(), []
+    sampler, before, done = (
+        Langevin(0.3, 0.7, clamp=per_dim_bounds(19), grad_norm_clip=1.0),
+        torch.get_num_threads(),
+        [],
+    )
     try:
         for n_threads in (1, 2):
             torch.set_num_threads(n_threads)
-            done.append(advance("torch", energy, x, rule, 3, counters, thin=3, telemetry=True))
+            done.append(advance("torch", energy, x, sampler, 3, counters, thin=3, telemetry=True))
     finally:
         torch.set_num_threads(before)
     assert same_bits(*done)

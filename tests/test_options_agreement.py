@@ -56,19 +56,19 @@ def test_all_options_at_once(device, head, terms):
     check_agreement(
         device, (*FAST_PATHS, *IN_MEMORY, "eight warps"), energy=make_energy(37, head=head, terms=terms), dim=37,
         classes=CLASSES if head == "class" else None, n_chains=70, steps=4, thin=2, step_form="schedule",
-        noise_form="per_chain", clamp="dims", frozen="chains", rule={"grad_clip": 0.3, "grad_norm_clip": 0.9},
+        noise_form="per_chain", clamp="dims", frozen="chains", sampler={"grad_clip": 0.3, "grad_norm_clip": 0.9},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16"])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_products_of_a_head_are_at_the_precision_that_was_asked_for(device, regime, precision):
-    """Steps of gradient descent: within the unit roundoff of the operands, times the four products of a gradient."""
+    """The error of a gradient step is at most the unit roundoff of the operands, times the four products."""
     energy = make_energy(37, head="logsumexp", terms=TERMS).to(device)
     x, counters = start(YARDSTICK, 37, device)
-    rule = Langevin(2.0, 0.0)
-    exact = advance_reference(energy, x, rule, 1, counters, torch.float64)
-    done = advance_fused(energy, x, rule, 1, counters, regime, precision, chunk=16)
+    sampler = Langevin(2.0, 0.0)
+    exact = advance_reference(energy, x, sampler, 1, counters, torch.float64)
+    done = advance_fused(energy, x, sampler, 1, counters, regime, precision, chunk=16)
     if done is not None:
         roundoff = {"bf16x3": 2.0**-15, "tf32": 2.0**-10, "bf16": 2.0**-7}[precision]
         assert largest(done.x - exact.x) <= 4 * roundoff * largest(exact.x - x)

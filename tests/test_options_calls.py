@@ -40,18 +40,18 @@ def test_trajectory_and_info_of_a_call(backend, home):
     whole = langevin_sample(energy, return_trajectory=True, **options)
     assert whole.shape == (7, 4, 2, 3)
     assert torch.equal(whole[:, -1], samples)
-    thinned, told = langevin_sample(energy, return_trajectory=True, thin=2, return_info=True, **options)
+    thinned, thinned_info = langevin_sample(energy, return_trajectory=True, thin=2, return_info=True, **options)
     assert torch.equal(thinned, whole[:, 1::2])
     out = torch.full((7, 2, 2, 3), torch.nan, device=home)
     assert langevin_sample(energy, return_trajectory=True, thin=2, out=out, **options) is out
     assert torch.equal(out, thinned)
     assert torch.equal(samples[:, frozen], init[:, frozen])
     assert bool(((samples >= -0.5) & (samples <= 1.0))[:, ~frozen].all())
-    # a mask a chain that is the same for all
+    # the same mask, given per chain
     masks = frozen.expand(7, 2, 3)
     assert torch.equal(langevin_sample(energy, **{**options, "frozen": masks}), samples)
     for name in ("energies", "first_bad_step", "grad_norm", "clipped", "clamped"):
-        assert torch.equal(getattr(info, name), getattr(told, name))
+        assert torch.equal(getattr(info, name), getattr(thinned_info, name))
         assert getattr(info, name).shape == (7,)
     expected = fastebm.energy(energy, samples, labels=labels.long()).detach()
     torch.testing.assert_close(info.energies, expected, rtol=1e-4, atol=1e-4)
@@ -71,7 +71,7 @@ def test_conditional_samples_move_with_their_labels(backend, home):
     samples = langevin_sample(energy, labels=labels, **options)
     turned = langevin_sample(energy, labels=labels.flip(0), **options)
     assert len(samples.unique(dim=0)) == CLASSES
-    if backend == "reference":  # plain matrix products round a row by its place
+    if backend == "reference":  # plain matrix products may round a row by its place
         torch.testing.assert_close(turned, samples.flip(0))
     else:
         assert torch.equal(turned, samples.flip(0))
@@ -124,7 +124,7 @@ def test_precision_follows_pytorchs_setting(backend, home):
             asked, same = langevin_sample(energy, precision=name, **options)
             _, other = langevin_sample(energy, precision="tf32", **options)
             assert torch.equal(samples, asked)
-            # a CPU with instructions for it multiplies in bf16 where that is what PyTorch is set to
+            # a CPU with bf16 instructions uses them if PyTorch is set to that precision
             in_bf16 = backend == "torch" and name == "bf16" and torch.device(home).type == "cpu" and multiplies_bf16()
             assert info.precision == same.precision == (name if backend == "triton" or in_bf16 else "ieee")
             assert other.precision == ("tf32" if backend == "triton" else "ieee")
@@ -139,6 +139,7 @@ def test_an_mlp_too_wide_for_the_kernel_takes_library_products(device, monkeypat
         "step_size": 0.3, "seed": 3, "backend": "triton", "return_info": True,
     }  # fmt: skip
     expected, _ = langevin_sample(energy, precision="ieee", **options)
+    # the interpreter has no shared memory that a wide MLP could exceed
     monkeypatch.setattr("fastebm.kernels.triton.launch.choose_launch", lambda *arguments: "too wide")
     samples, info = langevin_sample(energy, **options)
     assert (info.backend, info.path, info.precision) == ("triton", "products", "ieee")

@@ -136,7 +136,7 @@ BAD = {
     "dims of a Gaussian": (
         lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(5))]), {}, ValueError, r"a mean of shape \(5,\)",
     ),
-    "a column of means": (  # (4, 3) - (3, 1) would be no error of 3 chains
+    "a column of means": (  # with 3 chains it would broadcast silently
         lambda: SumEnergy([mlp(), GaussianEnergy(torch.zeros(3, 1))]), {}, ValueError,
         r"a mean of shape \(3, 1\), and the chains' states have \(3,\)",
     ),
@@ -156,7 +156,9 @@ def broken(model):
 
 @every_backend
 @pytest.mark.parametrize(("make", "options", "error", "match"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_in_words_and_harms_nothing(backend, make, options, error, match, untouched, device):
+def test_bad_input_is_refused_with_a_message_and_changes_nothing(
+    backend, make, options, error, match, untouched, device
+):
     if backend == "triton" and device == "cuda":
         pytest.skip("these inputs lie on the CPU, where no kernel runs on a machine with a GPU")
     model = make()

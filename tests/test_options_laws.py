@@ -28,9 +28,9 @@ EPS, STEPS_OF_LAW = 1.0, 48
 
 
 def by(path):
-    """On large programs: in the interpreter the cost is a program's, whatever its size."""
+    """A run on this path, by few large programs: in the interpreter a program costs the same at any size."""
 
-    def sampler(energy, x0, rule, steps, labels):
+    def run(energy, x0, sampler, steps, labels):
         counters = {
             "seed": 21,
             "numbers": torch.arange(len(x0)),
@@ -39,17 +39,17 @@ def by(path):
         if labels is not None:
             counters["labels"] = labels
         if path not in REGIMES:
-            return advance(path, energy, x0, rule, steps, counters).x
+            return advance(path, energy, x0, sampler, steps, counters).x
         description = describe(energy, labels=labels is not None)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         chains = Chains(x0.to(device), **{k: v if k == "seed" else v.to(device) for k, v in counters.items()})
         launch = Launch(path, 64 if device == "cuda" else 4096, 16, 4, 1)
         done = runs.fused_mlp(
-            description.to(torch.device(device), torch.float32), chains, rule, steps, precision="ieee", launch=launch
+            description.to(torch.device(device), torch.float32), chains, sampler, steps, precision="ieee", launch=launch
         )
         return done.x.cpu()
 
-    return sampler
+    return run
 
 
 LAW_PATHS = (
@@ -61,7 +61,7 @@ LAW_PATHS = (
 
 @pytest.mark.parametrize(("path", "n_chains"), LAW_PATHS)
 def test_stationary_law_of_a_gaussian_term(path, n_chains):
-    """a = eps/2, b = sqrt(eps): variance s^2 / (1 - eps / (4 s^2)), and not s^2."""
+    """With drift eps/2 and noise std sqrt(eps) the variance is s^2 / (1 - eps / (4 s^2)), and not s^2."""
     energy = SumEnergy([network(3, [4]), GaussianEnergy(MEAN, STD)], [0.0, 1.0])
     contraction = 1 - EPS / (2 * STD.double() ** 2)
     assert contraction.abs().max() ** (2 * STEPS_OF_LAW) < 1e-9
@@ -74,11 +74,11 @@ def test_stationary_law_of_a_gaussian_term(path, n_chains):
 
 @pytest.mark.parametrize(("path", "n_chains"), LAW_PATHS)
 def test_law_of_each_class(path, n_chains):
-    """Logits w_y x + b_y beside a Gaussian: label y draws from the Gaussian moved by s^2 w_y, at every n."""
+    """Logits w_y x + b_y and a Gaussian: label y has the Gaussian's law with its mean moved by s^2 w_y."""
     body = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, CLASSES))
     with torch.no_grad():
         body[0].weight.copy_(torch.eye(3))
-        body[0].bias.fill_(1e3)  # always on: affine
+        body[0].bias.fill_(1e3)  # every ReLU is on, so that the network is affine
         body[2].weight.copy_(torch.tensor([[1.0, 0.0, -0.5], [-1.0, 0.7, 0.0], [0.3, -0.6, 0.4]]))
         body[2].bias.copy_(torch.tensor([0.1, -0.2, 5.0]))
         slopes = body[2].weight.double()

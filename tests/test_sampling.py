@@ -24,6 +24,8 @@ NAN, INF = math.nan, math.inf
 
 
 # -- what is left alone -----------------------------------------------------------------------------------------
+
+
 @every_backend
 @pytest.mark.parametrize("make", [mlp, conv, quadratic])
 @pytest.mark.parametrize("frozen", [False, True])
@@ -81,7 +83,7 @@ def test_threads_and_modes_with_many_tiles(backend, home, untouched):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    if backend == "reference":  # autograd on the whole batch: a matrix product may split among threads
+    if backend == "reference":  # a matrix product of the whole batch may be split among threads
         torch.testing.assert_close(one, two)
     else:
         assert torch.equal(one, two)
@@ -90,7 +92,7 @@ def test_threads_and_modes_with_many_tiles(backend, home, untouched):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_python_threads_at_once(backend, shared):
-    """Dropout tells: were one call to put the model back in train mode under another, samples would change."""
+    """If one call set the model back to train mode during another call, dropout would change its samples."""
     torch.manual_seed(0)
     common = mlp().train()
     models = [common] * 8 if shared else [mlp().train() for _ in range(8)]
@@ -107,6 +109,8 @@ def test_python_threads_at_once(backend, shared):
 
 
 # -- what the options mean --------------------------------------------------------------------------------------
+
+
 @every_backend
 @pytest.mark.parametrize("make", [mlp, quadratic])
 def test_no_steps_return_the_start(backend, home, make):
@@ -211,7 +215,7 @@ def test_chains_depend_on_their_numbers_and_not_on_the_batch(backend, home, make
 @pytest.mark.parametrize(("dim", "widths"), [(3, (9, 8)), (7, (8,)), (15, (5, 7)), (64, (128, 128))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_chain_has_the_same_bits_at_any_place_of_a_tile(dim, widths, dtype):
-    """Odd widths: a matrix product may treat rows by their alignment, and so by their place."""
+    """Odd widths too: a matrix product may round a row by its alignment, and so by its place."""
     model, init = MLPEnergy(dim, widths).to(dtype), torch.randn(8, dim, dtype=dtype)
     options = {"seed": 5, "steps": 3, "step_size": 0.1, "noise_scale": 0.5, "backend": "torch"}
     whole = langevin_sample(model, init=init, **options)
@@ -243,7 +247,7 @@ def test_seeds_and_generators(backend, home):
 
 @every_backend
 @pytest.mark.parametrize("make", [mlp, quadratic])
-def test_a_schedule_is_its_steps_one_after_another(backend, home, make):
+def test_a_schedule_equals_its_steps_one_by_one(backend, home, make):
     model, init = make().to(home), torch.randn(7, DIM, device=home)
     step_sizes, noise_scales = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([1.0, 0.0, 0.5])
     x = init
@@ -262,7 +266,7 @@ def test_a_schedule_is_its_steps_one_after_another(backend, home, make):
 
 @every_backend
 @pytest.mark.parametrize("make", [mlp, quadratic])
-def test_a_value_a_chain_is_that_chain_by_itself(backend, home, make):
+def test_one_value_per_chain_is_that_chain_by_itself(backend, home, make):
     model, init = make().to(home), torch.randn(4, DIM, device=home)
     step_sizes, noise_scales = torch.tensor([[0.3], [0.1], [0.2], [1.0]]), torch.tensor([[1.0], [0.0], [0.5], [2.0]])
     options = {"steps": 3, "seed": 1, "backend": backend}

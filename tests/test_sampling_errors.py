@@ -122,7 +122,9 @@ BAD = {
 
 @every_backend
 @pytest.mark.parametrize(("make", "options", "error", "match"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_in_words_and_harms_nothing(backend, make, options, error, match, untouched, device):
+def test_bad_input_is_refused_with_a_message_and_changes_nothing(
+    backend, make, options, error, match, untouched, device
+):
     if backend == "triton" and device == "cuda":
         pytest.skip("these inputs lie on the CPU, where no kernel runs on a machine with a GPU")
     energy = make()

@@ -1,4 +1,4 @@
-"""langevin_sample inside torch.compile: the same bits, never stale, nothing compiled twice."""
+"""langevin_sample inside torch.compile: the same bits, current weights, and nothing is compiled twice."""
 
 import copy
 import os
@@ -42,7 +42,6 @@ def energies():
     }
 
 
-# -- langevin_sample in torch.compile
 @every_compiler
 @pytest.mark.parametrize(
     "name",
@@ -136,7 +135,7 @@ def test_terms_are_never_stale():
     assert counting.n == 1
 
 
-def test_restarted_chains_and_frozen_coordinates():
+def test_reinitialised_chains_and_frozen_coordinates():
     energy = SumEnergy([MLPEnergy(3, (8,))], [1e30])
     x, frozen = torch.randn(4, 3), torch.tensor([True, False, False])
 
@@ -197,7 +196,7 @@ def test_weights_are_never_stale_and_nothing_is_compiled_twice(backend):
 
     check()
     optimiser = torch.optim.SGD(energy.parameters(), lr=0.5)
-    energy(torch.randn(8, 2)).sum().backward()  # a power iteration too
+    energy(torch.randn(8, 2)).sum().backward()  # its forward pass runs a power iteration too
     optimiser.step()
     check()
     energy.load_state_dict({k: v + 0.1 for k, v in energy.state_dict().items()}, assign=True)
@@ -241,7 +240,7 @@ def test_structure_is_never_stale():
     same(g(energy), f(energy))
     energy.eval()
     n = counting.n
-    same(g(others[0]), f(others[0]))  # neither the module nor its mode matters
+    same(g(others[0]), f(others[0]))  # same structure: another module, in another mode
     assert counting.n == n
 
 
@@ -252,7 +251,7 @@ def test_a_hook_added_later_is_seen():
         return langevin_sample(energy, 2, batch_size=4, seed=3, **OPTIONS)
 
     g = torch.compile(f, backend="aot_eager")
-    # Without this setting torch.compile takes hooks to stay what they were, here as everywhere.
+    # by default torch.compile assumes that hooks do not change
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         same(g(), f())
         energy[2].register_forward_hook(lambda module, args, out: -out)
@@ -279,7 +278,7 @@ def test_fresh_noise_without_a_seed(backend):
     first = g()[0]
     torch.manual_seed(5)
     same(g()[0], first)
-    if backend == "aot_eager":  # inductor has a generator of its own, unless config.fallback_random
+    if backend == "aot_eager":  # inductor has its own generator, unless config.fallback_random is set
         torch.manual_seed(5)
         same(f()[0], first)
 
@@ -295,7 +294,7 @@ def test_seeds_and_sizes_that_vary():
     g = compiled(f, counting)
     for seed, n, first_step, step in [(5, 4, 10, 0.1), (6, 5, 13, 0.2), (7, 6, 16, 0.3), (-8, 7, 19, 0.4)]:
         x = torch.randn(n, 2)
-        step_size = torch.tensor(step)  # a float that varies is compiled anew for each value
+        step_size = torch.tensor(step)  # each new value of a float would be compiled again
         same(g(seed, x, first_step, step_size), f(seed, x, first_step, step_size))
     assert counting.n <= 3
     n = counting.n
@@ -335,7 +334,7 @@ def test_errors_reach_the_caller(backend):
 def test_errors_of_python_arguments():
     energy = MLPEnergy(2, (8,))
     f = compiled(lambda: langevin_sample(energy, batch_size=-1))
-    with pytest.raises(Exception, match="batch_size must be >= 0"):  # torch._dynamo wraps what is raised while tracing
+    with pytest.raises(Exception, match="batch_size must be >= 0"):  # torch._dynamo wraps errors raised while tracing
         f()
 
 
@@ -402,7 +401,7 @@ class Cosine(nn.Module):
 
 
 @pytest.mark.parametrize("case", ["module", "generator", "reference", "wrapper"])
-def test_what_does_not_compile_in_whole_runs_uncompiled(case):
+def test_calls_that_can_not_be_traced_run_uncompiled(case):
     options = dict(OPTIONS, seed=3)
     energy = MLPEnergy(2, (8,))
     if case == "module":
@@ -468,5 +467,5 @@ assert os.waitpid(child, 0)[1] == 0
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_compiles_too():
-    """Its uncompiled calls use other threads than its parent's, by calls that torch.compile can't trace."""
+    """After a fork, work is shared by other threads, in code that torch.compile can't trace."""
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=300)

@@ -18,7 +18,7 @@ from paths import (
     free_gradient,
     largest,
     make_energy,
-    make_rule,
+    make_sampler,
     per_dim_bounds,
 )
 from torch import nn
@@ -31,43 +31,45 @@ from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
 from fastebm.targets.mlp import NotAnMLP
 
-KINKED = ("relu", "leaky_relu")  # their slopes jump at 0, where rounding alone may choose the side
+KINKED = ("relu", "leaky_relu")  # their slopes jump at 0: there rounding may choose the slope
 
 
-def where_the_gradient_is_taken(state, t, rule, steps, counters):
-    """The state of step t in float64, with the noise and its clamp where they come first."""
-    if not rule.noise_first:
+def where_the_gradient_is_taken(state, t, sampler, steps, counters):
+    """The state of step t in float64; with noise_first, after the noise and its clamp."""
+    if not sampler.noise_first:
         return state
-    _, b = (c.expand(-1, steps) for c in rule.coefficients(len(state), steps, dtype=state.dtype, device=state.device))
+    _, noise_std = (
+        c.expand(-1, steps) for c in sampler.coefficients(len(state), steps, dtype=state.dtype, device=state.device)
+    )
     ages, dim = counters["first_steps"] + t, state.shape[1]
     noise = normal(counters["seed"], Stream.LANGEVIN, counters["numbers"], ages, dim, dtype=state.dtype)
-    noisy = state + b[:, t, None] * noise
-    if rule.clamp_noise and rule.clamp is not None:
-        noisy = noisy.clamp(*rule.box.on(dim, dtype=state.dtype, device=state.device))
+    noisy = state + noise_std[:, t, None] * noise
+    if sampler.clamp_noise and sampler.clamp is not None:
+        noisy = noisy.clamp(*sampler.box.on(dim, dtype=state.dtype, device=state.device))
     return noisy if counters.get("frozen") is None else torch.where(counters["frozen"], state, noisy)
 
 
 class Truth:
-    """The float64 trajectory of a case, and what plain float32 PyTorch makes of it."""
+    """The float64 trajectory of a run, and tolerances from the error of plain float32 PyTorch."""
 
-    def __init__(self, energy, x, rule, steps, counters):
+    def __init__(self, energy, x, sampler, steps, counters):
         self.states = [x.flatten(1).double()]
         for t in range(1, steps + 1):
-            self.states.append(advance_reference(energy, x, first_steps_of(rule, t), t, counters, torch.float64).x)
-        seen = [where_the_gradient_is_taken(self.states[t], t, rule, steps, counters) for t in range(steps)]
+            self.states.append(advance_reference(energy, x, first_steps_of(sampler, t), t, counters, torch.float64).x)
+        seen = [where_the_gradient_is_taken(self.states[t], t, sampler, steps, counters) for t in range(steps)]
         self.seen = [*seen, self.states[-1]]
         exact, labels = Energy(energy, x.shape[1:], torch.float64), counters.get("labels")
         self.energy = exact(self.states[-1], labels)
         gradients = [exact.gradient(state, labels) for state in self.seen]
         self.sure = self._away_from_kinks(energy)
-        a, _ = rule.coefficients(len(x), steps)
+        a, _ = sampler.coefficients(len(x), steps)
         scale = max(map(largest, (*self.states, *self.seen))) + (largest(a) if steps else 0) * max(
             map(largest, gradients)
         )
-        plain = advance_reference(energy, x, rule, steps, counters)
+        plain = advance_reference(energy, x, sampler, steps, counters)
         self.rounding = 2 * steps * ULP * scale
         self.tolerance = 2 * largest((plain.x - self.states[-1])[self.sure]) + self.rounding
-        # an energy sums terms of about 1, and the state's own error moves it by |dE/dx|_1 times that
+        # an energy sums terms of size 1, and an error of the state changes it by up to |dE/dx|_1 times that error
         slope = float(gradients[-1].abs().sum(dim=1).max())
         self.energy_tolerance = (
             2 * largest((plain.energy - self.energy)[self.sure])
@@ -76,7 +78,7 @@ class Truth:
         )
 
     def _away_from_kinks(self, energy):
-        """Chains for which rounding can't choose the side of a kink."""
+        """Chains that are far enough from all kinks for rounding not to matter."""
         sure = torch.ones(len(self.states[0]), dtype=torch.bool, device=self.states[0].device)
         try:
             description = describe(energy).to(sure.device, torch.float64)
@@ -102,14 +104,16 @@ class Truth:
 
 
 # -- precisions --------------------------------------------------------------------------------------------
+
+
 def plain_product(a, w, precision):
-    """a @ w in float32 of rounded operands, without the product of the two low halves."""
+    """a @ w in float32 of operands rounded to the precision. bf16x3 leaves out the product of the two low halves."""
     a, w = (halves(v, precision, in_kernel=v is a, on_gpu=not interpreted()) for v in (a, w))
     return sum(a[i] @ w[j] for i in range(len(a)) for j in range(len(w)) if i + j < 2)
 
 
 def plain_energy_and_gradient(mlp, x, precision):
-    """E and dE/dx by plain PyTorch at a precision; the head is not a matrix product, and not rounded."""
+    """E and dE/dx by plain PyTorch at a precision. The head is not a matrix product, so it is not rounded."""
     h, zs = x, []
     for weight, bias, activation in zip(mlp.weights[:-1], mlp.biases[:-1], mlp.activations, strict=True):
         zs.append(plain_product(h, weight.t(), precision) + bias)
@@ -122,49 +126,58 @@ def plain_energy_and_gradient(mlp, x, precision):
 
 
 # -- agreement ----------------------------------------------------------------------------------------------------
-class FullTruth(Truth):
-    """The truth about trajectories and telemetry too, by the formulas of the rule.
 
-    Counts of steps are compared where no bound was nearer than ten times the error there may be.
+
+class FullTruth(Truth):
+    """Truth, with trajectories and telemetry computed by the formulas of the sampler.
+
+    Counts of clipped and clamped steps are compared for chains that stay clear of each bound by ten times the
+    tolerance.
     """
 
-    def __init__(self, energy, x, rule, steps, counters, thin):
-        super().__init__(energy, x, rule, steps, counters)
+    def __init__(self, energy, x, sampler, steps, counters, thin):
+        super().__init__(energy, x, sampler, steps, counters)
         self.steps, self.thin, n, dim = steps, thin, *x.shape
-        if isinstance(energy, SumEnergy):  # terms that cancel leave their rounding behind
+        if isinstance(energy, SumEnergy):  # terms may cancel, but their rounding errors do not
             value = Energy(energy, (dim,), torch.float64)
             sizes = self._sizes_of_terms(energy, self.states[-1], counters.get("labels"))
             assert torch.all(sizes >= value(self.states[-1], counters.get("labels")).abs() * (1 - 1e-9))
             self.energy_tolerance += 4 * ULP * largest(sizes)
-        plain = advance_reference(energy, x, rule, steps, counters, thin=1, telemetry=True)
+        plain = advance_reference(energy, x, sampler, steps, counters, thin=1, telemetry=True)
         for t in range(steps):
             error = largest((plain.trajectory[:, t] - self.states[t + 1])[self.sure])
             self.tolerance = max(self.tolerance, 2 * error + self.rounding)
 
-        a, b = (c.expand(-1, steps) for c in rule.coefficients(n, steps, dtype=torch.float64, device=x.device))
-        lo, hi = (-torch.inf, torch.inf) if rule.box is None else rule.box.on(dim, dtype=torch.float64, device=x.device)
+        drift, noise_std = (
+            c.expand(-1, steps) for c in sampler.coefficients(n, steps, dtype=torch.float64, device=x.device)
+        )
+        lo, hi = (
+            (-torch.inf, torch.inf)
+            if sampler.box is None
+            else sampler.box.on(dim, dtype=torch.float64, device=x.device)
+        )
         self.clipped, self.clamped = (torch.zeros(n, device=x.device) for _ in range(2))
         self.clear = self.sure.clone()
         self.grad_norm, self.norm_tolerance = torch.full((n,), torch.nan, device=x.device), 0.0
         for t in range(steps):
             state = self.seen[t]
             grad = free_gradient(energy, state, counters)
-            error = (free_gradient(energy, state + self._scatter(state), counters) - grad)[self.sure]
+            error = (free_gradient(energy, state + self._perturbation(state), counters) - grad)[self.sure]
             near = max(10 * largest(error), 1e-5)
             bounded, clipped = grad, torch.zeros(n, dtype=torch.bool, device=x.device)
-            if rule.grad_clip is not None:
-                bounded = grad.clamp(-rule.grad_clip, rule.grad_clip)
-                clipped = (grad.abs() > rule.grad_clip).any(dim=1)
-                self.clear &= ((grad.abs() - rule.grad_clip).abs() > near).all(dim=1)
-            if rule.grad_norm_clip is not None:
+            if sampler.grad_clip is not None:
+                bounded = grad.clamp(-sampler.grad_clip, sampler.grad_clip)
+                clipped = (grad.abs() > sampler.grad_clip).any(dim=1)
+                self.clear &= ((grad.abs() - sampler.grad_clip).abs() > near).all(dim=1)
+            if sampler.grad_norm_clip is not None:
                 norm = torch.linalg.vector_norm(bounded, dim=1)
-                clipped = clipped | (norm > rule.grad_norm_clip)
-                self.clear &= (norm - rule.grad_norm_clip).abs() > near * dim**0.5
-                bounded = bounded * (rule.grad_norm_clip / norm.clamp_min(rule.grad_norm_clip))[:, None]
-            moved = state - a[:, t, None] * bounded
-            if not rule.noise_first:
+                clipped = clipped | (norm > sampler.grad_norm_clip)
+                self.clear &= (norm - sampler.grad_norm_clip).abs() > near * dim**0.5
+                bounded = bounded * (sampler.grad_norm_clip / norm.clamp_min(sampler.grad_norm_clip))[:, None]
+            moved = state - drift[:, t, None] * bounded
+            if not sampler.noise_first:
                 ages = counters["first_steps"] + t
-                moved += b[:, t, None] * normal(
+                moved += noise_std[:, t, None] * normal(
                     counters["seed"], Stream.LANGEVIN, counters["numbers"], ages, dim, dtype=torch.float64
                 )
             out, edge = (moved < lo) | (moved > hi), torch.minimum((moved - lo).abs(), (moved - hi).abs())
@@ -181,8 +194,8 @@ class FullTruth(Truth):
             measured = largest((plain.telemetry["grad_norm"] - self.grad_norm)[self.sure])
             self.norm_tolerance += 2 * measured + 4 * ULP * largest_norm
 
-    def _scatter(self, state):
-        """An error that the state may have, of one sign or the other."""
+    def _perturbation(self, state):
+        """The tolerance with random signs: an error that the state may have."""
         generator = torch.Generator().manual_seed(5)
         return (torch.randint(0, 2, state.shape, generator=generator) * 2 - 1).to(state) * self.tolerance
 
@@ -215,21 +228,21 @@ class FullTruth(Truth):
 
 
 def check_agreement(
-    device, paths, *, n_chains, steps, dim, clamp, frozen, classes, step_form, noise_form, thin, rule, energy,
+    device, paths, *, n_chains, steps, dim, clamp, frozen, classes, step_form, noise_form, thin, sampler, energy,
     move=advance,
 ):  # fmt: skip
     n_all = max(n_chains, YARDSTICK)
     bounds = {
         "none": None, "numbers": (-1.0, 0.7), "dims": per_dim_bounds(dim), "mixed": (-0.8, per_dim_bounds(dim)[1]),
     }[clamp]  # fmt: skip
-    rule = make_rule(n_all, steps, step_form=step_form, noise_form=noise_form, clamp=bounds, **rule)
+    sampler = make_sampler(n_all, steps, step_form=step_form, noise_form=noise_form, clamp=bounds, **sampler)
     energy = energy.to(device)
     x, counters = begin(n_all, dim, device, classes=classes, frozen=frozen)
     thin = thin if steps % thin == 0 else 1
-    truth = FullTruth(energy, x, rule, steps, counters, thin)
-    x, rule, counters = first_rows(n_chains, x, rule, counters)
+    truth = FullTruth(energy, x, sampler, steps, counters, thin)
+    x, sampler, counters = first_rows(n_chains, x, sampler, counters)
     for path in paths:
-        if (done := move(path, energy, x, rule, steps, counters, thin=thin, telemetry=True)) is not None:
+        if (done := move(path, energy, x, sampler, steps, counters, thin=thin, telemetry=True)) is not None:
             truth.check(done)
 
 
@@ -260,7 +273,7 @@ def cases(draw):
         "thin": draw(st.sampled_from([1, 2, 3])),
         "clamp": draw(st.sampled_from(["none", "numbers", "dims", "mixed"])),
         "frozen": draw(st.sampled_from([None, "dims", "chains"])),
-        "rule": {
+        "sampler": {
             "grad_clip": draw(st.sampled_from([None, 0.3])),
             "grad_norm_clip": draw(st.sampled_from([None, 0.8, 20.0])),
             **draw(st.sampled_from(ORDERS)),
