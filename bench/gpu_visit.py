@@ -29,11 +29,17 @@ from fastebm.bench.race import context_is_lost, key_of, race
 # The tests of a stage, without those that need no GPU or take minutes on it.
 TESTS = {
     "tests-a": (
-        ["tests/test_gpu.py"],
+        ["tests/test_gpu.py", "tests/test_gpu_graphs.py"],
         "precision or noise or bits or update or auto or words or normals",
     ),
     "tests-b": (
-        ["tests/test_gpu.py", "tests/test_agreement.py", "tests/test_laws.py", "tests/test_invariance.py"],
+        [
+            "tests/test_gpu.py",
+            "tests/test_gpu_graphs.py",
+            "tests/test_agreement.py",
+            "tests/test_laws.py",
+            "tests/test_invariance.py",
+        ],
         # "ieee" products take up to 97 s each to compile
         "not any_architecture and not test_every_precision_against and not bits_do_not_depend and not noise_of_the",
     ),

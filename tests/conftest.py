@@ -1,4 +1,4 @@
-"""Shared by every test: the interpreter stands in for a missing GPU, and hypothesis draws the same examples."""
+"""Set-up and fixtures of all tests. Without a GPU, Triton's interpreter runs the kernels."""
 
 import functools
 import os
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import numpy
 import pytest
@@ -13,17 +14,17 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-# Before anything imports triton: it reads the variable when it decorates a kernel.
+# Set before triton is imported, which reads the variable when it decorates a kernel.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # small tensors: a second thread would mostly wait for its turn on a shared machine
+torch.set_num_threads(1)  # tensors are small, so that a second thread would mostly wait
 
 
 def patch_language_once() -> None:
-    """Spare Triton's interpreter two fifths of its time.
+    """Save two fifths of the time of Triton's interpreter.
 
-    It patches triton.language for a launch, and again for every function that the kernel calls, without effect.
+    It patches triton.language once per launch, and again, without effect, for every function that the kernel calls.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -38,9 +39,9 @@ def patch_language_once() -> None:
 
 
 def multiply_rows_alone() -> None:
-    """In Triton's interpreter, round each row of a product alike wherever it lies, as tensor cores do.
+    """In Triton's interpreter, round a row of a matrix product the same way at every place, as tensor cores do.
 
-    NumPy's library may not: on CPUs without AVX-512 OpenBLAS rounds a row by its place in the matrix.
+    On CPUs without AVX-512, OpenBLAS rounds a row by its place in the matrix.
     """
     from triton.runtime import interpreter
 
@@ -66,7 +67,7 @@ settings.load_profile("fastebm")
 
 @pytest.fixture
 def seeded() -> Iterator[None]:
-    """PyTorch's generator starts from 0, and goes on afterwards as if nothing had been."""
+    """PyTorch's generator starts from 0, and has its former state after the test."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -74,13 +75,59 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run: "cuda" when there, else "cpu" (backend="triton" then runs in the interpreter)."""
+    """Where Triton's kernels run: "cuda", or "cpu" in the interpreter if there is no GPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
+def home(backend: str, device: str) -> str:
+    """The device on which a test runs its backend: only backend="triton" uses the GPU."""
+    return device if backend == "triton" else "cpu"
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN, or the largest integer, so that a test fails if an element is never written."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """torch.compile has compiled nothing yet, and PyTorch's generator starts from 0."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``without_numba(f, ...)`` calls f(...) as on a machine without Numba, so that plain PyTorch computes."""
+    from fastebm.kernels import cpu
+
+    def result(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "why_not", lambda: "off for this test")
+            return function(*arguments, **options)
+
+    return result
+
+
+@pytest.fixture(params=["OpenMP's threads", "Python's threads"])
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs once with PyTorch's OpenMP threads, and once as on a machine without them."""
+    from fastebm import threads
+
+    if request.param == "Python's threads":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)  # private, because this machine has OpenMP
+    elif threads._openmp() is None:
+        pytest.skip("PyTorch has no OpenMP here")
+
+
+@pytest.fixture
 def untouched() -> Callable[..., AbstractContextManager[None]]:
-    """``with untouched(model, *tensors):`` asserts that the block leaves them, and the global RNG, bit for bit."""
+    """``with untouched(model, *tensors):`` asserts that the block changes no bit of them or of the global generator."""
 
     def bits(tensor: Tensor) -> Tensor:
         return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
@@ -108,7 +155,7 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
 
 @pytest.fixture(scope="module")
 def few_trees():
-    """A report in half a second: most of its time goes to the forests, which test_evaluate looks after."""
+    """A report in half a second: most of its time is for the forests, which test_evaluate.py tests."""
     from fastebm import evaluate
 
     with pytest.MonkeyPatch.context() as patch:

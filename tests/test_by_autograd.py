@@ -31,7 +31,7 @@ class RunningMaximum(Usual):
 
 
 class Counts(Usual):
-    """Its energy cools with every call."""
+    """Its energy changes with every call."""
 
     calls = 0
 
@@ -77,7 +77,7 @@ class Branches(Usual):
 
 
 class Straight(Usual):
-    """The gradient passes straight through."""
+    """A straight-through gradient."""
 
     def forward(self, x):
         return super().forward(x + (x.round() - x).detach())
@@ -126,7 +126,7 @@ class TensorScale(Usual):
 
 
 class Reshapes(Usual):
-    """Pairs of dims, each with an energy of its own."""
+    """A sum of energies of pairs of dims."""
 
     def __init__(self):
         super().__init__()
@@ -359,7 +359,7 @@ def hooked_average():
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
-def test_all_else_goes_by_autograd(make):
+def test_other_modules_use_autograd(make):
     model = make()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     public = {key: value for key, value in vars(model).items() if not key.startswith("_")}

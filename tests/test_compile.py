@@ -1,6 +1,6 @@
-"""Every kernel compiles for the GPUs it is meant for, with no GPU here, and fits in their shared memory.
+"""Every kernel compiles for the GPUs that it supports, and fits in their shared memory. No GPU is needed.
 
-Compilation is most of the time: seconds a case at first, and nothing once Triton's cache holds it.
+Compiling a case takes seconds the first time, and nothing once it is in Triton's cache.
 """
 
 import ast
@@ -19,7 +19,7 @@ ARCHITECTURES = {2: [128, 128], 64: [128, 128], 784: [256, 128]}
 ALL_ACTIVATIONS = sorted(ACTIVATIONS)
 ALL_OPTIONS = {"step_size": [[0.1]] * 64, "noise_scale": [1.0], "clamp": [-1.0, 1.0], "grad_clip": 0.5}
 NOISE_FIRST = {"noise_first": True, "clamp_noise": True}
-# What a head, a sum and every option of a call add; bounds a dim, where ALL_OPTIONS has numbers.
+# A sum of energies, with frozen coordinates, a trajectory and telemetry. all_options has bounds per dim.
 SUM = {"sum": True, "recorded": True}
 
 
@@ -43,26 +43,23 @@ def update(capability, dim, **options):
     return {**mlp(capability, dim, "ieee", [16], **options), "kernel": "update"}
 
 
+# test_resources.py compiles the shipped launches of 2 and 64 dims in its quick tests.
 QUICK = [
-    mlp(90, 2, "bf16x3"),
-    mlp(90, 64, "bf16"),
     mlp(90, 784, "bf16"),
-    mlp(80, 2, "bf16"),
     mlp(80, 5, "tf32", [20, 3]),
-    # every activation; a single layer; every option of the rule
+    # every activation; a single layer; every option of the sampler
     mlp(90, 5, "bf16", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
     mlp(90, 3, "bf16", [20], rule=ALL_OPTIONS),
     update(80, 3),
     update(90, 63, rule=ALL_OPTIONS),
     update(90, 2000),
-    # both regimes, heads and sums, with frozen coordinates, labels, a trajectory and telemetry
+    # resident and streaming: heads and sums, with frozen coordinates, labels, a trajectory and telemetry
     mlp(80, 5, "bf16x3", [20], head="class", rule=all_options(5), **SUM),
     mlp(90, 200, "bf16", [20], head="logsumexp", rule=all_options(200), **SUM),
     update(80, 63, rule=all_options(63), recorded=True),
     update(90, 2000, rule=all_options(2000), recorded=True),
-    # the noise first
+    # the noise before the gradient
     mlp(90, 3, "bf16", [20], rule={**ALL_OPTIONS, **NOISE_FIRST}),
-    mlp(80, 200, "bf16x3", [20], head="class", rule={**all_options(200), "noise_first": True}, recorded=True),
     update(90, 63, rule={**ALL_OPTIONS, **NOISE_FIRST}),
 ]
 SLOW = [
@@ -74,9 +71,10 @@ SLOW = [
         if (case := mlp(capability, dim, precision)) not in QUICK
     ],
     mlp(90, 2, "ieee", [16]),
+    mlp(80, 200, "bf16x3", [20], head="class", rule={**all_options(200), "noise_first": True}, recorded=True),
     mlp(90, 5, "bf16x3", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
     mlp(90, 200, "bf16", [20], rule=ALL_OPTIONS),
-    # each head, alone and in a sum, with and without all that a call may ask for
+    # each head, alone and in a sum, without options and with all of them
     *[
         case
         for capability, precision in ((80, "bf16x3"), (90, "bf16"))
@@ -90,7 +88,7 @@ SLOW = [
         mlp(capability, dim, precision, rule={"clamp": [-1.0, 1.0], "noise_first": True, "clamp_noise": clamp_noise})
         for capability, dim, precision, clamp_noise in ((90, 64, "bf16x3", True), (90, 784, "bf16", False))
     ],
-    # streamed with two halves of each slope: all that a call may ask for, and rows of no whole 16 bytes
+    # streaming with slopes in two halves: all options, and rows whose size is not a multiple of 16 bytes
     mlp(90, 784, "bf16x3", rule=all_options(784), recorded=True),
     mlp(90, 783, "bf16x3", [256, 128], rule=all_options(783), recorded=True),
     *[mlp(capability, 200, "bf16x3", [64, 64], rule=all_options(200), recorded=True) for capability in (80, 90)],
@@ -121,7 +119,7 @@ def slow():
 
 
 def check(case, result):
-    if result["refused"] is not None:  # a refusal is an answer where it names its reason
+    if result["refused"] is not None:  # correct if the reason is too little shared memory
         assert "shared memory" in result["refused"]
         return
     assert result["target"] == case["capability"]
@@ -130,7 +128,7 @@ def check(case, result):
     if case["kernel"] == "mlp":
         assert result["name"].startswith("langevin_")
         assert result["tensor_cores"] == (case["precision"] != "ieee")
-        assert result["shared"] <= result["estimate"], "launch.shared_bytes promises an upper estimate"
+        assert result["shared"] <= result["estimate"], "launch.shared_bytes must not underestimate"
 
 
 @pytest.mark.parametrize("case", QUICK, ids=name)
@@ -148,16 +146,16 @@ def test_both_regimes_and_the_update_are_compiled(quick):
     compiled = {result["name"] for result in quick.values() if result["refused"] is None}
     assert compiled == {"langevin_resident", "langevin_streaming", "langevin_update"}
     refused = [result for result in quick.values() if result["refused"] is not None]
-    assert not refused, "the quick cases are those that users meet first"
+    assert not refused
 
 
 # --- inline assembly ---
 
 
 def written_too_early(asm, constraints):
-    """Outputs that are written before the last input is read, and not marked with an &.
+    """Outputs that are written before the last input is read, and are not marked with an &.
 
-    The compiler may give such an output the register of an input, which is then lost.
+    The compiler may put such an output into the register of an input, which is then lost.
     """
     constraints = constraints.split(",")
     n_outputs = sum(c.startswith("=") for c in constraints)
@@ -182,7 +180,7 @@ def inline_assembly():
 
 
 @pytest.mark.parametrize(("asm", "constraints"), list(inline_assembly()))
-def test_no_output_takes_the_place_of_an_input_still_to_be_read(asm, constraints):
+def test_no_output_overwrites_an_input_that_is_read_later(asm, constraints):
     assert written_too_early(asm, constraints) == []
 
 

@@ -1,4 +1,4 @@
-"""Labels and other conditions: which argument they go to, and what is refused."""
+"""Labels and other conditions: which argument gets them, and which ones are refused."""
 
 import pytest
 import torch
@@ -36,14 +36,14 @@ class PositionalOnly(nn.Module):
         return pull(x, y)
 
 
-class Told(nn.Module):
+class Named(nn.Module):
     condition_argument = "group"
 
     def forward(self, x, scale=1.0, group=None):
         return scale * pull(x, group)
 
 
-class ToldInOptions(nn.Module):
+class NamedInOptions(nn.Module):
     condition_argument = "group"
 
     def forward(self, x, **options):
@@ -81,8 +81,8 @@ TAKERS = {
     "keyword only": KeywordOnly,
     "required": Required,
     "positional only": PositionalOnly,
-    "told": Told,
-    "told in options": ToldInOptions,
+    "named": Named,
+    "named, in options": NamedInOptions,
     "script": lambda: torch.jit.script(Scripted()),
     "sum": lambda: SumEnergy([ByName(), Prior()]),
     "sum with a classifier": lambda: SumEnergy([ClassifierEnergy(mlp(out=2)), KeywordOnly(), Prior()]),
@@ -109,7 +109,7 @@ def test_wrapped_classifiers_have_their_closed_form(wrap, inside):
     assert_same(model, path="tiles")
 
 
-def test_a_scale_is_no_label():
+def test_a_scale_is_not_a_label():
     """A term that takes no labels is unchanged by them."""
     classifier = ClassifierEnergy(mlp(out=2))
     found, _ = sampled(SumEnergy([classifier, Prior()]), "auto", labels=LABELS)
@@ -126,13 +126,13 @@ def test_labels_that_shift_x_have_their_effect():
 @pytest.mark.parametrize(
     "make", [Prior, mlp, Usual, GaussianEnergy, lambda: SumEnergy([Prior(), mlp()]), lambda: Negative(mlp())]
 )
-def test_labels_that_nobody_takes_are_refused(make):
+def test_labels_that_no_energy_takes_are_refused(make):
     model = make()
     with pytest.raises(ValueError, match=r"labels= was given, and .*\.forward takes x only, or nothing that is named"):
         sampled(model, "auto", labels=LABELS)
 
 
-def test_a_name_that_is_none_is_refused():
+def test_a_condition_argument_that_does_not_exist_is_refused():
     class Typo(nn.Module):
         condition_argument = "sgima"
 
@@ -143,7 +143,7 @@ def test_a_name_that_is_none_is_refused():
         sampled(Typo(), "auto", condition=torch.ones(N, 1))
 
 
-def test_what_is_ambiguous_is_refused():
+def test_an_ambiguous_argument_is_refused():
     class Two(nn.Module):
         def forward(self, x, y=None, target=None):
             return x.square().sum(1)

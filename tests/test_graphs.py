@@ -1,4 +1,4 @@
-"""Steps recorded and replayed: the logic, with a recorder that needs no GPU."""
+"""Steps recorded and replayed as a CUDA graph: the logic, with a fake recorder that needs no GPU."""
 
 import threading
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from fastebm.targets.description import describe
 
 
 class FakeRecorder:
-    """Records without running, replays by running, as a CUDA graph does."""
+    """Like a CUDA graph: recording a step does not run it, and a replay does."""
 
     def __init__(self, waits=False, fails=False):
         self.waits, self.fails, self.replays, self.log = waits, fails, 0, []
@@ -48,7 +48,7 @@ class FakeRecorder:
 
 @pytest.mark.parametrize("steps", [0, 1, MIN_STEPS - 1, MIN_STEPS, 60])
 @pytest.mark.parametrize("options", [{}, {"waits": True}, {"fails": True}], ids=str)
-def test_every_step_is_taken_once_and_then_looked_at(steps, options):
+def test_every_step_runs_once_and_is_then_checked(steps, options):
     recorder, taken = FakeRecorder(**options), []
     how = run_steps(lambda: taken.append("step"), steps, recorder, taken.append)
     assert taken == [v for t in range(steps) for v in ("step", t)]
@@ -64,7 +64,7 @@ def test_every_step_is_taken_once_and_then_looked_at(steps, options):
         assert ("record" in recorder.log) == ("fails" in options)
 
 
-def test_errors_of_the_energy_are_its_own():
+def test_errors_of_the_energy_reach_the_caller():
     def step():
         raise ValueError("the energy does not depend on x")
 
@@ -72,7 +72,7 @@ def test_errors_of_the_energy_are_its_own():
         run_steps(step, 60, FakeRecorder(), lambda t: None)
 
 
-STEPS = 20
+STEPS = MIN_STEPS
 RULES = {
     "plain": Langevin(0.1, 0.5),
     "schedule": Langevin(torch.linspace(0.1, 0.01, STEPS), 0.5, clamp=(-1, torch.rand(3)), grad_clip=0.5),
@@ -85,11 +85,18 @@ RULES = {
 }
 
 
+# The interpreter takes seconds a case.
+QUICK = (("schedule", "autograd"), ("explodes, noise first", "autograd"), ("schedule", "products"))
+
+
 @pytest.mark.parametrize(
     ("rule", "path", "options"),
     [
-        *((rule, "autograd", {}) for rule in RULES),
-        *(pytest.param(rule, "products", {}, marks=[] if rule == "schedule" else pytest.mark.slow) for rule in RULES),
+        *(
+            pytest.param(rule, path, {}, marks=[] if (rule, path) in QUICK else pytest.mark.slow)
+            for path in ("autograd", "products")
+            for rule in RULES
+        ),
         ("schedule", "autograd", {"waits": True}),
         ("schedule", "products", {"fails": True}),
     ],
@@ -107,9 +114,9 @@ def test_the_same_bits_as_step_by_step(rule, path, options, device):
     def advance(**more):
         chains = Chains(x.clone(), seed, numbers, numbers * 100 % 997, None, frozen)
         if path == "products":
-            return runs.fused_products(describe(mlp), chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
+            return runs.fused_products(describe(mlp), chains, RULES[rule], STEPS, thin=4, telemetry=True, **more)
         energy = Energy(nn.Sequential(mlp, nn.Softplus()).eval(), (3,), torch.float32)
-        return runs.fused_module(energy, chains, RULES[rule], STEPS, thin=5, telemetry=True, **more)
+        return runs.fused_module(energy, chains, RULES[rule], STEPS, thin=4, telemetry=True, **more)
 
     expected, found = advance(), advance(recorder=FakeRecorder(**options))
     assert expected.cuda_graph is None
@@ -122,7 +129,7 @@ def test_the_same_bits_as_step_by_step(rule, path, options, device):
 
 
 class WaitsOnce(nn.Module):
-    """As an energy that waits for the device, in the step before the recording; afterwards it is let."""
+    """If ``wait``, it waits for the device once, in the last step before the recording."""
 
     def __init__(self, wait):
         super().__init__()
@@ -138,7 +145,7 @@ class WaitsOnce(nn.Module):
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("noise_first", [False, True])
 def test_a_step_that_raises_has_moved_nothing(noise_first, device):
-    """With the noise first, half of it has run: it does so again, also where that half ends a chain."""
+    """With noise_first, half of the step ran before the error and may have stopped chains: it must run again."""
     pytest.importorskip("triton")
 
     noise = torch.full((STEPS,), 0.5)
@@ -160,7 +167,7 @@ def test_a_step_that_raises_has_moved_nothing(noise_first, device):
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("module", [MLPEnergy(3, (8,)), nn.Sequential(MLPEnergy(3, (8,)), nn.Softplus())])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU; tests/test_gpu.py has the others")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_graphs.py has the reasons on a GPU")
 def test_why_nothing_is_recorded(backend, module):
     options = {"batch_size": 4, "steps": 20, "step_size": 0.1, "seed": 0, "backend": backend, "return_info": True}
     x, info = langevin_sample(module, 3, cuda_graph=True, **options)
@@ -176,7 +183,7 @@ def test_why_nothing_is_recorded(backend, module):
 
 
 def test_recordings_of_a_thread_share_one_stream_per_device(monkeypatch):
-    """Each new stream costs a workspace of cuBLAS, for ever: 30 recordings took 2 GB."""
+    """cuBLAS keeps a workspace for each new stream forever: 30 recordings took 2 GB."""
     made = []
 
     def make(index):
@@ -185,7 +192,7 @@ def test_recordings_of_a_thread_share_one_stream_per_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", make)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(graphs, "_kept", threading.local())
+    monkeypatch.setattr(graphs, "_kept", threading.local())  # private: without a GPU there are no streams to count
     names = ("cuda", "cuda:0", "cuda:1")
 
     def streams():

@@ -1,4 +1,4 @@
-"""The update rule: named conventions, the three forms of a coefficient, and what is refused."""
+"""Langevin: named conventions, the three forms of a coefficient, and which arguments are refused."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from fastebm import Langevin
 
-# drift a, noise std b, temperature T of each named convention
+# drift, noise std and temperature of each named convention
 RECIPES = {
     "default": (Langevin(), 5.0, math.sqrt(10) * 0.005, 2.5e-5),
     "ula": (Langevin.ula(0.1), 0.05, math.sqrt(0.1), 1.0),
@@ -24,14 +24,14 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(("rule", "drift", "noise_std", "temperature"), RECIPES.values(), ids=RECIPES)
-def test_recipe_table(rule, drift, noise_std, temperature):
-    a, b = rule.coefficients(4, 7, dtype=torch.float64)
+@pytest.mark.parametrize(("sampler", "drift", "noise_std", "temperature"), RECIPES.values(), ids=RECIPES)
+def test_recipe_table(sampler, drift, noise_std, temperature):
+    a, b = sampler.coefficients(4, 7, dtype=torch.float64)
     assert a.shape == b.shape == (1, 1)
     assert a.item() == pytest.approx(drift, rel=1e-12)
     assert b.item() == pytest.approx(noise_std, rel=1e-12)
-    assert rule.temperature == pytest.approx(temperature, rel=1e-12)
-    assert rule.temperature * 2 * a.item() == pytest.approx(b.item() ** 2, rel=1e-12)
+    assert sampler.temperature == pytest.approx(temperature, rel=1e-12)
+    assert sampler.temperature * 2 * a.item() == pytest.approx(b.item() ** 2, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_recipe_table(rule, drift, noise_std, temperature):
     ],
 )
 def test_recipes_pass_their_options_on(recipe):
-    rule = recipe(grad_clip=0.03, clamp=[-1, 2])
-    assert rule.grad_clip == 0.03
-    assert rule.clamp == (-1.0, 2.0)
+    sampler = recipe(grad_clip=0.03, clamp=[-1, 2])
+    assert sampler.grad_clip == 0.03
+    assert sampler.clamp == (-1.0, 2.0)
 
 
-def test_recipes_say_when_their_noise_comes():
-    """tests/test_noise_first.py has what they do, beside the published code."""
-    rules = Langevin.igebm(), Langevin.uva(), Langevin.jem(), Langevin.edifice(), Langevin.ula(0.1)
-    assert [(rule.noise_first, rule.clamp_noise) for rule in rules] == [
+def test_recipes_set_the_order_of_gradient_and_noise():
+    """test_noise_first.py compares what they do with the published code."""
+    samplers = Langevin.igebm(), Langevin.uva(), Langevin.jem(), Langevin.edifice(), Langevin.ula(0.1)
+    assert [(sampler.noise_first, sampler.clamp_noise) for sampler in samplers] == [
         (True, False),
         (True, True),
         *[(False,) * 2] * 3,
@@ -65,7 +65,7 @@ def test_recipes_say_when_their_noise_comes():
     assert (other.grad_clip, other.clamp, other.noise_first) == (None, None, False)
 
 
-def test_schedule_and_value_a_chain():
+def test_a_schedule_and_one_value_per_chain():
     schedule, per_chain = torch.tensor([0.1, 0.2, 0.4]), torch.tensor([[1.0], [2.0]])
     a, b = Langevin(schedule, per_chain).coefficients(2, 3, dtype=torch.float64)
     assert torch.equal(a, schedule.double()[None] / 2)
@@ -91,7 +91,7 @@ def test_coefficients_are_computed_in_float64_and_carry_no_gradient():
 
 
 class Fixed:
-    """A target with this gradient, and a noise with these numbers."""
+    """Both a target with this gradient and a source of noise with these numbers."""
 
     box = None
 

@@ -10,23 +10,24 @@ from dataclasses import replace
 import pytest
 import runs
 import torch
-from test_agreement import IN_MEMORY, REGIMES, largest
-from test_op import compiled
-from test_options import (
+from compiled_calls import compiled
+from paths import (
     CLASSES,
     FAST_PATHS,
+    IN_MEMORY,
     PATHS,
+    REGIMES,
     advance,
     begin,
     bits_equal,
-    check_agreement,
+    largest,
     make_energy,
     network,
     per_dim_bounds,
-    poisoned_memory,  # noqa: F401 - a fixture of this module too
     same_bits,
 )
 from torch import nn
+from truth import check_agreement
 
 from fastebm import ChainPool, GaussianEnergy, Langevin, NonFiniteError, SumEnergy, langevin_sample
 from fastebm.backends import Chains
@@ -34,7 +35,10 @@ from fastebm.rng import Stream, normal
 from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 
 DIM, N, STEPS = 19, 40, 5
 NUMBA = ("numba", "numba autograd")
@@ -211,7 +215,7 @@ def test_all_options_at_once(device, head, terms, clamp, clamp_noise):
         device, (*FAST_PATHS, *IN_MEMORY, "update", *NUMBA), energy=make_energy(DIM, head=head, terms=terms), dim=DIM,
         classes=CLASSES if head == "class" else None, n_chains=33, steps=4, thin=2, step_form="schedule",
         noise_form="per_chain", clamp=clamp, frozen=None if clamp == "none" else "chains",
-        rule={"grad_clip": 0.3, "grad_norm_clip": 0.9, "noise_first": True, "clamp_noise": clamp_noise}, move=moved,
+        sampler={"grad_clip": 0.3, "grad_norm_clip": 0.9, "noise_first": True, "clamp_noise": clamp_noise}, move=moved,
     )  # fmt: skip
 
 

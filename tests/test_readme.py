@@ -1,4 +1,4 @@
-"""What README.md says is so: its tables come from committed rows, its Python runs, its commands exist."""
+"""README.md is up to date: its tables come from committed rows, its Python runs, and its commands exist."""
 
 import pathlib
 import re

@@ -34,7 +34,7 @@ def same(a, b):
 
 
 @every_energy
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference", "triton"])
 def test_langevin_is_langevin_sample(energy, backend):
     energy = energy()
     result = sample(energy, SAMPLER, 5, n_chains=70, steps=12, thin=3, seed=4, backend=backend)

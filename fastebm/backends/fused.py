@@ -315,7 +315,7 @@ def _named(told: Tensor | None) -> dict[str, Tensor] | None:
 def _sampler_arguments(
     sampler: Langevin, n_chains: int, steps: int, dim: int, device: torch.device
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The sampler as kernel arguments (drift and noise std with their strides, clips, bounds) and compile-time flags."""
+    """The sampler as kernel arguments (drift, noise std and their strides, clips, bounds) and compile-time flags."""
     arguments: list[Any] = []
     flags: dict[str, Any] = {}
     for name, c in zip(("DRIFT", "NOISE_STD"), sampler.drift_and_noise(n_chains, steps, device=device), strict=True):
