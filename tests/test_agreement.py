@@ -99,7 +99,8 @@ def test_each_layer_has_an_activation_of_its_own(device, regime, half):
     """All activations, in two networks."""
     names = sorted(ACTIVATIONS)[half::2]
     parameters = {"leaky_relu": 0.2, "elu": 1.0, "softplus": 1.5}
-    layers = list(make_mlp(40, [20, 17, 16, 12, 9]))
+    widths = [20, 17, 16, 12, 9, 8, 7, 6][: len(names)]
+    layers = list(make_mlp(40, widths))
     for i, name in enumerate(names):
         layers[2 * i + 1] = ACTIVATIONS[name].module(parameters.get(name, 0.0))
     energy = nn.Sequential(*layers).to(device)

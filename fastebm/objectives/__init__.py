@@ -1,6 +1,8 @@
-"""Training objectives, one file each."""
+"""Training objectives, one file each. This is their registry: what is imported here is public."""
 
-from .base import Loss, Objective
-from .contrastive_divergence import ContrastiveDivergence, contrastive_divergence_loss
+from .base import Loss as Loss
+from .base import Objective as Objective
+from .contrastive_divergence import ContrastiveDivergence as ContrastiveDivergence
+from .contrastive_divergence import contrastive_divergence_loss as contrastive_divergence_loss
 
-__all__ = ["ContrastiveDivergence", "Loss", "Objective", "contrastive_divergence_loss"]
+__all__ = sorted(name for name, value in globals().items() if callable(value))
