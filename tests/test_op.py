@@ -107,7 +107,7 @@ def arguments(
         description.mean,
         description.linear,
         description.constant,
-        *op.encode_rule(rule or Langevin(0.1, 0.3)),
+        *op.encode_sampler(rule or Langevin(0.1, 0.3)),
         steps,
         thin,
         telemetry,
@@ -175,14 +175,14 @@ def test_networks_round_trip():
 
 def test_rules_round_trip():
     step, low = torch.rand(4), -torch.rand(3)
-    rule = op._decode_rule(*op.encode_rule(Langevin(step, 0.3, 0.5, (low, 1.0), 2)))
+    rule = op._decode_sampler(*op.encode_sampler(Langevin(step, 0.3, 0.5, (low, 1.0), 2)))
     assert rule.step_size is step
     assert rule.clamp == (low, 1.0)
     assert (rule.noise_scale, rule.grad_clip, rule.grad_norm_clip) == (0.3, 0.5, 2.0)
     assert (rule.noise_first, rule.clamp_noise) == (False, False)
-    assert op._decode_rule(*op.encode_rule(Langevin())).clamp is None
+    assert op._decode_sampler(*op.encode_sampler(Langevin())).clamp is None
     for order in ({"noise_first": True}, {"noise_first": True, "clamp_noise": True}):
-        rule = op._decode_rule(*op.encode_rule(Langevin(**order)))
+        rule = op._decode_sampler(*op.encode_sampler(Langevin(**order)))
         assert {name: getattr(rule, name) for name in order} == order
 
 
