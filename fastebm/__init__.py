@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public names by the module that defines them. Those of samplers and objectives are in their registries: __init__.py of
-# the two packages.
+# Public names by the module that defines them. The packages samplers and objectives list their own public names in
+# their __init__.py.
 _PUBLIC = {
     "backends.choose": ["why_not_fused"],
     "backends.settle": ["NonFiniteError"],
@@ -47,8 +47,10 @@ _PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a module, at its first use: they bring PyTorch, which takes seconds, and the command has
-    something to do before that (``__main__``)."""
+    """Import a public name or a submodule at its first use.
+
+    Importing PyTorch takes seconds, and the command must react to Ctrl-C before that (``__main__``).
+    """
     if name == "__all__":
         return sorted([*(public for names in _PUBLIC.values() for public in names), *_registered()])
     home = next((home for home, names in _PUBLIC.items() if name in names), None)
@@ -68,7 +70,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _registered() -> dict[str, str]:
-    """Public names of samplers and objectives, and their packages."""
+    """The public names of the packages samplers and objectives, each with its package."""
     return {name: home for home in ("samplers", "objectives") for name in import_module(f".{home}", __name__).__all__}
 
 

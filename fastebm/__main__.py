@@ -1,12 +1,12 @@
-"""The command ``fastebm``, and ``python -m fastebm``."""
+"""Entry point of the command ``fastebm`` and of ``python -m fastebm``."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """Import the command, which takes seconds (PyTorch), and run it."""
-    # Until then Ctrl-C ends the process at once, rather than with a traceback of whatever was being imported.
+    """Import the command, which takes seconds because of PyTorch, and run it."""
+    # During the import, Ctrl-C ends the process at once instead of printing a traceback.
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

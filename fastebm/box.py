@@ -1,4 +1,4 @@
-"""Bounds of states: checked, applied, and sampled from, for samplers, pools and storage alike."""
+"""Bounds of states: checking, clamping and uniform starts, for samplers, pools and storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Bounds = tuple[float | Tensor, float | Tensor]
 
 
 class Box(NamedTuple):
-    """lo <= x <= hi in every dim. Infinite bounds leave a side open.
+    """The bounds lo <= x <= hi. An infinite bound leaves that side open.
 
     lo, hi: each a number, or a tensor with one value per dim (or of one state's shape).
     """
@@ -27,12 +27,12 @@ class Box(NamedTuple):
     lo: float | Tensor
     hi: float | Tensor
 
-    def __repr__(self) -> str:  # in errors, as it was given
+    def __repr__(self) -> str:  # for errors: the pair that the user passed
         return f"({self.lo}, {self.hi})"
 
     @classmethod
     def of(cls, clamp: Any) -> Box | None:
-        """The checked box of a pair (lo, hi), or None.
+        """Check a pair (lo, hi) and return it as a box; None stays None.
 
         Raises:
             TypeError: not a pair of numbers or floating-point tensors.
@@ -56,7 +56,7 @@ class Box(NamedTuple):
         if len(sizes) > 1:
             raise ValueError(f"clamp's lo and hi must have as many values each, got {sorted(sizes)}")
         if not all(readable(bound.device) for bound in tensors):
-            return cls(lo, hi)  # a compiled call checks when it runs (backends/op.py); a captured one can't
+            return cls(lo, hi)  # a compiled call checks it at run time (backends/op.py); a CUDA-graph capture can't
         flat = [bound.flatten() if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
         good = torch.as_tensor(flat[0] < flat[1])
         if not bool(good.all()):
@@ -64,17 +64,17 @@ class Box(NamedTuple):
         return cls(lo, hi)
 
     def on(self, dim: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Box:
-        """Two numbers, or two (dim,) tensors if any bound is a tensor.
+        """The bounds for states of ``dim`` dims: two numbers, or two (dim,) tensors if either bound is a tensor.
 
         Raises:
-            ValueError: bounds of another number of dims.
+            ValueError: a bound has another number of values.
         """
         if isinstance(self.lo, float) and isinstance(self.hi, float):
             return self
         rows = []
         for name, bound in (("lo", self.lo), ("hi", self.hi)):
             if not isinstance(bound, Tensor):
-                # made on the device: a copy from the host would wait for it
+                # Created on the device: a copy from the host would synchronise.
                 rows.append(torch.full((dim,), bound, dtype=dtype, device=device))
                 continue
             if bound.ndim > 0 and bound.numel() != dim:
@@ -86,7 +86,7 @@ class Box(NamedTuple):
         return Box(rows[0], rows[1])
 
     def except_at(self, frozen: Tensor | None, dtype: torch.dtype) -> Box:
-        """Open where coordinates are frozen: those stay what they are, whatever the bounds.
+        """The box with infinite bounds at frozen coordinates, which may lie outside.
 
         frozen: (1 or n_chains, dim) bool, or None.
         """
@@ -96,15 +96,15 @@ class Box(NamedTuple):
         return Box(torch.where(frozen, -math.inf, lo), torch.where(frozen, math.inf, hi))
 
     def clamp(self, x: Tensor) -> Tensor:
-        """x: (n_chains, dim)."""
+        """Clamp states, (n_chains, dim), to the bounds."""
         return x.clamp(self.lo, self.hi)  # type: ignore[arg-type]
 
     def contains(self, x: Tensor) -> Tensor:
-        """(n_chains,) bool, of (n_chains, dim) states. NaN is outside."""
+        """Which of the states, (n_chains, dim), lie within the bounds: (n_chains,) bool. NaN is outside."""
         return ((x >= self.lo) & (x <= self.hi)).all(dim=1)
 
     def equals(self, other: Box, dim: int) -> bool:
-        """Whether both hold the same states of so many dims."""
+        """Whether both boxes have the same bounds for states of ``dim`` dims."""
         if not any(isinstance(v, Tensor) for v in (*self, *other)):
             return tuple(self) == tuple(other)
         rows = (torch.as_tensor(v, dtype=torch.float32).cpu().flatten() for v in (*self, *other))
@@ -123,10 +123,13 @@ def uniform_states(
     clamp: Bounds | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """States uniform on the clamp range, or on [-1, 1] without one: (n_chains, dim).
+    """States drawn uniformly on the clamp range, or on [-1, 1] without a clamp: (n_chains, dim).
+
+    Args:
+        seed, stream, chains, steps: where the numbers stand in the random stream, as for ``rng.uniform``.
 
     Raises:
-        ValueError: the range is infinite.
+        ValueError: the clamp range is infinite.
     """
     box = Box.of(clamp)
     lo, hi = (-1.0, 1.0) if box is None else box.on(dim, dtype=dtype, device=chains.device)
@@ -134,6 +137,6 @@ def uniform_states(
     known = not isinstance(width, Tensor) or readable(width.device)
     if known and not bool(torch.as_tensor(width).isfinite().all()):
         raise ValueError(f"there is no uniform start on an infinite clamp range {(lo, hi)}: pass init=")
-    # u may be 1, and lo + (hi - lo) may round past hi: hence the clamp
+    # Clamp, because u may be 1 and lo + (hi - lo) may round to more than hi.
     states = uniform(seed, stream, chains, steps, dim, dtype=dtype).contiguous().mul_(width).add_(lo)
     return states.clamp_(lo, hi)  # type: ignore[arg-type]

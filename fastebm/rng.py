@@ -3,8 +3,8 @@
 Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on the device,
 on how chains are split into batches or processes, or on what was drawn before. This file is the definition, in
 PyTorch. kernels/triton/philox.py and kernels/cpu/philox.py (Numba) compute the same numbers; all three are tested
-against the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` use the Numba kernels if they
-can.
+against the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` use the Numba kernels if these
+are available.
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (chain & 0xffffffff, chain >> 32, step, stream << 24 | block),   block = dim // 4
@@ -50,11 +50,11 @@ _CHUNK = 65536
 # Counters per CPU thread below which a second thread does not pay.
 _COUNTERS_PER_THREAD = 8192
 
-_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # the step number that ``steps`` of a draw are relative to
+_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # the kernel adds this step number to ``steps``
 
 
 class Stream(IntEnum):
-    """What a random number is for; uses that share a seed never share a number."""
+    """What a random number is used for. Different uses never share a number, even with the same seed."""
 
     LANGEVIN = 0
     INITIAL = 1
@@ -122,11 +122,14 @@ def words(
     Args:
         seed: 64-bit integer, or a (1,) int64 tensor, whose value is not read on the host; negative seeds are taken
             modulo 2**64.
+        stream: what the numbers are used for.
         chains: (rows,) int64 global chain numbers.
-        steps: (rows,) int64 step numbers, or one for all rows.
+        steps: (rows,) int64 step numbers, or one number for all rows.
+        n_blocks, first_block: which blocks of four words; block b holds the words of dims 4 b to 4 b + 3.
+        scratch: six int64 work buffers of shape (rows, n_blocks); the result is four of them.
 
     Returns:
-        Four int64 tensors (rows, n_blocks).
+        Four int64 tensors (rows, n_blocks), words in [0, 2**32).
     """
     if scratch is None and _has_kernels(seed, chains):
         w0, w1, w2, w3 = (
@@ -164,7 +167,7 @@ def uniform(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Uniform numbers u(w) in (0, 1]: (rows, dim). Word j of block b belongs to dim 4 b + j."""
+    """Uniform numbers u(w) in (0, 1]: (rows, dim). Word j of block b gives dim 4 b + j. Arguments as for ``words``."""
     out = torch.empty(len(chains), _n_blocks(dim), 4, dtype=dtype, device=chains.device)
     if dtype == torch.float32 and _has_kernels(seed, chains):
         _draw(kernels.UNIFORM, seed, stream, chains, steps, 0, _n_blocks(dim), out)
@@ -174,7 +177,7 @@ def uniform(
 
 
 def _uniform(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
-    """``uniform`` by PyTorch. out: (rows, n_blocks, 4)."""
+    """``uniform`` by PyTorch operations. out: (rows, n_blocks, 4)."""
     for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out):
         for j in range(4):
             part[..., j] = _unit(w[j], u)
@@ -192,11 +195,11 @@ def normal(
 ) -> Tensor:
     """Standard normal numbers: (rows, dim), by Box-Muller.
 
-    The words become uniforms in float32 whatever ``dtype`` is, so float64 normals are the exact values
-    that the float32 ones round.
+    The uniforms are float32 for every ``dtype``. So float32 normals are the float64 normals, rounded.
 
     Args:
-        out: optional (rows, n_blocks, 4) buffer of ``dtype``; the result is then a view into it.
+        out: optional (rows, n_blocks, 4) buffer of ``dtype``; the result is then a view of it.
+        The other arguments are those of ``words``.
     """
     if out is None:
         out = torch.empty(len(chains), _n_blocks(dim), 4, dtype=dtype, device=chains.device)
@@ -218,16 +221,20 @@ def _normal(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | 
 
 
 class Noise:
-    """The random numbers of some chains, by stream and step. Samplers see this alone: the seed, the chains' global
-    numbers and their lifetime steps are inside.
+    """The random numbers of a set of chains, by stream and step.
+
+    It holds the seed, the chain numbers and the lifetime steps, so that samplers need not handle them.
 
     Args:
-        chains, first_steps: (n,) int64, global chain numbers, and the lifetime step of step 0.
-        dim: of a state.
-        steps: how many may be asked for. Small draws of several steps are made together, so that PyTorch's cost per
-            operation is shared.
-        frozen: (1 or n, dim) bool, coordinates without noise; or None.
-        by_definition: PyTorch's own operations draw, which are the definition; else Numba's kernels where they can.
+        seed: 64-bit integer, or a (1,) int64 tensor.
+        chains: (n,) int64 global chain numbers.
+        first_steps: (n,) int64 lifetime step of each chain at step 0 of this call.
+        dim: number of dims of a state.
+        dtype: of the numbers.
+        steps: number of steps of this call. Small draws of several steps are made together, to share PyTorch's cost
+            per operation.
+        frozen: (1 or n, dim) bool, True at coordinates without noise; or None.
+        by_definition: always draw by PyTorch operations, the definition. Otherwise Numba's kernels draw if they can.
     """
 
     def __init__(
@@ -244,10 +251,12 @@ class Noise:
     ) -> None:
         self.seed, self.chains, self.first_steps, self.dim, self.dtype = seed, chains, first_steps, dim, dtype
         self.steps, self.frozen, self.by_definition = steps, frozen, by_definition
-        self._ahead: dict[Stream, tuple[int, Tensor]] = {}  # the first step of a block, and (steps, n, dim) numbers
+        self._ahead: dict[
+            Stream, tuple[int, Tensor]
+        ] = {}  # by stream: a first step, and (steps, n, dim) numbers from there
 
     def normal(self, stream: Stream, t: int) -> Tensor:
-        """N(0, 1) of step t, (n, dim); 0 at frozen coordinates."""
+        """Standard normal numbers for step t of the call, (n, dim); 0 at frozen coordinates."""
         if self._kernels():
             noise = normal(self.seed, stream, self.chains, self.first_steps + t, self.dim, dtype=self.dtype)
         else:
@@ -259,7 +268,7 @@ class Noise:
         return noise if self.frozen is None else noise.masked_fill(self.frozen, 0.0)
 
     def uniform(self, stream: Stream, t: int) -> Tensor:
-        """One number in (0, 1] per chain at step t, (n,)."""
+        """One uniform number in (0, 1] per chain for step t of the call, (n,)."""
         steps = self.first_steps + t
         if self._kernels():
             return uniform(self.seed, stream, self.chains, steps, 1, dtype=self.dtype)[:, 0]
@@ -297,13 +306,13 @@ def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int
 
 
 def _blocks_at_once(device: torch.device) -> int:
-    """Blocks of four normals to draw together, so that PyTorch's cost per operation is small."""
+    """How many blocks of four normals to draw together, so that PyTorch's cost per operation is small."""
     return _CHUNK * torch.get_num_threads() if device.type == "cpu" else 0
 
 
 def seed_words(seed: int | Tensor) -> tuple[int, int]:
     """The low and the high 32-bit word of a seed. A tensor must be on the CPU."""
-    seed = int(seed.numpy().item()) if isinstance(seed, Tensor) else seed  # faster than an operation of PyTorch
+    seed = int(seed.numpy().item()) if isinstance(seed, Tensor) else seed  # numpy() is faster than Tensor.item()
     return seed & _MASK, (seed >> 32) & _MASK
 
 
@@ -371,7 +380,7 @@ def drawing(
 
 def _int64_rows(v: Tensor) -> Tensor:
     """Contiguous int64 (n,), as the kernel reads it."""
-    # mostly it is so already, and the check is faster than the operations
+    # Usually nothing is to be done, and this check is faster than the conversions.
     return v if v.dtype is torch.int64 and v.ndim == 1 and v.is_contiguous() else v.long().flatten().contiguous()
 
 
@@ -380,13 +389,13 @@ def _scratch() -> tuple[Tensor, Tensor]:
     return w, r
 
 
-# Work buffers of draws. Reused, they are still in a core's cache: a draw takes half the time.
+# Work buffers of draws. Reused buffers are still in the cache, which halves the time of a draw.
 scratch = Spares(_scratch)
 _NOT_A_STEP = (None, None, None, 0, 0, None, None, 0, 0, None, 0, 0, 0.0, 0.0)
 
 
 def _rows(out: Tensor, dim: int) -> Tensor:
-    """(rows, n_blocks, 4) -> (rows, dim): without the padding of the last block."""
+    """(rows, n_blocks, 4) -> (rows, dim), without the padding of the last block."""
     rows = out.flatten(1)
     return rows if rows.shape[1] == dim else rows[:, :dim]
 

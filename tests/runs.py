@@ -82,7 +82,7 @@ def operator_arguments(
         description.mean,
         description.linear,
         description.constant,
-        *op.encode_rule(sampler or Langevin(0.1, 0.3)),
+        *op.encode_sampler(sampler or Langevin(0.1, 0.3)),
         steps,
         thin,
         telemetry,

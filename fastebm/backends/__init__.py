@@ -1,14 +1,15 @@
-"""Backends: ways to run K steps of a sampler on many chains.
+"""Backends: the ways to run K steps of a sampler on many chains.
 
 reference.py    the definition of correct: any sampler on any target, in plain PyTorch
-tiles.py        any sampler on an MLP energy, on tiles of chains shared by threads
-cpu.py          a CPU's fast path: library products and autograd, and Numba's kernels for all else
-fused.py        the fused Triton kernel for MLP energies, and the fused update for all others
-table.py        which of these serves which sampler and target
-choose.py       which of them runs, and why not the fused one
-settle.py       chains that are not finite
-graphs.py       a step recorded as a CUDA graph and replayed
-op.py           a whole call as one operator of torch.library; compiling.py: what a compiled call does with it
+tiles.py        any sampler on an MLP energy, on tiles of chains, one CPU thread per tile
+cpu.py          the fast path on a CPU: matrix products or autograd for gradients, Numba kernels for the rest
+fused.py        the Triton kernels: all steps in one launch for MLP energies, a fused update for other energies
+table.py        runs a sampler on a target by the fastest of these
+choose.py       chooses the backend, and explains why the fused kernel does not run
+settle.py       raises for chains that are not finite, or reinitialises them
+graphs.py       records a step as a CUDA graph and replays it
+op.py           a whole call as one torch.library operator
+compiling.py    langevin_sample under torch.compile, by that operator
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ __all__ = ["LANGEVIN_TELEMETRY", "Advanced", "Chains", "averaged"]
 
 
 class Chains(NamedTuple):
-    """The chains of a run, and where each stands in the noise's counter.
+    """The chains of a run: their states, and the numbers that determine their noise.
 
-    x: (n_chains, dim) states. seed: 64 bits, an int or a (1,) int64 tensor. numbers, first_steps: (n_chains,) int64
-    global chain numbers and lifetime steps. labels: (n_chains,) int64, or None. frozen: (1 or n_chains, dim) bool,
-    coordinates that stay, or None. condition: (n_chains, ...), in place of labels, or None: not for closed forms.
+    x: (n_chains, dim) states.
+    seed: 64 bits, an int or a (1,) int64 tensor.
+    numbers: (n_chains,) int64 global chain numbers.
+    first_steps: (n_chains,) int64 lifetime step numbers of the first step.
+    labels: (n_chains,) int64, or None.
+    frozen: (1 or n_chains, dim) bool, True at coordinates that stay, or None.
+    condition: (n_chains, ...) in place of labels, or None. Only autograd's gradient supports it.
     """
 
     x: Tensor
@@ -40,16 +45,16 @@ class Chains(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The keyword of ``given``: "labels" or "condition"."""
+        """The keyword of ``labels_or_condition``: "labels" or "condition"."""
         return "condition" if self.labels is None else "labels"
 
     @property
-    def given(self) -> Tensor | None:
-        """What the energy is given beside x: the labels, the condition, or None."""
+    def labels_or_condition(self) -> Tensor | None:
+        """The energy's argument besides x: the labels, the condition, or None."""
         return self.condition if self.labels is None else self.labels
 
     def rows(self, rows: slice | Tensor) -> Chains:
-        """Some of the chains: views for a slice."""
+        """A subset of the chains. For a slice, the tensors are views."""
         frozen = self.frozen
         return Chains(
             self.x[rows],
@@ -62,26 +67,28 @@ class Chains(NamedTuple):
         )
 
 
-# Rows of the tables that the kernels of Langevin steps fill in.
+# Rows of the (3, n_chains) telemetry table that the Langevin kernels fill in.
 LANGEVIN_TELEMETRY = ("grad_norm", "clipped", "clamped")
 
 
 def averaged(table: Tensor, steps: int) -> dict[str, Tensor]:
-    """Telemetry of Langevin steps by name, from a (3, n_chains) table of the last norm and of two counts of steps."""
+    """Langevin telemetry by name, from a (3, n_chains) table: the last gradient norm, and two counts of steps."""
     norm, clipped, clamped = table
     norm = norm.fill_(torch.nan) if steps == 0 else norm
     return dict(zip(LANGEVIN_TELEMETRY, (norm, clipped / max(steps, 1), clamped / max(steps, 1)), strict=True))
 
 
 class Advanced(NamedTuple):
-    """What a run returns.
+    """The result of a run.
 
-    x: (n_chains, dim) last finite states. energy: (n_chains,) E at x. first_bad: (n_chains,) int32, the first
-    step of this call whose new state was not finite, before the clamp; -1 if all were. trajectory: (n_chains,
-    steps // thin, dim) states after every thin-th step, if thin > 0 was asked for. telemetry: (n_chains,) numbers by
-    name, if asked for: what the sampler's ``Info`` names. cuda_graph: "recorded", or why no step was, in words, if that
-    was asked for. report: one number on the device, not 0 if any chain is not finite (first_bad or energy), from
-    backends that have it.
+    x: (n_chains, dim) last finite states.
+    energy: (n_chains,) E at x.
+    first_bad: (n_chains,) int32, the first step of this call whose new state was not finite before its clamp; -1: none.
+    trajectory: (n_chains, steps // thin, dim) states after every thin-th step. None with thin=0.
+    telemetry: (n_chains,) tensors by the names in the sampler's ``reports``. None if not requested.
+    cuda_graph: "recorded", or the reason why not. None if not requested.
+    report: a scalar on the device, nonzero if any chain is not finite (by first_bad or energy). None from backends
+    that do not compute it.
     """
 
     x: Tensor
@@ -94,7 +101,7 @@ class Advanced(NamedTuple):
 
     @classmethod
     def blank(cls, x: Tensor, steps: int, thin: int) -> Advanced:
-        """To be filled in: x itself, no energy yet, and no chain that was bad."""
+        """A result to fill in: x itself, uninitialised energies and trajectory, and first_bad = -1."""
         n_chains, dim = x.shape
         return cls(
             x,

@@ -1,4 +1,4 @@
-"""Which backend runs, and in words why not the fused kernel."""
+"""Choose the backend of a call, and explain why the fused kernel does not run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "why_not_fused",
 ]
 
-# Paths that are the fused kernel.
+# The paths of the fused kernel.
 FUSED = ("resident", "streaming")
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -38,13 +38,17 @@ PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
 
 @dataclass(frozen=True)
 class Choice:
-    """backend: "triton", "torch" or "reference". description, launch: set where that backend needs them.
+    """The backend of a call.
 
-    path: what runs in that backend: "resident" or "streaming" (the fused kernel), "tiles" (closed-form
-    gradient), "products" (the same by the library's products, for MLPs too wide for the fused kernel) and "autograd";
-    the last two with the fused update kernel if the backend is "triton".
-    kernels: what noise, update and activations are computed by: "triton", "numba" (on a CPU, in float32) or "torch".
-    why_not_fused: why the fused kernel does not run, and what does instead; or None if it runs.
+    backend: "triton", "torch" or "reference".
+    path: "resident" or "streaming" (the fused kernel), "tiles" (closed-form gradient on tiles), "products" (closed-form
+    gradient by library products, for MLPs too wide for the fused kernel) or "autograd". With backend "triton", the last
+    two use the fused update kernel.
+    description: the MLP energy, or None if it could not be read as an MLP.
+    launch: configuration of the fused kernel, or None.
+    precision: of the matrix products.
+    why_not_fused: why the fused kernel does not run, and what runs instead. None if it runs.
+    kernels: what computes noise, update and activations: "triton", "numba" (on a CPU, in float32) or "torch".
     """
 
     backend: str
@@ -57,17 +61,25 @@ class Choice:
 
 
 def interpreted() -> bool:
-    """Kernels run in Triton's interpreter, on the CPU."""
+    """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def why_not_fused(
     energy: EnergyLike, device: torch.device | str | None = None, *, precision: str | None = None
 ) -> str | None:
-    """Why the fused kernel would not run for this energy, and what would instead, in words; None if it would.
+    """Explain why the fused kernel would not run for this energy with ``Langevin``.
 
     Args:
-        device: where it would run; None: where the energy's parameters are.
+        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1).
+        device: device of the chains. None: the device of the energy's parameters.
+        precision: of the matrix products: "bf16x3", "tf32", "bf16" or "ieee". None: see ``langevin_sample``.
+
+    Returns:
+        The reason, and what runs instead, as one line; None if the fused kernel would run.
+
+    Raises:
+        TypeError, ValueError: not an energy, or an unknown device or precision.
     """
     energy = as_module(energy)
     if device is None:
@@ -88,20 +100,21 @@ def choose(
     condition: str | None = None,
     no_kernel: str | None = None,
 ) -> Choice:
-    """The backend for an energy, states of ``dtype`` on ``device``, and a wish.
+    """Choose the backend for an energy and states of ``dtype`` on ``device``.
 
     Args:
-        condition: what the energy is given beside x: "labels", "condition" (anything else), or None.
-        no_kernel: why no Triton kernel runs the sampler (table.py), or None.
+        backend, precision: what the caller asked for.
+        condition: the energy's argument besides x: "labels", "condition" (anything else), or None.
+        no_kernel: why no Triton kernel runs the sampler (table.py), or None if one does.
 
     Raises:
-        ValueError: an unknown name, or an explicit "triton" that can't be honoured.
+        ValueError: an unknown name, or backend="triton" where it can't run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
-    # The paths in plain PyTorch compute at full precision, which satisfies any wish for less.
+    # The paths in plain PyTorch always compute at full precision, whatever lower one was asked for.
     full = "float64" if dtype == torch.float64 else "ieee"
     if backend == "reference":
         asked = 'backend="reference" was asked for: the definition of correct, and the slowest path'
@@ -135,13 +148,13 @@ def choose(
     by = "numba" if no_numba is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
         full = "bf16"
-    if device.type != "cuda" or _capability(device) > 0:  # or nothing runs there
+    if device.type != "cuda" or _capability(device) > 0:  # without a CUDA device nothing runs instead
         why_not = f"{why_not}; {_INSTEAD[path, by]}"
         why_not += f" ({no_numba})" if device.type == "cpu" and no_numba is not None else ""
     return Choice("torch", path, description, None, full, why_not, by)
 
 
-# What runs where the fused kernel does not, by path and kernels.
+# What runs instead of the fused kernel, by path and kernels.
 _INSTEAD = {
     ("tiles", "numba"): "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU",
     ("tiles", "torch"): "the closed-form gradient runs instead, in plain PyTorch",
@@ -157,30 +170,30 @@ _INSTEAD = {
 
 
 def multiplies_bf16() -> bool:
-    """The CPU has instructions for bf16 products (AVX-512 BF16); without them they are slower than float32."""
+    """Whether the CPU multiplies bf16 in hardware (AVX-512 BF16). Without it bf16 is slower than float32."""
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def launch_for(description: Description, precision: str, device: torch.device) -> Any:
-    """The fused kernel's configuration, or why there is none."""
-    from ..kernels.triton.launch import choose_launch  # needs no triton, but only this path needs it
+    """The configuration of the fused kernel, or a str that says why there is none."""
+    from ..kernels.triton.launch import choose_launch  # imported here, because only this path needs it
 
     capability = None if interpreted() else _capability(device)
     return choose_launch(description.dim, description.networks, precision, capability)
 
 
 def default_precision() -> str:
-    """What precision=None means: "bf16" where PyTorch is set to "medium", else "bf16x3".
+    """The precision for precision=None: "bf16" if PyTorch's float32 matmul precision is "medium", else "bf16x3".
 
-    ``torch.set_float32_matmul_precision`` names the same two: "high" is about 16 mantissa bits, "medium" bf16. At
-    "highest", PyTorch's default, full float32 products are not taken: they crawl in the fused kernel, and bf16x3 is
-    within 1e-5 of them. Ask for precision="ieee" to have them.
+    ``torch.set_float32_matmul_precision`` defines "high" as about 16 mantissa bits and "medium" as bf16. PyTorch's
+    default is "highest", full float32, but such products are very slow in the fused kernel, and bf16x3 agrees with
+    them to a relative 1e-5. precision="ieee" selects them explicitly.
     """
     return "bf16" if torch.get_float32_matmul_precision() == "medium" else "bf16x3"
 
 
 def _capability(device: torch.device) -> int:
-    """90 for sm_90 and so on; 0 where there is no CUDA device."""
+    """The compute capability as an int, such as 90 for sm_90; 0 without a CUDA device."""
     if not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -198,7 +211,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, *, asked: bool) ->
         return f"the interpreter (TRITON_INTERPRET=1) works on CPU tensors, and the state is on {device}"
     if not interpreted() and device.type != "cuda":
         return f"Triton's kernels need a CUDA device, and the state is on {device}"
-    if not _has_triton():  # looks through folders, so where nothing else is in the way
+    if not _has_triton():  # last, because it searches folders
         return "the package triton is not installed"
     if interpreted():
         return None if asked else 'the interpreter is for tests: it runs only where backend="triton" asks for it'

@@ -1,4 +1,4 @@
-"""What ``langevin_sample`` does while torch.compile traces it. Imported only then: torch._dynamo takes seconds."""
+"""``langevin_sample`` under torch.compile. Imported only while tracing: importing torch._dynamo takes seconds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from . import choose as choosing
 __all__ = ["can_compile", "run", "uncompiled"]
 
 
-# What they say of a machine stays true, and what torch.set_float32_matmul_precision said is taken when compiling. (This
-# marks them in place; torch can't trace them.)
+# torch can't trace these functions, so it calls them while compiling and keeps the results. They describe the machine,
+# which does not change; torch.set_float32_matmul_precision counts as it was while compiling.
 for _function in (choosing._has_triton, choosing._capability, choosing.default_precision, cpu.why_not):
     torch.compiler.assume_constant_result(_function)  # type: ignore[no-untyped-call]
 
@@ -27,7 +27,10 @@ for _function in (choosing._has_triton, choosing._capability, choosing.default_p
 def can_compile(
     energy: EnergyLike, labels: Tensor | None, condition: Tensor | None, backend: str, generator: torch.Generator | None
 ) -> bool:
-    """In whole, as one operator. Decided first, so that a graph break leaves none of the call half traced."""
+    """Whether the call can be traced as one operator.
+
+    Decided before anything else: otherwise a graph break could leave the call half traced.
+    """
     if not isinstance(energy, nn.Module) or backend == "reference" or condition is not None or generator is not None:
         return False
     try:
@@ -51,7 +54,7 @@ uncompiled = torch.compiler.disable(  # type: ignore[no-untyped-call]
 def run(
     energy: nn.Module,
     chains: Chains,
-    rule: Langevin,
+    sampler: Langevin,
     steps: int,
     *,
     shape: Sequence[int],
@@ -60,11 +63,14 @@ def run(
     precision: str | None,
     **options: Any,
 ) -> tuple[choosing.Choice, Advanced]:
-    """chains.x: (n_chains, *shape), or (n_chains, 0) for a uniform start."""
+    """Trace a call that ``can_compile``, as one operator.
+
+    chains.x: (n_chains, *shape), or (n_chains, 0) for a uniform start. options: keywords of ``op.run``.
+    """
     choice = choosing.choose(
         energy, chains.x.device, dtype, backend, precision, condition=None if chains.labels is None else "labels"
     )
     description = choice.description
     assert description is not None  # can_compile
     check_shape(energy, description, shape)
-    return choice, op.run(description, chains, rule, steps, path=choice.path, precision=choice.precision, **options)
+    return choice, op.run(description, chains, sampler, steps, path=choice.path, precision=choice.precision, **options)

@@ -1,9 +1,9 @@
-"""The fast path on a CPU: library products and autograd, and Numba's kernels (kernels/cpu) for all else. In float32.
+"""The fast path of Langevin steps on a CPU, in float32: Numba kernels (kernels/cpu) around matrix products or autograd.
 
-An MLP energy moves on tiles of chains, all K steps of a tile before the next, one thread per tile: no thread waits for
-another, and a tile's buffers stay in cache. A step is a list of calls, written down once and run without Python.
+MLP energies: a tile of chains takes all K steps before the next tile starts, and each thread works on its own tile. No
+thread waits for another, and a tile's buffers stay in cache. A step is a list of prepared calls, run without Python.
 
-Any other energy has PyTorch's own gradient of all chains at once, and one pass for the rest of a step.
+Other energies: autograd's gradient of all chains at once, then one pass for noise, update and clamp.
 """
 
 from __future__ import annotations
@@ -43,33 +43,34 @@ from .tiles import tiles
 
 __all__ = ["FEW_DIMS", "parts_of_update", "run_mlp", "run_module", "why_not"]
 
-# Up to as many dims, the products with the first weight are part of the loops around them: BLAS is slow there.
+# Up to this many dims, the activation loops compute the products with the first weight, for which BLAS is slow.
 FEW_DIMS = 4
 
-# Numbers that one thread updates before a second pays for itself.
+# Numbers per thread below which a second thread does not pay off.
 _NUMBERS_PER_THREAD = 16_384
 
-# Steps of a tile after which it looks whether to go on: another thread may have raised.
+# Steps between checks whether another thread has raised, in which case a tile stops.
 _STEPS_AT_ONCE = 16
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not run for such states, in words; None if they do."""
+    """Why these kernels do not run for states of this device and dtype; None if they do."""
     if device.type != "cpu":
         return f"Numba's kernels are for a CPU, and the state is on {device}"
     if dtype != torch.float32:
         return f"Numba's kernels compute in float32, and the state is {dtype}"
-    found: str | None = kernels.why_not()
-    return found
+    reason: str | None = kernels.why_not()
+    return reason
 
 
 # -- the update ----------------------------------------------------------------------------------------------------
 
 
 class _Update:
-    """Noise, update and clamp of some chains: what the kernels are given in every step, made ready once.
+    """Noise, update and clamp of some chains, with the kernel arguments that are the same in every step.
 
-    kind: LANGEVIN or DRIFT. told: (3, n) what a ``Telemetry`` adds up, or None. t: (1,) int64, the step.
+    coefficients: drift and noise_std. t: (1,) int64, the current step. kind: LANGEVIN, or DRIFT for the drift alone.
+    table: the (3, n) telemetry table, or None.
     """
 
     def __init__(
@@ -78,10 +79,10 @@ class _Update:
     ) -> None:  # fmt: skip
         n, self.dim = chains.x.shape
         self.t, self.kind = t, kind
-        self.told = chains.x.new_zeros(3, n) if telemetry else None
+        self.table = chains.x.new_zeros(3, n) if telemetry else None
         numbers, first_steps = chains.numbers.contiguous(), chains.first_steps.contiguous()
-        a, b = (c.contiguous() for c in coefficients)
-        both = [v for c in (a, b) for v in (c, c.shape[1] if len(c) > 1 else 0, int(c.shape[1] > 1))]
+        drift, noise_std = (c.contiguous() for c in coefficients)
+        both = [v for c in (drift, noise_std) for v in (c, c.shape[1] if len(c) > 1 else 0, int(c.shape[1] > 1))]
         lo, hi = Box(-math.inf, math.inf) if sampler.box is None else sampler.box.on(self.dim)
         key, frozen = seed_words(chains.seed), None if chains.frozen is None else chains.frozen.contiguous()
         self.plain = not (
@@ -97,14 +98,13 @@ class _Update:
             lo, hi = (torch.as_tensor(bound, dtype=torch.float32, device="cpu") for bound in (lo, hi))
             clips = [math.inf if clip is None else clip for clip in (sampler.grad_clip, sampler.grad_norm_clip)]
             self.front = [n if telemetry else 0, *key, numbers, first_steps, self.t]
-            self.back = [first_bad, self.told, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
+            self.back = [first_bad, self.table, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
             self.back += [*both, *clips, lo, int(lo.numel() > 1), hi, int(hi.numel() > 1)]
 
     def call(
         self, new: Tensor | None, x: Tensor, grad: Tensor | None, first: int, last: int, scratch: _Scratch
     ) -> Call:
-        """new = the state after step t of chains first to last - 1. float32, with rows x.stride(0) apart. None:
-        the call's ``aim`` will tell."""
+        """The call that updates chains first to last - 1 from x to new. None: set later by the call's ``aim``."""
         states = [new, x, grad, self.dim, x.stride(0)]
         if self.plain:
             arguments = [self.kind, first, last, *self.front, *scratch.draw, *states, *self.back]
@@ -116,21 +116,21 @@ class _Update:
 def _updates(
     chains: Chains, sampler: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
 ) -> list[_Update]:
-    """Of a step; or, with the noise first, of its two halves: x - 0 x + b xi, whose gradient may be x itself, and the
-    drift."""
+    """The update of a step or, with noise_first, its two parts: first the noise, with a drift of 0, then the drift.
+    The first part multiplies its gradient by 0, so callers pass x in place of one."""
     t = torch.zeros(1, dtype=torch.int64, device="cpu")
     if not sampler.noise_first:
         return [_Update(chains, sampler, coefficients, first_bad, telemetry, t)]
-    (a, b), none = coefficients, torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+    (drift, noise_std), zero = coefficients, torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     noise = Langevin(clamp=sampler.clamp if sampler.clamp_noise else None)
     return [
-        _Update(chains, noise, (none, b), first_bad, False, t),
-        _Update(chains, sampler, (a, none), first_bad, telemetry, t, kernels.DRIFT),
+        _Update(chains, noise, (zero, noise_std), first_bad, False, t),
+        _Update(chains, sampler, (drift, zero), first_bad, telemetry, t, kernels.DRIFT),
     ]
 
 
 class _Scratch:
-    """What an update works in; one for each thread."""
+    """Work buffers of an update, one object per thread."""
 
     def __init__(self, dim: int) -> None:
         self.draw = kernels.scratch((dim + 3) // 4)
@@ -150,19 +150,19 @@ def run_mlp(
     thin: int = 0,
     telemetry: bool = False,
 ) -> Advanced:
-    """chains.x: moved in place. precision: "ieee", or "bf16" for products of operands in bf16."""
+    """Langevin steps of an MLP energy. chains.x is modified in place. precision: "ieee" or "bf16" operands."""
     x = chains.x
     coefficients = sampler.coefficients(len(x), steps)
     done = Advanced.blank(x, steps, thin)
-    told = x.new_zeros(3, len(x)) if telemetry else None
+    table = x.new_zeros(3, len(x)) if telemetry else None
     mlps = _weights(description, precision)
 
     few = rows_of_products(x.device)
-    idle: dict[int, Spares[_Tile]] = {}  # tiles that no thread works on, by their rows
+    idle: dict[int, Spares[_Tile]] = {}  # tiles that no thread uses at the moment, by number of rows
 
     def begun(rows: slice) -> _Tile:
-        here, (a, b) = chains.rows(rows), (c[rows] if len(c) > 1 else c for c in coefficients)
-        updates = _updates(here, sampler, (a, b), done.first_bad[rows], telemetry)
+        here, (drift, noise_std) = chains.rows(rows), (c[rows] if len(c) > 1 else c for c in coefficients)
+        updates = _updates(here, sampler, (drift, noise_std), done.first_bad[rows], telemetry)
         n_rows = -(-len(here.x) // few) * few
         with torch.inference_mode():
             make = partial(_Tile, description, mlps, n_rows, here.labels is not None)
@@ -173,19 +173,19 @@ def run_mlp(
     def move(rows: slice, interrupted: Callable[[], bool]) -> None:
         tile = ahead.pop(rows.start, None) or begun(rows)
         with torch.inference_mode():
-            tile.run(steps, thin, done, told, rows, interrupted)
+            tile.run(steps, thin, done, table, rows, interrupted)
         idle[tile.n_rows].give(tile)
 
     n_threads = torch.get_num_threads()
     parts = tiles(len(x), n_threads)
-    # Every thread's first: this is Python, in which they would stand in each other's way.
+    # Prepare the first tile of each thread here: preparation is Python code, which the GIL would serialise anyway.
     ahead = {rows.start: begun(rows) for rows in parts[:n_threads]}
     share(parts, move, n_threads)
-    return done if told is None else done._replace(telemetry=averaged(told, steps))
+    return done if table is None else done._replace(telemetry=averaged(table, steps))
 
 
 class _Tile:
-    """Buffers of so many chains, and the calls of a step's gradient: made once, and used for one tile after another."""
+    """Buffers for n_rows chains and the calls of the gradient. Reused for one tile after another."""
 
     def __init__(self, description: Description, mlps: list[_Weights], n_rows: int, with_labels: bool) -> None:
         dim, like = description.dim, mlps[0].heads[0]
@@ -204,14 +204,14 @@ class _Tile:
         if curvature is not None or linear is not None:
             quadratic = kernels.load("mlp.quadratic")
             parts.append([[quadratic.prepared(grad, x, n_rows, dim, grad.stride(0), *terms)] for x in states])
-        # at x, and at new
+        # the gradients at x and at new
         self.gradients = [[call for part in parts for call in part[k]] for k in range(2)]
 
     def begin(self, chains: Chains, updates: list[_Update]) -> None:
-        """At the start of these chains, for ``run``."""
+        """Load these chains and their updates, before ``run``."""
         self.n_chains, self.update = len(chains.x), updates[-1]
         self.x.copy_(padded_rows(chains.x, self.n_rows))
-        self.new.copy_(self.x)  # rows of padding stay what they are
+        self.new.copy_(self.x)  # padding rows are never updated
         if self.labels is not None and chains.labels is not None:
             self.labels.copy_(padded_rows(chains.labels, self.n_rows))
         rows = 0, self.n_chains, self.scratch
@@ -227,9 +227,9 @@ class _Tile:
         self.program = _Program(even, odd, self.update.t)
 
     def run(
-        self, steps: int, thin: int, done: Advanced, told: Tensor | None, rows: slice, interrupted: Callable[[], bool]
+        self, steps: int, thin: int, done: Advanced, table: Tensor | None, rows: slice, interrupted: Callable[[], bool]
     ) -> None:
-        """All steps; these rows of ``done`` and ``told`` are written."""
+        """Run all steps, and write these rows of ``done`` and ``table``."""
         n = self.n_chains
         at_once = thin or _STEPS_AT_ONCE
         for first in range(0, steps, at_once):
@@ -242,12 +242,12 @@ class _Tile:
         x = self.ends[(steps - 1) % 2]
         done.x[rows].copy_(x[:n])
         done.energy[rows].copy_(self.evaluator.energy(x, self.labels)[:n])
-        if told is not None and self.update.told is not None:
-            told[:, rows] = self.update.told
+        if table is not None and self.update.table is not None:
+            table[:, rows] = self.update.table
 
 
 class _Program:
-    """Steps as lists of calls, of an even and of an odd one; t: (1,) int64, becomes the step."""
+    """A loop over steps, each a list of calls: even steps go from x to new, odd ones back. t: (1,) int64, the step."""
 
     def __init__(self, even: Sequence[Callable[[], object]], odd: Sequence[Callable[[], object]], t: Tensor) -> None:
         self.steps, self.t = (even, odd), t
@@ -260,14 +260,14 @@ class _Program:
         if self.compiled:
             kernels.load("program.run")(*self.lists, len(self.steps[0]), self.t, first, last)
             return
-        for t in range(first, last):  # a product of PyTorch's is among the calls
+        for t in range(first, last):  # some calls are PyTorch products, not kernels
             self.t.fill_(t)
             for call in self.steps[t % 2]:
                 call()
 
 
 class _Weights:
-    """An MLP of the sum, as all tiles read it."""
+    """The weights of one MLP of the energy's sum, in the layouts that the kernels read. Shared by all tiles."""
 
     def __init__(self, mlp: MLP, scale: float, operand: torch.dtype) -> None:
         self.mlp, self.scale = mlp, scale
@@ -282,15 +282,15 @@ class _Weights:
             first.new_zeros(len(w)) if bias is None else bias.contiguous()
             for w, bias in zip(mlp.weights, mlp.biases, strict=True)
         ]
-        # What the slopes of a layer are multiplied by: of the last one the head's weights.
+        # Factors of the slopes of each layer: 1, and the head's weights for the last layer.
         self.heads = [first.new_ones(1, width) for width in mlp.widths]
         if mlp.head != "logsumexp":
             self.heads[-1] = mlp.weights[-1].contiguous()
 
 
 def _weights(description: Description, precision: str) -> list[_Weights]:
-    """precision: "ieee", or "bf16" for products of operands in bf16."""
-    assert description.scales is not None  # it is not bare
+    """The weights of all MLPs. precision: "ieee", or "bf16" for bf16 operands."""
+    assert description.scales is not None  # only a bare description has none
     operand = torch.bfloat16 if precision == "bf16" else torch.float32
     return [
         _Weights(mlp, float(scale), operand)
@@ -299,9 +299,9 @@ def _weights(description: Description, precision: str) -> list[_Weights]:
 
 
 class _Network:
-    """An MLP of the sum on a tile: the calls of its gradient, in the buffers of ``evaluated``, which tells its energy.
+    """The calls of one MLP's gradient on a tile. ``evaluated`` owns the buffers and computes the energy.
 
-    z: of each layer, then the slopes. h: activations going up, gradients coming down.
+    z: the layers' preactivations, overwritten by the slopes. h: activations, overwritten by gradients.
     """
 
     def __init__(self, weights: _Weights, evaluated: Network, labels: Tensor | None) -> None:
@@ -310,12 +310,12 @@ class _Network:
         self.z, self.h, self.logits = evaluated.z, evaluated.h, evaluated.top
 
     def gradients(self, states: Sequence[Tensor], out: Tensor, *, add: bool) -> list[list[Callable[[], object]]]:
-        """Of each x of states, the calls of out (+)= dE_k/dx."""
+        """For each tensor x in ``states``, the calls that compute out (+)= dE_k/dx."""
         rest = [call for i in range(1, len(self.z)) for call in self._up(i, self.h[i - 1])] + self._down(out, add)
         return [[*self._up(0, x), *rest] for x in states]
 
     def _up(self, i: int, below: Tensor) -> list[Callable[[], object]]:
-        """Layer i, from what is below it."""
+        """The calls of the forward pass of layer i from its input ``below``."""
         w, activation, z = self.weights, self.weights.mlp.activations[i], self.z[i]
         few = w.few if i == 0 else 0
         labels = self.labels if i == len(self.z) - 1 else None
@@ -325,7 +325,7 @@ class _Network:
         return [call] if few > 0 else [*_product(below, w.up[i], z), call]
 
     def _down(self, out: Tensor, add: bool) -> list[Callable[[], object]]:
-        """From the head down to out."""
+        """The calls of the backward pass from the head to ``out``."""
         w, n = self.weights, self.n_rows
         above, slope = self.z[-1], None
         calls: list[Callable[[], object]] = []
@@ -351,7 +351,7 @@ class _Network:
 
 
 class _ClosedForm:
-    """An MLP energy as a ``Target`` (targets/base.py), for at most a tile of chains."""
+    """A ``Target`` (targets/base.py) for an MLP energy and at most one tile of chains, by Numba kernels."""
 
     def __init__(self, description: Description, mlps: list[_Weights], n_chains: int, labels: Tensor | None) -> None:
         few = rows_of_products(torch.device("cpu"))
@@ -373,17 +373,17 @@ class _ClosedForm:
         return self.tile.grad[: len(x)].clone()
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, by one forward pass where the head is no softmax, whose logits the gradient overwrites."""
+        """E(x) and dE/dx, from one forward pass unless a head is a logsumexp: its gradient overwrites the logits."""
         evaluator = self.tile.evaluator
         if any(network.mlp.head == "logsumexp" for network in evaluator.networks):
             return self.value(x), self.gradient(x)
         gradient = self.gradient(x)
-        # the gradient leaves the last hidden layer's activation as it is
+        # The gradient leaves the activations of the last hidden layer unchanged.
         return evaluator.energy_after(self.tile.x, self.tile.labels)[: len(x)], gradient
 
 
 def closed_form(description: Description, precision: str) -> Callable[[int, Tensor | None], Target]:
-    """Makes the target of so many chains with these labels."""
+    """A function (n_chains, labels) -> the target of these chains."""
     mlps = _weights(description, precision)
     return lambda n_chains, labels: _ClosedForm(description, mlps, n_chains, labels)
 
@@ -392,7 +392,7 @@ def closed_form(description: Description, precision: str) -> Callable[[int, Tens
 
 
 def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Callable[[], object]]:
-    """The calls of out (+)= a w."""
+    """The calls that compute out (+)= a @ w."""
     if w.dtype != a.dtype:
 
         def in_bf16() -> None:
@@ -409,15 +409,15 @@ def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Ca
 
 
 def _is_transposed(w: Tensor) -> bool:
-    """Whether columns, not rows, are whole."""
+    """Whether the columns of w are contiguous."""
     return w.stride(0) == 1 and w.stride(1) >= len(w)
 
 
 def _gemm(sgemm: int, a: Tensor, w: Tensor, out: Tensor, add: bool) -> Call:
-    """The call of out (+)= a w by BLAS' sgemm."""
+    """The call of BLAS' sgemm that computes out (+)= a @ w."""
     (n, n_in), n_out = a.shape, out.shape[1]
     transposed = _is_transposed(w)
-    # A stride is no less than what it steps over, also where there is one row only.
+    # BLAS requires a stride of at least the row length, even for a single row.
     w_stride = max(w.stride(1), n_in) if transposed else max(w.stride(0), n_out)
     letters = int.from_bytes(b"TN" if transposed else b"NN", "little")
     call = kernels.load("program.gemm").prepared(
@@ -430,20 +430,20 @@ def _gemm(sgemm: int, a: Tensor, w: Tensor, out: Tensor, add: bool) -> Call:
 
 def _multiply(a: Tensor, w: Tensor, out: Tensor) -> None:
     sgemm = _sgemm()
-    assert sgemm is not None  # or there is nothing to try
+    assert sgemm is not None  # only called if there is one
     _gemm(sgemm, a, w, out, False)()
 
 
 @cache
 def _sgemm() -> int | None:
-    """The address of BLAS' sgemm in the library that PyTorch itself multiplies with; None where it can't be had."""
+    """The address of sgemm in the BLAS library that PyTorch uses, or None if it is not found."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         try:
             address = ctypes.cast(ctypes.CDLL(str(folder / name)).sgemm_, ctypes.c_void_p).value
         except (OSError, AttributeError):
             continue
-        # That it is what it is called: small whole numbers, whose products are exact.
+        # Test that it is sgemm: on small integers, its result is exact.
         a, w, out = (
             torch.arange(n, dtype=torch.float32, device="cpu").reshape(shape)
             for n, shape in ((6, (2, 3)), (12, (3, 4)), (8, (2, 4)))
@@ -459,7 +459,7 @@ def _sgemm() -> int | None:
 
 
 def parts_of_update(n_chains: int, dim: int, n_threads: int) -> list[slice]:
-    """Chains that threads update apart: one part where a second thread would not pay for itself."""
+    """Split the chains among threads; one part if a second thread would not pay off."""
     size = max(1, -(-n_chains // n_threads), _NUMBERS_PER_THREAD // dim)
     return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]
 
@@ -467,10 +467,10 @@ def parts_of_update(n_chains: int, dim: int, n_threads: int) -> list[slice]:
 def run_module(
     energy: Energy, chains: Chains, sampler: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False
 ) -> Advanced:
-    """Its gradient by autograd. chains.x is left as it is."""
+    """Langevin steps of any energy with autograd's gradient. chains.x is not modified."""
     n, dim = chains.x.shape
     n_threads = torch.get_num_threads()
-    with energy.differentiating():  # also what is made here: inference tensors could not be changed within
+    with energy.differentiating():  # allocate in here: inference tensors could not be modified
         x = chains.x.clone()
         done = Advanced.blank(x, steps, thin)
         updates = _updates(chains, sampler, sampler.coefficients(n, steps), done.first_bad, telemetry)
@@ -479,7 +479,7 @@ def run_module(
         teams = [Team(of_update, n_threads) for of_update in calls]
 
         def moved(k: int, x: Tensor, grad: Tensor) -> Tensor:
-            new = torch.empty_like(x)  # a fresh one, as the energy may have kept the last
+            new = torch.empty_like(x)  # a new tensor, because the energy may have kept the last one
             for call in calls[k]:
                 call.aim(new=new, x=x, grad=grad)
             teams[k]()
@@ -489,10 +489,12 @@ def run_module(
             updates[0].t.fill_(t)
             if sampler.noise_first:
                 x = moved(0, x, x)
-            grad = energy.pulled_back(x.detach().requires_grad_(), chains.given).resolve_neg().contiguous()
+            grad = (
+                energy.pulled_back(x.detach().requires_grad_(), chains.labels_or_condition).resolve_neg().contiguous()
+            )
             x = moved(-1, x, grad)
             if done.trajectory is not None and (t + 1) % thin == 0:
                 done.trajectory[:, t // thin] = x
-        if (told := updates[-1].told) is not None:
-            done = done._replace(telemetry=averaged(told, steps))
-    return done._replace(x=x, energy=energy(x, chains.given))
+        if (table := updates[-1].table) is not None:
+            done = done._replace(telemetry=averaged(table, steps))
+    return done._replace(x=x, energy=energy(x, chains.labels_or_condition))

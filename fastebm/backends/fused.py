@@ -1,5 +1,8 @@
-"""The Triton runs of Langevin steps: one launch for all steps of an MLP energy; for other energies a gradient per step,
-then one launch for noise, update and clamp."""
+"""Langevin steps by Triton kernels.
+
+MLP energies: one launch for all steps. Other energies: at each step a gradient, then one launch for noise, update and
+clamp.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ __all__ = ["run_mlp", "run_module", "run_products"]
 
 # triton 3.10 turns fused multiply-add off by default; the interpreter takes no such option.
 _OPTIONS = {} if interpreted() else {"enable_fp_fusion": True}
-# Lower than ptxas' default, 5: it hoists less out of loops, which would cost registers.
+# Lower than ptxas' default of 5: less is hoisted out of loops, which saves registers.
 _LEAN_OPTIONS = {} if interpreted() else {"ptx_options": "--register-usage-level=3"}
 
 # Most chains per launch where each chain needs scratch memory, which the next launch reuses. An H200 works on about
@@ -47,18 +50,18 @@ def run_mlp(
     thin: int = 0,
     telemetry: bool = False,
 ) -> Advanced:
-    """Langevin steps of an MLP energy, all in one launch. chains.x: float32, contiguous, moved in place."""
+    """All Langevin steps of an MLP energy in one launch. chains.x: float32, contiguous, modified in place."""
     x = chains.x
     n_chains, dim = x.shape
     device = x.device
     energy = torch.empty(n_chains, dtype=torch.float32, device=device)
     first_bad = torch.empty(n_chains, dtype=torch.int32, device=device)
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
-    told = x.new_empty(3, n_chains) if telemetry else None
+    table = x.new_empty(3, n_chains) if telemetry else None
     if n_chains == 0:
-        return Advanced(x, energy, first_bad, trajectory, _named(told))
+        return Advanced(x, energy, first_bad, trajectory, _named(table))
     arguments, flags = _sampler_arguments(sampler, n_chains, steps, dim, device)
-    # With no step there is no order, and no coefficient of the first step to load.
+    # With zero steps, the kernel must not load the first step's coefficients, as it does with noise first.
     flags["NOISE_FIRST"] = sampler.noise_first and steps > 0
     flags["CLAMP_NOISE"] = sampler.clamp_noise and steps > 0
     n_tiles = -(-n_chains // launch.block_chains)
@@ -73,7 +76,7 @@ def run_mlp(
     # Triton launches on the current device, which may not be x's.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         prepared, places = _prepare(description, chains.seed, precision, launch, device)
-        state = x, energy, first_bad, trajectory, thin, told, chains.numbers, chains.first_steps, chains.labels
+        state = x, energy, first_bad, trajectory, thin, table, chains.numbers, chains.first_steps, chains.labels
         for first_tile in range(0, n_tiles, tiles_at_once):
             kernel[(min(tiles_at_once, n_tiles - first_tile),)](
                 *state,
@@ -98,13 +101,13 @@ def run_mlp(
                 **(_LEAN_OPTIONS if launch.lean else {}),
             )
     report = prepared[weights.REPORT.value]
-    return Advanced(x, energy, first_bad, trajectory, _named(told), report=report)
+    return Advanced(x, energy, first_bad, trajectory, _named(table), report=report)
 
 
 def _regime(
     description: Description, launch: Launch, precision: str, n_tiles: int, x: Tensor
 ) -> tuple[int, list[Any], dict[str, Any]]:
-    """How many tiles one launch takes, and the scratch and compile-time flags that only this regime's kernel has."""
+    """The number of tiles per launch, and the scratch and compile-time flags that only this regime's kernel takes."""
     padded = launch.in_memory and x.shape[1] != launch.block_dim
     tiles_at_once = n_tiles
     if launch.regime == "streaming" or padded:
@@ -138,7 +141,7 @@ def _layers(description: Description, launch: Launch, precision: str) -> Layers:
 def _prepare(
     description: Description, seed: int | Tensor, precision: str, launch: Launch, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The buffer of seed and weights, and the offsets in it as compile-time constants of a step kernel."""
+    """A buffer with the seed and the weights, and the offsets in it as compile-time constants of the kernel."""
     mlps = description.mlps
     # At bf16 the kernel's silu takes z/2 (kernels/triton/mlp.py), so the layers below one are halved, which is exact.
     networks = tuple(
@@ -184,7 +187,7 @@ def _prepare(
 
 
 def _signed_words(seed: int) -> tuple[int, int]:
-    """The low and high word of 64 bits, both as int32: Triton chooses the type of an int by its size."""
+    """The low and high word of a seed as int32: Triton chooses the type of an int argument by its value."""
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
@@ -193,25 +196,25 @@ def run_module(
     energy: Energy, chains: Chains, sampler: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
     recorder: Recorder | None = None,
 ) -> Advanced:  # fmt: skip
-    """Any energy: autograd's gradient, then noise, update and clamp in one launch. chains.x is moved in place.
+    """Langevin steps of any energy: autograd's gradient, then noise, update and clamp in one launch.
 
-    recorder: records one step as a CUDA graph and replays it.
+    chains.x is modified in place. recorder: records one step as a CUDA graph and replays it; or None.
     """
 
     def gradient(x: Tensor) -> Tensor:
-        return _aligned(energy.gradient(x, chains.given))
+        return _aligned(energy.gradient(x, chains.labels_or_condition))
 
     done = _run_by_gradient(gradient, chains, sampler, steps, thin, telemetry, recorder)
-    return done._replace(energy=energy(chains.x, chains.given))
+    return done._replace(energy=energy(chains.x, chains.labels_or_condition))
 
 
 def run_products(
     description: Description, chains: Chains, sampler: Langevin, steps: int, *, thin: int = 0, telemetry: bool = False,
     recorder: Recorder | None = None,
 ) -> Advanced:  # fmt: skip
-    """An MLP energy too wide for the fused kernel: closed-form gradient by library products, and the fused update.
+    """Langevin steps of an MLP too wide for the fused kernel: closed-form gradient by library products, fused update.
 
-    chains.x is moved in place. recorder: records one step as a CUDA graph and replays it.
+    chains.x is modified in place. recorder: records one step as a CUDA graph and replays it; or None.
     """
     n_chains, dim = chains.x.shape
     n_rows = rows_of_products(chains.x.device)
@@ -221,7 +224,7 @@ def run_products(
     grad, energy = torch.empty_like(chains.x), chains.x.new_empty(n_chains)
 
     def each_tile(x: Tensor) -> Iterator[slice]:
-        """Load one tile of states after another. Rows of padding hold finite numbers that nobody reads."""
+        """Load one tile of states after another. Padding rows hold finite numbers, and their results are not used."""
         for first in range(0, n_chains, n_rows):
             rows = slice(first, min(first + n_rows, n_chains))
             tile[: rows.stop - first] = x[rows]
@@ -244,13 +247,13 @@ def _run_by_gradient(
     gradient: Callable[[Tensor], Tensor], chains: Chains, sampler: Langevin, steps: int, thin: int, telemetry: bool,
     recorder: Recorder | None,
 ) -> Advanced:  # fmt: skip
-    """All but the energies."""
+    """Steps by a function that returns the gradient. Everything of the result except the energies."""
     x = chains.x
     n_chains, dim = x.shape
     device = x.device
     first_bad = torch.full((n_chains,), -1, dtype=torch.int32, device=device)
     trajectory = x.new_empty(n_chains, steps // thin, dim) if thin else None
-    told = x.new_zeros(3, n_chains) if telemetry else None
+    table = x.new_zeros(3, n_chains) if telemetry else None
     arguments, flags = _sampler_arguments(sampler, n_chains, steps, dim, device)
     *coefficients, _, _, lo, hi = arguments
     bounds, clamp = ((lo, hi), flags["CLAMP"]) if sampler.clamp_noise else ((None, None), "")
@@ -263,7 +266,7 @@ def _run_by_gradient(
     new = torch.empty_like(x)
 
     def launch(
-        half: str, new: Tensor, x: Tensor, grad: Tensor | None, told: Tensor | None, arguments: list[Any], clamp: str
+        half: str, new: Tensor, x: Tensor, grad: Tensor | None, table: Tensor | None, arguments: list[Any], clamp: str
     ) -> None:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             update.langevin_update[((n_chains + block_chains - 1) // block_chains,)](
@@ -271,7 +274,7 @@ def _run_by_gradient(
                 x,
                 grad,
                 first_bad,
-                told,
+                table,
                 chains.numbers,
                 chains.first_steps,
                 seed,
@@ -290,12 +293,12 @@ def _run_by_gradient(
             )
 
     def step() -> None:
-        # Only the gradient may raise or synchronise, and it comes before any chain has moved.
+        # Only the gradient may raise or synchronise, and it runs before any chain moves.
         if sampler.noise_first:
             launch("noise", new, x, None, None, *of_noise)
-            launch("drift", x, new, gradient(new), told, arguments, flags["CLAMP"])
+            launch("drift", x, new, gradient(new), table, arguments, flags["CLAMP"])
         else:
-            launch("", new, x, gradient(x), told, arguments, flags["CLAMP"])
+            launch("", new, x, gradient(x), table, arguments, flags["CLAMP"])
             x.copy_(new)  # not a swap: a CUDA graph replays with the same addresses
         at.add_(1)
 
@@ -303,13 +306,13 @@ def _run_by_gradient(
         if trajectory is not None and (t + 1) % thin == 0:
             trajectory[:, t // thin] = x
 
-    how = run_steps(step, steps if n_chains > 0 else 0, recorder, keep)
-    return Advanced(x, x, first_bad, trajectory, None if told is None else averaged(told, steps), how)
+    outcome = run_steps(step, steps if n_chains > 0 else 0, recorder, keep)
+    return Advanced(x, x, first_bad, trajectory, None if table is None else averaged(table, steps), outcome)
 
 
-def _named(told: Tensor | None) -> dict[str, Tensor] | None:
-    """The kernel's own table, (3, n_chains)."""
-    return None if told is None else dict(zip(LANGEVIN_TELEMETRY, told, strict=True))
+def _named(table: Tensor | None) -> dict[str, Tensor] | None:
+    """Telemetry by name, from the (3, n_chains) table of a kernel that has already averaged it."""
+    return None if table is None else dict(zip(LANGEVIN_TELEMETRY, table, strict=True))
 
 
 def _sampler_arguments(
@@ -330,7 +333,7 @@ def _sampler_arguments(
     bounds = None if sampler.box is None else sampler.box.on(dim, device=device)
     lo, hi = bounds or (None, None)
     rows = isinstance(lo, Tensor)
-    # As floats: Triton would specialise on an int of 1, and recompile.
+    # Floats, because Triton specialises on an int of 1 and would recompile.
     arguments += [None if clip is None else float(clip) for clip in (sampler.grad_clip, sampler.grad_norm_clip)]
     arguments += [_aligned(bound) if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
     flags["CLAMP"] = "" if bounds is None else "rows" if rows else "numbers"
@@ -338,7 +341,7 @@ def _sampler_arguments(
 
 
 def _aligned(v: Tensor) -> Tensor:
-    """Contiguous and 16-byte aligned: for other pointers Triton compiles the kernel again, which takes seconds."""
+    """The tensor, contiguous and 16-byte aligned. For other pointers Triton recompiles, which takes seconds."""
     v = v.contiguous()
     return v if v.data_ptr() % 16 == 0 else v.clone()
 
@@ -357,5 +360,5 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def _fast(precision: str | None) -> bool:
-    """Whether to use approximate special functions. The interpreter has none, and "ieee" asks for exact ones."""
+    """Whether to use approximate special functions: not in the interpreter, which has none, nor at "ieee"."""
     return not interpreted() and precision != "ieee"

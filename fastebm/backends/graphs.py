@@ -1,8 +1,8 @@
-"""A step recorded once as a CUDA graph and replayed, where that is possible.
+"""Record one step as a CUDA graph and replay it for the other steps of the call.
 
-One recording serves one call, never two: whatever a module may change between calls (parameters that move to
-another place, hooks, numbers on the Python side) is then seen, with nothing to compare. The steps before the
-recording are steps that the call has to take anyway, so it costs one pass of Python and no gradient.
+Each call records anew. So changes to the module between calls (moved parameters, hooks, Python numbers) take effect
+without any check. The warm-up steps before the recording are steps of the call itself, so recording costs one pass
+through the step's Python code and no extra gradient.
 """
 
 from __future__ import annotations
@@ -16,67 +16,72 @@ import torch
 
 __all__ = ["CudaRecorder", "Recorder", "run_steps"]
 
-# Before the recording: libraries choose their kernels and allocate workspaces (as many as PyTorch's own examples do).
+# Steps before the recording, in which libraries choose kernels and allocate workspaces. PyTorch's examples use 3 too.
 WARM_UP = 3
 
-# Fewer than this would not repay the recording.
+# With fewer steps the recording costs more time than it saves.
 MIN_STEPS = 16
 
 
 class Recorder(Protocol):
-    """The device's part of it, apart so that tests need no GPU."""
+    """The device-specific part of recording. A protocol, so that tests can run without a GPU."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """Where steps before the recording run."""
+        """A context for the steps before the recording: they run on the recorder's stream."""
 
     def without_waiting(self) -> AbstractContextManager[None]:
-        """RuntimeError for whatever waits for the device."""
+        """A context in which any operation that synchronises with the device raises RuntimeError."""
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """What the step does to the device, to be replayed; does nothing now. RuntimeError where that can't be."""
+        """Record the device work of a step without running it, and return a function that replays it.
+
+        Raises:
+            RuntimeError: the step can't be recorded.
+        """
 
 
 def run_steps(
     step: Callable[[], None], steps: int, recorder: Recorder | None, after: Callable[[int], None]
 ) -> str | None:
-    """``step`` so many times, each followed by ``after`` of its number, which is not recorded.
+    """Run ``step`` ``steps`` times, and ``after(t)``, which is not recorded, after step t.
 
-    A step that raises must have moved nothing. Returns "recorded", or why not, in words; None without a recorder.
+    A step that raises must not have changed any state. Returns "recorded" or the reason why not; None without a
+    recorder.
     """
-    done, how, replay = 0, None, step
+    done, outcome, replay = 0, None, step
     if recorder is not None and steps < MIN_STEPS:
-        how = f"fewer than {MIN_STEPS} steps do not repay it"
+        outcome = f"fewer than {MIN_STEPS} steps do not repay it"
     elif recorder is not None:
-        how = "recorded"
+        outcome = "recorded"
         with recorder.aside():
             for t in range(WARM_UP - 1):
                 step()
                 after(t)
             done = WARM_UP - 1
             try:
-                # A recording that fails would leave torch 2.11's allocator waiting for its end: find out before.
+                # A failed recording leaves torch 2.11's allocator in capture mode, so look for synchronisation first.
                 with recorder.without_waiting():
                     step()
                 after(done)
                 done += 1
             except RuntimeError as error:
-                how = f"a step waits for the device ({error})"
-        if how == "recorded":
+                outcome = f"a step waits for the device ({error})"
+        if outcome == "recorded":
             try:
                 replay = recorder.record(step)
             except RuntimeError as error:
-                how = f"the recording failed ({error})"
+                outcome = f"the recording failed ({error})"
     for t in range(done, steps):
         replay()
         after(t)
-    return how
+    return outcome
 
 
 _kept = threading.local()
 
 
 def stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """One for each thread and device, kept: cuBLAS has a workspace, some 64 MiB, for every stream that it has seen."""
+    """A side stream, one per thread and device. Reused, because cuBLAS keeps about 64 MiB for each stream."""
     streams: dict[int, torch.cuda.Stream] = _kept.__dict__.setdefault("streams", {})
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in streams:
@@ -85,7 +90,7 @@ def stream_beside(device: torch.device) -> torch.cuda.Stream:
 
 
 class CudaRecorder:
-    """The current stream's device, through a stream beside it: what is recorded may not be the default stream."""
+    """Records on a side stream, because CUDA can't capture the default stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -112,7 +117,7 @@ class CudaRecorder:
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # not torch.cuda.graph(): it empties the allocator's cache each time
+        # Not torch.cuda.graph(), which empties the allocator's cache each time.
         with self.aside():
             graph.capture_begin(capture_error_mode="thread_local")
             try:

@@ -1,8 +1,8 @@
-"""All of a ``langevin_sample`` of an MLP energy as one operator of torch.library, ``fastebm::langevin``.
+"""A whole ``langevin_sample`` of an MLP energy as one torch.library operator, ``fastebm::langevin``.
 
-Tensors and plain constants only, so that a compiler need not look inside: what depends on data (checks, raising,
-restarting chains) happens in here, and weights are arguments, so that no compiled code keeps old ones. How a call
-becomes these arguments is this file's alone: ``run`` encodes, the operator decodes.
+torch.compile does not look inside an operator, so the steps that depend on values (checks, errors, reinitialised
+chains) happen in here. Weights are arguments, so compiled code never keeps old ones. Operators take only tensors and
+plain constants: ``run`` encodes a call as these, and the operator decodes them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..tracing import capturing, operator
 from . import LANGEVIN_TELEMETRY, Advanced, Chains, cpu, settle, table
 from .choose import FUSED, Choice, launch_for
 
-__all__ = ["encode_networks", "encode_rule", "run"]
+__all__ = ["encode_networks", "encode_sampler", "run"]
 
 
 def encode_networks(mlps: tuple[MLP, ...]) -> str:
-    """Heads and activations: "scalar silu=0.0 leaky_relu=0.2;logsumexp tanh=0.0"."""
+    """Heads and activations as a str, such as "scalar silu=0.0 leaky_relu=0.2;logsumexp tanh=0.0"."""
     return ";".join(" ".join([mlp.head, *(f"{a.name}={a.parameter!r}" for a in mlp.activations)]) for mlp in mlps)
 
 
 def _decode_networks(networks: str, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[MLP, ...]:
     words = [network.split() for network in networks.split(";")]
-    ends = accumulate(map(len, words), initial=0)  # as many layers as words: the head's for the head
+    ends = accumulate(map(len, words), initial=0)  # one layer per word; the output layer stands for the head
     mlps = []
     for (head, *layers), (first, end) in zip(words, pairwise(ends), strict=True):
         pairs = (layer.split("=") for layer in layers)
@@ -42,16 +42,23 @@ def _decode_networks(networks: str, weights: list[Tensor], biases: list[Tensor |
     return tuple(mlps)
 
 
-def encode_rule(rule: Langevin) -> tuple[list[float], list[Tensor | None], float | None, float | None, bool, bool]:
-    """step_size, noise_scale and the clamp's two, each in one of two lists; then both clips, and the order."""
-    values = (rule.step_size, rule.noise_scale, *(rule.clamp or ()))
+def encode_sampler(
+    sampler: Langevin,
+) -> tuple[list[float], list[Tensor | None], float | None, float | None, bool, bool]:
+    """The sampler as operator arguments.
+
+    The first two lists hold step_size, noise_scale and the bounds of the clamp: each value is in one list, with NaN or
+    None in the other. Then grad_clip, grad_norm_clip, noise_first and clamp_noise.
+    """
+    values = (sampler.step_size, sampler.noise_scale, *(sampler.clamp or ()))
     numbers = [math.nan if isinstance(v, Tensor) else float(v) for v in values]
     tensors = [v if isinstance(v, Tensor) else None for v in values]
-    grad_clip, norm_clip = (None if clip is None else float(clip) for clip in (rule.grad_clip, rule.grad_norm_clip))
-    return numbers, tensors, grad_clip, norm_clip, rule.noise_first, rule.clamp_noise
+    clips = (sampler.grad_clip, sampler.grad_norm_clip)
+    grad_clip, norm_clip = (None if clip is None else float(clip) for clip in clips)
+    return numbers, tensors, grad_clip, norm_clip, sampler.noise_first, sampler.clamp_noise
 
 
-def _decode_rule(
+def _decode_sampler(
     numbers: list[float], tensors: list[Tensor | None], grad_clip: float | None, grad_norm_clip: float | None,
     noise_first: bool, clamp_noise: bool,
 ) -> Langevin:  # fmt: skip
@@ -76,7 +83,7 @@ def _fake(  # type: ignore[no-untyped-def]
     )
 
 
-# cudagraph_unsafe: it looks at values, and so waits for the device; the CUDA graphs of torch.compile go round it.
+# cudagraph_unsafe: the operator reads values on the host, so torch.compile must not put it into a CUDA graph.
 @operator(
     "langevin",
     "(Tensor x, Tensor seed, Tensor chains, Tensor first_steps, Tensor? labels, Tensor? frozen, "
@@ -93,16 +100,17 @@ def langevin(  # type: ignore[no-untyped-def]
     numbers, tensors, grad_clip, grad_norm_clip, noise_first, clamp_noise, steps, thin, telemetry, path, precision,
     on_nonfinite,
 ):  # fmt: skip
-    """x: (n, *shape) start; (n, 0): a uniform one. seed: (1,) int64. chains: (n,) global numbers. frozen: any shape.
+    """Run a whole call. Returns x, energy, first_bad, trajectory and telemetry as in ``Advanced``; (0,) for None.
 
-    weights, biases: of all networks in turn. Returns what ``Advanced`` holds, (0,) for what was not asked for.
+    x: (n, *shape) start, or (n, 0) for a uniform one. seed: (1,) int64. chains: (n,) global chain numbers. frozen: bool
+    of 1 or n states. weights, biases: those of all networks, one network after another.
     """
     dtype, device, dim = _dtype(x), x.device, weights[0].shape[1]
     mlps = _decode_networks(networks, weights, biases)
     start = None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         description = Description(mlps, scales, curvature, mean, linear, constant)
-        rule = _decode_rule(numbers, tensors, grad_clip, grad_norm_clip, noise_first, clamp_noise)
+        sampler = _decode_sampler(numbers, tensors, grad_clip, grad_norm_clip, noise_first, clamp_noise)
         if not capturing(device):
             if table.reports_bad_starts(path, steps):
                 start = x
@@ -112,7 +120,7 @@ def langevin(  # type: ignore[no-untyped-def]
                 settle.check_classes(labels, min(len(mlp.weights[-1]) for mlp in mlps if mlp.head == "class"))
         if x.ndim == 2 and x.shape[1] == 0:
             start = None
-            x = uniform_states(seed, Stream.INITIAL, chains, 0, dim, clamp=rule.clamp, dtype=dtype)
+            x = uniform_states(seed, Stream.INITIAL, chains, 0, dim, clamp=sampler.clamp, dtype=dtype)
         else:
             x = x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(len(chains), dim)
         frozen = None if frozen is None else frozen.reshape(-1, dim)
@@ -120,10 +128,12 @@ def langevin(  # type: ignore[no-untyped-def]
         launch = launch_for(description, precision, device) if path in FUSED else None
         kernels = "triton" if path != "tiles" else "numba" if cpu.why_not(device, dtype) is None else "torch"
         choice = Choice("auto", path, description, launch, precision, None, kernels)
-        done = table.run(table.Job(choice, None, moving, rule, steps, thin, telemetry))
+        done = table.run(table.Job(choice, None, moving, sampler, steps, thin, telemetry))
         named = {f"{kind} {i}": v for kind, vs in (("weight", weights), ("bias", biases)) for i, v in enumerate(vs)}
-        given = {name: v for name, v in named.items() if v is not None}
-        settle.settle(done, moving, rule, steps, lambda: given, table.energy_of(description), on_nonfinite, start)
+        parameters = {name: v for name, v in named.items() if v is not None}
+        settle.settle(
+            done, moving, sampler, steps, lambda: parameters, table.energy_of(description), on_nonfinite, start
+        )
     nothing = x.new_empty(0)
     return (
         done.x,
@@ -135,11 +145,11 @@ def langevin(  # type: ignore[no-untyped-def]
 
 
 def run(
-    description: Description, chains: Chains, rule: Langevin, steps: int, *, path: str, precision: str,
+    description: Description, chains: Chains, sampler: Langevin, steps: int, *, path: str, precision: str,
     on_nonfinite: str, thin: int, telemetry: bool,
 ) -> Advanced:  # fmt: skip
-    """The operator on a call. chains.x: as the operator takes it. chains.seed: a tensor."""
-    x, energy, first_bad, trajectory, told = langevin(
+    """Encode a call and apply the operator. chains: x in the form that the operator takes, seed a tensor."""
+    x, energy, first_bad, trajectory, table_of_telemetry = langevin(
         *chains[:6],
         [weight for mlp in description.mlps for weight in mlp.weights],
         [bias for mlp in description.mlps for bias in mlp.biases],
@@ -149,7 +159,7 @@ def run(
         description.mean,
         description.linear,
         description.constant,
-        *encode_rule(rule),
+        *encode_sampler(sampler),
         steps,
         thin,
         telemetry,
@@ -157,7 +167,7 @@ def run(
         precision,
         on_nonfinite,
     )
-    named = dict(zip(LANGEVIN_TELEMETRY, told.unbind(), strict=True)) if telemetry else None
+    named = dict(zip(LANGEVIN_TELEMETRY, table_of_telemetry.unbind(), strict=True)) if telemetry else None
     return Advanced(x, energy, first_bad, trajectory if thin else None, named)
 
 

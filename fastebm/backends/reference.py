@@ -1,8 +1,8 @@
 """The definition of correct: K steps of any sampler in plain PyTorch, on any target, on any device.
 
-Every faster run is compared with this one. With ``by_definition`` the random numbers are made by PyTorch's own
-operations too; the faster paths that have no loop of their own use this one, with a faster target and Numba's numbers.
-Read it as documentation.
+Every faster run is tested against this one. Read it as documentation. With ``by_definition`` even the random numbers
+come from PyTorch operations. Faster paths without a loop of their own use this loop with ``by_definition=False``, a
+faster target, and random numbers from Numba.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ def run(
     target: Target, chains: Chains, sampler: Any, steps: int, *, thin: int = 0, telemetry: bool = False,
     by_definition: bool = True, interrupted: Callable[[], bool] = lambda: False,
 ) -> Advanced:  # fmt: skip
-    """chains.x is left as it is.
+    """Run the steps. ``chains`` is not modified.
 
-    thin: keep the state after every thin-th step; 0: none. interrupted: whether to stop early, the result unused.
+    thin: store the state after every thin-th step; 0 stores none. telemetry: also return the sampler's telemetry.
+    by_definition: draw random numbers by PyTorch operations. interrupted: asked before each step whether to stop
+    early; the result is then unused.
     """
     x, frozen = chains.x, chains.frozen
     n_chains, dim = x.shape
@@ -38,7 +40,7 @@ def run(
     )  # fmt: skip
     done = Advanced.blank(x, steps, thin)
     first_bad = done.first_bad
-    stopped: Tensor | None = None  # (n_chains,) bool, chains that are not finite; None while there are none
+    stopped: Tensor | None = None  # (n_chains,) bool, chains that are no longer finite; None if none are
     sums: dict[str, Tensor] = {}
     last: Mapping[str, Tensor] = {}
 
@@ -48,7 +50,7 @@ def run(
             break
         before = stopped
         moved, info = sampler.step(view, state, noise, t)
-        # A chain that has stopped stays at its last finite state. In the step that stops it, ``moved`` is that state.
+        # A stopped chain stays at its last finite state. In the step that stops it, ``moved`` already holds that state.
         state = moved if stopped is None else _held(stopped, state, moved)
         if info.finite is not None:
             first_bad[~info.finite & (first_bad < 0)] = t
@@ -61,17 +63,17 @@ def run(
                 sums[name] = sums[name] + value if name in sums else value
         if done.trajectory is not None and (t + 1) % thin == 0:
             done.trajectory[:, t // thin] = state.x
-    energy = getattr(state, "energy", None)  # a sampler may carry it
+    energy = getattr(state, "energy", None)  # MALA's state carries it, for example
     energy = target.value(state.x) if energy is None else energy
-    told = {**{name: value / steps for name, value in sums.items()}, **last}
-    named = {name: told.get(name, x.new_full((n_chains,), empty)) for name, empty in sampler.reports.items()}
+    reported = {**{name: value / steps for name, value in sums.items()}, **last}
+    named = {name: reported.get(name, x.new_full((n_chains,), empty)) for name, empty in sampler.reports.items()}
     return done._replace(x=state.x, energy=energy, telemetry=named if telemetry else None)
 
 
 def _held(stopped: Tensor, old: Any, new: Any) -> Any:
-    """The new state, with the old one's rows for chains that have stopped."""
+    """The new state, with the old rows of stopped chains."""
 
-    def held(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(stopped.view(-1, *[1] * (b.ndim - 1)), a, b)
+    def held(before: Tensor, after: Tensor) -> Tensor:
+        return torch.where(stopped.view(-1, *[1] * (after.ndim - 1)), before, after)
 
-    return type(new)(*(held(a, b) for a, b in zip(old, new, strict=True)))
+    return type(new)(*(held(before, after) for before, after in zip(old, new, strict=True)))

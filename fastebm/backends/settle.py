@@ -1,4 +1,4 @@
-"""What becomes of chains that are not finite, and the checks of starts and labels that need their values."""
+"""Handle chains that are not finite after a run, and check the values of starts and labels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from . import Advanced, Chains
 
 __all__ = ["NonFiniteError", "check_classes", "check_finite", "settle"]
 
-# Chains that are tested together: of a large start no whole copies are made.
+# Chains tested at a time, so that a large start is never copied as a whole.
 _ROWS_AT_ONCE = 4096
 
 
 class NonFiniteError(RuntimeError):
-    """Some chains left the finite numbers, and ``on_nonfinite="raise"``."""
+    """Chains or their energies became NaN or infinite, and ``on_nonfinite="raise"``.
+
+    The message gives the number of chains, the first step, the last finite max |x|, the step size and what to try.
+    """
 
 
 def check_finite(init: Tensor) -> None:
-    """init: (n_chains, *shape)."""
-    # A sum is finite only if all its terms are, and takes no memory; one that overflowed by itself is looked into.
+    """Raise a ValueError if the start, (n_chains, *shape), is not finite."""
+    # Fast path without extra memory: a finite sum proves that all terms are finite. Otherwise test each chain, because
+    # a sum of finite terms may overflow.
     if bool(init.sum().isfinite()):
         return
     finite = torch.cat([part.isfinite().flatten(1).all(dim=1) for part in torch.split(init, _ROWS_AT_ONCE)])
@@ -36,7 +40,7 @@ def check_finite(init: Tensor) -> None:
 
 
 def check_classes(labels: Tensor, n: int) -> None:
-    """On a device, a label out of range would end the process' use of it."""
+    """Raise a ValueError for labels outside [0, n): on a GPU, such an index would break CUDA for the whole process."""
     if bool(((labels < 0) | (labels >= n)).any()):
         raise ValueError(
             f"labels must be in [0, {n}), the energy's classes, got values from {int(labels.min())} to "
@@ -54,10 +58,17 @@ def settle(
     on_nonfinite: str,
     start: Tensor | None = None,
 ) -> None:
-    """Raise for chains that are not finite, or reinitialise them in place. The call's one device sync.
+    """Raise for chains that are not finite, or reinitialise them in ``done``. The one device sync of a call.
 
-    weights: by name, for the error. energy: of new states and their conditions. start: the caller's states, if
-    ``done.report`` covers them and they have not been tested yet.
+    Args:
+        weights: returns the energy's weights by name, for the error.
+        energy: E of states, (n, dim), and their labels or condition.
+        on_nonfinite: "raise", "reinit" or "ignore".
+        start: the caller's start if it still has to be tested; ``done.report`` then covers it.
+
+    Raises:
+        NonFiniteError: chains are not finite, with on_nonfinite="raise".
+        ValueError: the start is not finite.
     """
     if done.report is not None and (start is not None or on_nonfinite != "ignore"):
         if not bool(done.report):
@@ -71,7 +82,7 @@ def settle(
         return
     if on_nonfinite == "raise":
         raise NonFiniteError(_diagnosis(weights(), done, bad, sampler, steps))
-    condition, chains = chains.given, chains.rows(bad)
+    condition, chains = chains.labels_or_condition, chains.rows(bad)
     after, last = chains.first_steps + steps, done.x[bad]
     fresh = uniform_states(
         chains.seed, Stream.POOL, chains.numbers, after, last.shape[1], clamp=sampler.box, dtype=last.dtype
@@ -79,12 +90,12 @@ def settle(
     if chains.frozen is not None:
         fresh = torch.where(chains.frozen, last, fresh)
     done.x[bad] = fresh
-    # of all chains: an energy may know how many it is given, and go by what each is conditioned on
+    # Evaluate all chains, because an energy may expect the full batch or pair each chain with its condition.
     done.energy[bad] = energy(done.x, condition)[bad]
 
 
 def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, sampler: Any, steps: int) -> str:
-    """What went wrong, and what to try."""
+    """The message of a NonFiniteError: what went wrong, and what to try."""
     n_bad, n_chains = int(bad.sum()), len(bad)
     broken = [name for name, p in weights.items() if not bool(p.isfinite().all())]
     if broken:
@@ -108,5 +119,5 @@ def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, sampl
         f"{n_bad} of {n_chains} chains are not finite ({where}; last finite max |x| = {size:.3g}{step}). "
         f"{f'{advice}. ' if advice else ''}"
         f"Try a smaller step_size, {', '.join(clips)}, or an energy with bounded gradients (spectral_norm=True); "
-        'on_nonfinite="reinit" starts such chains anew, "ignore" keeps their last finite state.'
+        'on_nonfinite="reinit" starts such chains again, "ignore" keeps their last finite state.'
     )

@@ -1,7 +1,7 @@
-"""Which run serves a sampler on a target: the table of fused runs, and the sampler's own steps for everything else.
+"""Run a sampler on a target: by a fused run if there is one, otherwise by the sampler's own ``step``.
 
-A fused run makes all K steps, or whole steps, by kernels that are written for one sampler. To add one: a function of a
-``Job`` and a line of ``FUSED_RUNS``.
+A fused run computes one or all K steps by kernels written for one sampler. To add one, write a function of a ``Job``
+and add a line to ``FUSED_RUNS``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ __all__ = ["FUSED_RUNS", "Job", "energy_of", "reports_bad_starts", "run", "why_n
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """K steps of a sampler on some chains, and how they run.
+    """K steps of a sampler on some chains, and the backend that runs them.
 
-    energy: what autograd differentiates; None in a compiled call, which has a closed form. thin: keep the state after
-    every thin-th step; 0: none. recorder: to record one step as a CUDA graph and replay it. chains.x is private and
-    contiguous, and may be moved in place.
+    energy: the energy for autograd. None in a compiled call, which always has a closed form.
+    chains: x is contiguous and may be modified in place.
+    thin: store the state after every thin-th step; 0 stores none.
+    telemetry: also return the sampler's telemetry.
+    recorder: records one step as a CUDA graph, or None.
     """
 
     choice: Choice
@@ -46,14 +48,14 @@ class Job:
 
     @property
     def description(self) -> Description:
-        """The MLP energy where the chains are, and in their dtype."""
+        """The MLP energy on the chains' device and in their dtype."""
         assert self.choice.description is not None
         x = self.chains.x
         return self.choice.description.to(x.device, x.dtype)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every run takes."""
+        """The keywords that every run takes."""
         return {"thin": self.thin, "telemetry": self.telemetry}
 
 
@@ -61,7 +63,7 @@ class Job:
 
 
 def _fused_mlp(job: Job) -> Advanced:
-    from . import fused  # here, because it imports triton
+    from . import fused  # imported here, because it imports triton
 
     description, choice = job.choice.description, job.choice
     assert description is not None
@@ -109,15 +111,15 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
 
 
 def why_no_kernel(sampler: Any) -> str | None:
-    """Why no Triton kernel runs this sampler, in words; None if one does."""
+    """Why no Triton kernel runs this sampler; None if one does."""
     if any(kind is type(sampler) and kernels == "triton" for kind, _, kernels in FUSED_RUNS):
         return None
     return f"{type(sampler).__name__} has no fused kernel"
 
 
-@survives_fork  # here too, because a compiled call comes here by itself
+@survives_fork  # here too, because a compiled call enters here, not through the driver
 def run(job: Job) -> Advanced:
-    """By the fused run of the table, or else by the sampler's own steps on the fastest target."""
+    """Run a job by its fused run, or else by the sampler's own steps on the fastest target."""
     choice, chains, sampler = job.choice, job.chains, job.sampler
     fused = FUSED_RUNS.get((type(sampler), choice.path, choice.kernels))
     if fused is not None and choice.backend != "reference":
@@ -129,18 +131,18 @@ def run(job: Job) -> Advanced:
             make_target = cpu.closed_form(description, choice.precision)
         return tiles.run(chains, sampler, job.steps, make_target=make_target, **job.options)
     assert job.energy is not None
-    target = Autograd(job.energy, chains.given)
+    target = Autograd(job.energy, chains.labels_or_condition)
     by_definition = choice.backend == "reference"
     return reference.run(target, chains, sampler, job.steps, by_definition=by_definition, **job.options)
 
 
 def reports_bad_starts(path: str, steps: int) -> bool:
-    """Whether ``Advanced.report`` covers a start that is not finite, which then needs no test, and sync, of its own."""
+    """Whether ``Advanced.report`` also covers a non-finite start, which saves a separate test and its device sync."""
     return path in FUSED and steps > 0
 
 
 def energy_of(description: Description) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """(n, dim) states, and labels (n,) or None -> (n,), in closed form."""
+    """A function that maps states, (n, dim), and labels, (n,) or None, to E, (n,), in closed form."""
 
     def energy(x: Tensor, labels: Tensor | None) -> Tensor:
         return tiles.energies(description.to(x.device, x.dtype), x, labels)

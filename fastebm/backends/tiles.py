@@ -1,7 +1,8 @@
-"""Chains of an MLP energy on tiles, all K steps of a tile before the next: extra memory is O(tile), not O(chains x
-width), and a tile's buffers stay in cache. Any sampler: its own ``step``, and the closed-form gradient.
+"""Any sampler on an MLP energy with the closed-form gradient, tile by tile.
 
-On a CPU threads share the tiles. Bits do not depend on how the batch is split: see targets/closed_form.py.
+A tile of chains takes all K steps before the next tile starts. So extra memory is needed for one tile only, not for all
+chains, and a tile's buffers stay in cache. On a CPU each thread works on its own tile. The bits of a chain do not
+depend on how the batch is split: see targets/closed_form.py.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from . import Advanced, Chains, reference
 
 __all__ = ["energies", "run", "tiles"]
 
-# Rows of one tile on a CPU: large enough for PyTorch's cost per operation to be small, small enough for the buffers to
-# stay in cache. A power of two times the rows of a product.
+# Largest tile on a CPU, in rows: large enough to amortise PyTorch's cost per operation, small enough for the buffers to
+# stay in cache. A power of two times PRODUCT_ROWS.
 _TILE_ROWS = 512
 
-# What a tile costs beside its rows, in rows.
+# Fixed cost of a tile, in units of the cost of a row.
 _TILE_COST = 16
 
 
@@ -33,10 +34,10 @@ def run(
     chains: Chains, sampler: Any, steps: int, *, make_target: Callable[[int, Tensor | None], Target], thin: int = 0,
     telemetry: bool = False,
 ) -> Advanced:  # fmt: skip
-    """chains.x is moved in place. make_target: the target of so many chains with these labels."""
+    """Run the steps. chains.x is modified in place. make_target: (n_chains, labels) -> the target of these chains."""
     x, n_chains = chains.x, len(chains.x)
     done = Advanced.blank(x, steps, thin)
-    told: dict[int, dict[str, Tensor]] = {}
+    reported: dict[int, dict[str, Tensor]] = {}
 
     def move(rows: slice, interrupted: Callable[[], bool]) -> None:
         with torch.inference_mode():
@@ -48,18 +49,18 @@ def run(
             done.x[rows], done.energy[rows], done.first_bad[rows] = part.x, part.energy, part.first_bad
             if done.trajectory is not None and part.trajectory is not None:
                 done.trajectory[rows] = part.trajectory
-            told[rows.start] = dict(part.telemetry or {})
+            reported[rows.start] = dict(part.telemetry or {})
 
     _each_tile(x, move)
     if not telemetry:
         return done
-    parts = [told[first] for first in sorted(told)]
+    parts = [reported[first] for first in sorted(reported)]
     named = {name: torch.cat([part[name] for part in parts] or [x[:, 0]]) for name in sampler.reports}
     return done._replace(telemetry=named)
 
 
 def energies(description: Description, x: Tensor, labels: Tensor | None) -> Tensor:
-    """E of (n, dim) states with these labels, (n,)."""
+    """E of states, (n, dim), with these labels: (n,)."""
     out = x.new_empty(len(x))
 
     def evaluate(rows: slice, interrupted: Callable[[], bool]) -> None:
@@ -72,7 +73,7 @@ def energies(description: Description, x: Tensor, labels: Tensor | None) -> Tens
 
 
 def _each_tile(x: Tensor, work: Callable[[slice, Callable[[], bool]], None]) -> None:
-    """``work`` on the rows of every tile, with a function that says whether to stop early."""
+    """Call ``work(rows, interrupted)`` for every tile. ``interrupted()`` tells it to stop early, after an error."""
     if x.device.type == "cpu":
         n_threads = torch.get_num_threads()
         share(tiles(len(x), n_threads), work, n_threads)
@@ -82,8 +83,10 @@ def _each_tile(x: Tensor, work: Callable[[slice, Callable[[], bool]], None]) -> 
 
 
 def tiles(n_chains: int, n_threads: int) -> list[slice]:
-    """Rows of a CPU's tiles: of the powers of two times a product's rows, the size with which all threads are done
-    first."""
+    """Split the chains into tiles for a CPU, of the size with which all threads finish earliest.
+
+    Sizes are powers of two times PRODUCT_ROWS.
+    """
     sizes, size = [], _TILE_ROWS
     while size >= PRODUCT_ROWS:
         sizes.append(size)

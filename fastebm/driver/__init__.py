@@ -1,7 +1,9 @@
-"""The driver: it checks a call, picks what runs, runs it, and looks at what came back.
+"""The driver: checks the arguments of a sampling call, chooses a backend, runs it, and handles non-finite chains.
 
-arguments.py, settings.py   what a call is given
-run.py                      any sampler, on chains that have numbers and lifetime steps of their own
-langevin_sample.py          Langevin by keywords
-info.py                     what a call did
+sample.py                   fastebm.sample: any sampler, with warm-up, thinning and resuming
+langevin_sample.py          fastebm.langevin_sample: Langevin dynamics with its settings as keywords
+run.py                      run_chains: K steps of any sampler on given chains; the calls above and pools use it
+start.py                    the chains that a call starts from
+arguments.py, settings.py   checks of single arguments; the run's options as one object
+info.py                     SampleInfo, the report of a call
 """

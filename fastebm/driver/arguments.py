@@ -1,4 +1,4 @@
-"""Arguments of a sampling call, each checked once: what is wrong, the value received, the way out."""
+"""Checks of the arguments of a sampling call. Errors state the requirement, the value received and the likely fix."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = [
     "check_init",
     "check_integers",
     "check_out",
+    "checked_condition",
     "checked_count",
     "checked_first_steps",
     "checked_frozen",
-    "checked_given",
     "checked_thin",
     "on_device_or_plain",
     "same_device",
@@ -49,12 +49,12 @@ def checked_count(name: str, value: int) -> int:
 
 
 def on_device_or_plain(value: Any) -> Any:
-    """A tensor of int64 stays one: it is read on the device, when the call runs."""
+    """Keep an int64 tensor, which kernels read on the device at run time; convert other numbers to Python's."""
     return value if isinstance(value, Tensor) and value.dtype == torch.int64 else plain_number(value)
 
 
 def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
-    """The shape of one state, from its number of dims or the shape itself."""
+    """The shape of one state, from its number of dims or its shape."""
     size: Any = plain_number(input_size)
     states = "states to start from are passed as init=, (n_chains, *shape)"
     if isinstance(size, (Tensor, np.ndarray)) and (size.ndim > 1 or isinstance(size, Tensor) or size.dtype.kind == "f"):
@@ -74,13 +74,13 @@ def shape_of_states(energy: nn.Module, input_size: int | Sequence[int] | None, l
     try:
         return (describe(energy, labels=labels, bare=True).dim,)
     except NotAnMLP as error:
-        if (told := shape_of(energy)) is not None:
-            return told
+        if (shape := shape_of(energy)) is not None:
+            return shape
         raise ValueError(f"pass input_size= or init=: the energy does not tell its input's shape ({error})") from None
 
 
 def _short(value: object) -> str:
-    """For an error, without the values of a tensor."""
+    """A repr for errors: type and shape only if the value is a tensor or an array."""
     return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else repr(value)
 
 
@@ -118,23 +118,27 @@ def check_integers(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
 
 
-def checked_given(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> Chains:
-    """With contiguous labels of int64, or a contiguous condition, of the states' dtype if it is floating point."""
+def checked_condition(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> Chains:
+    """Check that labels or condition fit the chains and the energy.
+
+    Returns the chains with contiguous int64 labels, or a contiguous condition. A floating-point condition is converted
+    to ``dtype``.
+    """
     labels, condition, numbers = chains.labels, chains.condition, chains.numbers
     if labels is not None and condition is not None:
         raise ValueError("an energy takes labels= or condition= beside x, got both: leave one out")
-    kind, given = chains.kind, chains.given
-    if given is None:
+    kind, value = chains.kind, chains.labels_or_condition
+    if value is None:
         return chains
     if labels is not None:
         check_integers("labels", labels)
     elif not isinstance(condition, Tensor):
         raise TypeError(f"condition must be a tensor (n_chains, ...), got {type(condition).__name__}")
-    fits = given.shape == numbers.shape if labels is not None else given.shape[:1] == numbers.shape
-    if not fits or not same_device(given.device, numbers.device):
+    fits = value.shape == numbers.shape if labels is not None else value.shape[:1] == numbers.shape
+    if not fits or not same_device(value.device, numbers.device):
         shape = f"({len(numbers)},)" if labels is not None else f"({len(numbers)}, ...)"
         raise ValueError(
-            f"{kind} must be {shape}, one per chain, on {numbers.device}, got {tuple(given.shape)} on {given.device}"
+            f"{kind} must be {shape}, one per chain, on {numbers.device}, got {tuple(value.shape)} on {value.device}"
         )
     if not takes_condition(energy, kind):
         raise ValueError(
@@ -144,12 +148,12 @@ def checked_given(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> Chai
         )
     if labels is not None:
         return chains._replace(labels=labels.to(torch.int64).contiguous())
-    given = given.detach()
-    return chains._replace(condition=(given.to(dtype) if given.is_floating_point() else given).contiguous())
+    value = value.detach()
+    return chains._replace(condition=(value.to(dtype) if value.is_floating_point() else value).contiguous())
 
 
 def checked_frozen(frozen: Tensor | None, n_chains: int, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """(1 or n_chains, dim) bool."""
+    """The checked mask as a (1 or n_chains, dim) bool tensor, or None."""
     if frozen is None:
         return None
     if not isinstance(frozen, Tensor) or frozen.dtype != torch.bool:
@@ -166,7 +170,7 @@ def checked_frozen(frozen: Tensor | None, n_chains: int, shape: tuple[int, ...],
 
 
 def checked_thin(thin: int, steps: int, return_trajectory: bool, on_nonfinite: str) -> int:
-    """0 where no trajectory is wanted."""
+    """The checked ``thin``; 0 if no trajectory is returned."""
     thin = checked_count("thin", thin)
     if not return_trajectory:
         if thin != 1:
@@ -180,7 +184,7 @@ def checked_thin(thin: int, steps: int, return_trajectory: bool, on_nonfinite: s
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """(1,) int64: the given seed, or a fresh one, drawn where the chains are so that no one waits for it."""
+    """The seed as a (1,) int64 tensor. None draws one on the chains' device, so that nothing synchronises."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"a seed tensor must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
@@ -194,7 +198,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def checked_first_steps(first_step: int | Tensor, steps: int, chains: Tensor) -> Tensor:
-    """(n_chains,) int64."""
+    """The chains' first lifetime steps, (n_chains,) int64."""
     if not isinstance(first_step, Tensor):
         first_step = checked_count("first_step", first_step)
         if first_step + steps > 2**32:
@@ -212,7 +216,10 @@ def checked_first_steps(first_step: int | Tensor, steps: int, chains: Tensor) ->
 def check_capture(
     on_nonfinite: str, seed: object, first_step: object, tensors: Sequence[object], device: torch.device
 ) -> None:
-    """What a call must be like to be captured. tensors: all that it was given, and maybe other things."""
+    """Check that a call can be captured in a CUDA graph.
+
+    tensors: the call's arguments that may be tensors; others are ignored. All tensors must be on ``device``.
+    """
     where = "while a CUDA graph is captured"
     if on_nonfinite != "ignore":
         raise ValueError(f'{where} nothing can wait for the device: pass on_nonfinite="ignore", not {on_nonfinite!r}')

@@ -1,4 +1,4 @@
-"""What a sampling call did."""
+"""The report of a sampling call."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ __all__ = ["SampleInfo", "info_of"]
 
 @dataclass(frozen=True, eq=False)
 class SampleInfo:
-    """What a sampling call did.
+    """What ran in a sampling call, and statistics of its chains.
 
     Attributes:
         backend: "triton", "torch" or "reference".
-        path: what ran in it: "resident" or "streaming" (the fused kernel), "tiles" or "products" (closed-form
-            gradient), or "autograd".
+        path: how gradients were computed: "resident" or "streaming" (inside the fused kernel), "tiles" or "products"
+            (closed form, by matrix products), or "autograd".
         kernels: what computed noise, update and activations: "triton", "numba" or "torch" (plain PyTorch).
-        why_not_fused: why the fused kernel did not run, and what ran instead; or None.
-        precision: of the matrix products.
-        seed: reproduces the call. A tensor if it was given as one, or the call is compiled.
-        cuda_graph: with ``cuda_graph=True``, "recorded", or why no step was; else None.
-        step_size: of the sampler, or None if it has none.
-        temperature: implied, noise_scale^2 of a ``Langevin``; 1 for an exact sampler.
+        why_not_fused: why the fused kernel did not run, and what ran instead. None if it ran.
+        precision: of the matrix products: "bf16x3", "tf32", "bf16", "ieee" (full float32) or "float64".
+        seed: the 64-bit seed that reproduces the call. A tensor if one was passed or the call was compiled.
+        cuda_graph: with ``cuda_graph=True``, "recorded" or the reason why not. Otherwise None.
+        step_size: the sampler's, or None if it has none.
+        temperature: the temperature that the chains sample: noise_scale^2 for ``Langevin``, 1 for an exact sampler.
         energies: (n_chains,) E of the last states.
         first_bad_step: (n_chains,) int32, the first step of this call whose new state was not finite; -1 if none.
-        acceptance: (n_chains,) the mean acceptance probability of proposals, or None without an accept test.
-        grad_norm: (n_chains,) |dE/dx| before clips, over the coordinates that are not frozen, where the last step took
-            the gradient; NaN after no step; None if the sampler does not report it.
-        clipped, clamped: (n_chains,) the fraction of steps in which a clip changed the gradient, or the clamp the state
-            (with noise_first: the clamp after the gradient); None for samplers other than ``Langevin``.
+        acceptance: (n_chains,) mean acceptance probability. None for a sampler without an accept test.
+        grad_norm: (n_chains,) |dE/dx| over the coordinates that are not frozen, before clips, at the last step's
+            gradient. NaN after zero steps. None if the sampler does not report it.
+        clipped, clamped: (n_chains,) fraction of steps in which a clip changed the gradient, or the clamp changed the
+            state (with noise_first: the clamp of x'). None for samplers other than ``Langevin``.
     """
 
     backend: str
@@ -55,7 +55,7 @@ class SampleInfo:
 
 
 def info_of(choice: Choice, done: Advanced, chains: Chains, sampler: Any) -> SampleInfo:
-    """What a run did. done.telemetry: what was asked for."""
+    """The report of a run. Telemetry that was not requested stays None."""
     return SampleInfo(
         backend=choice.backend,
         path=choice.path,

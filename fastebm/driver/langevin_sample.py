@@ -1,4 +1,4 @@
-"""langevin_sample: Langevin dynamics by keywords, for a call in place of a loop."""
+"""fastebm.langevin_sample: one call in place of a Langevin loop, with the settings as keywords."""
 
 from __future__ import annotations
 
@@ -59,70 +59,77 @@ def langevin_sample(
     out: Tensor | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, SampleInfo]:
-    """Samples of exp(-E/T) by K steps of Langevin dynamics, T = noise_scale^2:
+    """Sample exp(-E/T), T = noise_scale^2, by K steps of Langevin dynamics:
 
         x' = clamp(x - (step_size/2) clip(dE/dx) + sqrt(step_size) noise_scale xi),   xi ~ N(0, I)
 
-    For samples of exp(-E) pass a rule, ``langevin_sample(energy, Langevin(0.1))``, with a step small beside 4 / the
-    largest curvature of E. The defaults of step_size and noise_scale are for something else: Edifice's recipe for
-    networks on images, whose gradients are small. At T = 2.5e-5 it all but descends, and on x^2 / 2 it explodes.
+    The chains sample exp(-E/T) as step_size goes to 0 (Roberts & Tweedie 1996; Welling & Teh 2011). To sample exp(-E),
+    pass a sampler: ``langevin_sample(energy, Langevin(0.1))``. Its step_size must be well below 4 / (largest curvature
+    of E). The default step_size and noise_scale are Edifice's, for networks on images, whose gradients are small. At
+    their T = 2.5e-5 a step is almost gradient descent, and on an energy such as x^2 / 2 the chains explode.
 
-    The energy runs in eval mode and is left as it was. The same weights, start, seed and precision give the
-    same bits for each chain, whatever else is in the batch, on one kind of device.
+    The energy runs in eval mode and is left unchanged. On one kind of device, the same weights, start, seed and
+    precision give the same bits for each chain, whatever else is in the batch.
 
     Args:
-        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). MLPs, a ``ClassifierEnergy`` of one
-            and a ``SumEnergy`` of them take the fused kernel on CUDA. Of a network f that puts out -E: ``Negative(f)``.
-            Modules that a function calls are found, and run in eval mode too (``functions.py`` says where).
-        input_size: dims or shape of one state; may be left out with ``init``, or when the energy tells: an MLP, or a
-            ``GaussianEnergy`` with a mean of that shape. The rule may stand in its place.
-        rule: a ``Langevin``, in place of step_size, noise_scale, clamp, both clips, noise_first and clamp_noise.
-        batch_size: number of chains, >= 0, when there is no ``init``.
-        steps: >= 0; 0 returns the start.
-        step_size: > 0: a float, a (steps,) schedule, or (n_chains, 1) for one value per chain.
+        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA the fused kernel runs MLPs,
+            a ``ClassifierEnergy`` of an MLP, and a ``SumEnergy`` of these. For a network f that returns -E, pass
+            ``Negative(f)``. Modules that a function calls are found and run in eval mode too (see
+            fastebm/energies/functions.py).
+        input_size: number of dims or shape of one state. Optional with ``init``, or if the energy defines it: an MLP,
+            or a ``GaussianEnergy`` with a mean of that shape. A ``Langevin`` in this place is taken as ``rule``.
+        rule: a ``Langevin``. It replaces step_size, noise_scale, clamp, both clips, noise_first and clamp_noise.
+        batch_size: number of chains, >= 0. Ignored with ``init``.
+        steps: number of steps, >= 0; 0 returns the start.
+        step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (one value per chain).
         noise_scale: >= 0, in the same three forms; 0 is gradient descent.
-        init: (n_chains, *shape) start, floating point. float64 is computed in float64 (and not by the fused
-            kernel); everything else in float32, which is what comes back. None: uniform on the clamp range,
-            or on [-1, 1] without one.
-        labels: (n_chains,) integers, each chain's class, for an energy that takes them beside x, as an argument named
-            ``labels``, ``y``, ``label``, ``condition`` or the like: with a ``ClassifierEnergy``, samples of p(x | y).
-            None: E(x) alone. A module may name the argument by itself: ``condition_argument = "NAME"``.
-        condition: (n_chains, ...), in place of labels, what each chain is conditioned on: a noise level, attributes, a
-            measurement, an image. Floating point is converted to the states' dtype. The gradient is autograd's then.
-        frozen: bool, of one state's shape or (n_chains, *shape): coordinates that stay as they start, whatever
-            the clamp (inpainting, conditional sampling).
-        clamp: (lo, hi), or None. Each a number, or a tensor of one state's shape.
+        init: (n_chains, *shape) floating-point start. float64 is computed in float64, without the fused kernel;
+            every other dtype in float32, which is also returned. None: uniform on the clamp range, or on [-1, 1]
+            without a clamp.
+        labels: (n_chains,) integers, the class of each chain, for an energy with an argument for them besides x. It is
+            recognised by a name such as ``labels``, ``y``, ``label`` or ``condition``, or set by the module attribute
+            ``condition_argument = "NAME"``. A ``ClassifierEnergy`` with labels samples p(x | y). None: E(x) alone.
+        condition: (n_chains, ...) tensor in place of labels: what each chain is conditioned on, such as a noise level,
+            attributes, a measurement or an image. A floating-point one is converted to the states' dtype. The gradient
+            is then computed by autograd.
+        frozen: bool, of one state's shape or (n_chains, *shape). True marks coordinates that keep their start value,
+            even outside the clamp (inpainting, conditional sampling).
+        clamp: bounds (lo, hi) of the states, or None. Each a number, or a tensor of one state's shape.
         grad_clip: elementwise bound on the gradient, or None.
-        grad_norm_clip: bound on the Euclidean norm of each chain's gradient, after grad_clip, or None.
+        grad_norm_clip: bound on the Euclidean norm of each chain's gradient, applied after grad_clip, or None.
         noise_first: add the noise before the gradient is taken, as IGEBM and the UvA tutorial do: see ``Langevin``.
-        clamp_noise: with noise_first, clamp the state after the noise too, as the UvA tutorial does.
-        seed: 64-bit seed of the noise. None: drawn from ``generator``, or from torch's global CPU generator. An
-            int64 tensor of one element is read on the device, when the call runs (or a CUDA graph of it).
-        first_chain: global number of the first chain; part of the noise's counter.
-        first_step: lifetime step number of the first step, likewise. An int64 tensor of one element or of
-            (n_chains,) is read on the device.
+        clamp_noise: with noise_first, also clamp after the noise, as the UvA tutorial does.
+        seed: 64-bit seed of the noise. None: drawn from ``generator``. An int64 tensor of one element is read on the
+            device when the call runs, or at each replay of a CUDA graph that contains it.
+        generator: source of the seed. None: torch's global CPU generator.
+        first_chain: global number of the first chain. Together with seed and step it determines the noise.
+        first_step: lifetime step number of the first step, which determines the noise likewise. An int64 tensor of
+            one element or of shape (n_chains,) is read on the device.
         backend: "auto", "triton", "torch" or "reference".
         precision: of the fused kernel's products: "bf16x3" (about 16 bits of mantissa), "tf32", "bf16" or "ieee"
-            (full float32: exact, and slow). None: "bf16x3", or "bf16" after
-            ``torch.set_float32_matmul_precision("medium")``. The other paths compute in full.
-        device: where to sample when there is no ``init``; None: where the energy is.
-        on_nonfinite: "raise", "reinit" (start those chains anew) or "ignore" (return their last finite state).
-        cuda_graph: where a step is several launches (an energy that is no MLP, or too wide an MLP), record one step as
-            a CUDA graph and replay it. For energies whose forward does the same work on the device each time, whatever
-            x is: what it does on the host is done for the first steps only. Where nothing can be recorded, and for
-            fewer than 16 steps, the steps run one by one, and ``SampleInfo.cuda_graph`` says why.
-        return_trajectory: return the states after every ``thin``-th step in place of the last ones.
-        thin: a divisor of ``steps``.
-        out: tensor to write the samples to, of their shape; may be ``init`` itself.
+            (full float32, slow). None: "bf16x3", or "bf16" after ``torch.set_float32_matmul_precision("medium")``.
+            The other paths compute in full float32; on CPUs with AVX-512 BF16 instructions, "bf16" also applies to
+            MLPs.
+        device: where to sample without ``init``. None: the energy's device.
+        on_nonfinite: what to do with chains that are not finite: "raise", "reinit" (start them again) or "ignore"
+            (return their last finite state).
+        cuda_graph: record one step as a CUDA graph and replay it, if a step takes several launches: for energies other
+            than MLPs, and for MLPs too wide for the fused kernel. The energy's forward must do the same work on the
+            device at every step, whatever x is; its Python code runs in the first steps only. If recording is not
+            possible, or for fewer than 16 steps, the steps run one by one, and ``SampleInfo.cuda_graph`` says why.
+        return_trajectory: return the states after every ``thin``-th step instead of the last states.
+        thin: a divisor of ``steps``, for ``return_trajectory``.
+        out: tensor that receives the samples, of their shape, dtype and device. May be ``init``.
         return_info: also return a ``SampleInfo``.
 
     Returns:
-        (n_chains, *shape) samples, or (n_chains, steps // thin, *shape) with ``return_trajectory``; or a pair of
-        that and a ``SampleInfo``.
+        Samples, (n_chains, *shape), or (n_chains, steps // thin, *shape) with ``return_trajectory``. With
+        ``return_info``, a pair of the samples and a ``SampleInfo``.
 
     Raises:
-        TypeError, ValueError: for bad input: the rule, the value, the way out. Nothing is changed then.
-        NonFiniteError: chains that exploded, with what to try.
+        TypeError, ValueError: an argument is wrong; nothing has been changed. The message states the requirement, the
+            value and the likely fix.
+        NonFiniteError: chains are not finite, with ``on_nonfinite="raise"``. The message says what to try.
     """
     compiling = torch.compiler.is_compiling()
     if compiling:
@@ -142,13 +149,13 @@ def langevin_sample(
             raise TypeError("a rule is passed once, got two: leave one out")
         input_size, rule = None, input_size
     elif isinstance(input_size, (type, MethodType)):
-        checked_langevin(input_size)  # an error: of a rule, the parentheses are missing
+        checked_langevin(input_size)  # raises: the parentheses of Langevin(...) are missing
     if rule is None:
-        if step_size is None or noise_scale is None:  # which a rule would put its own numbers for
+        if step_size is None or noise_scale is None:  # Langevin would replace None by its defaults
             raise TypeError("step_size and noise_scale must each be a float or a tensor, got None")
-        rule = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip, noise_first, clamp_noise)
+        sampler = Langevin(step_size, noise_scale, grad_clip, clamp, grad_norm_clip, noise_first, clamp_noise)
     else:
-        checked_langevin(rule)
+        sampler = checked_langevin(rule)
         _check_nothing_beside(
             ("step_size", step_size, STEP_SIZE), ("noise_scale", noise_scale, NOISE_SCALE), ("clamp", clamp, None),
             ("grad_clip", grad_clip, None), ("grad_norm_clip", grad_norm_clip, None),
@@ -165,58 +172,58 @@ def langevin_sample(
     if out is not None:
         check_out(out, (place.n_chains, *((steps // thin,) if thin else ()), *shape), place.dtype, device)
     if capturing(device):
-        of_rule = (rule.step_size, rule.noise_scale, *(rule.clamp or ()))
-        tensors = (init, labels, condition, frozen, *of_rule, seed, first_step)
+        of_sampler = (sampler.step_size, sampler.noise_scale, *(sampler.clamp or ()))
+        tensors = (init, labels, condition, frozen, *of_sampler, seed, first_step)
         check_capture(on_nonfinite, start.seed, start.first_step, tensors, device)
-    chains = start.chains(place, steps, rule.clamp)
+    chains = start.chains(place, steps, sampler.clamp)
     settings = Settings(backend, precision, cuda_graph, on_nonfinite)
     done, choice = run_chains(
-        energy, chains, rule, steps, shape=shape, settings=settings, thin=thin, telemetry=return_info,
+        energy, chains, sampler, steps, shape=shape, settings=settings, thin=thin, telemetry=return_info,
         check_start=init is not None,
     )  # fmt: skip
-    # Not on a GPU: a call would wait for it once more.
-    if rule.clamp is not None and rule.is_default and steps > 0 and device.type == "cpu" and readable(device):
-        _warn_of_jumps(energy, chains._replace(x=done.x), rule, shape, backend)
+    # Not on a GPU, where it would cost one more synchronisation.
+    if sampler.clamp is not None and sampler.is_default and steps > 0 and device.type == "cpu" and readable(device):
+        _warn_of_jumps(energy, chains._replace(x=done.x), sampler, shape, backend)
     samples = done.x if done.trajectory is None else done.trajectory
-    if len(shape) > 1:  # no view that is not needed: torch 2.11 can't compile one under torch.inference_mode
+    if len(shape) > 1:  # torch 2.11 can't compile an unneeded view under torch.inference_mode
         samples = samples.reshape(*samples.shape[:-1], *shape)
     if out is not None:
         samples = out.copy_(samples)
-    return (samples, info_of(choice, done, chains, rule)) if return_info else samples
+    return (samples, info_of(choice, done, chains, sampler)) if return_info else samples
 
 
 def _check_nothing_beside(*options: tuple[str, object, object]) -> None:
-    """options: names, values and defaults of what a rule holds too."""
-    given = [
+    """Raise if a keyword differs from its default although a sampler was passed. options: (name, value, default)."""
+    passed = [
         name
         for name, value, default in options
         if value is not default and not (isinstance(value, (int, float)) and value == default)
     ]
-    if given:
-        names, inside = (", ".join(f"{name}{end}" for name in given) for end in ("=", "=..."))
+    if passed:
+        names, inside = (", ".join(f"{name}{end}" for name in passed) for end in ("=", "=..."))
         raise TypeError(f"a rule holds {names} itself: give it there, as in Langevin({inside}), or leave it out here")
 
 
-def _warn_of_jumps(energy: nn.Module, chains: Chains, rule: Langevin, shape: Sequence[int], backend: str) -> None:
-    """Of default numbers that are too large for the energy, which a clamp hides: most coordinates jump from one bound
-    to the other in each step. That many lie on a bound is no fault by itself: pixels do.
+def _warn_of_jumps(energy: nn.Module, chains: Chains, sampler: Langevin, shape: Sequence[int], backend: str) -> None:
+    """Warn if the default step size is too large for the energy but the clamp hides it.
 
-    chains: after their steps.
+    The sign is that one more step takes most coordinates from one bound to the other. Coordinates that lie on a bound
+    are no sign by themselves: many pixels do. chains: after the call's steps.
     """
     x = chains.x
-    if rule.box is None:
+    if sampler.box is None:
         return
-    lo, hi = rule.box.on(x.shape[1], dtype=x.dtype)
+    lo, hi = sampler.box.on(x.shape[1], dtype=x.dtype)
     at_lo, at_hi = x == lo, x == hi
     if 2 * int(torch.count_nonzero(at_lo | at_hi)) <= x.numel():
         return
-    descent = replace(rule, noise_scale=0.0)
+    descent = replace(sampler, noise_scale=0.0)
     settings = Settings(backend, on_nonfinite="ignore")
     done, _ = run_chains(energy, chains, descent, 1, shape=shape, settings=settings)
     n = int(torch.count_nonzero((at_lo & (done.x == hi)) | (at_hi & (done.x == lo))))
     if 2 * n > x.numel():
         warnings.warn(
             f"the step is too large for this energy: it takes {n} of {x.numel()} coordinates from one bound of the "
-            f"clamp to the other, so the samples are no samples of exp(-E/T). {rule.advice}",
+            f"clamp to the other, so the samples are no samples of exp(-E/T). {sampler.advice}",
             stacklevel=4,  # the caller of langevin_sample, which survives_fork wraps
         )

@@ -1,8 +1,8 @@
-"""The driver: K steps of any sampler on chains that have numbers and lifetime steps of their own.
+"""run_chains: K steps of any sampler on given chains, each with its own global number and lifetime step.
 
     energy -> target -> run (backends/table.py) -> chains
 
-It reads the energy in eval mode, chooses the backend, checks what depends on values, runs, and looks at what came back.
+It puts the energy in eval mode, chooses the backend, runs the steps, and handles chains that are not finite.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..targets.autograd import Energy
 from ..targets.description import check_shape
 from ..threads import survives_fork
 from ..tracing import capturing, readable
-from .arguments import checked_count, checked_given, same_device
+from .arguments import checked_condition, checked_count, same_device
 from .settings import Settings
 
 __all__ = ["energies_of", "run_chains"]
@@ -44,15 +44,18 @@ def run_chains(
     telemetry: bool = False,
     check_start: bool = False,
 ) -> tuple[Advanced, Choice]:
-    """The chains after their steps, and what ran. The given chains are left as they are.
+    """Run the steps. Returns the result and the choice of backend. ``chains`` is not modified.
 
     Args:
-        shape: of one state as the energy takes it.
-        thin: keep the state after every thin-th step; 0: none.
-        telemetry: also return what the sampler reports per chain.
-        check_start: whether states may not be finite, which is then a ValueError.
+        chains: while torch.compile traces, x has the form that backends/op.py takes, and the seed is a tensor.
+        shape: shape of one state, as the energy takes it.
+        thin: store the state after every thin-th step; 0 stores none.
+        telemetry: also return the sampler's telemetry.
+        check_start: check that the states at the start are finite.
 
-    While torch.compile traces, chains.x is as ``backends/op.py`` takes it, and chains.seed a tensor.
+    Raises:
+        TypeError, ValueError: an argument is wrong or does not fit the energy.
+        NonFiniteError: chains are not finite after the steps, with on_nonfinite="raise".
     """
     settings = settings or Settings()
     settings.check()
@@ -62,7 +65,7 @@ def run_chains(
     if parameter is not None and not same_device(parameter.device, x.device):
         raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    chains = checked_given(energy, chains, dtype)
+    chains = checked_condition(energy, chains, dtype)
     if torch.compiler.is_compiling():
         from ..backends import compiling
 
@@ -77,7 +80,7 @@ def run_chains(
     device = x.device
     start = x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        condition = None if chains.given is None else chains.kind
+        condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
             no_kernel=table.why_no_kernel(sampler),
@@ -85,7 +88,7 @@ def run_chains(
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)
             start = None
-        # a private, contiguous copy: runs work in place
+        # A private, contiguous copy: runs may move it in place.
         x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         chains = chains._replace(x=x)
         if capturing(device) and choice.backend != "triton":
@@ -112,18 +115,18 @@ def run_chains(
 
 @survives_fork
 def energies_of(energy: EnergyLike, chains: Chains, *, shape: Sequence[int], settings: Settings) -> Tensor:
-    """E of the chains' states, (n_chains,), without a graph, on the path that would move them in plain PyTorch."""
+    """E of the chains' states, (n_chains,), without an autograd graph. In closed form if the energy allows it."""
     energy, x = as_module(energy), chains.x
     with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        condition = None if chains.given is None else chains.kind
+        condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(energy, x.device, x.dtype, settings.backend, settings.precision, condition=condition)
         if choice.description is not None:
             return table.energy_of(choice.description)(x, chains.labels)
-        return Energy(energy, shape, x.dtype, chains.kind)(x, chains.given)
+        return Energy(energy, shape, x.dtype, chains.kind)(x, chains.labels_or_condition)
 
 
 def _check_bounds(sampler: Any, chains: Chains) -> None:
-    """A sampler with an accept test can't bring chains into the bounds: they must start there."""
+    """Check that chains start within the bounds of an exact sampler, which can't move them there."""
     if not sampler.exact or sampler.box is None or not readable(chains.x.device):
         return
     x = chains.x
@@ -137,20 +140,20 @@ def _check_bounds(sampler: Any, chains: Chains) -> None:
 
 
 def _check_energy(energy: nn.Module, module: Energy, choice: Choice, chains: Chains, shape: Sequence[int]) -> None:
-    """Whether the energy takes such states and labels."""
+    """Check that the energy takes these states and labels."""
     x, description = chains.x, choice.description
     if description is not None:
         check_shape(energy, description, shape)
     if len(x) == 0 or not readable(x.device):
         return
     if description is not None and len(shape) > 1:
-        # Its layers alone do not say whether it takes images. Two states show as much as all.
+        # The layers do not say whether the module takes this shape, so call it once. Two states are enough.
         module(x[:2], None if chains.labels is None else chains.labels[:2] * 0)
-    given = chains.given
-    if given is not None and are_labels(given):
+    value = chains.labels_or_condition
+    if value is not None and are_labels(value):
         n = n_classes(energy, x.reshape(len(x), *shape)) if description is None else description.n_classes
         if n is not None:
-            settle.check_classes(given, n)
+            settle.check_classes(value, n)
 
 
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""fastebm.sample: one call for all samplers."""
+"""fastebm.sample: one call for all samplers, with warm-up, thinning and resuming."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ from .start import Start
 
 __all__ = ["ChainState", "SampleResult", "sample"]
 
-# A bar is shown in so many parts of a call, and by itself for more numbers (chains x dims x steps) than these: seconds.
-_PARTS, _MANY = 20, 10**8
+# A call with a progress bar runs in this many parts, and the bar moves after each.
+_PARTS = 20
+
+# With progress=None a bar appears above this many chains x dims x steps: the call then takes seconds.
+_MANY = 10**8
 
 
 class ChainState(NamedTuple):
-    """What chains need to go on.
+    """All that a later call needs to continue the chains.
 
-    chains: states, seed, numbers, lifetime steps, labels, condition and frozen coordinates. energies: (n_chains,) E of
-    the states, or None before the first step. stopped: (n_chains,) bool, which chains have stopped, or None.
+    chains: states, seed, chain numbers, lifetime steps, labels or condition, and frozen coordinates.
+    energies: (n_chains,) E of the states, or None before the first step.
+    stopped: (n_chains,) bool, chains that stopped because they were not finite, or None.
     """
 
     chains: Chains
@@ -45,14 +49,14 @@ class ChainState(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SampleResult:
-    """What ``fastebm.sample`` returns.
+    """The result of ``fastebm.sample``.
 
     Attributes:
         x: (n_chains, *shape) last states.
-        trajectory: (n_chains, steps // thin, *shape) states after every thin-th step after the warm-up, or None.
+        trajectory: (n_chains, steps // thin, *shape) every thin-th state after the warm-up. None with thin=0.
         energies: (n_chains,) E of x.
-        info: what the call did, after the warm-up where it is an average: a ``SampleInfo``.
-        state: all that is needed to go on: ``sample(..., init=result)``.
+        info: a ``SampleInfo``. Its averages exclude the warm-up.
+        state: what ``sample(..., init=result)`` needs to continue the chains.
     """
 
     x: Tensor
@@ -86,54 +90,60 @@ def sample(
     cuda_graph: bool = False,
     progress: bool | None = None,
 ) -> SampleResult:
-    """Samples of exp(-E) by any sampler: ``sample(energy, Langevin(0.1), steps=1000)``.
+    """Sample exp(-E) with any sampler: ``sample(energy, Langevin(0.1), steps=1000)``.
 
-    The energy runs in eval mode and is left as it was. The same weights, start, seed and precision give the same bits
-    for each chain, whatever else is in the batch, on one kind of device.
+    The energy runs in eval mode and is left unchanged. On one kind of device, the same weights, start, seed and
+    precision give the same bits for each chain, whatever else is in the batch.
 
     Args:
-        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA, ``Langevin`` on an MLP, on a
-            ``ClassifierEnergy`` of one or on a ``SumEnergy`` of them takes the fused kernel.
+        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA the fused kernel runs
+            ``Langevin`` on MLPs, on a ``ClassifierEnergy`` of an MLP, and on a ``SumEnergy`` of these.
         sampler: ``Langevin(step_size)``, ``MALA(step_size)``, ... A schedule has warmup + steps entries.
-        input_size: dims or shape of one state; may be left out with ``init``, or when the energy tells: an MLP, or a
-            ``GaussianEnergy`` with a mean of that shape.
-        n_chains: >= 0, when there is no ``init``.
-        steps: >= 0, after the warm-up.
-        warmup: >= 0 steps before them, which are not kept.
-        thin: keep the state after every thin-th step, a divisor of ``steps``; 0: the last states alone.
-        init: (n_chains, *shape) start, floating point; or a ``SampleResult``, to go on with its chains as if they had
-            not stopped, with the same bits. float64 is computed in float64, all else in float32. None: uniform on the
-            sampler's clamp, or on [-1, 1] without one.
-        labels: (n_chains,) integers, each chain's class, for an energy that takes them beside x.
-        condition: (n_chains, ...), in place of labels, what each chain is conditioned on.
-        frozen: bool, of one state's shape or (n_chains, *shape): coordinates that stay as they start.
-        seed: 64-bit seed of the noise. None: drawn from ``generator``, or from torch's global CPU generator. An int64
-            tensor of one element is read on the device.
-        first_chain: global number of the first chain; part of the noise's counter.
+        input_size: number of dims or shape of one state. Optional with ``init``, or if the energy defines it: an MLP,
+            or a ``GaussianEnergy`` with a mean of that shape.
+        n_chains: number of chains, >= 0. Ignored with ``init``.
+        steps: number of steps after the warm-up, >= 0.
+        warmup: number of steps before them, >= 0. Their states are not stored.
+        thin: store the state after every thin-th step; must divide ``steps``. 0: return the last states only.
+        init: (n_chains, *shape) floating-point start. float64 is computed in float64, every other dtype in float32.
+            A ``SampleResult`` continues its chains, with the same bits as one longer call. None: uniform on the
+            sampler's clamp, or on [-1, 1] without a clamp.
+        labels: (n_chains,) integers, the class of each chain, for an energy that takes labels besides x.
+        condition: (n_chains, ...) tensor in place of labels: what each chain is conditioned on.
+        frozen: bool, of one state's shape or (n_chains, *shape). True marks coordinates that keep their start value.
+        seed: 64-bit seed of the noise. None: drawn from ``generator``. An int64 tensor of one element is read on the
+            device.
+        generator: source of the seed. None: torch's global CPU generator.
+        first_chain: global number of the first chain. Together with seed and step it determines the noise.
         backend: "auto", "triton", "torch" or "reference".
-        precision: of the fused kernel's products: "bf16x3", "tf32", "bf16" or "ieee"; None: as ``langevin_sample``.
-        device: where to sample when there is no ``init``; None: where the energy is.
-        on_nonfinite: "raise", "reinit" (start those chains anew) or "ignore" (keep their last finite state).
-        cuda_graph: where a step is several launches, record one and replay it: see ``langevin_sample``.
-        progress: whether to show a bar on stderr. None: on a terminal, for calls that take seconds.
+        precision: of the fused kernel's products: "bf16x3", "tf32", "bf16" or "ieee". None: see ``langevin_sample``.
+        device: where to sample without ``init``. None: the energy's device.
+        on_nonfinite: what to do with chains that are not finite: "raise", "reinit" (start them again) or "ignore"
+            (keep their last finite state).
+        cuda_graph: record one step as a CUDA graph and replay it: see ``langevin_sample``.
+        progress: show a progress bar on stderr. None: on a terminal, for calls that take seconds.
 
-    With a ``SampleResult``, seed and chain numbers are its own, and so are labels, condition and frozen unless they are
-    given.
+    With a ``SampleResult`` as ``init``, the seed and the chain numbers come from the result, and so do labels,
+    condition and frozen unless they are passed.
+
+    Returns:
+        A ``SampleResult``: states, trajectory, energies, a ``SampleInfo``, and what is needed to continue.
 
     Raises:
-        TypeError, ValueError: for bad input: the rule, the value, the way out. Nothing is changed then.
-        NonFiniteError: chains that are not finite, with what to try.
+        TypeError, ValueError: an argument is wrong; nothing has been changed. The message states the requirement, the
+            value and the likely fix.
+        NonFiniteError: chains are not finite, with ``on_nonfinite="raise"``. The message says what to try.
     """
     if torch.compiler.is_compiling():
         from ..backends import compiling
 
-        found: SampleResult = compiling.uncompiled(
+        result: SampleResult = compiling.uncompiled(
             sample, energy, sampler, input_size, n_chains=n_chains, steps=steps, warmup=warmup, thin=thin, init=init,
             labels=labels, condition=condition, frozen=frozen, seed=seed, generator=generator, first_chain=first_chain,
             backend=backend, precision=precision, device=device, on_nonfinite=on_nonfinite, cuda_graph=cuda_graph,
             progress=progress,
         )  # fmt: skip
-        return found
+        return result
     energy, sampler = as_module(energy), checked_sampler(sampler)
     steps, warmup = checked_count("steps", steps), checked_count("warmup", warmup)
     thin = checked_thin(thin or 1, steps, thin != 0, on_nonfinite)
@@ -172,7 +182,7 @@ def sample(
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Steps of a call, in parts."""
+    """Runs the steps of one call, in parts if there is a progress bar."""
 
     energy: EnergyLike
     sampler: Any
@@ -184,27 +194,31 @@ class _Run:
     def steps(
         self, state: ChainState, first: int, last: int, size: int, bar: Any, *, keep: bool
     ) -> tuple[Advanced, Choice, ChainState]:
-        """Steps first to last - 1 of the call. size: of a part, or 0 for one part. keep: the trajectory."""
+        """Run steps first to last - 1 of the call.
+
+        size: steps per part; 0 runs all in one part. keep: store the trajectory.
+        """
         parts: list[tuple[int, Advanced]] = []
         edges = [*range(first, last, size), last] if size > 0 and last > first else [first, last]
-        for a, b in pairwise(edges):
+        for start, stop in pairwise(edges):
+            n = stop - start
             done, choice = run_chains(
-                self.energy, state.chains, for_steps(self.sampler, a, b), b - a, shape=self.shape,
+                self.energy, state.chains, for_steps(self.sampler, start, stop), n, shape=self.shape,
                 settings=self.settings, thin=self.thin if keep else 0, telemetry=True, check_start=self.check_start,
             )  # fmt: skip
-            done = _still_stopped(done, state, a)
+            done = _still_stopped(done, state, start)
             stopped = state.stopped
             if self.settings.on_nonfinite == "ignore":
                 stopped = done.first_bad >= 0
-            chains = state.chains._replace(x=done.x, first_steps=state.chains.first_steps + (b - a))
+            chains = state.chains._replace(x=done.x, first_steps=state.chains.first_steps + n)
             state = ChainState(chains, done.energy, stopped)
-            parts.append((b - a, done))
-            bar.update(b - a)
+            parts.append((n, done))
+            bar.update(n)
         return _joined(parts), choice, state
 
 
 def _still_stopped(done: Advanced, before: ChainState, first: int) -> Advanced:
-    """With bad steps counted from the call's first one, and chains that had stopped before where they were."""
+    """Count bad steps from the start of the call, and put chains that had stopped before back where they were."""
     first_bad = torch.where(done.first_bad >= 0, done.first_bad + first, done.first_bad)
     rows, energies = before.stopped, before.energies
     if rows is None or energies is None or not bool(rows.any()):
@@ -222,7 +236,7 @@ def _still_stopped(done: Advanced, before: ChainState, first: int) -> Advanced:
 
 
 def _joined(parts: list[tuple[int, Advanced]]) -> Advanced:
-    """One result of parts of so many steps each."""
+    """One result from consecutive parts. parts: (number of steps, result) of each."""
     _, last = parts[-1]
     if len(parts) == 1:
         return last
@@ -231,7 +245,7 @@ def _joined(parts: list[tuple[int, Advanced]]) -> Advanced:
         first_bad = torch.where(done.first_bad >= 0, done.first_bad, first_bad)
     total = sum(steps for steps, _ in parts)
     telemetry = dict(last.telemetry or {})
-    for name in telemetry.keys() - {"grad_norm"}:  # which is of the last step; all others are means over steps
+    for name in telemetry.keys() - {"grad_norm"}:  # the last step's value; the others are means over steps
         telemetry[name] = sum((done.telemetry or {})[name] * (steps / total) for steps, done in parts)  # type: ignore[assignment]
     trajectories = [done.trajectory for _, done in parts if done.trajectory is not None]
     trajectory = torch.cat(trajectories, dim=1) if trajectories else None
@@ -239,8 +253,9 @@ def _joined(parts: list[tuple[int, Advanced]]) -> Advanced:
 
 
 def _check_resumed(input_size: object, seed: object, generator: object, first_chain: int, device: object) -> None:
-    given = {"input_size": input_size, "seed": seed, "generator": generator, "device": device}
-    names = [name for name, value in given.items() if value is not None]
+    """Raise if an argument is passed that the ``SampleResult`` already determines."""
+    options = {"input_size": input_size, "seed": seed, "generator": generator, "device": device}
+    names = [name for name, value in options.items() if value is not None]
     names += ["first_chain"] if first_chain != 0 else []
     if names:
         raise ValueError(
@@ -251,6 +266,7 @@ def _check_resumed(input_size: object, seed: object, generator: object, first_ch
 def _resumed(
     result: SampleResult, labels: Tensor | None, condition: Tensor | None, frozen: Tensor | None
 ) -> ChainState:
+    """The state to continue from, with new labels, condition or frozen coordinates if they are passed."""
     chains = result.state.chains
     if labels is not None or condition is not None:
         chains = chains._replace(labels=labels, condition=condition)

@@ -1,4 +1,4 @@
-"""How a call runs, apart from what it samples."""
+"""The options of a run that do not change what it samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ ON_NONFINITE = ("raise", "reinit", "ignore")
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a run, as ``fastebm.sample`` explains them.
+    """The options of a run. ``fastebm.sample`` documents them.
 
-    backend: "auto", "triton", "torch" or "reference". precision: of the fused kernel's products, or None. cuda_graph:
-    record a step of several launches and replay it. on_nonfinite: "raise", "reinit" or "ignore".
+    backend: "auto", "triton", "torch" or "reference".
+    precision: of the fused kernel's products, or None.
+    cuda_graph: record one step of several launches and replay it.
+    on_nonfinite: "raise", "reinit" or "ignore".
     """
 
     backend: str = "auto"
@@ -23,10 +25,10 @@ class Settings:
     on_nonfinite: str = "raise"
 
     def check(self) -> None:
-        """The names of backends and precisions are checked where one is chosen (backends/choose.py).
+        """Check on_nonfinite. ``choose`` (backends/choose.py) checks backend and precision.
 
         Raises:
-            ValueError: an unknown policy for chains that are not finite.
+            ValueError: an unknown on_nonfinite.
         """
         if self.on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {self.on_nonfinite!r}")

@@ -1,4 +1,4 @@
-"""Where the chains of a call start: their number, shape, place and numbers, checked once for all sampling calls."""
+"""The start of a sampling call: checks the arguments that describe its chains, and creates them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Place", "Start"]
 
 
 class Place(NamedTuple):
-    """How many chains, the shape of one state, where they are and in which dtype."""
+    """Number of chains, shape of one state, device and dtype."""
 
     n_chains: int
     shape: tuple[int, ...]
@@ -39,9 +39,9 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class Start:
-    """The arguments of a sampling call that say where its chains start, as ``fastebm.sample`` explains them.
+    """The arguments of a sampling call that describe its chains. ``fastebm.sample`` documents them.
 
-    n_chains: of a call without init, under the name that the caller knows it by.
+    n_chains: name of the argument, for errors, and its value. Used if there is no init.
     """
 
     energy: nn.Module
@@ -58,7 +58,7 @@ class Start:
     device: torch.device | str | None
 
     def place(self) -> Place:
-        """Checked; nothing is drawn yet."""
+        """Check the arguments; nothing is drawn yet."""
         self.first_chain = checked_count("first_chain", self.first_chain)
         self.seed, self.first_step = on_device_or_plain(self.seed), on_device_or_plain(self.first_step)
         parameter = first_tensor(self.energy)
@@ -79,9 +79,9 @@ class Start:
         return Place(n_chains, shape, device, torch.float64 if double else torch.float32)
 
     def chains(self, place: Place, steps: int, clamp: Bounds | None) -> Chains:
-        """At their start, with a seed that is drawn now if none was given. clamp: of a uniform start.
+        """The chains at their start. Without init they are uniform on clamp; without a seed one is drawn here.
 
-        While torch.compile traces, states are as ``backends/op.py`` takes them, and the seed is a tensor.
+        While torch.compile traces, the seed is a tensor, and the states are what the operator of backends/op.py takes.
         """
         n_chains, shape, device, dtype = place
         numbers = torch.arange(self.first_chain, self.first_chain + n_chains, device=device)

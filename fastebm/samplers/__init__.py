@@ -1,5 +1,7 @@
-"""Samplers, one file each: a frozen dataclass with ``init`` and ``step`` (base.py). This is their registry: what is
-imported here is public."""
+"""Samplers, one file each. A sampler is a frozen dataclass with the methods ``init`` and ``step`` (base.py).
+
+This is the registry: every sampler imported here is public, as ``fastebm.NAME``.
+"""
 
 from .langevin import Langevin as Langevin
 from .mala import MALA as MALA

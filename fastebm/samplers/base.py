@@ -1,8 +1,8 @@
-"""What a sampler is: a frozen dataclass of settings with ``init`` and ``step``, and nothing else.
+"""The interface of a sampler: a frozen dataclass of settings with the methods ``init`` and ``step``.
 
-A sampler sees a target and numbers from the noise stream. The driver does the rest: it checks the input, keeps
-coordinates that are frozen, stops chains that are not finite, keeps every thin-th state, and looks for a faster run of
-the same steps (backends/table.py).
+A sampler gets a target and the random numbers of its chains. The driver does the rest: it checks the input, holds
+frozen coordinates, stops chains that are no longer finite, stores every thin-th state, and uses a fused run of the same
+steps if there is one (backends/table.py).
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ __all__ = [
 
 
 class Info(NamedTuple):
-    """What one step did.
+    """What one step reports.
 
-    finite: (n,) bool, whether every state that the step computed was finite, before any clamp; None: all were. Where it
-    is False the returned state is the chain's last finite one. telemetry: a function without arguments, called only if
-    it was asked for: two dicts of (n,) numbers, those to be averaged over the steps and those of which the last counts.
+    finite: (n,) bool, False for chains that computed a non-finite state, tested before any clamp. For those chains the
+    step returns the last finite state. None means that all chains were finite.
+    telemetry: returns two dicts of (n,) tensors by name: values to average over the steps, and values of which the
+    last step's is reported. Called only if the caller wants telemetry.
     """
 
     finite: Tensor | None
@@ -48,29 +49,29 @@ class Info(NamedTuple):
 class Sampler(Protocol):
     """A frozen dataclass of settings.
 
-    A setting that may change by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
-    ``checked_coefficient`` and ``value_at``. States are NamedTuples of tensors with one row per chain, and a field x.
+    A setting that may vary by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
+    ``checked_coefficient`` and ``value_at``. A state is a NamedTuple of tensors with one row per chain; its field x
+    holds the positions.
 
-    exact: whether an accept test makes each step leave exp(-E) as it is. States outside the bounds then have
-    probability 0 and are rejected; without a test they are projected onto the bounds.
-    reports: the names of ``Info``'s telemetry, which are fields of ``SampleInfo`` (driver/info.py), with their values
-    after no step.
+    exact: whether each step leaves exp(-E) invariant, thanks to an accept test. Such a sampler rejects proposals
+    outside the bounds. A sampler without the test projects them onto the bounds.
+    reports: names of the telemetry and their values after zero steps. The names are fields of ``SampleInfo``.
     """
 
     @property
     def box(self) -> Box | None:
-        """Bounds of the states."""
+        """Bounds of the states, or None."""
         ...
 
     exact: ClassVar[bool]
     reports: ClassVar[Mapping[str, float]]
 
     def init(self, target: View, x: Tensor, noise: Noise) -> Any:
-        """The state of chains that start at x, (n, dim)."""
+        """The state of chains that start at x: (n, dim)."""
         ...
 
     def step(self, target: View, state: Any, noise: Noise, t: int) -> tuple[Any, Info]:
-        """One transition of all chains; pure. t: the step of this call, from 0."""
+        """One transition of all chains, without side effects. t: index of the step in this call, from 0."""
         ...
 
 
@@ -78,7 +79,7 @@ _Sampler = TypeVar("_Sampler", bound=Any)
 
 
 def checked_sampler(sampler: object) -> Any:
-    """The sampler, or an error with the likely mistake."""
+    """Return the sampler unchanged, or raise a TypeError that names the likely mistake."""
     if callable(getattr(sampler, "step", None)) and dataclasses.is_dataclass(sampler) and not isinstance(sampler, type):
         return sampler
     hint = ""
@@ -90,29 +91,31 @@ def checked_sampler(sampler: object) -> Any:
 
 
 def settled(target: View, x: Tensor, moved: Tensor, box: Box | None) -> tuple[Tensor, Tensor | None]:
-    """Where chains are that were to go from x to moved, within the box; and which could, or None for all.
+    """Finish a move from x to ``moved``: hold frozen coordinates, clamp to the box, and undo non-finite moves.
 
-    Frozen coordinates stay. Finiteness is tested before the clamp, which would turn infinity into a bound.
+    Returns the new states, and a (n,) mask of the finite ones (None: all). A chain with a non-finite move stays at x.
+    Finiteness is tested before the clamp, which would turn an infinity into a bound.
     """
     moved = target.held(x, moved)
-    # A sum is finite only if all its terms are: on a CPU one pass clears all chains. (A sum may overflow by itself.)
+    # Fast path on a CPU: a finite sum proves that all terms are finite. (A sum of finite terms may overflow, so an
+    # infinite one proves nothing.)
     if moved.device.type == "cpu" and bool(moved.sum().isfinite()):
         return (moved if box is None else box.clamp(moved)), None
     finite = moved.isfinite().all(dim=1)
     return torch.where(finite[:, None], moved if box is None else box.clamp(moved), x), finite
 
 
-# -- settings that change by step or by chain ---------------------------------------------------------------------
+# -- settings that vary by step or by chain -----------------------------------------------------------------------
 
 
 def checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Tensor:
-    """A finite float, a (steps,) tensor or a (n_chains, 1) tensor; > 0, or >= 0.
+    """Check a setting: a finite float, a (steps,) tensor or a (n_chains, 1) tensor. All values > 0, or >= 0.
 
     Raises:
-        TypeError, ValueError: with the rule and the value received.
+        TypeError, ValueError: the message states the requirement and the value received.
     """
-    rule = f"{name} must be finite and {'> 0' if positive else '>= 0'}"
-    # a tensor without dims stays where it is: a captured call may read it there
+    requirement = f"{name} must be finite and {'> 0' if positive else '>= 0'}"
+    # A 0-dim tensor stays a tensor on its device: a CUDA graph may read it there at each replay.
     value = value if isinstance(value, Tensor) else number_or_tensor(value)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
@@ -122,22 +125,22 @@ def checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Ten
                 f"{name} must be a float, a (steps,) tensor or a (n_chains, 1) tensor, got shape {tuple(value.shape)}"
             )
         if not readable(value.device):
-            return value  # a compiled call checks when it runs (backends/op.py); a captured one can't
-        # One reduction for all three faults: NaN fails every comparison.
+            return value  # a compiled call checks it at run time (backends/op.py); a CUDA-graph capture can't
+        # One reduction finds NaN, infinity and a wrong sign: NaN fails every comparison.
         good = torch.isfinite(value) & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):
-            raise ValueError(f"{rule}, got a tensor with {value[~good].flatten()[0].item()}")
+            raise ValueError(f"{requirement}, got a tensor with {value[~good].flatten()[0].item()}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         hint = ": a whole sampler is passed as rule=" if dataclasses.is_dataclass(value) else ""
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}{hint}")
     elif not ((value > 0 if positive else value >= 0) and value < float("inf")):
-        raise ValueError(f"{rule}, got {value}")
+        raise ValueError(f"{requirement}, got {value}")
     checked: float | Tensor = value
     return checked
 
 
 def value_at(value: float | Tensor, t: int, device: torch.device) -> float | Tensor:
-    """A coefficient at step t: a number, or float64 of shape () or (n_chains, 1)."""
+    """The value of a setting at step t: a number, or a float64 tensor of shape () or (n_chains, 1)."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach().to(device, torch.float64)
@@ -145,10 +148,10 @@ def value_at(value: float | Tensor, t: int, device: torch.device) -> float | Ten
 
 
 def for_chains(sampler: _Sampler, rows: Tensor | slice, n_chains: int) -> _Sampler:
-    """The sampler for some of n_chains chains: (n_chains, 1) settings keep these rows.
+    """The sampler for a subset of n_chains chains: only these rows of its (n_chains, 1) settings.
 
     Raises:
-        ValueError: a setting for another number of chains, which might fit the rows by chance.
+        ValueError: a setting has neither 1 nor n_chains rows. Indexing alone might not notice.
     """
 
     def part(name: str, value: Tensor) -> Tensor:
@@ -161,12 +164,16 @@ def for_chains(sampler: _Sampler, rows: Tensor | slice, n_chains: int) -> _Sampl
 
 
 def for_steps(sampler: _Sampler, first: int, last: int) -> _Sampler:
-    """The sampler for steps first to last - 1 of a call: schedules keep these entries."""
+    """The sampler for steps first to last - 1 of a call: only these entries of its schedules."""
     return _replaced(sampler, lambda name, value: value[first:last] if value.ndim == 1 else value)
 
 
 def check_settings(sampler: Any, n_chains: int, steps: int) -> None:
-    """Schedules have an entry per step, and settings per chain a row per chain."""
+    """Check that schedules have one entry per step and per-chain settings one row per chain (or 1).
+
+    Raises:
+        ValueError: a setting of another length.
+    """
 
     def check(name: str, value: Tensor) -> Tensor:
         if value.ndim == 1 and len(value) != steps:
@@ -186,7 +193,7 @@ def _check_rows(name: str, value: Tensor, n_chains: int) -> None:
 
 
 def _replaced(sampler: _Sampler, function: Callable[[str, Tensor], Tensor]) -> _Sampler:
-    """With every setting that is a tensor mapped. Bounds are none of these: they belong to dims."""
+    """The sampler with ``function(name, tensor)`` in place of each tensor setting. Bounds are per dim: not mapped."""
     changed = {}
     for field in dataclasses.fields(sampler):
         value = getattr(sampler, field.name)

@@ -1,12 +1,12 @@
-"""MALA: a Langevin step as the proposal of a Metropolis test, so that the chain's law is exp(-E) exactly, at any step.
+"""MALA: a Langevin step as the proposal of a Metropolis test, which makes exp(-E) invariant for every step size.
 
 y     = x - (step_size / 2) dE/dx(x) + sqrt(step_size) xi,   xi ~ N(0, I)
 log a = E(x) - E(y) + log q(x | y) - log q(y | x)
       = E(x) - E(y) + sqrt(step_size) xi . s / 2 - step_size |s|^2 / 8,   s = dE/dx(x) + dE/dx(y)
 x'    = y if log u <= log a, else x,                         u ~ U(0, 1]
 
-q(y | x) is the density of the proposal. The second form is the first with the squares multiplied out: it has no
-difference of large numbers. Sources: Roberts & Tweedie 1996; Roberts & Rosenthal 1998, for the best acceptance, 0.574.
+q(y | x) is the density of the proposal. The second form of log a is the first with the squares expanded. It avoids the
+difference of large numbers. Sources: Roberts & Tweedie 1996; Roberts & Rosenthal 1998 (optimal acceptance rate 0.574).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["MALA", "MALAState"]
 
 
 class MALAState(NamedTuple):
-    """x: (n_chains, dim). energy, gradient: of x, (n_chains,) and (n_chains, dim)."""
+    """x: (n_chains, dim). energy: (n_chains,) E(x). gradient: (n_chains, dim) dE/dx(x)."""
 
     x: Tensor
     energy: Tensor
@@ -37,22 +37,25 @@ class MALAState(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MALA:
-    """The Metropolis-adjusted Langevin algorithm, for samples of exp(-E).
+    """The Metropolis-adjusted Langevin algorithm: samples exp(-E) without step-size bias.
 
-    Tune the step size until about 57% of the proposals are accepted (``SampleInfo.acceptance``): larger steps are
-    rejected, smaller ones explore slowly. Neither is biased.
+        y = x - (step_size / 2) dE/dx(x) + sqrt(step_size) xi,   accepted with probability min(1, a)
+
+    The top of this file states a (Roberts & Tweedie 1996). Tune step_size until about 57% of the proposals are accepted
+    (``SampleInfo.acceptance``; Roberts & Rosenthal 1998). With larger steps most proposals are rejected, and with
+    smaller ones the chain explores slowly. Every step size leaves exp(-E) invariant.
 
     Args:
         step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (one value per chain).
-        clamp: (lo, hi) with lo < hi, each a number or a tensor of one state's shape, or None. Proposals outside are
-            rejected, so the chain's law is exp(-E) within the bounds. (Moving them onto the bounds, as ``Langevin``
-            does, would break detailed balance.)
+        clamp: bounds (lo, hi) of the states with lo < hi, each a number or a tensor of one state's shape, or None.
+            Proposals outside the bounds are rejected, so the chain samples exp(-E) restricted to them. (Projecting
+            proposals onto the bounds, as ``Langevin`` does, would break detailed balance.) Chains must start inside.
 
-    A proposal of energy +inf is rejected too. An energy of NaN or -inf, a gradient that is not finite, or a proposal
-    that overflows stops the chain (``on_nonfinite``).
+    A proposal with energy +inf is rejected too. An energy of NaN or -inf, a non-finite gradient, or a proposal that
+    overflows stops the chain, and ``on_nonfinite`` decides what follows.
 
     Raises:
-        TypeError, ValueError: with the rule, the value received and the way out.
+        TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
     """
 
     step_size: float | Tensor
@@ -67,15 +70,15 @@ class MALA:
 
     @property
     def box(self) -> Box | None:
-        """The clamp."""
-        return self.clamp  # type: ignore[return-value]  # made one when this was built
+        """The clamp as a ``Box``, or None."""
+        return self.clamp  # type: ignore[return-value]  # __post_init__ made it a Box
 
     def init(self, target: View, x: Tensor, noise: Noise) -> MALAState:
-        """With energy and gradient, which later steps carry along."""
+        """Evaluate energy and gradient at x. Later steps carry them in the state."""
         return MALAState(x, *target.value_and_gradient(x))
 
     def step(self, target: View, state: MALAState, noise: Noise, t: int) -> tuple[MALAState, Info]:
-        """A proposal and its test."""
+        """Propose y, then accept or reject it."""
         x, energy, gradient = state
         step_size = value_at(self.step_size, t, x.device)
         root: float | Tensor = step_size**0.5
@@ -91,7 +94,7 @@ class MALA:
         possible = new_energy != math.inf
         if target.box is not None:
             possible &= target.box.contains(y)
-        # Of an impossible proposal nothing else matters. Of a possible one everything must be a number.
+        # A proposal of probability 0 is rejected whatever else is NaN. Any other proposal must have finite terms.
         sound = (new_energy != -math.inf) & ratio.isfinite() & ~energy.isnan() & ~new_energy.isnan()
         finite = y.isfinite().all(dim=1) & (sound | ~possible)
         accepted = possible & finite & (noise.uniform(Stream.METROPOLIS, t).log() <= log_accept)

@@ -1,4 +1,4 @@
-"""Any module as a target: flat states in, energies or autograd's gradients out."""
+"""Any module as a target: energies and autograd's gradients of flat states."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Autograd", "Energy"]
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
-    """Of the sum of value; None if that does not depend on x."""
-    ones = torch.ones_like(value)  # in place of a sum, and of its gradient
+    """The gradient of value.sum() with respect to x; None if value does not depend on x."""
+    ones = torch.ones_like(value)  # the same gradient, without computing the sum
     if value.is_cpu and x.is_cpu and type(value) is Tensor and (engine := _engine()) is not None:
         return engine(value, x, ones)
     return torch.autograd.grad(value, x, ones, allow_unused=True)[0]
@@ -25,8 +25,11 @@ def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
 
 @cache
 def _engine() -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
-    """What ``torch.autograd.grad`` calls in the end. Its own Python before that, for arguments of many kinds, is a good
-    part of a small energy's gradient. None where PyTorch has another: it is not public."""
+    """The autograd engine that ``torch.autograd.grad`` calls, or None if this PyTorch has a different one.
+
+    Calling it directly skips Python code for general arguments, which takes much of the time of a small energy's
+    gradient. It is not a public interface, so it is tested here first.
+    """
 
     def gradient(value: Tensor, x: Tensor, ones: Tensor) -> Tensor | None:
         found = torch.autograd.Variable._execution_engine.run_backward(
@@ -44,20 +47,20 @@ def _engine() -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
 
 
 class Energy:
-    """A module as the samplers see it: flat states in, energies or their gradients out, no trace left behind.
+    """A module as a function of flat states: energies, and gradients that leave no ``.grad`` on its parameters.
 
-    The module is given copies, never memory that the library or the caller keeps: it may write to what it gets.
+    The module receives copies of states and conditions, so it may write to its inputs.
 
     Args:
         module: maps (batch, *shape), and a condition if it takes one, to (batch,) or (batch, 1).
         shape: shape of one state; its product is dim.
-        dtype: of the states. A module of another floating dtype is computed in this one, through
-            torch.func.functional_call, so that a float64 start is float64 end to end.
-        kind: of its condition, "labels" or "condition".
+        dtype: dtype of the states. A module of another floating dtype is evaluated in this one by
+            torch.func.functional_call, so that a float64 start is computed in float64 throughout.
+        kind: the keyword of the module's condition, "labels" or "condition".
     """
 
     def __init__(self, module: nn.Module, shape: Sequence[int], dtype: torch.dtype, kind: str = "labels") -> None:
-        # Gradients of a DistributedDataParallel are for training alone: its forward waits for other processes.
+        # Sampling bypasses DistributedDataParallel, whose forward waits for the other processes.
         is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
         self.module = module = unwrapped(module) if is_ddp else module
         self.shape, self.kind = tuple(shape), kind
@@ -69,23 +72,23 @@ class Energy:
         self._worked = False
 
     def __call__(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(n, dim) -> (n,) of x's dtype, without a graph."""
+        """E(x), (n,) in x's dtype, without an autograd graph. x: (n, dim)."""
         if len(x) == 0:
             return x.new_empty(0)
         with torch.no_grad():
             return self._evaluated(x, condition).reshape(len(x)).to(x.dtype)
 
     def gradient(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """dE/dx of each chain: (n, dim). The gradient of the sum, so no chain's is divided by their number."""
+        """dE/dx of each chain's own energy, (n, dim): the gradient of the sum over chains, not of the mean."""
         if len(x) == 0:
             return x
         with self.differentiating():
-            # an inference tensor can be no leaf
+            # An inference tensor can't require grad, so clone it.
             x = x.clone() if x.is_inference() else x.detach()
             return self.pulled_back(x.requires_grad_(), condition)
 
     def value_and_gradient(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Both, by one forward pass: (n,) of x's dtype, and (n, dim)."""
+        """E(x), (n,) in x's dtype, and dE/dx, (n, dim), from one forward pass."""
         if len(x) == 0:
             return x.new_empty(0), x
         with self.differentiating():
@@ -96,12 +99,12 @@ class Energy:
     @staticmethod
     @contextmanager
     def differentiating() -> Iterator[None]:
-        """Within, graphs are made: sampling inside torch.inference_mode or no_grad still needs those of the energy."""
+        """Enable autograd, also inside the caller's torch.inference_mode or torch.no_grad."""
         with torch.inference_mode(False), torch.enable_grad():
             yield
 
     def pulled_back(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """``gradient`` of a leaf that requires grad, within ``differentiating``: for loops, which enter that once."""
+        """``gradient`` for loops that enter ``differentiating`` once themselves. x: a leaf that requires grad."""
         return self._both(x, condition)[1]
 
     def _both(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,13 +117,13 @@ class Energy:
         )
 
     def _evaluated(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        """What the module does not take is told in words the first time, before any chain has moved."""
-        given = x.clone()
-        # No view that is not needed: each costs as much as the smallest operations of an energy do.
-        given = given if len(self.shape) == 1 else given.reshape(len(x), *self.shape)
+        """The module's output. If its first call fails, before any chain has moved, the error explains the input."""
+        states = x.clone()
+        # Reshape only if needed: a view costs as much as the smallest operations of an energy.
+        states = states if len(self.shape) == 1 else states.reshape(len(x), *self.shape)
         try:
             value = values_of(
-                self.module, given, self._params, None if condition is None else condition.clone(), self.kind
+                self.module, states, self._params, None if condition is None else condition.clone(), self.kind
             )
         except (RuntimeError, TypeError, IndexError) as error:
             if self._worked or isinstance(error, torch.OutOfMemoryError):
@@ -128,7 +131,7 @@ class Energy:
             shape = ", ".join(str(size) for size in self.shape)
             beside = "" if condition is None else f" with {self.kind} {tuple(condition.shape)}"
             why = str(error)
-            if "numpy()" in why:  # PyTorch says to detach, which loses the gradient
+            if "numpy()" in why:  # PyTorch's message suggests detach(), which would lose the gradient
                 why = "it turns them into NumPy's arrays, which have no gradient: compute it by operations of PyTorch"
             raise ValueError(f"the energy does not take states of shape (n_chains, {shape}){beside}: {why}") from error
         self._worked = True
@@ -136,7 +139,7 @@ class Energy:
 
 
 class Autograd:
-    """A module as a ``Target`` (base.py): an ``Energy`` with the condition of its chains."""
+    """A ``Target`` (base.py) for any module: an ``Energy`` together with the condition of its chains."""
 
     def __init__(self, energy: Energy, condition: Tensor | None = None) -> None:
         self.energy, self.condition = energy, condition
@@ -150,5 +153,5 @@ class Autograd:
         return self.energy.gradient(x, self.condition)
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both."""
+        """E(x) and dE/dx."""
         return self.energy.value_and_gradient(x, self.condition)

@@ -1,4 +1,4 @@
-"""What an energy is to samplers: values and gradients of flat states, for one device, dtype and condition."""
+"""The interface of an energy to samplers: values and gradients of flat states, for one device, dtype and condition."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Target", "View"]
 
 
 class Target(Protocol):
-    """E of flat states x, (n, dim), for the chains that it was made for.
+    """The energy E of flat states x, (n, dim), of one set of chains and their conditions.
 
-    Results are new tensors: a sampler may keep them. No graph is made.
+    Results are new tensors without an autograd graph, so a sampler may keep them.
     """
 
     def value(self, x: Tensor) -> Tensor:
@@ -28,16 +28,16 @@ class Target(Protocol):
         ...
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, by one forward pass."""
+        """E(x) and dE/dx, from one forward pass where possible."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A target as a sampler gets it: with bounds, and without the coordinates that are frozen.
+    """A target as a sampler sees it: with bounds, and with frozen coordinates held.
 
-    box: on the states' device and in their dtype, open at frozen coordinates; or None.
-    frozen: (1 or n, dim) bool, coordinates whose gradient is 0; or None.
+    box: bounds on the states' device and in their dtype, infinite at frozen coordinates; or None.
+    frozen: (1 or n, dim) bool, True at coordinates that stay and whose gradient is set to 0; or None.
     """
 
     target: Target
@@ -49,17 +49,19 @@ class View:
         return self.target.value(x)
 
     def gradient(self, x: Tensor) -> Tensor:
-        """dE/dx, (n, dim)."""
+        """dE/dx, (n, dim); 0 at frozen coordinates."""
         return self._masked(self.target.gradient(x))
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both."""
+        """E(x), and dE/dx with 0 at frozen coordinates."""
         value, gradient = self.target.value_and_gradient(x)
         return value, self._masked(gradient)
 
     def held(self, x: Tensor, moved: Tensor) -> Tensor:
-        """moved, with frozen coordinates at x. Without a gradient and noise they stay by themselves, but for a step
-        size that overflows: infinity times 0 is NaN."""
+        """``moved`` with the frozen coordinates of x.
+
+        Zero gradient and zero noise are not enough: with an infinite step size they give infinity times 0, NaN.
+        """
         return moved if self.frozen is None else torch.where(self.frozen, x, moved)
 
     def _masked(self, gradient: Tensor) -> Tensor:

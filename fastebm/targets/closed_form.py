@@ -1,7 +1,8 @@
 """The closed-form gradient of an MLP energy in plain PyTorch, on a tile of states.
 
-Bits do not depend on the batch: a matrix product may round a row differently for another number of rows or threads, so
-every product has the same few rows on one thread, or rounds like one that has (the last tile is padded).
+The bits of a chain do not depend on the batch. A matrix product may round a row differently for another number of rows
+or threads. So every product has the same small number of rows on one thread, or was tested to round the same way. The
+last tile is padded.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ __all__ = [
     "rows_of_products",
 ]
 
-# Rows of one matrix product on a CPU: a call with few chains is padded to no more than this.
+# Rows of one matrix product on a CPU. Calls with fewer chains are padded to this.
 PRODUCT_ROWS = 64
 
-# Rows of one on any other device, where a launch costs more than the padding.
+# Rows of one matrix product on any other device, where a launch costs more than padding.
 DEVICE_ROWS = 4096
 
-# Up to as many dims, a CPU's library is slow on the way down to them (fivefold at 2) unless the first weight is laid
-# out transposed. Beyond them that gains nothing, and takes long.
+# Up to this many dims, the product of the backward pass that ends at the dims is slow on a CPU (five times slower at 2)
+# unless the first weight is stored transposed. Above this, transposing takes time and gains nothing.
 NARROW = 16
 
 
 def rows_of_products(device: torch.device) -> int:
-    """The one number of rows that every product has on a device."""
+    """The fixed number of rows of a product on this device."""
     return PRODUCT_ROWS if device.type == "cpu" else DEVICE_ROWS
 
 
 def matrix(n_rows: int, width: int, like: Tensor) -> Tensor:
-    """(n_rows, width), not initialised.
+    """An uninitialised (n_rows, width) matrix whose rows are 16-byte aligned.
 
-    MKL peels the start of a row that is not 16-byte aligned, and the row's sums then round by its place in the
-    tile: rows of odd widths get a stride of their own. (No width up to 4 was seen to need it.)
+    MKL treats the start of an unaligned row separately, so its sums would round differently by position in the tile.
+    The stride is therefore a multiple of 4. (Widths up to 4 showed no such effect.)
     """
     return like.new_empty(n_rows, _stride(width))[:, :width]
 
@@ -62,11 +63,12 @@ def rounds_alike(
     multiply: Callable[[Tensor, Tensor, Tensor], object], n_in: int, n_out: int, transposed: bool, few: int, many: int,
     dtype: torch.dtype,
 ) -> bool:  # fmt: skip
-    """Whether a product of many rows has the bits of products of few rows each, here and on one thread: then it is
-    taken, being faster. Found out by trying, once for each shape: a library does not promise it.
+    """Whether one product of many rows has the same bits as products of few rows each, on one thread.
 
-    multiply: makes its third argument, (rows, n_out), the product of the first two. transposed: of w, (n_in, n_out),
-    columns are whole.
+    The large product is faster. Libraries do not guarantee equal bits, so each shape is tested once on this machine.
+
+    multiply: writes the product of its first two arguments to the third, (rows, n_out). transposed: w, (n_in, n_out),
+    has contiguous columns.
     """
     if few == many:
         return True
@@ -87,8 +89,10 @@ def _mm(a: Tensor, w: Tensor, out: Tensor) -> Tensor:
 
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = a @ w (+ bias) (+ out), in products of a fixed number of rows, or what rounds like them. On a CPU of one
-    thread, and rows in a multiple of ``rows_of_products``."""
+    """out = a @ w (+ bias) (+ out), with the bits of products of a fixed number of rows.
+
+    len(a) must be a multiple of ``rows_of_products``. On a CPU, call it with PyTorch set to one thread.
+    """
     few = rows_of_products(a.device)
     if a.device.type != "cpu" or rounds_alike(_mm, *w.shape, w.stride(0) == 1, few, len(a), a.dtype):
         return _multiply(a, w, bias, out, add)
@@ -104,14 +108,14 @@ def _multiply(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, add: bool)
 
 
 class Network:
-    """One MLP of the sum, on a tile: its buffers, forward and backward."""
+    """One MLP of the energy's sum: forward and backward on a tile, with its buffers."""
 
     def __init__(self, mlp: MLP, scale: Tensor, n_rows: int) -> None:
         self.mlp, self.scale = mlp, scale
         weight = mlp.weights[0]
         self.down = weight.t().contiguous().t() if mlp.dim <= NARROW else weight
         self.z = [matrix(n_rows, width, weight) for width in mlp.widths]
-        self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations going up, gradients coming down
+        self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations, then gradients
         self.top = None if mlp.head == "scalar" else matrix(n_rows, len(mlp.weights[-1]), weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ class Network:
         return below
 
     def backward(self, last: Tensor, labels: Tensor | None, out: Tensor, *, add: bool) -> None:
-        """out (+)= dE_k/dx, after ``forward``. Each layer's gradient overwrites its activation, which is spent."""
+        """out (+)= dE_k/dx, after ``forward``. Each layer's gradient overwrites its activation."""
         weight = self.mlp.weights[-1]
         if self.top is None:
             above = weight.expand_as(self.z[-1])
@@ -140,7 +144,7 @@ class Network:
                 above = product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
 
     def energy(self, last: Tensor, labels: Tensor | None) -> Tensor:
-        """(rows,) w_k E_k(x), after ``forward``."""
+        """w_k E_k(x), (rows,), after ``forward``."""
         if self.top is None:
             return self._logits(last, matrix(len(last), 1, last))[:, 0]
         logits = self._logits(last, self.top)
@@ -153,14 +157,14 @@ class Network:
 
 
 class Evaluator:
-    """Energy and gradient of a description in closed form, on tiles of n_rows states, in buffers of its own.
+    """Energy and gradient of a description in closed form, on tiles of n_rows states. It owns its buffers.
 
-    n_rows: a multiple of ``rows_of_products``. A state's values do not depend on the others. mlps: the description's
-    ``scaled_heads``, if they are there already.
+    The results of a state do not depend on the other states. n_rows: a multiple of ``rows_of_products``. mlps: the
+    description's ``scaled_heads``, if already computed.
     """
 
     def __init__(self, description: Description, n_rows: int, mlps: Sequence[MLP] | None = None) -> None:
-        assert description.scales is not None  # nor is the constant: it is not bare
+        assert description.scales is not None  # only a bare description has none
         assert description.constant is not None
         self.description, self.constant = description, description.constant
         mlps = description.scaled_heads() if mlps is None else mlps
@@ -173,16 +177,16 @@ class Evaluator:
         return self._add_terms(x, out)
 
     def energy(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """(n_rows,) E(x)."""
+        """E(x), (n_rows,)."""
         values = [network.energy(network.forward(x), labels) for network in self.networks]
         return self._energy(x, values)
 
     def energy_after(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """``energy`` from the last activations, which are there already."""
+        """``energy`` without a forward pass: from the last layer's activations in the buffers."""
         return self._energy(x, [network.energy(network.h[-1], labels) for network in self.networks])
 
     def energy_and_gradient(self, x: Tensor, labels: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, by one forward pass; out = dE/dx."""
+        """E(x), and out = dE/dx, from one forward pass."""
         values = []
         for k, network in enumerate(self.networks):
             last = network.forward(x)
@@ -209,7 +213,7 @@ class Evaluator:
 
 
 class ClosedForm:
-    """An MLP energy as a ``Target`` (base.py), for at most a tile of chains.
+    """A ``Target`` (base.py) for an MLP energy and at most one tile of chains.
 
     labels: (n,) int64, one per chain, or None.
     """
@@ -220,7 +224,7 @@ class ClosedForm:
         self.n_rows = -(-n_chains // few) * few
         self.evaluator = Evaluator(description, self.n_rows)
         self.labels = None if labels is None else padded_rows(labels, self.n_rows)
-        # rows of padding hold 0, and nobody reads what becomes of them
+        # Padding rows are 0, so they stay finite; their results are not used.
         self.x = matrix(self.n_rows, description.dim, like).zero_()
 
     def value(self, x: Tensor) -> Tensor:
@@ -232,7 +236,7 @@ class ClosedForm:
         return self.evaluator.gradient(self._padded(x), self.labels, self._out(x))[: len(x)]
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both."""
+        """E(x) and dE/dx."""
         value, gradient = self.evaluator.energy_and_gradient(self._padded(x), self.labels, self._out(x))
         return value[: len(x)], gradient[: len(x)]
 
@@ -247,7 +251,7 @@ class ClosedForm:
 
 
 def padded_rows(v: Tensor, n_rows: int) -> Tensor:
-    """Rows repeated up to n_rows; a single row (of coefficients that all chains share) is left to broadcast."""
+    """Repeat the last row up to n_rows. A 2-d tensor with one row broadcasts over chains and is returned as it is."""
     if len(v) == n_rows or (v.ndim == 2 and len(v) == 1):
         return v
     return torch.cat([v, v[-1:].expand(n_rows - len(v), *v.shape[1:])])
