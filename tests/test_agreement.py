@@ -176,6 +176,10 @@ def test_chains_explode_at_different_steps(device, regime, clamp):
         assert largest(done.x / 1e38 - expected.x / 1e38) <= 4 * steps * ULP * largest(expected.x / 1e38)
 
 
+NETWORKS = [(2, [50, 20], "silu"), (63, [100], "tanh"), (100, [64, 33, 20], "softplus"), (1, [17, 16], "silu")]
+QUICK = ((2, "tf32"), (63, "bf16"))
+
+
 def check_precision(device, energy, n_chains, precision, regime, **launch):
     """One step of gradient descent, and the energy at its start."""
     mlp = read_mlp(energy.to(device))
@@ -196,10 +200,14 @@ def check_precision(device, energy, n_chains, precision, regime, **launch):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16"])
 @pytest.mark.parametrize(
-    ("dim", "widths", "activation"),
-    [(2, [50, 20], "silu"), (63, [100], "tanh"), (100, [64, 33, 20], "softplus"), (1, [17, 16], "silu")],
+    ("dim", "widths", "activation", "precision"),
+    [
+        # bf16x3 is the default; the others are quick for one network each
+        pytest.param(*network, q, marks=[] if q == "bf16x3" or (network[0], q) in QUICK else pytest.mark.slow)
+        for network in NETWORKS
+        for q in ("bf16x3", "tf32", "bf16")
+    ],
 )
 def test_precisions(device, dim, widths, activation, precision, regime):
     check_precision(device, make_mlp(dim, widths, activation), YARDSTICK + 1, precision, regime)

@@ -46,7 +46,7 @@ def energies():
 @pytest.mark.parametrize(
     "name",
     # other quick tests compile plain MLPs
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("plain", "weight", "nested"))) for n in energies()],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("spectral", "old norms"))) for n in energies()],
 )
 def test_the_same_bits(name, backend, untouched):
     energy = energies()[name].train()
@@ -338,11 +338,22 @@ def test_errors_of_python_arguments():
         f()
 
 
+def bf16_autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 @every_compiler
 @pytest.mark.parametrize(
-    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+    ("context", "inside"),
+    [
+        (torch.no_grad, True),
+        (torch.inference_mode, False),
+        (bf16_autocast, True),
+        pytest.param(torch.no_grad, False, marks=pytest.mark.slow),
+        pytest.param(torch.inference_mode, True, marks=pytest.mark.slow),
+        pytest.param(bf16_autocast, False, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("inside", [True, False])
 def test_in_other_modes(context, inside, backend):
     energy = energies()["spectral"]
     x = torch.randn(5, 2)
