@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ from torch import nn
 
 import fastebm
 from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, NonFiniteError, langevin_sample, sample
+from fastebm.backends import table
+from fastebm.box import Box
+from fastebm.rng import Stream
+from fastebm.samplers.base import Info, settled
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -171,6 +177,67 @@ def test_no_steps_and_no_chains():
     assert torch.equal(result.x, init)
     torch.testing.assert_close(result.energies, energy(init))
     assert sample(energy, SAMPLER, 3, n_chains=0, steps=5, thin=1).trajectory.shape == (0, 5, 3)
+
+
+class Position(NamedTuple):
+    x: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shift:
+    """The smallest sampler: to the right, by a uniform number per chain, within the bounds."""
+
+    clamp: Box | None = None
+    exact: ClassVar[bool] = False
+    reports: ClassVar[dict] = {}
+
+    @property
+    def box(self):
+        return self.clamp
+
+    def init(self, target, x, noise):
+        return Position(x)
+
+    def step(self, target, state, noise, t):
+        moved = state.x + noise.uniform(Stream.METROPOLIS, t)[:, None]
+        new, finite = settled(target, state.x, moved, target.box)
+        return Position(new), Info(finite, lambda: ({}, {}))
+
+
+def test_any_sampler_runs_and_is_resumed():
+    energy, init = MLPEnergy(3, (8,)), torch.zeros(70, 3)
+    frozen = torch.tensor([False, True, False])
+    options = {"init": init, "frozen": frozen, "seed": 3}
+    whole = sample(energy, Shift(), steps=12, thin=4, **options)
+    assert bool((whole.x[:, 0] > 0).all())
+    assert torch.equal(whole.x[:, 0], whole.x[:, 2])
+    assert torch.equal(whole.x[:, 1], init[:, 1])
+    torch.testing.assert_close(whole.energies, energy(whole.x)[:, 0].detach())
+    for backend in ("torch", "reference"):
+        torch.testing.assert_close(sample(energy, Shift(), steps=12, backend=backend, **options).x, whole.x)
+    same(sample(energy, Shift(), init=sample(energy, Shift(), steps=5, **options), steps=7), whole)
+    assert float(sample(energy, Shift(Box(-1.0, 1.0)), steps=12, **options).x.max()) == 1.0
+
+
+def test_a_class_that_is_no_sampler_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Half:
+        exact: ClassVar[bool] = True
+
+        def step(self, target, state, noise, t):
+            return state, Info(None, dict)
+
+    with pytest.raises(TypeError, match="Half is no sampler: it lacks init, clamp, box, reports"):
+        sample(MLPEnergy(3, (8,)), Half(), steps=1)
+
+
+def test_a_fused_run_serves_its_own_path_only(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setitem(table.FUSED_RUNS, (Shift, "resident", "triton"), lambda job: pytest.fail("another path"))
+    with pytest.raises(ValueError, match=r"Shift has no fused kernel for such energies \(autograd\)"):
+        sample(GaussianEnergy(), Shift(), 3, steps=1, backend="triton")
+    info = sample(GaussianEnergy(), Shift(), 3, steps=1).info
+    assert (info.backend, info.path) == ("torch", "autograd")
 
 
 def test_public_names():

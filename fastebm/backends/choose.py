@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "BACKENDS",
     "FUSED",
     "PRECISIONS",
+    "TRITON_PATHS",
     "Choice",
     "choose",
     "interpreted",
@@ -30,7 +32,9 @@ __all__ = [
 ]
 
 # The paths of the fused kernel.
+# Paths that are the fused kernel, and all paths on which Triton kernels run.
 FUSED = ("resident", "streaming")
+TRITON_PATHS = (*FUSED, "products", "autograd")
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
@@ -98,14 +102,15 @@ def choose(
     precision: str | None,
     *,
     condition: str | None = None,
-    no_kernel: str | None = None,
+    sampler: str = "Langevin",
+    triton_paths: Collection[str] = TRITON_PATHS,
 ) -> Choice:
     """Choose the backend for an energy and states of ``dtype`` on ``device``.
 
     Args:
         backend, precision: what the caller asked for.
         condition: the energy's argument besides x: "labels", "condition" (anything else), or None.
-        no_kernel: why no Triton kernel runs the sampler (table.py), or None if one does.
+        sampler, triton_paths: the sampler's name, and the paths on which a Triton kernel runs it (table.py).
 
     Raises:
         ValueError: an unknown name, or backend="triton" where it can't run.
@@ -127,21 +132,23 @@ def choose(
         description = describe(energy, labels=condition == "labels", bare=True)
     except NotAnMLP as error:
         why_not = f"not an MLP that can be read: {error}"
-    no_triton = no_kernel or _why_not_triton(device, dtype, asked=backend == "triton")
-    if backend == "triton" and no_triton is not None:
-        raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
+    no_triton = _why_not_triton(device, dtype, asked=backend == "triton") if triton_paths else None
     wanted = precision or default_precision()
-    if no_triton is None and description is not None:
+    if no_triton is None and triton_paths and description is not None:
         launch = launch_for(description, wanted, device)
         if isinstance(launch, str):
             launch, why_not = None, launch
+    path = launch.regime if launch is not None else "autograd" if description is None else "products"
+    if path not in triton_paths:
+        no_triton = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
+    if backend == "triton" and no_triton is not None:
+        raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
     why_not = why_not or no_triton
     if backend == "torch":
         why_not = 'backend="torch" was asked for'
-    elif launch is not None:
-        return Choice("triton", launch.regime, description, launch, wanted, None)
+    elif no_triton is None and launch is not None:
+        return Choice("triton", path, description, launch, wanted, None)
     elif no_triton is None:
-        path = "autograd" if description is None else "products"
         return Choice("triton", path, description, None, full, f"{why_not}; {_INSTEAD[path, 'triton']}")
     path = "autograd" if description is None else "tiles"
     no_numba = cpu.why_not(device, dtype)

@@ -23,7 +23,7 @@ from . import Advanced, Chains, cpu, reference, tiles
 from .choose import FUSED, Choice
 from .graphs import Recorder
 
-__all__ = ["FUSED_RUNS", "Job", "energy_of", "reports_bad_starts", "run", "why_no_kernel"]
+__all__ = ["FUSED_RUNS", "Job", "energy_of", "reports_bad_starts", "run", "triton_paths"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +110,9 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
 # -- all samplers --------------------------------------------------------------------------------------------------
 
 
-def why_no_kernel(sampler: Any) -> str | None:
-    """Why no Triton kernel runs this sampler; None if one does."""
-    if any(kind is type(sampler) and kernels == "triton" for kind, _, kernels in FUSED_RUNS):
-        return None
-    return f"{type(sampler).__name__} has no fused kernel"
+def triton_paths(sampler: Any) -> list[str]:
+    """The paths on which a Triton kernel runs this sampler."""
+    return [path for kind, path, kernels in FUSED_RUNS if kind is type(sampler) and kernels == "triton"]
 
 
 @survives_fork  # here too, because a compiled call enters here, not through the driver

@@ -83,7 +83,7 @@ def run_chains(
         condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
-            no_kernel=table.why_no_kernel(sampler),
+            sampler=type(sampler).__name__, triton_paths=table.triton_paths(sampler),
         )  # fmt: skip
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)

@@ -161,7 +161,7 @@ def sample(
         shape = place.shape
         if capturing(place.device):
             raise ValueError("fastebm.sample can't be captured in a CUDA graph: langevin_sample can")
-        state = ChainState(start.chains(place, warmup + steps, sampler.clamp))
+        state = ChainState(start.chains(place, warmup + steps, sampler.box))
     chains = state.chains
     check_settings(sampler, len(chains.numbers), warmup + steps)
     run = _Run(energy, sampler, shape, settings, thin, check_start=isinstance(init, Tensor))

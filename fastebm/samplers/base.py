@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..box import Box
+from ..box import Bounds, Box
 from ..rng import Noise
 from ..scalars import number_or_tensor
 from ..targets.base import View
@@ -49,6 +49,7 @@ class Info(NamedTuple):
 class Sampler(Protocol):
     """A frozen dataclass of settings.
 
+    clamp is a field, (lo, hi) or None: pools put theirs in its place. box is the same, checked (``Box.of``).
     A setting that may vary by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
     ``checked_coefficient`` and ``value_at``. A state is a NamedTuple of tensors with one row per chain; its field x
     holds the positions.
@@ -57,6 +58,11 @@ class Sampler(Protocol):
     outside the bounds. A sampler without the test projects them onto the bounds.
     reports: names of the telemetry and their values after zero steps. The names are fields of ``SampleInfo``.
     """
+
+    @property
+    def clamp(self) -> Bounds | None:
+        """Bounds of the states as they were given, or None."""
+        ...
 
     @property
     def box(self) -> Box | None:
@@ -75,12 +81,16 @@ class Sampler(Protocol):
         ...
 
 
+_MEMBERS = ("init", "step", "clamp", "box", "exact", "reports")
 _Sampler = TypeVar("_Sampler", bound=Any)
 
 
 def checked_sampler(sampler: object) -> Any:
     """Return the sampler unchanged, or raise a TypeError that names the likely mistake."""
     if callable(getattr(sampler, "step", None)) and dataclasses.is_dataclass(sampler) and not isinstance(sampler, type):
+        missing = [name for name in _MEMBERS if not hasattr(sampler, name)]
+        if missing:
+            raise TypeError(f"{type(sampler).__name__} is no sampler: it lacks {', '.join(missing)} (samplers/base.py)")
         return sampler
     hint = ""
     if isinstance(sampler, type) or callable(sampler):

@@ -249,7 +249,7 @@ class Langevin:
         clipped = self.clip(grad)
         moved = _plus(x, clipped, -drift)
         if not self.noise_first:
-            moved = _plus(moved, xi, noise_std)
+            moved = _plus(moved, xi, noise_std, out=moved)
         new, finite = settled(target, x, moved, target.box)
         if noisy is not None:  # a chain whose noisy state was not finite does not move at all
             new, finite = torch.where(noisy[:, None], new, x), noisy if finite is None else noisy & finite
@@ -267,9 +267,9 @@ def _drift_and_noise(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:
     return step_size / 2, root * noise_scale
 
 
-def _plus(x: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
+def _plus(x: Tensor, v: Tensor, c: float | Tensor, *, out: Tensor | None = None) -> Tensor:
     """x + c v in one pass. c: a number, or a tensor of shape () or (n_chains, 1)."""
-    return torch.addcmul(x, v, c) if isinstance(c, Tensor) else torch.add(x, v, alpha=c)
+    return torch.addcmul(x, v, c, out=out) if isinstance(c, Tensor) else torch.add(x, v, alpha=c, out=out)
 
 
 def checked_langevin(sampler: object) -> Langevin:
