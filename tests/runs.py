@@ -15,7 +15,7 @@ from fastebm.targets.description import Description
 
 def by_definition(energy: Energy, chains: Chains, sampler, steps: int, **asked) -> Advanced:
     """The reference."""
-    return reference.run(Autograd(energy, chains.given), chains, sampler, steps, **asked)
+    return reference.run(Autograd(energy, chains.labels_or_condition), chains, sampler, steps, **asked)
 
 
 def closed_form(description: Description, chains: Chains, sampler, steps: int, **asked) -> Advanced:

@@ -150,7 +150,7 @@ def test_other_places_say_so_too():
             lambda rule=rule: pool.sample(gaussian(), 5, rule, 2),
             lambda r=rule: pool.advance(gaussian(), r, 2),
         ):
-            with pytest.raises(TypeError, match="the rule must be a Langevin, got"):
+            with pytest.raises(TypeError, match="the sampler must be a Langevin or another sampler of fastebm, got"):
                 call()
 
 
