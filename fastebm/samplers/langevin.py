@@ -37,7 +37,7 @@ from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..scalars import number_or_tensor, plain_number
 from ..targets.base import View
-from .base import Info, checked_coefficient, settled, value_at
+from .base import Info, check_settings, checked_coefficient, settled, value_at
 
 __all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin"]
 
@@ -216,11 +216,8 @@ class Langevin:
         """``coefficients`` in float64, or two plain numbers if they are the same for all chains and steps."""
         if not isinstance(self.step_size, Tensor) and not isinstance(self.noise_scale, Tensor):
             return _drift_and_noise(self.step_size, self.noise_scale)
-        step_size, noise_scale = (
-            _as_matrix(name, value, n_chains, steps, device)
-            for name, value in (("step_size", self.step_size), ("noise_scale", self.noise_scale))
-        )
-        return _drift_and_noise(step_size, noise_scale)
+        check_settings(self, n_chains, steps)
+        return _drift_and_noise(*(_as_matrix(value, device) for value in (self.step_size, self.noise_scale)))
 
     def clip(self, grad: Tensor) -> Tensor:
         """Apply grad_clip, then grad_norm_clip, to a gradient of shape (n_chains, dim)."""
@@ -290,20 +287,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-def _as_matrix(name: str, value: float | Tensor, n_chains: int, steps: int, device: Any) -> Tensor:
+def _as_matrix(value: float | Tensor, device: Any) -> Tensor:
     """A float64 tensor: (1, 1) for a number, (1, steps) for a schedule, (n_chains, 1) for one value per chain."""
     if not isinstance(value, Tensor):
         # Created on the device: a copy from the host would synchronise.
         return torch.full((1, 1), float(value), dtype=torch.float64, device=device)
     value = value.detach().to(device, torch.float64)
-    if value.ndim == 0:
-        return value.reshape(1, 1)
-    if value.ndim == 1:
-        if len(value) != steps:
-            raise ValueError(
-                f"a {name} schedule must have one entry per step: got {len(value)} entries for {steps} steps"
-            )
-        return value.reshape(1, steps)
-    if value.shape[0] not in (1, n_chains):
-        raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {n_chains} chains; use ({n_chains}, 1)")
-    return value
+    return value if value.ndim == 2 else value.reshape(1, -1)
