@@ -262,6 +262,28 @@ def test_a_proposal_that_overflows_stops_the_chain():
     assert far.info.acceptance.tolist() == [0, 0, 0]
 
 
+def test_a_square_that_overflows_rejects():
+    """|s|^2 is infinite in float32, and everything else finite."""
+    energy = lambda x: x.pow(4).sum(dim=1)  # noqa: E731
+    result = sample(energy, MALA(1.0), init=torch.full((20, 1), 300.0), steps=2, seed=0)
+    assert result.info.acceptance.tolist() == [0.0] * 20
+    assert torch.equal(result.x, torch.full((20, 1), 300.0))
+
+
+def test_products_in_bf16_do_not_reach_the_test(monkeypatch):
+    monkeypatch.setattr("fastebm.backends.choose.multiplies_bf16", lambda: True)
+    energy, before = MLPEnergy(5, (64, 64)), torch.get_float32_matmul_precision()
+    options = {"n_chains": 100, "steps": 10, "seed": 1}
+    truth = sample(energy, MALA(0.02), **options)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = sample(energy, MALA(0.02), **options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.x, truth.x)
+    assert found.info.precision == "ieee"
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 

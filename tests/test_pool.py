@@ -373,3 +373,19 @@ def test_clamps_of_the_pool_and_of_the_sampler(energy, pool_clamp, rule_clamp, b
 def test_a_pool_of_wrong_types_is_refused(options, match):
     with pytest.raises(TypeError, match=match):
         ChainPool(**{"n_chains": 5, "input_size": 3, **options})
+
+
+def test_a_float64_condition_goes_with_chains_that_start_again():
+    class Steep(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 1)
+
+        def forward(self, x, condition):
+            bad = torch.where(x[:, 0] > 0.9, torch.nan, 0.0)
+            return self.layer(torch.cat([x, condition], dim=1))[:, 0] + x.square().sum(1) + bad * x[:, 0]
+
+    pool = ChainPool(100, 2, seed=1, condition=torch.randn(100, 1, dtype=torch.float64))
+    x, _ = pool.sample(Steep(), 50, Langevin(0.5), 20, on_nonfinite="reinit")
+    assert pool.last.nonfinite > 0
+    assert bool(x.isfinite().all())

@@ -189,6 +189,7 @@ class Shift:
 
     clamp: Box | None = None
     exact: ClassVar[bool] = False
+    scheduled: ClassVar[tuple] = ()
     reports: ClassVar[dict] = {}
 
     @property
@@ -202,6 +203,64 @@ class Shift:
         moved = state.x + noise.uniform(Stream.METROPOLIS, t)[:, None]
         new, finite = settled(target, state.x, moved, target.box)
         return Position(new), Info(finite, lambda: ({}, {}))
+
+
+def test_stopped_chains_when_the_call_that_goes_on_may_not_ignore_them():
+    options = {"n_chains": 200, "seed": 3, "steps": 60}
+    first = sample(Cliff(), Langevin(0.5), 2, on_nonfinite="ignore", **options)
+    stopped = first.info.first_bad_step >= 0
+    with pytest.raises(NonFiniteError, match=f"{int(stopped.sum())} of 200 chains of the SampleResult stopped"):
+        sample(GaussianEnergy(), Langevin(0.5), init=first, steps=5)
+    again = sample(GaussianEnergy(), Langevin(0.5), init=first, steps=0, on_nonfinite="reinit")
+    assert torch.equal(again.x[~stopped], first.x[~stopped])
+    assert bool((again.x[stopped] != first.x[stopped]).any(dim=1).all())
+    assert float(again.x[stopped].abs().max()) <= 1.0
+    moved = sample(GaussianEnergy(), Langevin(0.5), init=first, steps=5, on_nonfinite="reinit")
+    assert bool((moved.x != again.x).any(dim=1).all())
+    kept = sample(GaussianEnergy(), Langevin(0.5), init=first, steps=5, on_nonfinite="ignore")
+    assert torch.equal(kept.x[stopped], first.x[stopped])
+    torch.testing.assert_close(kept.energies, GaussianEnergy()(kept.x))  # of the energy of this call
+
+
+@pytest.mark.parametrize("on_nonfinite", ["ignore", "reinit"])
+def test_a_bar_changes_nothing(on_nonfinite):
+    options = {"n_chains": 200, "seed": 3, "steps": 60, "warmup": 7, "on_nonfinite": on_nonfinite}
+    plain, shown = (sample(Cliff(), Langevin(0.5), 2, progress=bar, **options) for bar in (False, True))
+    same(plain, shown)
+    for name in ("grad_norm", "clipped", "clamped"):
+        torch.testing.assert_close(getattr(shown.info, name), getattr(plain.info, name), equal_nan=True)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_errors_count_the_steps_of_the_call(progress):
+    class Late(nn.Module):
+        def forward(self, x):
+            return (-x * torch.where(x > 1.0, math.nan, 1.0))[:, 0]
+
+    with pytest.raises(NonFiniteError, match=r"first at step 5\d of 70"):
+        sample(Late(), Langevin(0.04, 0.0), init=torch.zeros(3, 1), warmup=30, steps=40, progress=progress)
+
+
+def test_results_do_not_change_with_what_was_passed():
+    energy = ClassifierEnergy(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
+    labels, frozen, seed = torch.arange(6) % 3, torch.rand(6, 5) < 0.3, torch.tensor([5])
+    first = sample(energy, SAMPLER, 5, n_chains=6, steps=3, labels=labels, frozen=frozen, seed=seed)
+    then = sample(energy, SAMPLER, init=first, steps=3)
+    labels.zero_()
+    frozen.fill_(True)
+    seed.add_(1)
+    first.x.zero_()
+    same(sample(energy, SAMPLER, init=first, steps=3), then)
+
+
+def test_a_bad_schedule_leaves_the_generator_alone():
+    model = MLPEnergy(3, (8,))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="schedule must have one entry per step"):
+        sample(model, Langevin(torch.ones(2)), steps=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(TypeError, match="thin must be an int, got None"):
+        sample(model, SAMPLER, steps=3, thin=None)
 
 
 def test_any_sampler_runs_and_is_resumed():
@@ -219,6 +278,25 @@ def test_any_sampler_runs_and_is_resumed():
     assert float(sample(energy, Shift(Box(-1.0, 1.0)), steps=12, **options).x.max()) == 1.0
 
 
+def test_states_and_reports_that_would_be_lost_are_refused():
+    class Moving(NamedTuple):
+        x: torch.Tensor
+        momentum: torch.Tensor
+
+    class Kick(Shift):
+        def init(self, target, x, noise):
+            return Moving(x, x)
+
+    with pytest.raises(TypeError, match="that of Kick also holds momentum, which would be lost"):
+        sample(MLPEnergy(3, (8,)), Kick(), steps=1)
+
+    class Counting(Shift):
+        reports: ClassVar[dict] = {"moves": 0.0}
+
+    with pytest.raises(TypeError, match="Counting reports moves, which SampleInfo has no field for"):
+        sample(MLPEnergy(3, (8,)), Counting(), steps=1)
+
+
 def test_a_class_that_is_no_sampler_is_refused():
     @dataclasses.dataclass(frozen=True)
     class Half:
@@ -227,7 +305,7 @@ def test_a_class_that_is_no_sampler_is_refused():
         def step(self, target, state, noise, t):
             return state, Info(None, dict)
 
-    with pytest.raises(TypeError, match="Half is no sampler: it lacks init, clamp, box, reports"):
+    with pytest.raises(TypeError, match="Half is no sampler: it lacks init, clamp, box, scheduled, reports"):
         sample(MLPEnergy(3, (8,)), Half(), steps=1)
 
 

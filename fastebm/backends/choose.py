@@ -31,8 +31,7 @@ __all__ = [
     "why_not_fused",
 ]
 
-# The paths of the fused kernel.
-# Paths that are the fused kernel, and all paths on which Triton kernels run.
+# The paths of the fused kernel, and all paths on which Triton kernels can run.
 FUSED = ("resident", "streaming")
 TRITON_PATHS = (*FUSED, "products", "autograd")
 

@@ -45,6 +45,11 @@ def run(
     last: Mapping[str, Tensor] = {}
 
     state = sampler.init(view, x, noise)
+    if lost := set(state._fields) - {"x", "energy", "gradient"}:
+        raise TypeError(
+            f"the state of a sampler may hold x, energy and gradient, and that of {type(sampler).__name__} also holds "
+            f"{', '.join(sorted(lost))}, which would be lost between the parts of a call"
+        )
     for t in range(steps if n_chains > 0 else 0):
         if interrupted():
             break

@@ -57,6 +57,7 @@ def settle(
     energy: Callable[[Tensor, Tensor | None], Tensor],
     on_nonfinite: str,
     start: Tensor | None = None,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Raise for chains that are not finite, or reinitialise them in ``done``. The one device sync of a call.
 
@@ -65,6 +66,7 @@ def settle(
         energy: E of states, (n, dim), and their labels or condition.
         on_nonfinite: "raise", "reinit" or "ignore".
         start: the caller's start if it still has to be tested; ``done.report`` then covers it.
+        part: the number of steps before these, and of all steps of the call. None: these are all.
 
     Raises:
         NonFiniteError: chains are not finite, with on_nonfinite="raise".
@@ -81,7 +83,7 @@ def settle(
     if not bool(bad.any()):
         return
     if on_nonfinite == "raise":
-        raise NonFiniteError(_diagnosis(weights(), done, bad, sampler, steps))
+        raise NonFiniteError(_diagnosis(weights(), done, bad, sampler, part or (0, steps)))
     condition, chains = chains.labels_or_condition, chains.rows(bad)
     after, last = chains.first_steps + steps, done.x[bad]
     fresh = uniform_states(
@@ -94,7 +96,7 @@ def settle(
     done.energy[bad] = energy(done.x, condition)[bad]
 
 
-def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, sampler: Any, steps: int) -> str:
+def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, sampler: Any, part: tuple[int, int]) -> str:
     """The message of a NonFiniteError: what went wrong, and what to try."""
     n_bad, n_chains = int(bad.sum()), len(bad)
     broken = [name for name, p in weights.items() if not bool(p.isfinite().all())]
@@ -103,8 +105,8 @@ def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, sampl
     where, doubt = "the energy of a finite state is not finite", ": is there a log, a root or a division in it?"
     if bool((done.first_bad >= 0).any()):
         first = int(done.first_bad[done.first_bad >= 0].min())
-        where = f"first at step {first} of {steps}"
-        at_once = (done.first_bad == 0) & ~done.energy.isfinite()  # no step is to blame
+        where = f"first at step {part[0] + first} of {part[1]}"
+        at_once = (part[0] + done.first_bad == 0) & ~done.energy.isfinite()  # no step is to blame
         doubt = f", from an energy that is not finite where they start{doubt}" if bool(at_once[bad].all()) else ""
     where += doubt
     size = float(done.x[bad].abs().max())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import Advanced, Chains
 from ..backends.choose import Choice
 
-__all__ = ["SampleInfo", "info_of"]
+__all__ = ["SampleInfo", "check_reports", "info_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,3 +70,10 @@ def info_of(choice: Choice, done: Advanced, chains: Chains, sampler: Any) -> Sam
         first_bad_step=done.first_bad,
         **(done.telemetry or {}),
     )
+
+
+def check_reports(sampler: Any) -> None:
+    """Raise a TypeError if the sampler reports a number for which ``SampleInfo`` has no field."""
+    known = {field.name for field in fields(SampleInfo)}
+    if unknown := sorted(set(sampler.reports) - known):
+        raise TypeError(f"{type(sampler).__name__} reports {', '.join(unknown)}, which SampleInfo has no field for")

@@ -148,7 +148,7 @@ def langevin_sample(
         if rule is not None:
             raise TypeError("a rule is passed once, got two: leave one out")
         input_size, rule = None, input_size
-    elif isinstance(input_size, (type, MethodType)):
+    elif isinstance(input_size, (type, MethodType)) or callable(getattr(input_size, "step", None)):
         checked_langevin(input_size)  # raises: the parentheses of Langevin(...) are missing
     if rule is None:
         if step_size is None or noise_scale is None:  # Langevin would replace None by its defaults

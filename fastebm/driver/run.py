@@ -8,6 +8,7 @@ It puts the energy in eval mode, chooses the backend, runs the steps, and handle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def run_chains(
     thin: int = 0,
     telemetry: bool = False,
     check_start: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> tuple[Advanced, Choice]:
     """Run the steps. Returns the result and the choice of backend. ``chains`` is not modified.
 
@@ -52,6 +54,7 @@ def run_chains(
         thin: store the state after every thin-th step; 0 stores none.
         telemetry: also return the sampler's telemetry.
         check_start: check that the states at the start are finite.
+        part: for errors, if these steps are part of a call: the number of steps before them, and of all steps.
 
     Raises:
         TypeError, ValueError: an argument is wrong or does not fit the energy.
@@ -67,15 +70,7 @@ def run_chains(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     chains = checked_condition(energy, chains, dtype)
     if torch.compiler.is_compiling():
-        from ..backends import compiling
-
-        choice, done = compiling.run(
-            energy, chains, sampler, steps, shape=shape, dtype=dtype, backend=settings.backend,
-            precision=settings.precision, on_nonfinite=settings.on_nonfinite, thin=thin, telemetry=telemetry,
-        )  # fmt: skip
-        if settings.cuda_graph:
-            done = done._replace(cuda_graph="a compiled call records nothing by itself")
-        return done, choice
+        return _run_compiled(energy, chains, sampler, steps, shape, settings, dtype, thin, telemetry)
     check_settings(sampler, len(chains.numbers), steps)
     device = x.device
     start = x if check_start and readable(device) else None
@@ -85,6 +80,8 @@ def run_chains(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
             sampler=type(sampler).__name__, triton_paths=table.triton_paths(sampler),
         )  # fmt: skip
+        if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
+            choice = replace(choice, precision="ieee")
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)
             start = None
@@ -92,24 +89,38 @@ def run_chains(
         x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         chains = chains._replace(x=x)
         if capturing(device) and choice.backend != "triton":
-            raise ValueError(
-                f"while a CUDA graph is captured only kernels can run, and this call would wait: {choice.why_not_fused}"
-            )
+            only = "while a CUDA graph is captured only kernels can run, and this call would wait"
+            raise ValueError(f"{only}: {choice.why_not_fused}")
         _check_bounds(sampler, chains)
         module = Energy(energy, shape, dtype, chains.kind)
         _check_energy(energy, module, choice, chains, shape)
-        why_not_recorded = _why_not_recorded(choice, device) if settings.cuda_graph else None
-        recorder = CudaRecorder(device) if settings.cuda_graph and why_not_recorded is None else None
+        why_not = _why_not_recorded(choice, device) if settings.cuda_graph else None
+        recorder = CudaRecorder(device) if settings.cuda_graph and why_not is None else None
         done = table.run(table.Job(choice, module, chains, sampler, steps, thin, telemetry, recorder))
-        if why_not_recorded is not None:
-            done = done._replace(cuda_graph=why_not_recorded)
+        done = done if why_not is None else done._replace(cuda_graph=why_not)
         energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
         if choice.description is not None:
             energy_of = table.energy_of(choice.description)
         settle.settle(
             done, chains, sampler, steps, lambda: dict(energy.named_parameters()), energy_of, settings.on_nonfinite,
-            start,
+            start, part or (0, steps),
         )  # fmt: skip
+    return done, choice
+
+
+def _run_compiled(
+    energy: nn.Module, chains: Chains, sampler: Any, steps: int, shape: Sequence[int], settings: Settings,
+    dtype: torch.dtype, thin: int, telemetry: bool,
+) -> tuple[Advanced, Choice]:  # fmt: skip
+    """The whole call as one operator, while torch.compile traces."""
+    from ..backends import compiling  # imported here, because it takes seconds
+
+    choice, done = compiling.run(
+        energy, chains, sampler, steps, shape=shape, dtype=dtype, backend=settings.backend,
+        precision=settings.precision, on_nonfinite=settings.on_nonfinite, thin=thin, telemetry=telemetry,
+    )  # fmt: skip
+    if settings.cuda_graph:
+        done = done._replace(cuda_graph="a compiled call records nothing by itself")
     return done, choice
 
 
@@ -117,6 +128,7 @@ def run_chains(
 def energies_of(energy: EnergyLike, chains: Chains, *, shape: Sequence[int], settings: Settings) -> Tensor:
     """E of the chains' states, (n_chains,), without an autograd graph. In closed form if the energy allows it."""
     energy, x = as_module(energy), chains.x
+    chains = checked_condition(energy, chains, x.dtype)
     with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(energy, x.device, x.dtype, settings.backend, settings.precision, condition=condition)
@@ -135,7 +147,7 @@ def _check_bounds(sampler: Any, chains: Chains) -> None:
     if bool(outside.any()):
         raise ValueError(
             f"{type(sampler).__name__} starts within its clamp, {sampler.box}, and {int(outside.sum())} of {len(x)} "
-            "chains do not: clamp the start, or leave clamp= out"
+            "chains do not: clamp the start, give a pool the clamp, or leave clamp= out"
         )
 
 

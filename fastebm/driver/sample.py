@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from tqdm import tqdm
 
 from ..backends import Advanced, Chains
 from ..backends.choose import Choice
+from ..backends.settle import NonFiniteError
+from ..box import uniform_states
 from ..energies import EnergyLike
 from ..energies.functions import as_module
+from ..rng import Stream
 from ..samplers.base import check_settings, checked_sampler, for_steps
 from ..threads import survives_fork
 from ..tracing import capturing
 from .arguments import checked_count, checked_frozen, checked_thin
-from .info import SampleInfo, info_of
-from .run import run_chains
+from .info import SampleInfo, check_reports, info_of
+from .run import energies_of, run_chains
 from .settings import Settings
 from .start import Start
 
@@ -32,6 +36,9 @@ _PARTS = 20
 
 # With progress=None a bar appears above this many chains x dims x steps: the call then takes seconds.
 _MANY = 10**8
+
+# The one number that is of the last step. All others are means over the steps.
+_LAST = "grad_norm"
 
 
 class ChainState(NamedTuple):
@@ -145,13 +152,16 @@ def sample(
         )  # fmt: skip
         return result
     energy, sampler = as_module(energy), checked_sampler(sampler)
-    steps, warmup = checked_count("steps", steps), checked_count("warmup", warmup)
-    thin = checked_thin(thin or 1, steps, thin != 0, on_nonfinite)
+    check_reports(sampler)
+    steps, warmup, thin = (checked_count(*count) for count in (("steps", steps), ("warmup", warmup), ("thin", thin)))
+    thin = checked_thin(max(thin, 1), steps, thin > 0, on_nonfinite)
     settings = Settings(backend, precision, cuda_graph, on_nonfinite)
+    settings.check()
     if isinstance(init, SampleResult):
         _check_resumed(input_size, seed, generator, first_chain, device)
         shape = tuple(init.x.shape[1:])
-        state = _resumed(init, labels, condition, frozen)
+        check_settings(sampler, len(init.x), warmup + steps)
+        state = _resumed(init, labels, condition, frozen, energy, sampler, settings)
     else:
         start = Start(
             energy, input_size, ("n_chains", n_chains), init, labels, condition, frozen, seed, generator, first_chain,
@@ -161,13 +171,15 @@ def sample(
         shape = place.shape
         if capturing(place.device):
             raise ValueError("fastebm.sample can't be captured in a CUDA graph: langevin_sample can")
-        state = ChainState(start.chains(place, warmup + steps, sampler.box))
+        check_settings(sampler, place.n_chains, warmup + steps)
+        state = ChainState(_owned(start.chains(place, warmup + steps, sampler.box)))
     chains = state.chains
-    check_settings(sampler, len(chains.numbers), warmup + steps)
-    run = _Run(energy, sampler, shape, settings, thin, check_start=isinstance(init, Tensor))
+    run = _Run(energy, sampler, shape, settings, thin, warmup + steps, check_start=isinstance(init, Tensor))
     many = len(chains.x) * chains.x.shape[1] * (warmup + steps) > _MANY
     shown = (sys.stderr.isatty() and many) if progress is None else progress
-    size = max(thin, -(-max(steps, warmup) // (_PARTS * max(thin, 1))) * max(thin, 1)) if shown else 0
+    # Parts must not change the result: "reinit" acts at the end of a part, and a CUDA graph needs many steps.
+    in_parts = shown and not cuda_graph and on_nonfinite != "reinit"
+    size = max(thin, -(-max(steps, warmup) // (_PARTS * max(thin, 1))) * max(thin, 1)) if in_parts else 0
     with tqdm(total=warmup + steps, unit=" steps", disable=not shown, dynamic_ncols=True) as bar:
         if warmup > 0:
             before, _, state = run.steps(state, 0, warmup, size, bar, keep=False)
@@ -175,9 +187,9 @@ def sample(
     if warmup > 0:  # the first bad step may have been in the warm-up
         done = done._replace(first_bad=torch.where(before.first_bad >= 0, before.first_bad, done.first_bad))
     trajectory = None if done.trajectory is None else done.trajectory.reshape(*done.trajectory.shape[:2], *shape)
-    return SampleResult(
-        done.x.reshape(len(done.x), *shape), trajectory, done.energy, info_of(choice, done, chains, sampler), state
-    )
+    # A copy: whoever changes the samples in place does not change what the chains go on from.
+    x = done.x.reshape(len(done.x), *shape).clone()
+    return SampleResult(x, trajectory, done.energy, info_of(choice, done, chains, sampler), state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +201,7 @@ class _Run:
     shape: Sequence[int]
     settings: Settings
     thin: int
+    total: int
     check_start: bool
 
     def steps(
@@ -205,6 +218,7 @@ class _Run:
             done, choice = run_chains(
                 self.energy, state.chains, for_steps(self.sampler, start, stop), n, shape=self.shape,
                 settings=self.settings, thin=self.thin if keep else 0, telemetry=True, check_start=self.check_start,
+                part=(start, self.total),
             )  # fmt: skip
             done = _still_stopped(done, state, start)
             stopped = state.stopped
@@ -227,29 +241,51 @@ def _still_stopped(done: Advanced, before: ChainState, first: int) -> Advanced:
     trajectory = done.trajectory
     if trajectory is not None:
         trajectory = torch.where(rows[:, None, None], x[:, None], trajectory)
+    reported = {
+        name: value.masked_fill(rows, math.nan if name == _LAST else 0.0)
+        for name, value in (done.telemetry or {}).items()
+    }
     return done._replace(
         x=x,
         energy=torch.where(rows, energies, done.energy),
         first_bad=torch.where(rows, first, first_bad),
         trajectory=trajectory,
+        telemetry=reported,
     )
 
 
 def _joined(parts: list[tuple[int, Advanced]]) -> Advanced:
     """One result from consecutive parts. parts: (number of steps, result) of each."""
-    _, last = parts[-1]
+    _, result = parts[0]
     if len(parts) == 1:
-        return last
-    first_bad = last.first_bad
-    for _, done in reversed(parts):
-        first_bad = torch.where(done.first_bad >= 0, done.first_bad, first_bad)
+        return result
     total = sum(steps for steps, _ in parts)
-    telemetry = dict(last.telemetry or {})
-    for name in telemetry.keys() - {"grad_norm"}:  # the last step's value; the others are means over steps
-        telemetry[name] = sum((done.telemetry or {})[name] * (steps / total) for steps, done in parts)  # type: ignore[assignment]
+    first_bad, telemetry = result.first_bad, {name: 0.0 * v for name, v in (result.telemetry or {}).items()}
+    for steps, done in parts:
+        stopped = first_bad >= 0  # before this part
+        first_bad = torch.where(stopped, first_bad, done.first_bad)
+        for name, value in (done.telemetry or {}).items():
+            if name == _LAST:
+                telemetry[name] = value if done is result else torch.where(stopped, telemetry[name], value)
+            else:
+                telemetry[name] = telemetry[name] + value * (steps / total)
     trajectories = [done.trajectory for _, done in parts if done.trajectory is not None]
     trajectory = torch.cat(trajectories, dim=1) if trajectories else None
-    return last._replace(first_bad=first_bad, telemetry=telemetry, trajectory=trajectory)
+    return parts[-1][1]._replace(first_bad=first_bad, telemetry=telemetry, trajectory=trajectory)
+
+
+def _owned(chains: Chains) -> Chains:
+    """Chains whose tensors nobody else holds: the caller may change those that were passed."""
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return chains._replace(
+        seed=copy(chains.seed),
+        labels=copy(chains.labels),
+        condition=copy(chains.condition),
+        frozen=copy(chains.frozen),
+    )
 
 
 def _check_resumed(input_size: object, seed: object, generator: object, first_chain: int, device: object) -> None:
@@ -264,13 +300,33 @@ def _check_resumed(input_size: object, seed: object, generator: object, first_ch
 
 
 def _resumed(
-    result: SampleResult, labels: Tensor | None, condition: Tensor | None, frozen: Tensor | None
-) -> ChainState:
-    """The state to continue from, with new labels, condition or frozen coordinates if they are passed."""
-    chains = result.state.chains
+    result: SampleResult, labels: Tensor | None, condition: Tensor | None, frozen: Tensor | None, energy: EnergyLike,
+    sampler: Any, settings: Settings,
+) -> ChainState:  # fmt: skip
+    """The state to continue from, with new labels, condition or frozen coordinates if they are passed.
+
+    Chains that have stopped stay so with on_nonfinite="ignore", and are reinitialised with "reinit".
+    """
+    chains, _, stopped = result.state
+    shape = tuple(result.x.shape[1:])
     if labels is not None or condition is not None:
         chains = chains._replace(labels=labels, condition=condition)
     if frozen is not None:
-        shape = tuple(result.x.shape[1:])
         chains = chains._replace(frozen=checked_frozen(frozen, len(chains.x), shape, chains.x.device))
-    return result.state._replace(chains=chains)
+    chains = _owned(chains)
+    if stopped is None or not bool(stopped.any()):
+        return ChainState(chains)
+    if settings.on_nonfinite == "raise":
+        raise NonFiniteError(
+            f"{int(stopped.sum())} of {len(stopped)} chains of the SampleResult stopped because they were not finite: "
+            'on_nonfinite="ignore" leaves them where they are, "reinit" starts them again'
+        )
+    if settings.on_nonfinite == "ignore":  # their energies under the energy of this call
+        return ChainState(chains, energies_of(energy, chains, shape=shape, settings=settings), stopped)
+    bad = chains.rows(stopped)
+    fresh = uniform_states(
+        chains.seed, Stream.POOL, bad.numbers, bad.first_steps, bad.x.shape[1], clamp=sampler.box, dtype=bad.x.dtype
+    )
+    x = chains.x.clone()
+    x[stopped] = fresh if bad.frozen is None else torch.where(bad.frozen, bad.x, fresh)
+    return ChainState(chains._replace(x=x))

@@ -32,7 +32,8 @@ class ContrastiveDivergence(nn.Module):
         sampler: how chains move.
         steps: sampler steps per call.
         pool: chains that go on from call to call; as many are drawn as the batch has rows. None: chains start at the
-            batch (Hinton's CD-k), with noise seeded from torch's global generator.
+            batch (Hinton's CD-k), with noise seeded from torch's global generator. The noise is that of chains
+            0, 1, ...: with several processes, give each a seed of its own (torch.manual_seed) or a pool.
         reg_alpha: weight of the regulariser, >= 0.
         backend, on_nonfinite: as for ``langevin_sample``.
     """

@@ -51,8 +51,10 @@ class Sampler(Protocol):
 
     clamp is a field, (lo, hi) or None: pools put theirs in its place. box is the same, checked (``Box.of``).
     A setting that may vary by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
-    ``checked_coefficient`` and ``value_at``. A state is a NamedTuple of tensors with one row per chain; its field x
-    holds the positions.
+    ``checked_coefficient`` and ``value_at``. scheduled names these fields.
+    A state is a NamedTuple of tensors with one row per chain: the positions x, and if the sampler carries them, their
+    energy and gradient. Nothing else, because a call has parts (warm-up, progress, resumption), each of which starts
+    with ``init`` at x.
 
     exact: whether each step leaves exp(-E) invariant, thanks to an accept test. Such a sampler rejects proposals
     outside the bounds. A sampler without the test projects them onto the bounds.
@@ -70,6 +72,7 @@ class Sampler(Protocol):
         ...
 
     exact: ClassVar[bool]
+    scheduled: ClassVar[tuple[str, ...]]
     reports: ClassVar[Mapping[str, float]]
 
     def init(self, target: View, x: Tensor, noise: Noise) -> Any:
@@ -77,11 +80,14 @@ class Sampler(Protocol):
         ...
 
     def step(self, target: View, state: Any, noise: Noise, t: int) -> tuple[Any, Info]:
-        """One transition of all chains, without side effects. t: index of the step in this call, from 0."""
+        """One transition of all chains, without side effects.
+
+        t: index of the step in this part of the call, from 0. Schedules are cut to the part.
+        """
         ...
 
 
-_MEMBERS = ("init", "step", "clamp", "box", "exact", "reports")
+_MEMBERS = ("init", "step", "clamp", "box", "exact", "scheduled", "reports")
 _Sampler = TypeVar("_Sampler", bound=Any)
 
 
@@ -203,10 +209,10 @@ def _check_rows(name: str, value: Tensor, n_chains: int) -> None:
 
 
 def _replaced(sampler: _Sampler, function: Callable[[str, Tensor], Tensor]) -> _Sampler:
-    """The sampler with ``function(name, tensor)`` in place of each tensor setting. Bounds are per dim: not mapped."""
+    """The sampler with ``function(name, tensor)`` in place of each scheduled setting that is a tensor."""
     changed = {}
-    for field in dataclasses.fields(sampler):
-        value = getattr(sampler, field.name)
-        if isinstance(value, Tensor) and (new := function(field.name, value)) is not value:
-            changed[field.name] = new
+    for name in sampler.scheduled:
+        value = getattr(sampler, name)
+        if isinstance(value, Tensor) and (new := function(name, value)) is not value:
+            changed[name] = new
     return dataclasses.replace(sampler, **changed) if changed else sampler

@@ -62,6 +62,7 @@ class MALA:
     clamp: Bounds | None = None
 
     exact: ClassVar[bool] = True
+    scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
     reports: ClassVar[Mapping[str, float]] = {"acceptance": math.nan, "grad_norm": math.nan}
 
     def __post_init__(self) -> None:
@@ -89,13 +90,14 @@ class MALA:
         new_energy, new_gradient = target.value_and_gradient(y)
 
         s = gradient + new_gradient
-        ratio = (root * xi * s / 2 - step_size * s.square() / 8).sum(dim=1)
+        ratio = (s * (root * xi / 2 - step_size * s / 8)).sum(dim=1)  # -inf if |s|^2 overflows: rejected
         log_accept = energy - new_energy + ratio
         possible = new_energy != math.inf
         if target.box is not None:
             possible &= target.box.contains(y)
         # A proposal of probability 0 is rejected whatever else is NaN. Any other proposal must have finite terms.
-        sound = (new_energy != -math.inf) & ratio.isfinite() & ~energy.isnan() & ~new_energy.isnan()
+        sound = (new_energy != -math.inf) & ~new_energy.isnan() & ~energy.isnan() & ~ratio.isnan()
+        sound &= gradient.isfinite().all(dim=1) & new_gradient.isfinite().all(dim=1)
         finite = y.isfinite().all(dim=1) & (sound | ~possible)
         accepted = possible & finite & (noise.uniform(Stream.METROPOLIS, t).log() <= log_accept)
 
