@@ -12,7 +12,7 @@ from ..box import uniform_states
 from ..rng import Stream
 from . import Advanced, Chains
 
-__all__ = ["NonFiniteError", "check_classes", "check_finite", "settle"]
+__all__ = ["NonFiniteError", "check_classes", "check_finite", "reinitialised", "settle"]
 
 # Chains tested at a time, so that a large start is never copied as a whole.
 _ROWS_AT_ONCE = 4096
@@ -85,15 +85,18 @@ def settle(
     if on_nonfinite == "raise":
         raise NonFiniteError(_diagnosis(weights(), done, bad, sampler, part or (0, steps)))
     condition, chains = chains.labels_or_condition, chains.rows(bad)
-    after, last = chains.first_steps + steps, done.x[bad]
-    fresh = uniform_states(
-        chains.seed, Stream.POOL, chains.numbers, after, last.shape[1], clamp=sampler.box, dtype=last.dtype
-    )
-    if chains.frozen is not None:
-        fresh = torch.where(chains.frozen, last, fresh)
-    done.x[bad] = fresh
+    done.x[bad] = reinitialised(chains._replace(x=done.x[bad], first_steps=chains.first_steps + steps), sampler)
     # Evaluate all chains, because an energy may expect the full batch or pair each chain with its condition.
     done.energy[bad] = energy(done.x, condition)[bad]
+
+
+def reinitialised(chains: Chains, sampler: Any) -> Tensor:
+    """States from which chains start again after their lifetime steps, (n, dim). Frozen coordinates stay."""
+    x = chains.x
+    fresh = uniform_states(
+        chains.seed, Stream.POOL, chains.numbers, chains.first_steps, x.shape[1], clamp=sampler.box, dtype=x.dtype
+    )
+    return fresh if chains.frozen is None else torch.where(chains.frozen, x, fresh)
 
 
 def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, sampler: Any, part: tuple[int, int]) -> str:

@@ -15,11 +15,9 @@ from tqdm import tqdm
 
 from ..backends import Advanced, Chains
 from ..backends.choose import Choice
-from ..backends.settle import NonFiniteError
-from ..box import uniform_states
+from ..backends.settle import NonFiniteError, reinitialised
 from ..energies import EnergyLike
 from ..energies.functions import as_module
-from ..rng import Stream
 from ..samplers.base import check_settings, checked_sampler, for_steps
 from ..threads import survives_fork
 from ..tracing import capturing
@@ -323,10 +321,6 @@ def _resumed(
         )
     if settings.on_nonfinite == "ignore":  # their energies under the energy of this call
         return ChainState(chains, energies_of(energy, chains, shape=shape, settings=settings), stopped)
-    bad = chains.rows(stopped)
-    fresh = uniform_states(
-        chains.seed, Stream.POOL, bad.numbers, bad.first_steps, bad.x.shape[1], clamp=sampler.box, dtype=bad.x.dtype
-    )
     x = chains.x.clone()
-    x[stopped] = fresh if bad.frozen is None else torch.where(bad.frozen, bad.x, fresh)
+    x[stopped] = reinitialised(chains.rows(stopped), sampler)
     return ChainState(chains._replace(x=x))
