@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .backends.settle import NonFiniteError as NonFiniteError
     from .driver.info import SampleInfo as SampleInfo
     from .driver.langevin_sample import langevin_sample as langevin_sample
-    from .driver.sample import SampleResult as SampleResult
+    from .driver.result import SampleResult as SampleResult
     from .driver.sample import sample as sample
     from .energies import Activation as Activation
     from .energies import ClassifierEnergy as ClassifierEnergy
@@ -36,7 +36,8 @@ _PUBLIC = {
     "backends.settle": ["NonFiniteError"],
     "driver.info": ["SampleInfo"],
     "driver.langevin_sample": ["langevin_sample"],
-    "driver.sample": ["SampleResult", "sample"],
+    "driver.result": ["SampleResult"],
+    "driver.sample": ["sample"],
     "energies": [
         "Activation", "ClassifierEnergy", "GaussianEnergy", "MLPEnergy", "Negative", "SumEnergy", "build",
         "build_energy_fn", "energy",

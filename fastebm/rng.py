@@ -176,9 +176,11 @@ def uniform(
     return _rows(out, dim)
 
 
-def _uniform(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
+def _uniform(
+    seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor, first_block: int = 0
+) -> None:
     """``uniform`` by PyTorch operations. out: (rows, n_blocks, 4)."""
-    for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out):
+    for part, w, (u, _, _) in _chunks(seed, stream, chains, steps, out, first_block):
         for j in range(4):
             part[..., j] = _unit(w[j], u)
 
@@ -210,9 +212,11 @@ def normal(
     return _rows(out, dim)
 
 
-def _normal(seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor) -> None:
+def _normal(
+    seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor, first_block: int = 0
+) -> None:
     """``normal`` by PyTorch operations. out: (rows, n_blocks, 4)."""
-    for part, w, (radius, angle, cos) in _chunks(seed, stream, chains, steps, out):
+    for part, w, (radius, angle, cos) in _chunks(seed, stream, chains, steps, out, first_block):
         for j in (0, 2):
             _unit(w[j], radius).log_().mul_(-2.0).sqrt_()
             _unit(w[j + 1], angle).mul_(2.0 * math.pi)
@@ -225,6 +229,9 @@ class Noise:
 
     It holds the seed, the chain numbers and the lifetime steps, so that samplers need not handle them.
 
+    A sampler that needs more than one set of numbers per step takes them from ``part``: parts use different blocks of
+    the same stream. A sampler with several copies of each chain, such as a ladder of temperatures, uses ``copies``.
+
     Args:
         seed: 64-bit integer, or a (1,) int64 tensor.
         chains: (n,) int64 global chain numbers.
@@ -235,6 +242,8 @@ class Noise:
             per operation.
         frozen: (1 or n, dim) bool, True at coordinates without noise; or None.
         by_definition: always draw by PyTorch operations, the definition. Otherwise Numba's kernels draw if they can.
+        indices: which parts, one for each copy of the chains. Part k has blocks k * n_blocks to (k + 1) * n_blocks - 1
+            of a normal draw, and block k of a uniform one.
     """
 
     def __init__(
@@ -248,45 +257,89 @@ class Noise:
         steps: int,
         frozen: Tensor | None = None,
         by_definition: bool = False,
+        indices: Sequence[int] = (0,),
     ) -> None:
         self.seed, self.chains, self.first_steps, self.dim, self.dtype = seed, chains, first_steps, dim, dtype
-        self.steps, self.frozen, self.by_definition = steps, frozen, by_definition
-        self._ahead: dict[
-            Stream, tuple[int, Tensor]
-        ] = {}  # by stream: a first step, and (steps, n, dim) numbers from there
+        self.steps, self.frozen, self.by_definition, self.indices = steps, frozen, by_definition, tuple(indices)
+        if (max(self.indices) + 1) * _n_blocks(dim) > 1 << 24:
+            raise ValueError(f"a step has 2**24 blocks of random numbers: too few for {max(self.indices) + 1} parts")
+        # Runs of consecutive parts, each drawn at once: (first part, number of parts).
+        self._runs: list[tuple[int, int]] = []
+        for i in self.indices:
+            if self._runs and i == sum(self._runs[-1]):
+                self._runs[-1] = self._runs[-1][0], self._runs[-1][1] + 1
+            else:
+                self._runs.append((i, 1))
+        # By stream and first part: a first step, and the numbers of some steps from there, (steps, n, n_blocks, 4).
+        self._ahead: dict[tuple[Stream, int], tuple[int, Tensor]] = {}
+        self._parts: dict[tuple[int, ...], Noise] = {}
+
+    def part(self, k: int, of: int) -> Noise:
+        """The k-th of ``of`` sets of numbers for each step, 0 <= k < of. Parts of parts are different sets too.
+
+        A sampler always uses the same ``of``. Part 0 has the numbers of the whole.
+        """
+        return self._with(tuple(i * of + k for i in self.indices), self.frozen)
+
+    def copies(self, k: int) -> Noise:
+        """The numbers of k copies of each chain: row i k + r has those of part r of chain i."""
+        frozen = self.frozen
+        if frozen is not None and len(frozen) > 1:
+            frozen = frozen.repeat_interleave(k, dim=0)
+        return self._with(tuple(i * k + r for i in self.indices for r in range(k)), frozen)
 
     def normal(self, stream: Stream, t: int) -> Tensor:
         """Standard normal numbers for step t of the call, (n, dim); 0 at frozen coordinates."""
-        if self._kernels():
-            noise = normal(self.seed, stream, self.chains, self.first_steps + t, self.dim, dtype=self.dtype)
-        else:
-            first, block = self._ahead.get(stream, (0, self.first_steps[:0]))
-            if not first <= t < first + len(block):
-                first, block = t, self._drawn(stream, t)
-                self._ahead[stream] = first, block
-            noise = block[t - first]
+        size = _n_blocks(self.dim)
+        runs = [self._normals(stream, t, first * size, count * size) for first, count in self._runs]
+        noise = (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)).view(-1, 4 * size)[:, : self.dim]
         return noise if self.frozen is None else noise.masked_fill(self.frozen, 0.0)
 
     def uniform(self, stream: Stream, t: int) -> Tensor:
         """One uniform number in (0, 1] per chain for step t of the call, (n,)."""
-        steps = self.first_steps + t
-        if self._kernels():
-            return uniform(self.seed, stream, self.chains, steps, 1, dtype=self.dtype)[:, 0]
-        out = torch.empty(len(self.chains), 1, 4, dtype=self.dtype, device=self.chains.device)
-        _uniform(self.seed, stream, self.chains, steps, out)
-        return out[:, 0, 0]
+        steps, n = self.first_steps + t, len(self.chains)
+        runs = []
+        for first, count in self._runs:
+            out = torch.empty(n, count, 4, dtype=self.dtype, device=self.chains.device)
+            if self._kernels():
+                _draw(kernels.UNIFORM, self.seed, stream, self.chains, steps, first, count, out)
+            else:
+                _uniform(self.seed, stream, self.chains, steps, out, first)
+            runs.append(out[..., 0])
+        return (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)).flatten()
+
+    def _with(self, indices: tuple[int, ...], frozen: Tensor | None) -> Noise:
+        if indices not in self._parts:
+            self._parts[indices] = Noise(
+                self.seed, self.chains, self.first_steps, self.dim, dtype=self.dtype, steps=self.steps, frozen=frozen,
+                by_definition=self.by_definition, indices=indices,
+            )  # fmt: skip
+        return self._parts[indices]
 
     def _kernels(self) -> bool:
         return not self.by_definition and self.dtype == torch.float32 and _has_kernels(self.seed, self.chains)
 
-    def _drawn(self, stream: Stream, first: int) -> Tensor:
+    def _normals(self, stream: Stream, t: int, first_block: int, n_blocks: int) -> Tensor:
+        """Normal numbers of these blocks, (n, n_blocks, 4)."""
+        if self._kernels():
+            out = torch.empty(len(self.chains), n_blocks, 4, dtype=self.dtype, device=self.chains.device)
+            steps = self.first_steps + t
+            _draw(kernels.NORMAL, self.seed, stream, self.chains, steps, first_block, n_blocks, out)
+            return out
+        first, block = self._ahead.get((stream, first_block), (0, self.first_steps[:0]))
+        if not first <= t < first + len(block):
+            first, block = t, self._drawn(stream, t, first_block, n_blocks)
+            self._ahead[stream, first_block] = first, block
+        return block[t - first]
+
+    def _drawn(self, stream: Stream, first: int, first_block: int, n_blocks: int) -> Tensor:
         n, device = len(self.chains), self.chains.device
-        at_once = max(1, _blocks_at_once(device) // max(1, n * _n_blocks(self.dim)))
+        at_once = max(1, _blocks_at_once(device) // max(1, n * n_blocks))
         steps = torch.arange(first, max(first + 1, min(first + at_once, self.steps)), device=device)[:, None]
-        out = torch.empty(len(steps) * n, _n_blocks(self.dim), 4, dtype=self.dtype, device=device)
+        out = torch.empty(len(steps) * n, n_blocks, 4, dtype=self.dtype, device=device)
         rows = self.chains.expand(len(steps), n).reshape(-1)
-        _normal(self.seed, stream, rows, (self.first_steps + steps).reshape(-1), out)
-        return out.flatten(1)[:, : self.dim].reshape(len(steps), n, self.dim)
+        _normal(self.seed, stream, rows, (self.first_steps + steps).reshape(-1), out, first_block)
+        return out.view(len(steps), n, n_blocks, 4)
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
@@ -411,7 +464,7 @@ def _unit(w: Tensor, out: Tensor) -> Tensor:
 
 
 def _chunks(
-    seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor
+    seed: int | Tensor, stream: Stream, chains: Tensor, steps: Tensor | int, out: Tensor, first_block: int
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...], list[Tensor]]]:
     """Yield (rows of ``out``, their four words, three work buffers of its dtype); the buffers are reused.
 
@@ -429,4 +482,8 @@ def _chunks(
         n = rows.stop - i
         step = steps[rows] if isinstance(steps, Tensor) else steps
         scratch = [t[:n] for t in ints]
-        yield out[rows], words(seed, stream, chains[rows], step, n_blocks, scratch=scratch), [t[:n] for t in floats]
+        yield (
+            out[rows],
+            words(seed, stream, chains[rows], step, n_blocks, first_block, scratch=scratch),
+            [t[:n] for t in floats],
+        )

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from fastebm import MALA, ChainPool, ClassifierEnergy, GaussianEnergy, MLPEnergy, NonFiniteError, sample
+from fastebm import MALA, ChainPool, ClassifierEnergy, GaussianEnergy, MLPEnergy, NonFiniteError, SumEnergy, sample
 from fastebm.rng import Noise
 from fastebm.targets.base import View
 
@@ -175,7 +175,7 @@ def test_other_chains_change_no_bits(name):
 def test_going_on_is_as_if_it_had_not_stopped(name):
     energy, given = ENERGIES[name]()
     whole = sample(energy, MALA(0.4), 5, n_chains=130, steps=20, seed=8, **given)
-    first = sample(energy, MALA(0.4), 5, n_chains=130, warmup=3, steps=6, seed=8, **given)
+    first = sample(energy, MALA(0.4, target_acceptance=None), 5, n_chains=130, warmup=3, steps=6, seed=8, **given)
     then = sample(energy, MALA(0.4), init=first, steps=11)
     assert torch.equal(then.x, whole.x)
     assert torch.equal(then.energies, whole.energies)
@@ -295,6 +295,19 @@ def test_products_in_bf16_do_not_reach_the_test(monkeypatch):
         (lambda: MALA("0.1"), TypeError, "step_size must be a float or a tensor, got str"),
         (lambda: MALA(0.1, clamp=(1.0, 0.0)), ValueError, r"clamp needs lo < hi, got \(1.0, 0.0\)"),
         (lambda: MALA(), TypeError, "step_size"),
+        (lambda: MALA(0.1, target_acceptance=1.0), ValueError, r"target_acceptance must be in \(0, 1\), got 1.0"),
+        (lambda: MALA(0.1, target_acceptance="high"), TypeError, "target_acceptance must be a number"),
+        (
+            lambda: MALA(0.1, preconditioner=torch.tensor([1.0, 0.0])),
+            ValueError,
+            "preconditioner must be finite and > 0",
+        ),
+        (lambda: MALA(0.1, preconditioner=-1), ValueError, "preconditioner must be finite and > 0, got -1"),
+        (
+            lambda: sample(GaussianEnergy(), MALA(0.1, preconditioner=torch.ones(2)), 3, steps=1),
+            ValueError,
+            "preconditioner must be a number or have one value for each of the 3 dims",
+        ),
     ],
 )
 def test_bad_settings(make, error, message):
@@ -315,3 +328,63 @@ def test_float64_is_float64():
     result = sample(energy, MALA(0.3), n_chains=4, steps=3, seed=1)
     assert result.x.dtype == result.energies.dtype == torch.float64
     torch.testing.assert_close(result.energies, energy(result.x)[:, 0], rtol=1e-12, atol=1e-12)
+
+
+# -- warm-up -------------------------------------------------------------------------------------------------------
+
+SCALES = torch.logspace(-1, 1, 12)  # a condition number of 10,000
+
+
+@pytest.mark.parametrize("n_chains", [1, 40, 1000])
+def test_a_warmup_finds_step_size_and_scale(n_chains):
+    result = sample(GaussianEnergy(0.0, SCALES), MALA(0.01), 12, n_chains=n_chains, warmup=1500, steps=300, seed=1)
+    assert 0.45 < float(result.info.acceptance.mean()) < 0.7
+    ratio = result.sampler.preconditioner.sqrt() / SCALES
+    assert float(ratio.log().abs().max()) < (0.7 if n_chains == 1 else 0.2)
+    assert result.info.step_size == result.sampler.step_size
+
+
+def test_after_a_warmup_the_law_is_exact():
+    result = sample(GaussianEnergy(0.0, SCALES), MALA(0.3), 12, n_chains=10_000, warmup=300, steps=100, seed=1)
+    assert fits_gaussian(result.x, SCALES)
+
+
+def test_adapted_values_reproduce_the_rest():
+    energy = SumEnergy([MLPEnergy(5, (16, 8)), GaussianEnergy()])
+    options = {"n_chains": 130, "warmup": 60, "seed": 8}
+    whole = sample(energy, MALA(0.4), 5, steps=30, **options)
+    part = sample(energy, MALA(0.4), 5, steps=10, **options)
+    assert not torch.equal(part.x, sample(energy, MALA(0.4), 5, steps=10, **options | {"warmup": 61}).x)
+    then = sample(energy, part.info.sampler, init=part, steps=20)
+    assert torch.equal(then.x, whole.x)
+    assert torch.equal(sample(energy, MALA(0.4), 5, steps=30, progress=True, **options).x, whole.x)
+    # a part of the batch, with these values
+    before = sample(energy, MALA(0.4), 5, steps=0, **options)
+    after = sample(energy, init=before, steps=30)
+    assert torch.equal(after.x, whole.x)
+
+
+def test_what_is_given_is_not_adapted():
+    energy, options = GaussianEnergy(0.0, SCALES), {"n_chains": 30, "warmup": 60, "steps": 2, "seed": 1}
+    kept = sample(energy, MALA(0.4, target_acceptance=None), 12, **options)
+    assert (kept.sampler.step_size, kept.sampler.preconditioner) == (0.4, None)
+    scale = sample(energy, MALA(0.4, preconditioner=2.0), 12, **options).sampler
+    assert scale.step_size != 0.4
+    assert scale.preconditioner == 2.0
+    each = torch.full((30, 1), 0.3)
+    assert torch.equal(sample(energy, MALA(each), 12, **options).sampler.step_size, each)
+
+
+def test_chains_that_never_accept_are_named():
+    with pytest.warns(UserWarning, match=r"2 of 4 chains accepted next to none of 50 proposals \(chains 1, 3\)"):
+        sample(GaussianEnergy(), MALA(torch.tensor([[0.5], [1e6], [0.5], [1e6]])), 3, n_chains=4, steps=50, seed=1)
+
+
+def test_a_preconditioner_changes_the_coordinates():
+    """With C = std^2, MALA on a Gaussian is MALA on the standard normal."""
+    std = torch.tensor([0.5, 2.0, 1.0])
+    init = torch.randn(50, 3)
+    scaled = sample(GaussianEnergy(0.0, std), MALA(0.5, std**2), init=init * std, steps=20, seed=1)
+    plain = sample(GaussianEnergy(), MALA(0.5), init=init, steps=20, seed=1)
+    torch.testing.assert_close(scaled.x / std, plain.x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scaled.info.acceptance, plain.info.acceptance, rtol=1e-4, atol=1e-5)

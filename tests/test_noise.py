@@ -13,7 +13,7 @@ from randomgen import Philox
 from scipy import stats
 
 from fastebm import rng as noise
-from fastebm.rng import Stream, draw_seed
+from fastebm.rng import Noise, Stream, draw_seed, normal, uniform
 
 # Random123, kat_vectors: (rounds, counter, key, expected).
 KNOWN_ANSWERS = [
@@ -287,3 +287,57 @@ def test_draw_seed_none_draws_from_the_global_generator():
 def test_draw_seed_rejects(seed, generator, error, match):
     with pytest.raises(error, match=match):
         draw_seed(seed, generator)
+
+
+# -- parts and copies ------------------------------------------------------------------------------------------
+
+
+def numbers(by_definition=True, dtype=torch.float64, frozen=None, dim=6):
+    chains, first = torch.arange(3, 10), torch.arange(7) * 5
+    return Noise(11, chains, first, dim, dtype=dtype, steps=4, frozen=frozen, by_definition=by_definition)
+
+
+def test_part_0_is_the_whole_and_parts_differ():
+    noise = numbers()
+    assert torch.equal(noise.part(0, 4).normal(Stream.MOMENTUM, 2), noise.normal(Stream.MOMENTUM, 2))
+    assert torch.equal(noise.part(0, 4).uniform(Stream.METROPOLIS, 2), noise.uniform(Stream.METROPOLIS, 2))
+    parts = [noise.part(k, 4).part(j, 3) for k in range(4) for j in range(3)]
+    normals = torch.stack([part.normal(Stream.MOMENTUM, 1) for part in parts])
+    uniforms = torch.stack([part.uniform(Stream.METROPOLIS, 1) for part in parts])
+    assert len(normals.flatten().unique()) == normals.numel()
+    assert len(uniforms.flatten().unique()) == uniforms.numel()
+
+
+def test_parts_are_blocks_of_the_counter():
+    """6 dims take 2 blocks, so part k is dims 8 k to 8 k + 5 of a longer state."""
+    noise = numbers()
+    whole = normal(11, Stream.LANGEVIN, noise.chains, noise.first_steps + 3, 40, dtype=torch.float64)
+    for k in range(5):
+        found = noise.part(k, 5).normal(Stream.LANGEVIN, 3)
+        assert torch.equal(found, whole[:, 8 * k : 8 * k + 6])
+    words = uniform(11, Stream.TEMPERING, noise.chains, noise.first_steps, 20, dtype=torch.float64)
+    for k in range(5):
+        assert torch.equal(noise.part(k, 5).uniform(Stream.TEMPERING, 0), words[:, 4 * k])
+
+
+@pytest.mark.parametrize("by_definition", [True, False])
+def test_copies_are_parts_side_by_side(by_definition):
+    frozen = torch.rand(7, 6) < 0.3
+    noise = numbers(by_definition, torch.float32, frozen)
+    copies, nested = noise.copies(3), noise.copies(3).part(1, 2)
+    assert copies.frozen.shape == (21, 6)
+    for r in range(3):
+        for many, one in ((copies, noise.part(r, 3)), (nested, noise.part(r, 3).part(1, 2))):
+            assert torch.equal(many.normal(Stream.MOMENTUM, 1)[r::3], one.normal(Stream.MOMENTUM, 1))
+            assert torch.equal(many.uniform(Stream.METROPOLIS, 1)[r::3], one.uniform(Stream.METROPOLIS, 1))
+
+
+def test_definition_and_kernels_agree_on_parts():
+    truth, fast = (numbers(by_definition, torch.float32).copies(4).part(2, 3) for by_definition in (True, False))
+    torch.testing.assert_close(fast.normal(Stream.LANGEVIN, 1), truth.normal(Stream.LANGEVIN, 1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(fast.uniform(Stream.METROPOLIS, 1), truth.uniform(Stream.METROPOLIS, 1))
+
+
+def test_too_many_parts_are_refused():
+    with pytest.raises(ValueError, match=r"2\*\*24 blocks of random numbers: too few for 16777217 parts"):
+        numbers(dim=2).part(2**24, 2**24 + 1)

@@ -15,7 +15,7 @@ from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, NonFi
 from fastebm.backends import table
 from fastebm.box import Box
 from fastebm.rng import Stream
-from fastebm.samplers.base import Info, settled
+from fastebm.samplers.base import Info, Sampler, settled
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -184,17 +184,10 @@ class Position(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shift:
+class Shift(Sampler):
     """The smallest sampler: to the right, by a uniform number per chain, within the bounds."""
 
     clamp: Box | None = None
-    exact: ClassVar[bool] = False
-    scheduled: ClassVar[tuple] = ()
-    reports: ClassVar[dict] = {}
-
-    @property
-    def box(self):
-        return self.clamp
 
     def init(self, target, x, noise):
         return Position(x)
@@ -278,16 +271,28 @@ def test_any_sampler_runs_and_is_resumed():
     assert float(sample(energy, Shift(Box(-1.0, 1.0)), steps=12, **options).x.max()) == 1.0
 
 
+class Moving(NamedTuple):
+    x: torch.Tensor
+    momentum: torch.Tensor
+
+
+class Kick(Shift):
+    """Forgets its momentum between the parts of a call."""
+
+    def init(self, target, x, noise, momentum=None):
+        return Moving(x, torch.zeros_like(x) if momentum is None else momentum)
+
+    def step(self, target, state, noise, t):
+        momentum = state.momentum + noise.normal(Stream.MOMENTUM, t)
+        return Moving(state.x + 0.01 * momentum, momentum), Info(None, lambda: ({}, {}))
+
+
+class Carrying(Kick):
+    carries: ClassVar[tuple] = ("momentum",)
+
+
 def test_states_and_reports_that_would_be_lost_are_refused():
-    class Moving(NamedTuple):
-        x: torch.Tensor
-        momentum: torch.Tensor
-
-    class Kick(Shift):
-        def init(self, target, x, noise):
-            return Moving(x, x)
-
-    with pytest.raises(TypeError, match="that of Kick also holds momentum, which would be lost"):
+    with pytest.raises(TypeError, match="the state of Kick holds momentum, which would be lost"):
         sample(MLPEnergy(3, (8,)), Kick(), steps=1)
 
     class Counting(Shift):
@@ -297,16 +302,53 @@ def test_states_and_reports_that_would_be_lost_are_refused():
         sample(MLPEnergy(3, (8,)), Counting(), steps=1)
 
 
+@every_energy
+def test_what_a_state_carries_goes_on(energy):
+    energy, options = energy(), {"n_chains": 150, "seed": 3}
+    whole = sample(energy, Carrying(), 5, steps=12, **options)
+    first = sample(energy, Carrying(), 5, warmup=2, steps=3, **options)
+    same(sample(energy, Carrying(), init=first, steps=7), whole)
+    same(sample(energy, init=first, steps=7), whole)  # the sampler of the result
+    same(sample(energy, Carrying(), 5, steps=12, progress=True, **options), whole)
+    other = sample(energy, SAMPLER, init=first, steps=2)  # another sampler has no use for it
+    assert sample(energy, Carrying(), init=other, steps=2).x.isfinite().all()
+    assert sample(energy, Carrying(), 5, n_chains=0, steps=2).x.shape == (0, 5)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Together(Carrying):
+    """Chains that interact: all move with the mean gradient."""
+
+    coupled: ClassVar[bool] = True
+
+    def step(self, target, state, noise, t):
+        x = state.x - 0.1 * target.gradient(state.x).mean(dim=0)
+        return Moving(x, state.momentum), Info(None, lambda: ({}, {}))
+
+
+@every_energy
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_coupled_chains_move_together(energy, backend):
+    energy = energy()
+    result = sample(energy, Together(), 5, n_chains=1200, steps=3, seed=2, backend=backend)
+    x = sample(energy, Together(), 5, n_chains=1200, steps=0, seed=2).x
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(energy(leaf).sum(), leaf)
+        x = x - 0.1 * gradient.mean(dim=0)
+    torch.testing.assert_close(result.x, x, rtol=1e-4, atol=1e-5)
+
+
 def test_a_class_that_is_no_sampler_is_refused():
     @dataclasses.dataclass(frozen=True)
     class Half:
-        exact: ClassVar[bool] = True
-
         def step(self, target, state, noise, t):
             return state, Info(None, dict)
 
-    with pytest.raises(TypeError, match="Half is no sampler: it lacks init, clamp, box, scheduled, reports"):
+    with pytest.raises(TypeError, match=r"a sampler of your own is .* a subclass of fastebm.samplers.base.Sampler"):
         sample(MLPEnergy(3, (8,)), Half(), steps=1)
+    with pytest.raises(TypeError, match="the sampler must be"):
+        sample(MLPEnergy(3, (8,)), steps=1)
 
 
 def test_a_fused_run_serves_its_own_path_only(monkeypatch):

@@ -3,6 +3,7 @@
 reference.py    the definition of correct: any sampler on any target, in plain PyTorch
 tiles.py        any sampler on an MLP energy, on tiles of chains, one CPU thread per tile
 cpu.py          the fast path on a CPU: matrix products or autograd for gradients, Numba kernels for the rest
+blas.py         matrix products as calls of BLAS, for cpu.py
 fused.py        the Triton kernels: all steps in one launch for MLP energies, a fused update for other energies
 table.py        runs a sampler on a target by the fastest of these
 choose.py       chooses the backend, and explains why the fused kernel does not run
@@ -33,6 +34,7 @@ class Chains(NamedTuple):
     labels: (n_chains,) int64, or None.
     frozen: (1 or n_chains, dim) bool, True at coordinates that stay, or None.
     condition: (n_chains, ...) in place of labels, or None. Only autograd's gradient supports it.
+    carried: what the sampler's state has besides x, by name: tensors with one row per chain. None: a fresh start.
     """
 
     x: Tensor
@@ -42,6 +44,7 @@ class Chains(NamedTuple):
     labels: Tensor | None = None
     frozen: Tensor | None = None
     condition: Tensor | None = None
+    carried: Mapping[str, Tensor] | None = None
 
     @property
     def kind(self) -> str:
@@ -64,6 +67,7 @@ class Chains(NamedTuple):
             None if self.labels is None else self.labels[rows],
             frozen if frozen is None or len(frozen) == 1 else frozen[rows],
             None if self.condition is None else self.condition[rows],
+            None if self.carried is None else {name: value[rows] for name, value in self.carried.items()},
         )
 
 
@@ -85,10 +89,11 @@ class Advanced(NamedTuple):
     energy: (n_chains,) E at x.
     first_bad: (n_chains,) int32, the first step of this call whose new state was not finite before its clamp; -1: none.
     trajectory: (n_chains, steps // thin, dim) states after every thin-th step. None with thin=0.
-    telemetry: (n_chains,) tensors by the names in the sampler's ``reports``. None if not requested.
+    telemetry: tensors with one row per chain, by the names in the sampler's ``reports``. None if not requested.
     cuda_graph: "recorded", or the reason why not. None if not requested.
     report: a scalar on the device, nonzero if any chain is not finite (by first_bad or energy). None from backends
     that do not compute it.
+    carried: the fields of the sampler's last state that its ``carries`` names. None if it has none.
     """
 
     x: Tensor
@@ -98,6 +103,7 @@ class Advanced(NamedTuple):
     telemetry: Mapping[str, Tensor] | None = None
     cuda_graph: str | None = None
     report: Tensor | None = None
+    carried: Mapping[str, Tensor] | None = None
 
     @classmethod
     def blank(cls, x: Tensor, steps: int, thin: int) -> Advanced:

@@ -8,11 +8,9 @@ Other energies: autograd's gradient of all chains at once, then one pass for noi
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,14 +29,14 @@ from ..targets.closed_form import (
     Network,
     matrix,
     padded_rows,
-    product,
-    rounds_alike,
+    repeated_labels,
     rows_of_products,
 )
 from ..targets.description import Description
 from ..targets.mlp import MLP
 from ..threads import Spares, Team, share
 from . import Advanced, Chains, averaged
+from .blas import matrix_product
 from .tiles import tiles
 
 __all__ = ["FEW_DIMS", "parts_of_update", "run_mlp", "run_module", "why_not"]
@@ -322,7 +320,7 @@ class _Network:
         layer = [z, self.h[i], self.n_rows, z.shape[1], z.stride(0), w.biases[i], activation.parameter, w.heads[i]]
         up = kernels.load(f"mlp.up_{activation.name}")
         call = up.prepared(*layer, labels, int(labels is not None), below, below.stride(0), few, w.first)
-        return [call] if few > 0 else [*_product(below, w.up[i], z), call]
+        return [call] if few > 0 else [*matrix_product(below, w.up[i], z), call]
 
     def _down(self, out: Tensor, add: bool) -> list[Callable[[], object]]:
         """The calls of the backward pass from the head to ``out``."""
@@ -332,9 +330,9 @@ class _Network:
         if w.mlp.head == "logsumexp":
             assert self.logits is not None
             shape = n, self.logits.shape[1], self.logits.stride(0)
-            calls += _product(self.h[-1], w.up[-1], self.logits)
+            calls += matrix_product(self.h[-1], w.up[-1], self.logits)
             calls.append(kernels.load("mlp.softmax").prepared(self.logits, *shape, w.biases[-1], -w.scale))
-            calls += _product(self.logits, w.down[-1], self.h[-1])
+            calls += matrix_product(self.logits, w.down[-1], self.h[-1])
             above, slope = self.h[-1], self.z[-1]
         for i in reversed(range(len(self.z))):
             few = w.few if i == 0 else 0
@@ -343,10 +341,10 @@ class _Network:
                 slopes, dims = (slope, int(slope is not None)), (out, out.stride(0), few, w.first, int(add))
                 calls.append(kernels.load("mlp.down").prepared(above, *slopes, *shape, *dims))
             if i > 0:
-                calls += _product(above, w.down[i], self.h[i - 1])
+                calls += matrix_product(above, w.down[i], self.h[i - 1])
                 above, slope = self.h[i - 1], self.z[i - 1]
             elif few == 0:
-                calls += _product(above, w.down[0], out, add=add)
+                calls += matrix_product(above, w.down[0], out, add=add)
         return calls
 
 
@@ -357,6 +355,7 @@ class _ClosedForm:
         few = rows_of_products(torch.device("cpu"))
         self.tile = _Tile(description, mlps, -(-n_chains // few) * few, labels is not None)
         self.tile.x.zero_()
+        self._built_from = description, mlps, n_chains, labels
         if self.tile.labels is not None and labels is not None:
             self.tile.labels.copy_(padded_rows(labels, self.tile.n_rows))
 
@@ -381,78 +380,16 @@ class _ClosedForm:
         # The gradient leaves the activations of the last hidden layer unchanged.
         return evaluator.energy_after(self.tile.x, self.tile.labels)[: len(x)], gradient
 
+    def repeated(self, k: int) -> _ClosedForm:
+        """The energy of k copies of each chain."""
+        description, mlps, n_chains, labels = self._built_from
+        return _ClosedForm(description, mlps, k * n_chains, repeated_labels(labels, k))
+
 
 def closed_form(description: Description, precision: str) -> Callable[[int, Tensor | None], Target]:
     """A function (n_chains, labels) -> the target of these chains."""
     mlps = _weights(description, precision)
     return lambda n_chains, labels: _ClosedForm(description, mlps, n_chains, labels)
-
-
-# -- products ------------------------------------------------------------------------------------------------------
-
-
-def _product(a: Tensor, w: Tensor, out: Tensor, *, add: bool = False) -> list[Callable[[], object]]:
-    """The calls that compute out (+)= a @ w."""
-    if w.dtype != a.dtype:
-
-        def in_bf16() -> None:
-            narrow = product(a.to(w.dtype), w, None, torch.empty_like(out, dtype=w.dtype))
-            _ = out.add_(narrow) if add else out.copy_(narrow)
-
-        return [in_bf16]
-    if (sgemm := _sgemm()) is None:
-        return [lambda: product(a, w, None, out, add=add)]
-    few, many = rows_of_products(a.device), len(a)
-    if not rounds_alike(_multiply, *w.shape, _is_transposed(w), few, many, a.dtype):
-        many = few
-    return [_gemm(sgemm, a[i : i + many], w, out[i : i + many], add) for i in range(0, len(a), many)]
-
-
-def _is_transposed(w: Tensor) -> bool:
-    """Whether the columns of w are contiguous."""
-    return w.stride(0) == 1 and w.stride(1) >= len(w)
-
-
-def _gemm(sgemm: int, a: Tensor, w: Tensor, out: Tensor, add: bool) -> Call:
-    """The call of BLAS' sgemm that computes out (+)= a @ w."""
-    (n, n_in), n_out = a.shape, out.shape[1]
-    transposed = _is_transposed(w)
-    # BLAS requires a stride of at least the row length, even for a single row.
-    w_stride = max(w.stride(1), n_in) if transposed else max(w.stride(0), n_out)
-    letters = int.from_bytes(b"TN" if transposed else b"NN", "little")
-    call = kernels.load("program.gemm").prepared(
-        sgemm, w.data_ptr(), a.data_ptr(), out.data_ptr(), letters, n_out, n, n_in, 1.0, w_stride, a.stride(0),
-        float(add), out.stride(0),
-    )  # fmt: skip
-    call.kept = a, w, out
-    return call
-
-
-def _multiply(a: Tensor, w: Tensor, out: Tensor) -> None:
-    sgemm = _sgemm()
-    assert sgemm is not None  # only called if there is one
-    _gemm(sgemm, a, w, out, False)()
-
-
-@cache
-def _sgemm() -> int | None:
-    """The address of sgemm in the BLAS library that PyTorch uses, or None if it is not found."""
-    folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            address = ctypes.cast(ctypes.CDLL(str(folder / name)).sgemm_, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-        # Test that it is sgemm: on small integers, its result is exact.
-        a, w, out = (
-            torch.arange(n, dtype=torch.float32, device="cpu").reshape(shape)
-            for n, shape in ((6, (2, 3)), (12, (3, 4)), (8, (2, 4)))
-        )
-        if address is not None:
-            expected = out + a @ w
-            _gemm(address, a, w, out, True)()
-            return address if torch.equal(out, expected) else None
-    return None
 
 
 # -- any other energy ----------------------------------------------------------------------------------------------

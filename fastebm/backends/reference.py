@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..rng import Noise
+from ..samplers.base import Adaptation
 from ..targets.base import Target, View
 from . import Advanced, Chains
 
@@ -22,13 +23,13 @@ __all__ = ["run"]
 
 def run(
     target: Target, chains: Chains, sampler: Any, steps: int, *, thin: int = 0, telemetry: bool = False,
-    by_definition: bool = True, interrupted: Callable[[], bool] = lambda: False,
+    by_definition: bool = True, interrupted: Callable[[], bool] = lambda: False, adaptation: Adaptation | None = None,
 ) -> Advanced:  # fmt: skip
     """Run the steps. ``chains`` is not modified.
 
     thin: store the state after every thin-th step; 0 stores none. telemetry: also return the sampler's telemetry.
     by_definition: draw random numbers by PyTorch operations. interrupted: asked before each step whether to stop
-    early; the result is then unused.
+    early; the result is then unused. adaptation: tunes the sampler after each step; its ``sampler`` takes the steps.
     """
     x, frozen = chains.x, chains.frozen
     n_chains, dim = x.shape
@@ -44,27 +45,32 @@ def run(
     sums: dict[str, Tensor] = {}
     last: Mapping[str, Tensor] = {}
 
-    state = sampler.init(view, x, noise)
-    if lost := set(state._fields) - {"x", "energy", "gradient"}:
+    state = sampler.init(view, x, noise, **(chains.carried or {}))
+    if lost := set(state._fields) - {*sampler.carries, *sampler.recomputes}:
         raise TypeError(
-            f"the state of a sampler may hold x, energy and gradient, and that of {type(sampler).__name__} also holds "
-            f"{', '.join(sorted(lost))}, which would be lost between the parts of a call"
+            f"the state of {type(sampler).__name__} holds {', '.join(sorted(lost))}, which would be lost between the "
+            "parts of a call: name it in carries or in recomputes"
         )
     for t in range(steps if n_chains > 0 else 0):
         if interrupted():
             break
         before = stopped
+        if adaptation is not None:
+            sampler = adaptation.sampler
         moved, info = sampler.step(view, state, noise, t)
         # A stopped chain stays at its last finite state. In the step that stops it, ``moved`` already holds that state.
-        state = moved if stopped is None else _held(stopped, state, moved)
+        old, state = state, moved if stopped is None else _held(stopped, state, moved)
         if info.finite is not None:
             first_bad[~info.finite & (first_bad < 0)] = t
             stopped = first_bad >= 0
+        if adaptation is not None:
+            adaptation.update(old, state, info, None if stopped is None else ~stopped)
         if telemetry:
             counted, latest = info.telemetry()
-            last = latest if before is None else {k: torch.where(before, last[k], v) for k, v in latest.items()}
+            last = latest if before is None else {k: _where(before, last[k], v) for k, v in latest.items()}
             for name, value in counted.items():
-                value = value.to(x.dtype) if stopped is None else value.to(x.dtype).masked_fill(stopped, 0.0)
+                value = value.to(x.dtype)
+                value = value if stopped is None else _where(stopped, torch.zeros_like(value), value)
                 sums[name] = sums[name] + value if name in sums else value
         if done.trajectory is not None and (t + 1) % thin == 0:
             done.trajectory[:, t // thin] = state.x
@@ -72,13 +78,15 @@ def run(
     energy = target.value(state.x) if energy is None else energy
     reported = {**{name: value / steps for name, value in sums.items()}, **last}
     named = {name: reported.get(name, x.new_full((n_chains,), empty)) for name, empty in sampler.reports.items()}
-    return done._replace(x=state.x, energy=energy, telemetry=named if telemetry else None)
+    carried = {name: getattr(state, name) for name in sampler.carries} or None
+    return done._replace(x=state.x, energy=energy, telemetry=named if telemetry else None, carried=carried)
 
 
 def _held(stopped: Tensor, old: Any, new: Any) -> Any:
     """The new state, with the old rows of stopped chains."""
+    return type(new)(*(_where(stopped, before, after) for before, after in zip(old, new, strict=True)))
 
-    def held(before: Tensor, after: Tensor) -> Tensor:
-        return torch.where(stopped.view(-1, *[1] * (after.ndim - 1)), before, after)
 
-    return type(new)(*(held(before, after) for before, after in zip(old, new, strict=True)))
+def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a at these rows, b at the others. rows: (n,) bool."""
+    return torch.where(rows.view(-1, *[1] * (b.ndim - 1)), a, b)

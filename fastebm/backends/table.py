@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..samplers.base import Adaptation
 from ..samplers.langevin import Langevin
 from ..targets.autograd import Autograd, Energy
 from ..targets.base import Target
@@ -20,7 +21,7 @@ from ..targets.closed_form import ClosedForm
 from ..targets.description import Description
 from ..threads import survives_fork
 from . import Advanced, Chains, cpu, reference, tiles
-from .choose import FUSED, Choice
+from .choose import FUSED, TRITON_PATHS, Choice
 from .graphs import Recorder
 
 __all__ = ["FUSED_RUNS", "Job", "energy_of", "reports_bad_starts", "run", "triton_paths"]
@@ -35,6 +36,7 @@ class Job:
     thin: store the state after every thin-th step; 0 stores none.
     telemetry: also return the sampler's telemetry.
     recorder: records one step as a CUDA graph, or None.
+    adaptation: tunes the sampler after each step, from all chains together; or None.
     """
 
     choice: Choice
@@ -45,6 +47,7 @@ class Job:
     thin: int = 0
     telemetry: bool = False
     recorder: Recorder | None = None
+    adaptation: Adaptation | None = None
 
     @property
     def description(self) -> Description:
@@ -110,28 +113,40 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
 # -- all samplers --------------------------------------------------------------------------------------------------
 
 
+def _fused_run(sampler: Any, path: str, kernels: str) -> Callable[[Job], Advanced] | None:
+    # No kernel knows a preconditioner.
+    plain = getattr(sampler, "preconditioner", None) is None
+    return FUSED_RUNS.get((type(sampler), path, kernels)) if plain else None
+
+
 def triton_paths(sampler: Any) -> list[str]:
     """The paths on which a Triton kernel runs this sampler."""
-    return [path for kind, path, kernels in FUSED_RUNS if kind is type(sampler) and kernels == "triton"]
+    return [path for path in TRITON_PATHS if _fused_run(sampler, path, "triton") is not None]
 
 
 @survives_fork  # here too, because a compiled call enters here, not through the driver
 def run(job: Job) -> Advanced:
     """Run a job by its fused run, or else by the sampler's own steps on the fastest target."""
     choice, chains, sampler = job.choice, job.chains, job.sampler
-    fused = FUSED_RUNS.get((type(sampler), choice.path, choice.kernels))
-    if fused is not None and choice.backend != "reference":
+    fused = _fused_run(sampler, choice.path, choice.kernels)
+    if fused is not None and choice.backend != "reference" and job.adaptation is None:
         return fused(job)
+    by_definition = choice.backend == "reference"
+    target: Target
     if choice.path == "tiles":
         description = job.description
         make_target: Callable[[int, Tensor | None], Target] = partial(ClosedForm, description)
         if choice.kernels == "numba":
             make_target = cpu.closed_form(description, choice.precision)
-        return tiles.run(chains, sampler, job.steps, make_target=make_target, **job.options)
-    assert job.energy is not None
-    target = Autograd(job.energy, chains.labels_or_condition)
-    by_definition = choice.backend == "reference"
-    return reference.run(target, chains, sampler, job.steps, by_definition=by_definition, **job.options)
+        if job.adaptation is None and not sampler.coupled:
+            return tiles.run(chains, sampler, job.steps, make_target=make_target, **job.options)
+        target = tiles.Together(len(chains.x), chains.labels, chains.x.device, make_target)
+    else:
+        assert job.energy is not None
+        target = Autograd(job.energy, chains.labels_or_condition)
+    return reference.run(
+        target, chains, sampler, job.steps, by_definition=by_definition, adaptation=job.adaptation, **job.options
+    )
 
 
 def reports_bad_starts(path: str, steps: int) -> bool:

@@ -7,7 +7,7 @@ depend on how the batch is split: see targets/closed_form.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..samplers.base import for_chains
 from ..targets.base import Target
-from ..targets.closed_form import DEVICE_ROWS, PRODUCT_ROWS, ClosedForm
+from ..targets.closed_form import DEVICE_ROWS, PRODUCT_ROWS, ClosedForm, repeated_labels
 from ..targets.description import Description
 from ..threads import share
 from . import Advanced, Chains, reference
 
-__all__ = ["energies", "run", "tiles"]
+__all__ = ["Together", "energies", "run", "tiles"]
 
 # Largest tile on a CPU, in rows: large enough to amortise PyTorch's cost per operation, small enough for the buffers to
 # stay in cache. A power of two times PRODUCT_ROWS.
@@ -38,6 +38,7 @@ def run(
     x, n_chains = chains.x, len(chains.x)
     done = Advanced.blank(x, steps, thin)
     reported: dict[int, dict[str, Tensor]] = {}
+    carried: dict[int, Mapping[str, Tensor]] = {}
 
     def move(rows: slice, interrupted: Callable[[], bool]) -> None:
         with torch.inference_mode():
@@ -47,16 +48,85 @@ def run(
                 thin=thin, telemetry=telemetry, by_definition=False, interrupted=interrupted,
             )  # fmt: skip
             done.x[rows], done.energy[rows], done.first_bad[rows] = part.x, part.energy, part.first_bad
+            carried[rows.start] = part.carried or {}
             if done.trajectory is not None and part.trajectory is not None:
                 done.trajectory[rows] = part.trajectory
             reported[rows.start] = dict(part.telemetry or {})
 
-    _each_tile(x, move)
+    _each_tile(x, move, sampler.rows_per_chain)
+    if sampler.carries and carried:
+        joined = {name: torch.cat([carried[first][name] for first in sorted(carried)]) for name in sampler.carries}
+        done = done._replace(carried=joined)
     if not telemetry:
         return done
     parts = [reported[first] for first in sorted(reported)]
     named = {name: torch.cat([part[name] for part in parts] or [x[:, 0]]) for name in sampler.reports}
     return done._replace(telemetry=named)
+
+
+class Together:
+    """A ``Target`` (targets/base.py) for all chains at once, evaluated tile by tile on all threads.
+
+    For samplers whose chains move together. make_target: (n_chains, labels) -> the target of a tile.
+    """
+
+    def __init__(
+        self, n_chains: int, labels: Tensor | None, device: torch.device,
+        make_target: Callable[[int, Tensor | None], Target],
+    ) -> None:  # fmt: skip
+        self.n_threads = torch.get_num_threads()
+        self.parts = _parts(n_chains, device)
+        self.targets = {
+            rows.start: make_target(rows.stop - rows.start, None if labels is None else labels[rows])
+            for rows in self.parts
+        }
+        self._built_from = n_chains, labels, device, make_target
+
+    def repeated(self, k: int) -> Together:
+        """The energy of k copies of each chain."""
+        n_chains, labels, device, make_target = self._built_from
+        return Together(k * n_chains, repeated_labels(labels, k), device, make_target)
+
+    def value(self, x: Tensor) -> Tensor:
+        """E(x), (n,)."""
+        out = x.new_empty(len(x))
+
+        def evaluate(rows: slice) -> None:
+            out[rows] = self.targets[rows.start].value(x[rows])
+
+        self._each(x, evaluate)
+        return out
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """dE/dx, (n, dim)."""
+        out = torch.empty_like(x)
+
+        def evaluate(rows: slice) -> None:
+            out[rows] = self.targets[rows.start].gradient(x[rows])
+
+        self._each(x, evaluate)
+        return out
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """E(x) and dE/dx."""
+        value, gradient = x.new_empty(len(x)), torch.empty_like(x)
+
+        def evaluate(rows: slice) -> None:
+            value[rows], gradient[rows] = self.targets[rows.start].value_and_gradient(x[rows])
+
+        self._each(x, evaluate)
+        return value, gradient
+
+    def _each(self, x: Tensor, evaluate: Callable[[slice], None]) -> None:
+        def work(rows: slice, interrupted: Callable[[], bool]) -> None:
+            with torch.inference_mode():
+                evaluate(rows)
+
+        if x.device.type == "cpu":
+            share(self.parts, work, self.n_threads)
+        else:
+            for rows in self.parts:
+                work(rows, lambda: False)
 
 
 def energies(description: Description, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -72,24 +142,31 @@ def energies(description: Description, x: Tensor, labels: Tensor | None) -> Tens
     return out
 
 
-def _each_tile(x: Tensor, work: Callable[[slice, Callable[[], bool]], None]) -> None:
+def _each_tile(x: Tensor, work: Callable[[slice, Callable[[], bool]], None], rows_per_chain: int = 1) -> None:
     """Call ``work(rows, interrupted)`` for every tile. ``interrupted()`` tells it to stop early, after an error."""
+    parts = _parts(len(x), x.device, rows_per_chain)
     if x.device.type == "cpu":
-        n_threads = torch.get_num_threads()
-        share(tiles(len(x), n_threads), work, n_threads)
+        share(parts, work, torch.get_num_threads())
     else:
-        for first in range(0, len(x), DEVICE_ROWS):
-            work(slice(first, min(first + DEVICE_ROWS, len(x))), lambda: False)
+        for rows in parts:
+            work(rows, lambda: False)
 
 
-def tiles(n_chains: int, n_threads: int) -> list[slice]:
+def _parts(n_chains: int, device: torch.device, rows_per_chain: int = 1) -> list[slice]:
+    if device.type == "cpu":
+        return tiles(n_chains, torch.get_num_threads(), rows_per_chain)
+    size = max(1, DEVICE_ROWS // rows_per_chain)
+    return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]
+
+
+def tiles(n_chains: int, n_threads: int, rows_per_chain: int = 1) -> list[slice]:
     """Split the chains into tiles for a CPU, of the size with which all threads finish earliest.
 
-    Sizes are powers of two times PRODUCT_ROWS.
+    Sizes are powers of two times PRODUCT_ROWS; with several rows per chain, they are smaller by this factor.
     """
     sizes, size = [], _TILE_ROWS
     while size >= PRODUCT_ROWS:
-        sizes.append(size)
+        sizes.append(max(1, size // rows_per_chain))
         size //= 2
     size = min(sizes, key=lambda size: -(-n_chains // (size * n_threads)) * (min(size, n_chains) + _TILE_COST))
     return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]

@@ -26,6 +26,7 @@ class SampleInfo:
         precision: of the matrix products: "bf16x3", "tf32", "bf16", "ieee" (full float32) or "float64".
         seed: the 64-bit seed that reproduces the call. A tensor if one was passed or the call was compiled.
         cuda_graph: with ``cuda_graph=True``, "recorded" or the reason why not. Otherwise None.
+        sampler: the sampler of the last step, with the values that a warm-up adapted.
         step_size: the sampler's, or None if it has none.
         temperature: the temperature that the chains sample: noise_scale^2 for ``Langevin``, 1 for an exact sampler.
         energies: (n_chains,) E of the last states.
@@ -33,6 +34,12 @@ class SampleInfo:
         acceptance: (n_chains,) mean acceptance probability. None for a sampler without an accept test.
         grad_norm: (n_chains,) |dE/dx| over the coordinates that are not frozen, before clips, at the last step's
             gradient. NaN after zero steps. None if the sampler does not report it.
+        divergences: (n_chains,) fraction of steps whose trajectory diverged and was rejected. None without
+            trajectories.
+        gradients: (n_chains,) mean number of gradients per step. None for a sampler that always takes one.
+        swap_acceptance: (n_chains, n_temperatures - 1) mean acceptance probability of swaps between neighbouring
+            temperatures. NaN for pairs without a swap. None without temperatures.
+        seconds: wall time of the steps after the warm-up. None if not measured.
         clipped, clamped: (n_chains,) fraction of steps in which a clip changed the gradient, or the clamp changed the
             state (with noise_first: the clamp of x'). None for samplers other than ``Langevin``.
     """
@@ -44,17 +51,24 @@ class SampleInfo:
     precision: str
     seed: int | Tensor
     cuda_graph: str | None
+    sampler: Any
     step_size: float | Tensor | None
     temperature: float | Tensor
     energies: Tensor
     first_bad_step: Tensor
     acceptance: Tensor | None = None
     grad_norm: Tensor | None = None
+    divergences: Tensor | None = None
+    gradients: Tensor | None = None
+    swap_acceptance: Tensor | None = None
+    seconds: float | None = None
     clipped: Tensor | None = None
     clamped: Tensor | None = None
 
 
-def info_of(choice: Choice, done: Advanced, chains: Chains, sampler: Any) -> SampleInfo:
+def info_of(
+    choice: Choice, done: Advanced, chains: Chains, sampler: Any, *, seconds: float | None = None
+) -> SampleInfo:
     """The report of a run. Telemetry that was not requested stays None."""
     return SampleInfo(
         backend=choice.backend,
@@ -64,10 +78,12 @@ def info_of(choice: Choice, done: Advanced, chains: Chains, sampler: Any) -> Sam
         precision=choice.precision,
         seed=chains.seed,
         cuda_graph=done.cuda_graph,
+        sampler=sampler,
         step_size=getattr(sampler, "step_size", None),
         temperature=getattr(sampler, "temperature", 1.0),
         energies=done.energy,
         first_bad_step=done.first_bad,
+        seconds=seconds,
         **(done.telemetry or {}),
     )
 

@@ -21,7 +21,7 @@ from ..energies import EnergyLike, first_tensor, n_classes
 from ..energies.conditions import are_labels
 from ..energies.eval_mode import evaluating
 from ..energies.functions import as_module
-from ..samplers.base import check_settings
+from ..samplers.base import Adaptation, check_settings
 from ..targets.autograd import Energy
 from ..targets.description import check_shape
 from ..threads import survives_fork
@@ -45,6 +45,7 @@ def run_chains(
     telemetry: bool = False,
     check_start: bool = False,
     part: tuple[int, int] | None = None,
+    adaptation: Adaptation | None = None,
 ) -> tuple[Advanced, Choice]:
     """Run the steps. Returns the result and the choice of backend. ``chains`` is not modified.
 
@@ -55,6 +56,7 @@ def run_chains(
         telemetry: also return the sampler's telemetry.
         check_start: check that the states at the start are finite.
         part: for errors, if these steps are part of a call: the number of steps before them, and of all steps.
+        adaptation: tunes the sampler in a warm-up, or None. Its ``sampler`` takes the steps.
 
     Raises:
         TypeError, ValueError: an argument is wrong or does not fit the energy.
@@ -96,7 +98,7 @@ def run_chains(
         _check_energy(energy, module, choice, chains, shape)
         why_not = _why_not_recorded(choice, device) if settings.cuda_graph else None
         recorder = CudaRecorder(device) if settings.cuda_graph and why_not is None else None
-        done = table.run(table.Job(choice, module, chains, sampler, steps, thin, telemetry, recorder))
+        done = table.run(table.Job(choice, module, chains, sampler, steps, thin, telemetry, recorder, adaptation))
         done = done if why_not is None else done._replace(cuda_graph=why_not)
         energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
         if choice.description is not None:

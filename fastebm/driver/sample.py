@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import sys
+import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backends import Advanced, Chains
-from ..backends.choose import Choice
+from ..backends import Chains
 from ..backends.settle import NonFiniteError, reinitialised
 from ..energies import EnergyLike
 from ..energies.functions import as_module
-from ..samplers.base import check_settings, checked_sampler, for_steps
+from ..samplers.base import check_settings, checked_sampler
 from ..threads import survives_fork
 from ..tracing import capturing
 from .arguments import checked_count, checked_frozen, checked_thin
 from .info import SampleInfo, check_reports, info_of
-from .run import energies_of, run_chains
+from .parts import Parts
+from .result import ChainState, SampleResult
+from .run import energies_of
 from .settings import Settings
 from .start import Start
 
@@ -35,46 +35,14 @@ _PARTS = 20
 # With progress=None a bar appears above this many chains x dims x steps: the call then takes seconds.
 _MANY = 10**8
 
-# The one number that is of the last step. All others are means over the steps.
-_LAST = "grad_norm"
-
-
-class ChainState(NamedTuple):
-    """All that a later call needs to continue the chains.
-
-    chains: states, seed, chain numbers, lifetime steps, labels or condition, and frozen coordinates.
-    energies: (n_chains,) E of the states, or None before the first step.
-    stopped: (n_chains,) bool, chains that stopped because they were not finite, or None.
-    """
-
-    chains: Chains
-    energies: Tensor | None = None
-    stopped: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SampleResult:
-    """The result of ``fastebm.sample``.
-
-    Attributes:
-        x: (n_chains, *shape) last states.
-        trajectory: (n_chains, steps // thin, *shape) every thin-th state after the warm-up. None with thin=0.
-        energies: (n_chains,) E of x.
-        info: a ``SampleInfo``. Its averages exclude the warm-up.
-        state: what ``sample(..., init=result)`` needs to continue the chains.
-    """
-
-    x: Tensor
-    trajectory: Tensor | None
-    energies: Tensor
-    info: SampleInfo
-    state: ChainState
+# From this many steps on, chains that accept next to nothing are reported.
+_MANY_STEPS = 20
 
 
 @survives_fork
 def sample(
     energy: EnergyLike,
-    sampler: Any,
+    sampler: Any = None,
     input_size: int | Sequence[int] | None = None,
     *,
     n_chains: int = 32,
@@ -103,12 +71,14 @@ def sample(
     Args:
         energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA the fused kernel runs
             ``Langevin`` on MLPs, on a ``ClassifierEnergy`` of an MLP, and on a ``SumEnergy`` of these.
-        sampler: ``Langevin(step_size)``, ``MALA(step_size)``, ... A schedule has warmup + steps entries.
+        sampler: ``Langevin(step_size)``, ``MALA(step_size)``, ... A schedule has warmup + steps entries. None with a
+            ``SampleResult`` as init: its sampler, with the values that its warm-up adapted.
         input_size: number of dims or shape of one state. Optional with ``init``, or if the energy defines it: an MLP,
             or a ``GaussianEnergy`` with a mean of that shape.
         n_chains: number of chains, >= 0. Ignored with ``init``.
         steps: number of steps after the warm-up, >= 0.
-        warmup: number of steps before them, >= 0. Their states are not stored.
+        warmup: number of steps before them, >= 0. Their states are not stored. Samplers with an accept test adapt their
+            step size and scale in these steps, from all chains together, and then keep them: see the sampler.
         thin: store the state after every thin-th step; must divide ``steps``. 0: return the last states only.
         init: (n_chains, *shape) floating-point start. float64 is computed in float64, every other dtype in float32.
             A ``SampleResult`` continues its chains, with the same bits as one longer call. None: uniform on the
@@ -149,6 +119,8 @@ def sample(
             progress=progress,
         )  # fmt: skip
         return result
+    if sampler is None and isinstance(init, SampleResult):
+        sampler = init.sampler
     energy, sampler = as_module(energy), checked_sampler(sampler)
     check_reports(sampler)
     steps, warmup, thin = (checked_count(*count) for count in (("steps", steps), ("warmup", warmup), ("thin", thin)))
@@ -172,7 +144,7 @@ def sample(
         check_settings(sampler, place.n_chains, warmup + steps)
         state = ChainState(_owned(start.chains(place, warmup + steps, sampler.box)))
     chains = state.chains
-    run = _Run(energy, sampler, shape, settings, thin, warmup + steps, check_start=isinstance(init, Tensor))
+    run = Parts(energy, shape, settings, thin, warmup + steps, check_start=isinstance(init, Tensor))
     many = len(chains.x) * chains.x.shape[1] * (warmup + steps) > _MANY
     shown = (sys.stderr.isatty() and many) if progress is None else progress
     # Parts must not change the result: "reinit" acts at the end of a part, and a CUDA graph needs many steps.
@@ -180,96 +152,43 @@ def sample(
     size = max(thin, -(-max(steps, warmup) // (_PARTS * max(thin, 1))) * max(thin, 1)) if in_parts else 0
     with tqdm(total=warmup + steps, unit=" steps", disable=not shown, dynamic_ncols=True) as bar:
         if warmup > 0:
-            before, _, state = run.steps(state, 0, warmup, size, bar, keep=False)
-        done, choice, state = run.steps(state, warmup, warmup + steps, size, bar, keep=True)
+            adaptation = sampler.adaptation(warmup)
+            before, _, state = run.steps(sampler, state, 0, warmup, size, bar, keep=False, adaptation=adaptation)
+            sampler = sampler if adaptation is None else adaptation.sampler
+        begun = time.perf_counter()
+        done, choice, state = run.steps(sampler, state, warmup, warmup + steps, size, bar, keep=True)
+        _wait(done.x.device)
+        seconds = time.perf_counter() - begun
     if warmup > 0:  # the first bad step may have been in the warm-up
         done = done._replace(first_bad=torch.where(before.first_bad >= 0, before.first_bad, done.first_bad))
     trajectory = None if done.trajectory is None else done.trajectory.reshape(*done.trajectory.shape[:2], *shape)
     # A copy: whoever changes the samples in place does not change what the chains go on from.
     x = done.x.reshape(len(done.x), *shape).clone()
-    return SampleResult(x, trajectory, done.energy, info_of(choice, done, chains, sampler), state)
+    info = info_of(choice, done, chains, sampler, seconds=seconds)
+    _warn_of_rejections(info, steps)
+    return SampleResult(x, trajectory, done.energy, info, state, energy)
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """Runs the steps of one call, in parts if there is a progress bar."""
-
-    energy: EnergyLike
-    sampler: Any
-    shape: Sequence[int]
-    settings: Settings
-    thin: int
-    total: int
-    check_start: bool
-
-    def steps(
-        self, state: ChainState, first: int, last: int, size: int, bar: Any, *, keep: bool
-    ) -> tuple[Advanced, Choice, ChainState]:
-        """Run steps first to last - 1 of the call.
-
-        size: steps per part; 0 runs all in one part. keep: store the trajectory.
-        """
-        parts: list[tuple[int, Advanced]] = []
-        edges = [*range(first, last, size), last] if size > 0 and last > first else [first, last]
-        for start, stop in pairwise(edges):
-            n = stop - start
-            done, choice = run_chains(
-                self.energy, state.chains, for_steps(self.sampler, start, stop), n, shape=self.shape,
-                settings=self.settings, thin=self.thin if keep else 0, telemetry=True, check_start=self.check_start,
-                part=(start, self.total),
-            )  # fmt: skip
-            done = _still_stopped(done, state, start)
-            stopped = state.stopped
-            if self.settings.on_nonfinite == "ignore":
-                stopped = done.first_bad >= 0
-            chains = state.chains._replace(x=done.x, first_steps=state.chains.first_steps + n)
-            state = ChainState(chains, done.energy, stopped)
-            parts.append((n, done))
-            bar.update(n)
-        return _joined(parts), choice, state
+def _wait(device: torch.device) -> None:
+    """Wait for the device's steps, so that their time is known."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _still_stopped(done: Advanced, before: ChainState, first: int) -> Advanced:
-    """Count bad steps from the start of the call, and put chains that had stopped before back where they were."""
-    first_bad = torch.where(done.first_bad >= 0, done.first_bad + first, done.first_bad)
-    rows, energies = before.stopped, before.energies
-    if rows is None or energies is None or not bool(rows.any()):
-        return done._replace(first_bad=first_bad)
-    x = torch.where(rows[:, None], before.chains.x.to(done.x.dtype), done.x)
-    trajectory = done.trajectory
-    if trajectory is not None:
-        trajectory = torch.where(rows[:, None, None], x[:, None], trajectory)
-    reported = {
-        name: value.masked_fill(rows, math.nan if name == _LAST else 0.0)
-        for name, value in (done.telemetry or {}).items()
-    }
-    return done._replace(
-        x=x,
-        energy=torch.where(rows, energies, done.energy),
-        first_bad=torch.where(rows, first, first_bad),
-        trajectory=trajectory,
-        telemetry=reported,
-    )
-
-
-def _joined(parts: list[tuple[int, Advanced]]) -> Advanced:
-    """One result from consecutive parts. parts: (number of steps, result) of each."""
-    _, result = parts[0]
-    if len(parts) == 1:
-        return result
-    total = sum(steps for steps, _ in parts)
-    first_bad, telemetry = result.first_bad, {name: 0.0 * v for name, v in (result.telemetry or {}).items()}
-    for steps, done in parts:
-        stopped = first_bad >= 0  # before this part
-        first_bad = torch.where(stopped, first_bad, done.first_bad)
-        for name, value in (done.telemetry or {}).items():
-            if name == _LAST:
-                telemetry[name] = value if done is result else torch.where(stopped, telemetry[name], value)
-            else:
-                telemetry[name] = telemetry[name] + value * (steps / total)
-    trajectories = [done.trajectory for _, done in parts if done.trajectory is not None]
-    trajectory = torch.cat(trajectories, dim=1) if trajectories else None
-    return parts[-1][1]._replace(first_bad=first_bad, telemetry=telemetry, trajectory=trajectory)
+def _warn_of_rejections(info: SampleInfo, steps: int) -> None:
+    """Warn about chains that accepted next to nothing: they did not sample anything."""
+    if info.acceptance is None or steps < _MANY_STEPS:
+        return
+    # Chains that stopped because they were not finite are reported elsewhere.
+    rows = ((info.acceptance * steps < 0.5) & (info.first_bad_step < 0)).nonzero().flatten()
+    if len(rows) > 0:
+        first = ", ".join(str(int(row)) for row in rows[:5])
+        warnings.warn(
+            f"{len(rows)} of {len(info.acceptance)} chains accepted next to none of {steps} proposals (chains "
+            f"{first}{', ...' if len(rows) > 5 else ''}), so they did not move: use a smaller step_size, or a warm-up, "
+            "which finds one",
+            stacklevel=4,
+        )
 
 
 def _owned(chains: Chains) -> Chains:
@@ -278,7 +197,9 @@ def _owned(chains: Chains) -> Chains:
     def copy(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else value
 
+    carried = chains.carried
     return chains._replace(
+        carried=None if carried is None else {name: copy(value) for name, value in carried.items()},
         seed=copy(chains.seed),
         labels=copy(chains.labels),
         condition=copy(chains.condition),
@@ -306,6 +227,8 @@ def _resumed(
     Chains that have stopped stay so with on_nonfinite="ignore", and are reinitialised with "reinit".
     """
     chains, _, stopped = result.state
+    if type(sampler) is not type(result.sampler):  # another sampler has another state
+        chains = chains._replace(carried=None)
     shape = tuple(result.x.shape[1:])
     if labels is not None or condition is not None:
         chains = chains._replace(labels=labels, condition=condition)

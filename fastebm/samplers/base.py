@@ -1,13 +1,14 @@
-"""The interface of a sampler: a frozen dataclass of settings with the methods ``init`` and ``step``.
+"""The base class of samplers: frozen dataclasses of settings with the methods ``init`` and ``step``.
 
 A sampler gets a target and the random numbers of its chains. The driver does the rest: it checks the input, holds
-frozen coordinates, stops chains that are no longer finite, stores every thin-th state, and uses a fused run of the same
-steps if there is one (backends/table.py).
+frozen coordinates, stops chains that are no longer finite, stores every thin-th state, adapts settings in a warm-up,
+and uses a fused run of the same steps if there is one (backends/table.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -16,16 +17,21 @@ from torch import Tensor
 
 from ..box import Bounds, Box
 from ..rng import Noise
-from ..scalars import number_or_tensor
+from ..scalars import number_or_tensor, plain_number
 from ..targets.base import View
 from ..tracing import readable
 
 __all__ = [
+    "LAST",
+    "Adaptation",
     "Info",
     "Sampler",
     "check_settings",
     "checked_coefficient",
+    "checked_diagonal",
+    "checked_fraction",
     "checked_sampler",
+    "diagonal_at",
     "for_chains",
     "for_steps",
     "settled",
@@ -38,68 +44,103 @@ class Info(NamedTuple):
 
     finite: (n,) bool, False for chains that computed a non-finite state, tested before any clamp. For those chains the
     step returns the last finite state. None means that all chains were finite.
-    telemetry: returns two dicts of (n,) tensors by name: values to average over the steps, and values of which the
-    last step's is reported. Called only if the caller wants telemetry.
+    telemetry: returns two dicts of tensors with one row per chain, by name: values to average over the steps, and
+    values of which the last step's is reported (``LAST``). Called only if the caller wants telemetry.
+    acceptance: (n,) probability with which each proposal was accepted, for adaptation. None without an accept test.
+    proposal: what the sampler's own adaptation needs besides, or None.
     """
 
     finite: Tensor | None
     telemetry: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+    acceptance: Tensor | None = None
+    proposal: Any = None
 
 
-class Sampler(Protocol):
-    """A frozen dataclass of settings.
+# Telemetry of the last step. All other telemetry is averaged over the steps.
+LAST = frozenset({"grad_norm"})
 
-    clamp is a field, (lo, hi) or None: pools put theirs in its place. box is the same, checked (``Box.of``).
+
+class Adaptation(Protocol):
+    """Tunes settings of a sampler during the warm-up, from all chains together.
+
+    sampler: the sampler with its current settings. After the last update, these are final.
+    """
+
+    sampler: Any
+
+    def update(self, old: Any, new: Any, info: Info, active: Tensor | None) -> None:
+        """Learn from one step of ``sampler``, from the state ``old`` to the state ``new``.
+
+        active: (n,) bool, the chains that have not stopped. None: all.
+        """
+        ...
+
+
+class Sampler:
+    """Base class of samplers. A sampler is a frozen dataclass of settings with the methods ``init`` and ``step``.
+
+    clamp is a field, (lo, hi) or None: pools put theirs in its place. ``__post_init__`` sets it to ``Box.of(clamp)``.
     A setting that may vary by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
     ``checked_coefficient`` and ``value_at``. scheduled names these fields.
-    A state is a NamedTuple of tensors with one row per chain: the positions x, and if the sampler carries them, their
-    energy and gradient. Nothing else, because a call has parts (warm-up, progress, resumption), each of which starts
-    with ``init`` at x.
+    A state is a NamedTuple of tensors with one row per chain. It has the positions x, (n, dim), and may have energy,
+    (n,) E(x), and more. A call has parts (warm-up, progress, resumption), each of which starts with ``init`` at x. So
+    ``init`` must compute each field from x (``recomputes`` names these), or get it as a keyword (``carries``).
 
     exact: whether each step leaves exp(-E) invariant, thanks to an accept test. Such a sampler rejects proposals
     outside the bounds. A sampler without the test projects them onto the bounds.
     reports: names of the telemetry and their values after zero steps. The names are fields of ``SampleInfo``.
+    carries: names of the state's fields that persist between parts, such as a momentum.
+    recomputes: names of the state's fields that ``init`` computes anew.
+    coupled: whether chains interact, as particles do. Then all chains move together, and bits depend on the batch.
+    rows_per_chain: number of states that the sampler evaluates per chain at once.
     """
 
-    @property
-    def clamp(self) -> Bounds | None:
-        """Bounds of the states as they were given, or None."""
-        ...
+    clamp: Bounds | None
+
+    exact: ClassVar[bool] = False
+    scheduled: ClassVar[tuple[str, ...]] = ()
+    reports: ClassVar[Mapping[str, float]] = {}
+    carries: ClassVar[tuple[str, ...]] = ()
+    recomputes: ClassVar[tuple[str, ...]] = ("x", "energy", "gradient")
+    coupled: ClassVar[bool] = False
 
     @property
     def box(self) -> Box | None:
-        """Bounds of the states, or None."""
-        ...
+        """The clamp as a ``Box``, or None."""
+        return self.clamp  # type: ignore[return-value]  # __post_init__ made it a Box
 
-    exact: ClassVar[bool]
-    scheduled: ClassVar[tuple[str, ...]]
-    reports: ClassVar[Mapping[str, float]]
+    @property
+    def rows_per_chain(self) -> int:
+        """1, or the number of copies of each chain."""
+        return 1
 
     def init(self, target: View, x: Tensor, noise: Noise) -> Any:
-        """The state of chains that start at x: (n, dim)."""
-        ...
+        """The state of chains that start at x: (n, dim). A sampler that carries fields takes them as keywords."""
+        raise NotImplementedError
 
     def step(self, target: View, state: Any, noise: Noise, t: int) -> tuple[Any, Info]:
         """One transition of all chains, without side effects.
 
         t: index of the step in this part of the call, from 0. Schedules are cut to the part.
         """
-        ...
+        raise NotImplementedError
+
+    def adaptation(self, steps: int) -> Adaptation | None:
+        """What tunes this sampler in a warm-up of so many steps, or None."""
+        return None
 
 
-_MEMBERS = ("init", "step", "clamp", "box", "exact", "scheduled", "reports")
 _Sampler = TypeVar("_Sampler", bound=Any)
 
 
 def checked_sampler(sampler: object) -> Any:
     """Return the sampler unchanged, or raise a TypeError that names the likely mistake."""
-    if callable(getattr(sampler, "step", None)) and dataclasses.is_dataclass(sampler) and not isinstance(sampler, type):
-        missing = [name for name in _MEMBERS if not hasattr(sampler, name)]
-        if missing:
-            raise TypeError(f"{type(sampler).__name__} is no sampler: it lacks {', '.join(missing)} (samplers/base.py)")
+    if isinstance(sampler, Sampler):
         return sampler
     hint = ""
-    if isinstance(sampler, type) or callable(sampler):
+    if callable(getattr(sampler, "step", None)) and not isinstance(sampler, type):
+        hint = ": a sampler of your own is a frozen dataclass and a subclass of fastebm.samplers.base.Sampler"
+    elif isinstance(sampler, type) or callable(sampler):
         hint = ": are its parentheses missing, as in Langevin(0.1)?"
     elif isinstance(sampler, (int, float)):
         hint = ": a step size alone is Langevin(0.1), and numbers of chains and steps have names (n_chains=, steps=)"
@@ -161,6 +202,61 @@ def value_at(value: float | Tensor, t: int, device: torch.device) -> float | Ten
         return value
     value = value.detach().to(device, torch.float64)
     return value[t] if value.ndim == 1 else value
+
+
+def checked_diagonal(name: str, value: Any) -> float | Tensor | None:
+    """Check a diagonal matrix: None, a number > 0, or a tensor of one state's shape with finite values > 0.
+
+    Raises:
+        TypeError, ValueError: the message states the requirement and the value received.
+    """
+    value = value if value is None or isinstance(value, Tensor) else number_or_tensor(value)
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+        good = torch.isfinite(value) & (value > 0)
+        if not bool(good.all()):
+            raise ValueError(f"{name} must be finite and > 0, got a tensor with {value[~good].flatten()[0].item()}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be None, a number or a tensor of one state's shape, got {type(value).__name__}")
+    elif not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
+    checked: float | Tensor = value
+    return checked
+
+
+def diagonal_at(name: str, value: float | Tensor | None, x: Tensor) -> float | Tensor:
+    """A diagonal matrix for states x, (n, dim): a number, 1.0 for None, or a (dim,) tensor in x's dtype.
+
+    Raises:
+        ValueError: a tensor that has not one value per dim.
+    """
+    if not isinstance(value, Tensor):
+        return 1.0 if value is None else value
+    if value.numel() != x.shape[1]:
+        raise ValueError(
+            f"{name} must be a number or have one value for each of the {x.shape[1]} dims, got shape "
+            f"{tuple(value.shape)}"
+        )
+    return value.detach().flatten().to(x.device, x.dtype)
+
+
+def checked_fraction(name: str, value: Any) -> float | None:
+    """Check a fraction in (0, 1), or None.
+
+    Raises:
+        TypeError, ValueError: the message states the requirement and the value received.
+    """
+    if value is None:
+        return None
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1) or None, got {value!r}")
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {value}")
+    return float(value)
 
 
 def for_chains(sampler: _Sampler, rows: Tensor | slice, n_chains: int) -> _Sampler:

@@ -37,7 +37,7 @@ from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..scalars import number_or_tensor, plain_number
 from ..targets.base import View
-from .base import Info, check_settings, checked_coefficient, settled, value_at
+from .base import Info, Sampler, check_settings, checked_coefficient, settled, value_at
 
 __all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin"]
 
@@ -52,7 +52,7 @@ class LangevinState(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Langevin:
+class Langevin(Sampler):
     """Langevin dynamics without an accept test (the unadjusted Langevin algorithm, ULA):
 
         x' = clamp(x - drift clip(dE/dx(x)) + noise_std xi),   xi ~ N(0, I)
@@ -170,11 +170,6 @@ class Langevin:
     def jem(cls, **options: Any) -> Langevin:
         """JEM (Grathwohl et al. 2020): drift = 1, noise_std = 0.01."""
         return cls.from_drift_and_noise(1.0, 0.01, **options)
-
-    @property
-    def box(self) -> Box | None:
-        """The clamp as a ``Box``, or None."""
-        return self.clamp  # type: ignore[return-value]  # __post_init__ made it a Box
 
     @property
     def temperature(self) -> float | Tensor:

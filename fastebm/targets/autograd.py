@@ -155,3 +155,8 @@ class Autograd:
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E(x) and dE/dx."""
         return self.energy.value_and_gradient(x, self.condition)
+
+    def repeated(self, k: int) -> Autograd:
+        """The energy of k copies of each chain."""
+        condition = self.condition
+        return Autograd(self.energy, None if condition is None else condition.repeat_interleave(k, dim=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Target(Protocol):
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E(x) and dE/dx, from one forward pass where possible."""
+        ...
+
+    def repeated(self, k: int) -> Target:
+        """The energy of k copies of each chain: row i k + r of x is copy r of chain i."""
         ...
 
 
@@ -57,6 +61,13 @@ class View:
         value, gradient = self.target.value_and_gradient(x)
         return value, self._masked(gradient)
 
+    def repeated(self, k: int) -> View:
+        """The view of k copies of each chain: row i k + r of x is copy r of chain i."""
+        box, frozen = self.box, self.frozen
+        if box is not None:
+            box = Box(*(_repeated(bound, k) for bound in box))
+        return View(self.target.repeated(k), box, None if frozen is None else _repeated(frozen, k))
+
     def held(self, x: Tensor, moved: Tensor) -> Tensor:
         """``moved`` with the frozen coordinates of x.
 
@@ -66,3 +77,10 @@ class View:
 
     def _masked(self, gradient: Tensor) -> Tensor:
         return gradient if self.frozen is None else gradient.masked_fill(self.frozen, 0.0)
+
+
+def _repeated(value: Any, k: int) -> Any:
+    """Repeat each row of a (n, dim) tensor. Numbers and tensors that broadcast over chains stay."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) == 1:
+        return value
+    return value.repeat_interleave(k, dim=0)

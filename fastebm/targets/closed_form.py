@@ -25,6 +25,7 @@ __all__ = [
     "matrix",
     "padded_rows",
     "product",
+    "repeated_labels",
     "rounds_alike",
     "rows_of_products",
 ]
@@ -223,6 +224,7 @@ class ClosedForm:
         few = rows_of_products(like.device)
         self.n_rows = -(-n_chains // few) * few
         self.evaluator = Evaluator(description, self.n_rows)
+        self._built_from = description, n_chains, labels
         self.labels = None if labels is None else padded_rows(labels, self.n_rows)
         # Padding rows are 0, so they stay finite; their results are not used.
         self.x = matrix(self.n_rows, description.dim, like).zero_()
@@ -240,6 +242,11 @@ class ClosedForm:
         value, gradient = self.evaluator.energy_and_gradient(self._padded(x), self.labels, self._out(x))
         return value[: len(x)], gradient[: len(x)]
 
+    def repeated(self, k: int) -> ClosedForm:
+        """The energy of k copies of each chain."""
+        description, n_chains, labels = self._built_from
+        return ClosedForm(description, k * n_chains, repeated_labels(labels, k))
+
     def _padded(self, x: Tensor) -> Tensor:
         if len(x) == self.n_rows and x.stride() == self.x.stride():
             return x  # as it is
@@ -248,6 +255,11 @@ class ClosedForm:
 
     def _out(self, x: Tensor) -> Tensor:
         return matrix(self.n_rows, x.shape[1], x)
+
+
+def repeated_labels(labels: Tensor | None, k: int) -> Tensor | None:
+    """The labels of k copies of each chain."""
+    return None if labels is None else labels.repeat_interleave(k)
 
 
 def padded_rows(v: Tensor, n_rows: int) -> Tensor:

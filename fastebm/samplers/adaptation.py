@@ -1,0 +1,154 @@
+"""Warm-up: adapt the step size and a diagonal scale of a sampler, from all chains together.
+
+The step size follows Nesterov's dual averaging of the acceptance rate (Hoffman & Gelman 2014, section 3.2). The scale
+is the variance of each coordinate, over chains and steps, in windows that double in length, as in Stan (Stan Reference
+Manual, "HMC algorithm parameters"). The first and the last steps adapt the step size alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Info
+
+__all__ = ["DualAveraging", "Variance", "WarmUp", "windows"]
+
+
+class DualAveraging:
+    """Finds the step size at which the mean acceptance probability is ``target``.
+
+    gamma, t0 and kappa are those of Hoffman & Gelman 2014.
+    """
+
+    gamma, t0, kappa = 0.05, 10.0, 0.75
+
+    def __init__(self, step_size: float, target: float) -> None:
+        self.target = target
+        self.restart(step_size)
+
+    def restart(self, step_size: float) -> None:
+        """Start again from this step size.
+
+        The search is centred there. (Stan centres it on ten times the start. With the mean over many chains the search
+        is quick from anywhere, and a last phase that starts far off would need more steps.)
+        """
+        self.mu, self.t, self.error = math.log(step_size), 0, 0.0
+        self.log_step = self.log_mean = self.mu
+
+    def update(self, acceptance: float) -> None:
+        """Learn from a step's mean acceptance probability."""
+        self.t += 1
+        weight = 1 / (self.t + self.t0)
+        self.error = (1 - weight) * self.error + weight * (self.target - acceptance)
+        log_step = self.mu - math.sqrt(self.t) / self.gamma * self.error
+        # Bounded, so that exp stays finite while everything or nothing is accepted.
+        self.log_step = min(max(log_step, -60.0), 60.0)
+        decay = self.t**-self.kappa
+        self.log_mean = decay * self.log_step + (1 - decay) * self.log_mean
+
+    @property
+    def step_size(self) -> float:
+        """The step size to use while adapting."""
+        return math.exp(self.log_step)
+
+    @property
+    def final(self) -> float:
+        """The averaged step size, to be used after the warm-up."""
+        return math.exp(self.log_mean)
+
+
+class Variance:
+    """The variance of each coordinate over the states seen so far, in float64 (Chan, Golub & LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def update(self, x: Tensor) -> None:
+        """Add states, (n, dim)."""
+        if len(x) == 0:
+            return
+        x = x.double()
+        mean = x.mean(dim=0)
+        squares = (x - mean).square().sum(dim=0)
+        n, delta = self.n + len(x), mean - self.mean
+        self.squares = self.squares + squares + delta.square() * (self.n * len(x) / n)
+        self.mean = self.mean + delta * (len(x) / n)
+        self.n = n
+
+    def regularised(self) -> Tensor | None:
+        """The variance, (dim,) float64, shrunk towards 1e-3 as in Stan. None before the second state."""
+        if self.n < 2:
+            return None
+        variance = self.squares / (self.n - 1)
+        shrunk: Tensor = variance * (self.n / (self.n + 5)) + 1e-3 * (5 / (self.n + 5))
+        # A coordinate that did not move must not get a scale of almost 0.
+        return shrunk.clamp(min=1e-20)
+
+
+def windows(steps: int, *, least: int = 25) -> list[int]:
+    """The steps after which the scale is updated: the ends of windows that double in length."""
+    first, last = _edges(steps)
+    ends, size, t = [], least, first
+    while t + size <= last:
+        if t + 3 * size > last:  # the next window would not fit, so this one takes the rest
+            size = last - t
+        t += size
+        ends.append(t)
+        size *= 2
+    return ends
+
+
+def _edges(steps: int) -> tuple[int, int]:
+    """The steps between which the scale is learnt. After a new scale, the step size needs some 50 steps."""
+    return int(0.15 * steps), steps - max(int(0.1 * steps), min(50, int(0.4 * steps)))
+
+
+class WarmUp:
+    """The ``Adaptation`` (base.py) of a sampler with a step size and, if it is free, a diagonal scale.
+
+    Args:
+        sampler: has the field step_size, a number.
+        steps: of the warm-up.
+        target: mean acceptance probability.
+        scaled: maps a sampler and a variance, (dim,), to the sampler with that scale. None: there is no scale to adapt.
+        power: step_size is in units of the state to this power.
+    """
+
+    def __init__(
+        self, sampler: Any, steps: int, target: float, scaled: Callable[[Any, Tensor], Any] | None = None, *,
+        power: int = 2,
+    ) -> None:  # fmt: skip
+        self.sampler, self.steps, self.scaled, self.power = sampler, steps, scaled, power
+        self.log_scale = 0.0  # mean log variance that the scale stands for
+        self.step_size = DualAveraging(float(sampler.step_size), target)
+        self.ends = windows(steps) if scaled is not None else []
+        self.first, _ = _edges(steps)
+        self.variance, self.t = Variance(), 0
+
+    def update(self, old: Any, new: Any, info: Info, active: Tensor | None) -> None:
+        """Learn from one step."""
+        assert info.acceptance is not None
+        self.t += 1
+        x, acceptance = new.x, info.acceptance
+        if active is not None:
+            x, acceptance = x[active], acceptance[active]
+        if len(acceptance) > 0:
+            self.step_size.update(float(acceptance.double().mean()))
+        if self.ends and self.first < self.t <= self.ends[-1]:
+            self.variance.update(x)
+        if self.t in self.ends and self.scaled is not None and (variance := self.variance.regularised()) is not None:
+            self.sampler = self.scaled(self.sampler, variance)
+            self.variance = Variance()
+            # Start from steps of the same length in the state's units, in the geometric mean over the coordinates.
+            log_scale = float(variance.log().mean())
+            factor = math.exp((self.log_scale - log_scale) * self.power / 2)
+            self.log_scale = log_scale
+            self.step_size.restart(self.step_size.final * factor)
+        step = self.step_size.final if self.t >= self.steps else self.step_size.step_size
+        self.sampler = replace(self.sampler, step_size=step)
