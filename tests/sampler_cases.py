@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastebm import MALA, Langevin
+from fastebm import MALA, NUTS, Langevin
 
 __all__ = ["CASES", "Case"]
 
@@ -28,4 +28,5 @@ class Case:
 CASES = {
     "Langevin": Case(lambda **given: Langevin(0.1, **given)),
     "MALA": Case(lambda **given: MALA(0.5, **given)),
+    "NUTS": Case(lambda **given: NUTS(0.5, 6, **given), settled=25),
 }

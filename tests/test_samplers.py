@@ -151,7 +151,9 @@ class NaNBeyond(nn.Module):
 
 @every_sampler
 def test_chains_that_are_not_finite(case):
-    options = {"init": torch.zeros(300, 2) + 0.9, "steps": 25, "seed": 4}
+    init = torch.zeros(300, 2)
+    init[::2] = 1.1  # with short steps these chains are lost, with long trajectories some of the others survive
+    options = {"init": init, "steps": 3, "seed": 4}
     with pytest.raises(NonFiniteError, match=r"of 300 chains are not finite"):
         sample(NaNBeyond(), case.make(), **options)
     result = sample(NaNBeyond(), case.make(), on_nonfinite="ignore", **options)

@@ -10,27 +10,30 @@ A trajectory starts with one point, at depth 0. At each depth a fair coin choose
 as the trajectory has points, 2^depth, make a sub-tree. Steps backwards in time are steps forwards from -p. A point has
 the weight w = exp(H(start) - H).
 
-- A trajectory or sub-tree from a to b has turned if p_a . (x_b - x_a) <= 0 or p_b . (x_b - x_a) <= 0 (Hoffman &
-  Gelman 2014, section 3). Betancourt's generalised criterion has the sum of the momenta in place of
-  M (x_b - x_a) / h. With a constant mass the two differ by the error of the leapfrog only.
+- The way from a to b turns if p_a . (x_b - x_a) <= 0 or p_b . (x_b - x_a) <= 0 (Hoffman & Gelman 2014, section 3).
+  Betancourt's generalised criterion has the sum of the momenta in place of M (x_b - x_a) / h. With a constant mass the
+  two differ by the error of the leapfrog only.
+- Two neighbouring halves, from a to b and from c to d, have turned if the way from a to d, from a to c or from b to d
+  turns. The last two, as in Stan since 2.21, matter where all coordinates have one period: a trajectory of a whole
+  period has come back, and its ends look as if it had just begun.
 - If a balanced part of the sub-tree, or all of it, has turned, or if one of its points has no weight, the trajectory
   ends without the sub-tree. From each of its points the same trajectory is as likely to be built and to end there,
   which makes the step exact.
-- Within a sub-tree a point is drawn with probability w / (sum of w) (Betancourt 2017, A.3). It replaces the point drawn
-  so far with probability min(1, W_sub-tree / W_trajectory), where W is a sum of w. This favours the far half.
+- A point of the sub-tree is drawn with probability w / W, where W is the sum of w (Betancourt 2017, A.3). It is the
+  point with the largest w / e, with e ~ Exp(1) for each. It replaces the point drawn before with probability
+  min(1, W_sub-tree / W_trajectory), which favours the far half.
 - If the longer trajectory has turned, it ends, with the sub-tree.
 
-A point has no weight if it lies outside the bounds, or if H exceeds H(start) by more than 1000: a divergence. The
-checks across two neighbouring sub-trees, which Stan has had since 2.21, are left out.
+A point has no weight if it lies outside the bounds, or if H exceeds H(start) by more than 1000: a divergence. (The
+latter depends on the start. From another point of the trajectory the limit differs, at weights of about exp(-1000).)
 
 All chains build trees of the same depth side by side, without recursion (Phan, Pradhan & Jankowiak 2019, appendix A):
 leaf i of a sub-tree ends the balanced parts of 2, 4, ... leaves whose size divides i + 1. Only the first leaf of each
-part that is still open is kept, under its number of binary ones. A chain that has ended waits, and its energy is still
-evaluated, because an energy may expect all chains.
+part that is still open is kept, and the last leaf of its first half, both under the number of binary ones of the first
+leaf's number. A chain that has ended waits, and its energy is still evaluated, because an energy may expect all chains.
 
-Random numbers of METROPOLIS: number 0 has the coin of depth d as its binary digit d. Number 2^d + i belongs to leaf i
-of the sub-tree of depth d. The first leaf has nothing to compete with in its sub-tree, so its number is used to join
-the sub-tree to the trajectory.
+Random numbers of METROPOLIS: number 0 has the coin of depth d as its binary digit d. The 2^d + 1 numbers from 2^d + d
+on belong to depth d: one to join the sub-tree, then one for each of its leaves.
 """
 
 from __future__ import annotations
@@ -72,6 +75,19 @@ class _End(NamedTuple):
     x: Tensor
     p: Tensor
     gradient: Tensor
+
+
+class _SubTree(NamedTuple):
+    """first, last: its ends, both with the momentum towards the last. drawn: one of its points. log_weight: (n,) log W.
+
+    whole: (n,) whether all points have weight, and no part has turned.
+    """
+
+    first: _End
+    last: _End
+    drawn: NUTSState
+    log_weight: Tensor
+    whole: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,22 +159,30 @@ class NUTS(Sampler):
         """Build a trajectory through the state, and draw one of its points."""
         mass = diagonal_at("mass", self.mass, state.x)
         p = noise.normal(Stream.MOMENTUM, t) * mass**0.5
-        tree = _Tree(target, state, p, mass)
-        step_size = torch.as_tensor(value_at(self.step_size, t, p.device), dtype=p.dtype, device=p.device).view(-1, 1)
-        coins, numbers = noise.uniform(Stream.METROPOLIS, t), noise.part(1, 2)
-        right, left = (_End(state.x, outwards, state.gradient) for outwards in (p, -p))
-        sample, log_weight, active = state, torch.zeros_like(state.energy), torch.ones_like(coins, dtype=torch.bool)
+        step_size = value_at(self.step_size, t, p.device)
+        tree = _Tree(target, state, p, mass, step_size.to(p.dtype) if isinstance(step_size, Tensor) else step_size)
+        of = 2**self.max_depth + self.max_depth
+        coins = noise.part(0, of).uniform(Stream.METROPOLIS, t)
+        end, other = (_End(state.x, outwards, state.gradient) for outwards in (p, -p))
+        forward = torch.ones_like(coins, dtype=torch.bool)  # whether ``end`` is the later end
+        sample, log_weight, active = state, torch.zeros_like(coins), forward
         for depth in range(self.max_depth):
-            forward = (coins * 2**depth).frac() < 0.5
-            log_u = numbers.copies(2**depth).uniform(Stream.METROPOLIS, t).log().view(len(p), -1)
-            end, drawn, log_sum, whole = tree.grown(_where(forward, right, left), step_size, active, log_u)
+            before, forward = forward, (coins * 2**depth).frac() < 0.5
+            same = forward == before
+            end, other = _where(same, end, other), _where(same, other, end)
+            numbers = noise.copies(2**depth + 1, first=2**depth + depth, of=of)
+            log_u = numbers.uniform(Stream.METROPOLIS, t).log().view(len(p), -1)
+            new = tree.grown(end, active, log_u[:, 1:].neg().log())
 
-            joined = whole & (log_u[:, 0] <= log_sum - log_weight)
-            sample, log_weight = _where(joined, drawn, sample), _log_add(log_weight, log_sum)
-            right, left = _where(whole & forward, end, right), _where(whole & ~forward, end, left)
-            active = whole & ~_turned(left._replace(p=-left.p), right)
+            joined = new.whole & (log_u[:, 0] <= new.log_weight - log_weight)
+            sample, log_weight = _where(joined, new.drawn, sample), _log_add(log_weight, new.log_weight)
+            active = new.whole & _goes_on(other._replace(p=-other.p), end, new.first, new.last)
+            end = new.last
             if not bool(active.any()):
                 break
+        if not bool(sample.x.isfinite().all()):  # a position that overflowed, on a flat and finite energy
+            overflown = ~sample.x.isfinite().all(dim=1)
+            sample, tree.diverged = _where(overflown, state, sample), tree.diverged | overflown
         acceptance = tree.acceptance / tree.leaves
 
         def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -175,46 +199,49 @@ class _Tree:
     after the first. acceptance: sum over these of min(1, w).
     """
 
-    def __init__(self, target: View, state: NUTSState, p: Tensor, mass: float | Tensor) -> None:
-        self.target, self.energy, self.p, self.mass = target, state.energy, p, mass
+    def __init__(
+        self, target: View, state: NUTSState, p: Tensor, mass: float | Tensor, step_size: float | Tensor
+    ) -> None:
+        self.target, self.energy, self.p, self.mass, self.step_size = target, state.energy, p, mass, step_size
         self.finite = torch.ones_like(state.energy, dtype=torch.bool)
         self.diverged = ~self.finite
         self.leaves, self.acceptance = torch.zeros_like(state.energy), torch.zeros_like(state.energy)
 
-    def grown(
-        self, end: _End, step_size: Tensor, active: Tensor, log_u: Tensor
-    ) -> tuple[_End, NUTSState, Tensor, Tensor]:
-        """Grow a sub-tree from one end.
+    def grown(self, end: _End, active: Tensor, log_e: Tensor) -> _SubTree:
+        """Grow a sub-tree from an end of the trajectory.
 
-        step_size: (1 or n, 1). active: (n,) bool, chains that grow. log_u: (n, leaves) logarithms
-        of uniform numbers.
-
-        Returns the other end, the state drawn, its logarithmic weight, (n,), and whether the sub-tree is whole, (n,):
-        all points have weight, and no part has turned.
+        active: (n,) bool, chains that grow. log_e: (n, leaves) logarithms of exponential numbers, which draw a point.
         """
         firsts: dict[int, _End] = {}
-        for i in range(log_u.shape[1]):
-            h = torch.where(active[:, None], step_size, 0.0)  # a chain that has ended waits
-            end, energy, log_w, weighs = self._leaf(end, h, active)
-            leaf = NUTSState(end.x, energy, end.gradient)
+        middles: dict[int, _End] = {}
+        weights, weighing, moving = [], [], -1
+        for i in range(log_e.shape[1]):
+            if moving != (moving := int(active.sum())):
+                if moving == 0:
+                    break
+                h = active[:, None].to(log_e.dtype) * self.step_size  # a chain that has ended waits
+            self.leaves += active
+            end, energy, log_w, active = self._leaf(end, h, active)
+            weights.append(log_w)
+            weighing.append(active)
+
+            leaf, lead = NUTSState(end.x, energy, end.gradient), log_w - log_e[:, i]
             if i == 0:
-                drawn, log_sum = leaf, log_w
+                drawn, most = leaf, lead
             else:
-                log_sum = _log_add(log_sum, log_w)
-                drawn = _where(log_u[:, i] <= log_w - log_sum, leaf, drawn)
-            active = weighs
-            if i % 2 == 0:
-                firsts[i.bit_count()] = end
+                drawn, most = _where(lead > most, leaf, drawn), torch.maximum(most, lead)
+            firsts[i.bit_count()] = end
             size = 2
             while (i + 1) % size == 0:  # this leaf ends a part of so many leaves
-                active = active & ~_turned(firsts[(i + 1 - size).bit_count()], end)
+                ones = (i + 1 - size).bit_count()
+                active = active & _goes_on(firsts[ones], middles[ones], firsts[ones + 1], end)
                 size *= 2
-            if not bool(active.any()):
-                break
-        # A position that overflowed stays infinite, even where the energy is flat and finite.
-        overflown = active & ~end.x.isfinite().all(dim=1)
-        self.diverged |= overflown
-        return end, drawn, log_sum, active & ~overflown
+            middles[(i + 1 - size // 2).bit_count()] = end
+        log_w = torch.where(torch.stack(weighing, dim=1), torch.stack(weights, dim=1), -math.inf)
+        self.acceptance += log_w.clamp(max=0.0).exp().sum(dim=1)
+        total = log_w.logsumexp(dim=1)
+        self.finite &= total < math.inf  # E was not -inf
+        return _SubTree(firsts[0], end, drawn, total, active & self.finite)
 
     def _leaf(self, end: _End, h: Tensor, active: Tensor) -> tuple[_End, Tensor, Tensor, Tensor]:
         """Take a leapfrog step: the new end, E, log w, and which of the active chains have weight there."""
@@ -222,28 +249,37 @@ class _Tree:
         x = self.target.held(end.x, torch.addcmul(end.x, half, h / self.mass))
         energy, gradient = self.target.value_and_gradient(x)
         p = torch.addcmul(half, gradient, h, value=-0.5)
-        log_w = self.energy - energy - self._kinetic_gain(p)
+        log_w = torch.sub(self.energy - energy, self._kinetic_gain(p), alpha=0.5)
         inside = active if self.target.box is None else active & self.target.box.contains(x)
-        weighs = inside & (log_w > _DIVERGENT) & (log_w < math.inf)
-        self.leaves += active
-        self.acceptance += torch.where(weighs, log_w.clamp(max=0.0).exp(), 0.0)
-        if bool((bad := inside & ~weighs).any()):
+        weighs = inside & (log_w > _DIVERGENT)
+        if not torch.equal(weighs, inside):
             # NaN is an error of the energy, unless it follows from a trajectory that had already diverged.
-            sound = x.isfinite().all(dim=1) & (self._kinetic_gain(half) <= -_DIVERGENT)
-            stops = bad & sound & ~(log_w < math.inf) & (energy != math.inf)
+            sound = x.isfinite().all(dim=1) & (self._kinetic_gain(half) <= -2 * _DIVERGENT)
+            stops = inside & sound & log_w.isnan() & (energy != math.inf)
             self.finite &= ~stops
-            self.diverged |= bad & ~stops
+            self.diverged |= inside & ~weighs & ~stops
         return _End(x, p, gradient), energy, log_w, weighs
 
     def _kinetic_gain(self, p: Tensor) -> Tensor:
-        """Kinetic energy above that at the start, (n,), as a sum of small terms."""
-        return ((p - self.p) * (p + self.p) / self.mass).sum(dim=1) / 2
+        """Twice the kinetic energy above that at the start, (n,), as a sum of small terms."""
+        return _dot(p - self.p, (p + self.p) / self.mass)
 
 
-def _turned(first: _End, last: _End) -> Tensor:
-    """Whether the trajectory from the first point to the last has turned, (n,)."""
-    way = last.x - first.x
-    return ~(torch.minimum((first.p * way).sum(dim=1), (last.p * way).sum(dim=1)) > 0)
+def _goes_on(a: _End, b: _End, c: _End, d: _End) -> Tensor:
+    """Whether two neighbouring halves, from a to b and from c to d, have not turned, (n,)."""
+    straight = _straight(a, d)
+    return straight if c is d else straight & _straight(a, c) & _straight(b, d)
+
+
+def _straight(a: _End, b: _End) -> Tensor:
+    """Whether the way from a to b does not turn, (n,)."""
+    way = b.x - a.x
+    return torch.minimum(_dot(a.p, way), _dot(b.p, way)) > 0
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    product: Tensor = torch.linalg.vecdot(a, b)
+    return product
 
 
 def _log_add(a: Tensor, b: Tensor) -> Tensor:
