@@ -76,7 +76,6 @@ def test_the_law_rejects_mutants(name):
 
 
 def test_the_law_rejects_a_wrong_sign_backwards_in_time():
-    assert gaussian(NUTS(0.9), 40_000, 10)[1]
     assert not gaussian(mutant(("in (p, -p)", "in (p, p)"))(0.9), 40_000, 10)[1]
 
 
@@ -211,13 +210,24 @@ def test_depth_and_length_of_trajectories():
         short = sample(GaussianEnergy(), NUTS(1e-3, depth), 4, n_chains=50, steps=3, seed=2)
         assert short.info.gradients.tolist() == [2.0**depth - 1] * 50  # none has turned yet
     length = {}
-    for scale in (1.0, 4.0, 16.0):
+    for scale in (1.0, 4.0):
         result = sample(GaussianEnergy(0.0, scale), NUTS(0.1), init=torch.randn(400, 4) * scale, steps=3, seed=2)
         length[scale] = float(result.info.gradients.mean())
     # A Gaussian turns after half a period, pi scale / step_size steps, and trajectories are powers of two.
     assert 10 < length[1.0] < 64
     assert 3 < length[4.0] / length[1.0] < 5
-    assert 3 < length[16.0] / length[4.0] < 5
+
+
+def test_no_trajectory_runs_through_whole_periods():
+    """With one period for all coordinates, that is what happens without the checks between the halves."""
+    init = 1.2 * torch.randn(60, 5)
+    unchecked = mutant(("straight & _straight(a, c) & _straight(b, d)", "straight"))
+    checked, unchecked = (
+        float(sample(GaussianEnergy(0.0, 1.2), sampler, init=init, steps=6, seed=6).info.gradients.max())
+        for sampler in (NUTS(0.5), unchecked(0.5))
+    )
+    assert checked <= 15
+    assert unchecked > 30
 
 
 # -- chains side by side -------------------------------------------------------------------------------------------
@@ -246,18 +256,13 @@ def test_chains_that_wait_keep_their_bits(name):
     assert torch.equal(sample(energy, init=first, steps=3).x, whole.x)
 
 
-def test_frozen_coordinates_stay():
-    """Their energy and gradient count, but not their momentum: the law is the conditional one."""
+def test_frozen_coordinates_give_the_conditional_law():
     energy = lambda x: (x.square().sum(dim=1) - 1.6 * x[:, 0] * x[:, 1]) / 0.72  # noqa: E731
-    init = torch.randn(20_000, 2) + torch.tensor([0.0, 10.0])  # outside of the bounds, which do not hold there
-    frozen = torch.tensor([False, True])
-    result = sample(energy, NUTS(0.4, clamp=(-50.0, 9.0)), init=init.clamp(max=torch.tensor([9.0, 99.0])),
-                    frozen=frozen, steps=15, seed=3)  # fmt: skip
-    kept = result.x[:, 1]
-    assert torch.equal(kept, init[:, 1])
-    below = stats.norm.cdf((9.0 - 0.8 * kept.numpy()) / 0.6)
-    u = stats.norm.cdf((result.x[:, 0] - 0.8 * kept).numpy() / 0.6) / below
-    assert stats.kstest(u, "uniform").pvalue > ALPHA
+    init = torch.randn(20_000, 2)
+    result = sample(energy, NUTS(0.4), init=init, frozen=torch.tensor([False, True]), steps=8, seed=3)
+    assert torch.equal(result.x[:, 1], init[:, 1])
+    z = (result.x[:, 0] - 0.8 * init[:, 1]) / 0.6
+    assert stats.kstest(z.numpy(), "norm").pvalue > ALPHA
 
 
 # -- energies that are not numbers ---------------------------------------------------------------------------------
@@ -275,7 +280,7 @@ class Beyond(nn.Module):
 
 
 def test_infinite_energy_is_never_entered():
-    result = sample(Beyond(math.inf), NUTS(0.5), init=torch.zeros(20_000, 1), steps=30, seed=4)
+    result = sample(Beyond(math.inf), NUTS(0.5), init=torch.zeros(20_000, 1), steps=20, seed=4)
     assert float(result.x.max()) <= 1.0
     assert stats.kstest(result.x[:, 0].numpy(), stats.truncnorm(-math.inf, 1.0).cdf).pvalue > ALPHA
     assert 0 < float(result.info.divergences.mean()) < 1
@@ -322,11 +327,11 @@ def test_float64_is_float64():
 # -- warm-up -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_chains", [1, 40])
+@pytest.mark.parametrize("n_chains", [1, 20])
 def test_a_warmup_finds_step_size_and_mass(n_chains):
     std = torch.logspace(-0.5, 0.5, 8)
-    result = sample(GaussianEnergy(0.0, std), NUTS(0.1), 8, n_chains=n_chains, warmup=150, steps=50, seed=1)
-    assert 0.7 < float(result.info.acceptance.mean()) < 0.9
+    result = sample(GaussianEnergy(0.0, std), NUTS(0.1), 8, n_chains=n_chains, warmup=120, steps=30, seed=1)
+    assert abs(float(result.info.acceptance.mean()) - 0.8) < (0.15 if n_chains == 1 else 0.07)
     assert float((result.sampler.mass**-0.5 / std).log().abs().max()) < (0.7 if n_chains == 1 else 0.15)
     assert float(result.info.gradients.mean()) < 12  # as on a round Gaussian, where few steps are enough
 
