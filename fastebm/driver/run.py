@@ -127,16 +127,28 @@ def _run_compiled(
 
 
 @survives_fork
-def energies_of(energy: EnergyLike, chains: Chains, *, shape: Sequence[int], settings: Settings) -> Tensor:
-    """E of the chains' states, (n_chains,), without an autograd graph. In closed form if the energy allows it."""
+def energies_of(
+    energy: EnergyLike, chains: Chains, *, shape: Sequence[int], settings: Settings, along: Tensor | None = None
+) -> Tensor:
+    """E of the chains' states, (n_chains,), without an autograd graph. In closed form if the energy allows it.
+
+    along: (n_chains, draws, dim) states of these chains instead of the present ones. The result is (n_chains, draws).
+    """
     energy, x = as_module(energy), chains.x
     chains = checked_condition(energy, chains, x.dtype)
     with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(energy, x.device, x.dtype, settings.backend, settings.precision, condition=condition)
+        energy_of: Callable[[Tensor, Tensor | None], Tensor] = Energy(energy, shape, x.dtype, chains.kind)
         if choice.description is not None:
-            return table.energy_of(choice.description)(x, chains.labels)
-        return Energy(energy, shape, x.dtype, chains.kind)(x, chains.labels_or_condition)
+            energy_of = table.energy_of(choice.description)
+        if along is None:
+            return energy_of(x, chains.labels_or_condition)
+        # One draw at a time: an energy may hold one measurement per chain.
+        found = x.new_empty(along.shape[:2])
+        for t, states in enumerate(along.unbind(dim=1)):
+            found[:, t] = energy_of(states, chains.labels_or_condition)
+        return found
 
 
 def _check_bounds(sampler: Any, chains: Chains) -> None:
