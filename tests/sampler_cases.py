@@ -1,0 +1,31 @@
+"""All samplers as ``test_samplers.py`` checks them: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastebm import MALA, Langevin
+
+__all__ = ["CASES", "Case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sampler with step sizes that suit energies whose coordinates have a standard deviation of about 1.
+
+    make: takes keywords of the sampler, such as clamp.
+    settled: steps after which a chain from a uniform start in [-2, 2] has the law of a 2-D MLP energy.
+    by_rounding: the largest fraction of chains that rounding may send another way, because an accept test decides.
+    """
+
+    make: Callable[..., Any]
+    settled: int = 100
+    by_rounding: float = 0.02
+
+
+CASES = {
+    "Langevin": Case(lambda **given: Langevin(0.1, **given)),
+    "MALA": Case(lambda **given: MALA(0.5, **given)),
+}
