@@ -160,8 +160,8 @@ def _mixing(draws: Draws, table: Table) -> Iterator[str]:
     if (found := apart(draws)) is not None:
         yield (
             f"the chains stay in separate regions: {found.below} of {n} below {found.axis}, {found.above} above, and "
-            f"{found.crossed} on both sides. The numbers of chains in the regions come from the starts, not from "
-            "exp(-E): use ParallelTempering, or far more steps"
+            f"{found.crossed} on both sides. These are modes, or the chains are far too short. How many chains are in "
+            "each comes from the starts, not from exp(-E): use ParallelTempering, or far more steps"
         )
     ess = [min(pair) for pair in zip(table["ess_bulk"], table["ess_tail"], strict=True)]
     if ess and min(ess) < _ESS:

@@ -94,8 +94,9 @@ def diagnose(
 
     Warnings: chains that stopped, never moved or diverged; a temperature other than 1; the step-size bias of
     ``Langevin`` (from a Metropolis test of its steps); clips and clamps; R-hat; chains that stay in separate regions;
-    few effective draws. Chains that all sit in one of several modes look like chains that have explored everything:
-    start them far apart.
+    few effective draws. Two things it can't tell. Chains that all sit in one of several modes look like chains that
+    have explored everything: start them far apart. And the bias of other samplers without an accept test is not
+    measured: compare with half the step size.
 
     Args:
         result: of ``sample(..., thin=1)``, or a larger thin.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..driver.result import SampleResult
@@ -48,8 +49,10 @@ def mala_acceptance(result: SampleResult, rows: Tensor) -> float | None:
     step = sampler.step_size
     step = step[-1] if isinstance(step, Tensor) and step.ndim == 1 else step
     mala = MALA(step * temperature, preconditioner=getattr(sampler, "preconditioner", None))
-    energy = SumEnergy([result.energy], [1 / temperature])
     x = result.trajectory.detach().flatten(2)
+    energy = result.energy
+    if temperature != 1:
+        energy = SumEnergy([energy], torch.tensor([1 / temperature], device=x.device))
     draws = x.shape[1]
     k = min(draws, -(-_PROPOSALS // max(1, len(rows))))
     found = []
