@@ -50,6 +50,9 @@ _CHUNK = 65536
 # Counters per CPU thread below which a second thread does not pay.
 _COUNTERS_PER_THREAD = 8192
 
+# Steps for which a kernel draws at once, if each needs few numbers. Parts keep theirs, so it costs memory.
+_AHEAD = 16
+
 _FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # the kernel adds this step number to ``steps``
 
 
@@ -270,8 +273,8 @@ class Noise:
                 self._runs[-1] = self._runs[-1][0], self._runs[-1][1] + 1
             else:
                 self._runs.append((i, 1))
-        # By stream and first part: a first step, and the numbers of some steps from there, (steps, n, n_blocks, 4).
-        self._ahead: dict[tuple[Stream, int], tuple[int, Tensor]] = {}
+        # By kind, stream and first block: a first step, and the numbers of some steps from there.
+        self._ahead: dict[tuple[int, Stream, int], tuple[int, Tensor]] = {}
         self._parts: dict[tuple[int, ...], Noise] = {}
 
     def part(self, k: int, of: int) -> Noise:
@@ -291,21 +294,13 @@ class Noise:
     def normal(self, stream: Stream, t: int) -> Tensor:
         """Standard normal numbers for step t of the call, (n, dim); 0 at frozen coordinates."""
         size = _n_blocks(self.dim)
-        runs = [self._normals(stream, t, first * size, count * size) for first, count in self._runs]
+        runs = [self._blocks(kernels.NORMAL, stream, t, first * size, count * size) for first, count in self._runs]
         noise = (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)).view(-1, 4 * size)[:, : self.dim]
         return noise if self.frozen is None else noise.masked_fill(self.frozen, 0.0)
 
     def uniform(self, stream: Stream, t: int) -> Tensor:
         """One uniform number in (0, 1] per chain for step t of the call, (n,)."""
-        steps, n = self.first_steps + t, len(self.chains)
-        runs = []
-        for first, count in self._runs:
-            out = torch.empty(n, count, 4, dtype=self.dtype, device=self.chains.device)
-            if self._kernels():
-                _draw(kernels.UNIFORM, self.seed, stream, self.chains, steps, first, count, out)
-            else:
-                _uniform(self.seed, stream, self.chains, steps, out, first)
-            runs.append(out[..., 0])
+        runs = [self._blocks(kernels.UNIFORM, stream, t, first, count)[..., 0] for first, count in self._runs]
         return (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)).flatten()
 
     def _with(self, indices: tuple[int, ...], frozen: Tensor | None) -> Noise:
@@ -319,27 +314,30 @@ class Noise:
     def _kernels(self) -> bool:
         return not self.by_definition and self.dtype == torch.float32 and _has_kernels(self.seed, self.chains)
 
-    def _normals(self, stream: Stream, t: int, first_block: int, n_blocks: int) -> Tensor:
-        """Normal numbers of these blocks, (n, n_blocks, 4)."""
-        if self._kernels():
-            out = torch.empty(len(self.chains), n_blocks, 4, dtype=self.dtype, device=self.chains.device)
-            steps = self.first_steps + t
-            _draw(kernels.NORMAL, self.seed, stream, self.chains, steps, first_block, n_blocks, out)
-            return out
-        first, block = self._ahead.get((stream, first_block), (0, self.first_steps[:0]))
-        if not first <= t < first + len(block):
-            first, block = t, self._drawn(stream, t, first_block, n_blocks)
-            self._ahead[stream, first_block] = first, block
-        return block[t - first]
+    def _blocks(self, kind: int, stream: Stream, t: int, first_block: int, n_blocks: int) -> Tensor:
+        """The numbers of these blocks for step t, (n, n_blocks, 4). kind: NORMAL or UNIFORM."""
+        first, ahead = self._ahead.get((kind, stream, first_block), (0, self.first_steps[:0]))
+        if not first <= t < first + len(ahead):
+            first, ahead = t, self._drawn(kind, stream, t, first_block, n_blocks)
+            self._ahead[kind, stream, first_block] = first, ahead
+        return ahead[t - first]
 
-    def _drawn(self, stream: Stream, first: int, first_block: int, n_blocks: int) -> Tensor:
+    def _drawn(self, kind: int, stream: Stream, first: int, first_block: int, n_blocks: int) -> Tensor:
+        """The numbers of some steps from ``first`` on, (steps, n, n_blocks, 4)."""
         n, device = len(self.chains), self.chains.device
-        at_once = max(1, _blocks_at_once(device) // max(1, n * n_blocks))
-        steps = torch.arange(first, max(first + 1, min(first + at_once, self.steps)), device=device)[:, None]
-        out = torch.empty(len(steps) * n, n_blocks, 4, dtype=self.dtype, device=device)
-        rows = self.chains.expand(len(steps), n).reshape(-1)
-        _normal(self.seed, stream, rows, (self.first_steps + steps).reshape(-1), out, first_block)
-        return out.view(len(steps), n, n_blocks, 4)
+        by_kernel = self._kernels()
+        most = min(_COUNTERS_PER_THREAD, _AHEAD * n * n_blocks) if by_kernel else _blocks_at_once(device)
+        last = max(first + 1, min(first + max(1, most // max(1, n * n_blocks)), self.steps))
+        chains, steps = self.chains, self.first_steps + first
+        if last > first + 1:
+            chains = chains.repeat(last - first)
+            steps = (self.first_steps + torch.arange(first, last, device=device)[:, None]).flatten()
+        out = torch.empty(len(chains), n_blocks, 4, dtype=self.dtype, device=device)
+        if by_kernel:
+            _draw(kind, self.seed, stream, chains, steps, first_block, n_blocks, out)
+        else:
+            (_normal if kind == kernels.NORMAL else _uniform)(self.seed, stream, chains, steps, out, first_block)
+        return out.view(last - first, n, n_blocks, 4)
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
