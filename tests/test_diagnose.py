@@ -10,7 +10,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from arviz_stats.base import array_stats
 from torch import nn
 
 import fastebm
@@ -18,6 +17,7 @@ from fastebm import MALA, ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy,
 from fastebm.diagnostics.draws import Draws
 from fastebm.diagnostics.step_bias import excess_variance
 
+array_stats = pytest.importorskip("arviz_stats.base", reason="arviz-stats needs Python 3.11").array_stats
 pytestmark = pytest.mark.usefixtures("seeded")
 
 

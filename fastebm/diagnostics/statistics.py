@@ -27,7 +27,9 @@ def arviz() -> Any:
     try:
         from arviz_stats.base import array_stats  # type: ignore[attr-defined]
     except ModuleNotFoundError as error:
-        raise ImportError('diagnose needs arviz-stats: pip install "fastebm[diagnostics]"') from error
+        raise ImportError(
+            'diagnose needs arviz-stats: pip install "fastebm[diagnostics]", with Python 3.11 or later'
+        ) from error
     return array_stats
 
 

@@ -85,7 +85,9 @@ class SampleResult:
             from arviz_base import from_dict
             from xarray import DataArray
         except ModuleNotFoundError as error:
-            raise ImportError('to_arviz needs arviz-base: pip install "fastebm[diagnostics]"') from error
+            raise ImportError(
+                'to_arviz needs arviz-base: pip install "fastebm[diagnostics]", with Python 3.11 or later'
+            ) from error
         lp = -self.trajectory_energies()
         assert self.trajectory is not None  # trajectory_energies raised
         x = self.trajectory.detach().cpu().clone()  # a copy: who changes the tree does not change the result
