@@ -85,7 +85,7 @@ class Diagnosis:
 
 
 def diagnose(
-    result: SampleResult, *, chains: Any = None, superchains: int | None = None, coordinates: int = 8,
+    result: SampleResult, *, chains: Any = None, superchains: int | None = None, coordinates: int = 6,
     energy: bool = True,
 ) -> Diagnosis:  # fmt: skip
     """Diagnose the chains of a result: statistics, and warnings where these states would mislead as samples of exp(-E).
