@@ -178,13 +178,13 @@ def test_acceptance_at_another_temperature():
 
 def test_small_steps_are_not_warned_of():
     energy = GaussianEnergy(torch.zeros(2), 0.5)
-    fine = sample(energy, Langevin(0.02), n_chains=50, warmup=300, steps=8000, thin=20, seed=0)
+    fine = sample(energy, Langevin(0.03), n_chains=30, warmup=200, steps=5000, thin=20, seed=0)
     assert diagnose(fine).warnings == []
-    coarse = sample(energy, Langevin(0.2), n_chains=50, warmup=300, steps=2000, thin=5, seed=0)
+    coarse = sample(energy, Langevin(0.2), n_chains=30, warmup=100, steps=1500, thin=5, seed=0)
     assert warned(diagnose(coarse), "smaller step_size, to which the bias is proportional")
-    per_chain = sample(energy, Langevin(torch.full((100, 1), 0.4)), n_chains=100, warmup=9, steps=200, thin=1, seed=0)
-    schedule = sample(energy, Langevin(torch.full((209,), 0.4)), n_chains=100, warmup=9, steps=200, thin=1, seed=0)
-    one = sample(energy, Langevin(0.4), n_chains=100, warmup=9, steps=200, thin=1, seed=0)
+    per_chain = sample(energy, Langevin(torch.full((100, 1), 0.4)), n_chains=100, warmup=9, steps=30, thin=1, seed=0)
+    schedule = sample(energy, Langevin(torch.full((39,), 0.4)), n_chains=100, warmup=9, steps=30, thin=1, seed=0)
+    one = sample(energy, Langevin(0.4), n_chains=100, warmup=9, steps=30, thin=1, seed=0)
     found = [diagnose(result).summary["mala_acceptance"] for result in (per_chain, schedule, one)]
     assert found[0] == pytest.approx(found[2], abs=1e-5)
     assert found[1] == pytest.approx(found[2], abs=1e-5)
@@ -440,8 +440,6 @@ def test_the_picture(tmp_path):
     labels = [axes.get_ylabel() for axes in figure.axes if axes.lines and axes.get_ylabel()]
     assert labels[0] == "x[2]"  # the lowest ESS first
     assert len(labels) == 3
-    found.plot(tmp_path / "chains.pdf")
-    assert (tmp_path / "chains.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_arviz():
