@@ -140,8 +140,9 @@ def with_mass(sampler: Any, variance: Tensor) -> Any:
 
 def scaled_step(sampler: Any, t: int, x: Tensor) -> Tensor:
     """h = step_size M^(-1/2) at step t, in x's dtype: a tensor that broadcasts with x, (n_chains, dim)."""
-    h = value_at(sampler.step_size, t, x.device) / diagonal_at("mass", sampler.mass, x) ** 0.5
-    # Always a tensor, so that the arithmetic rounds alike for numbers and for values per chain.
+    mass = diagonal_at("mass", sampler.mass, x)
+    # In float64, and a tensor even if it is one number, so that numbers and values per chain round alike.
+    h = value_at(sampler.step_size, t, x.device) / (mass.double().sqrt() if isinstance(mass, Tensor) else mass**0.5)
     return h.to(x.dtype) if isinstance(h, Tensor) else x.new_full((), h)
 
 
@@ -213,9 +214,10 @@ def _judged(
     Three (n_chains,) bool. None in place of the first or the last means all.
     """
     inside = None if target.box is None else target.box.contains(end.x)
-    # Fast path on a CPU. NaN fails the comparison, and a finite sum proves that all terms are finite.
-    if log_accept.is_cpu and float(log_accept.min()) >= -_TOO_FAR and math.isfinite(float(end.x.sum())):
-        return inside, torch.zeros_like(log_accept, dtype=torch.bool), None
+    if log_accept.is_cpu:  # Fast path. NaN fails the comparison, and a finite sum proves that all terms are finite.
+        least, most = map(float, log_accept.aminmax())
+        if -_TOO_FAR <= least and most < math.inf and math.isfinite(float(end.x.sum())):
+            return inside, torch.zeros_like(log_accept, dtype=torch.bool), None
     grown = (end.fastest.square() - momentum.square().sum(dim=1)) / 2 > _TOO_FAR
     diverged = grown & ~(log_accept >= -_TOO_FAR)
     possible = end.energy != math.inf
