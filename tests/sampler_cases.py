@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastebm import MALA, NUTS, Langevin
+from fastebm import HMC, MALA, NUTS, ChEESHMC, Langevin
 
 __all__ = ["CASES", "Case"]
 
@@ -26,6 +26,8 @@ class Case:
 
 
 CASES = {
+    "ChEESHMC": Case(lambda **given: ChEESHMC(0.3, **{"trajectory_length": 1.0, **given})),
+    "HMC": Case(lambda **given: HMC(0.3, 3, **given)),
     "Langevin": Case(lambda **given: Langevin(0.1, **given)),
     "MALA": Case(lambda **given: MALA(0.5, **given)),
     "NUTS": Case(lambda **given: NUTS(0.5, 6, **given), settled=25),

@@ -7,6 +7,7 @@ and add a line to ``FUSED_RUNS``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -141,12 +142,15 @@ def run(job: Job) -> Advanced:
         if job.adaptation is None and not sampler.coupled:
             return tiles.run(chains, sampler, job.steps, make_target=make_target, **job.options)
         target = tiles.Together(len(chains.x), chains.labels, chains.x.device, make_target)
+        mode: AbstractContextManager[None] = nullcontext()
     else:
         assert job.energy is not None
         target = Autograd(job.energy, chains.labels_or_condition)
-    return reference.run(
-        target, chains, sampler, job.steps, by_definition=by_definition, adaptation=job.adaptation, **job.options
-    )
+        mode = job.energy.differentiating()
+    with mode:
+        return reference.run(
+            target, chains, sampler, job.steps, by_definition=by_definition, adaptation=job.adaptation, **job.options
+        )
 
 
 def reports_bad_starts(path: str, steps: int) -> bool:

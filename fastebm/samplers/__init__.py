@@ -3,6 +3,8 @@
 This is the registry: every sampler imported here is public, as ``fastebm.NAME``.
 """
 
+from .chees import ChEESHMC as ChEESHMC
+from .hmc import HMC as HMC
 from .langevin import Langevin as Langevin
 from .mala import MALA as MALA
 from .nuts import NUTS as NUTS
