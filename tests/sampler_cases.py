@@ -27,5 +27,6 @@ class Case:
 
 CASES = {
     "Langevin": Case(lambda **given: Langevin(0.1, **given)),
+    "Langevin with a preconditioner": Case(lambda **given: Langevin(0.1, preconditioner=1.5, **given)),
     "MALA": Case(lambda **given: MALA(0.5, **given)),
 }

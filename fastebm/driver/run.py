@@ -80,7 +80,7 @@ def run_chains(
         condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
-            sampler=type(sampler).__name__, triton_paths=table.triton_paths(sampler),
+            sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
         )  # fmt: skip
         if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
             choice = replace(choice, precision="ieee")
