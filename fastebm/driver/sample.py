@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..backends import Chains
-from ..backends.settle import NonFiniteError, reinitialised
+from ..backends.settle import NonFiniteError, forget, reinitialised
 from ..energies import EnergyLike
 from ..energies.functions import as_module
 from ..samplers.base import check_settings, checked_sampler
@@ -246,4 +246,5 @@ def _resumed(
         return ChainState(chains, energies_of(energy, chains, shape=shape, settings=settings), stopped)
     x = chains.x.clone()
     x[stopped] = reinitialised(chains.rows(stopped), sampler)
+    forget(chains.carried, stopped)
     return ChainState(chains._replace(x=x))

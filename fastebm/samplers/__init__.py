@@ -5,5 +5,6 @@ This is the registry: every sampler imported here is public, as ``fastebm.NAME``
 
 from .langevin import Langevin as Langevin
 from .mala import MALA as MALA
+from .underdamped import UnderdampedLangevin as UnderdampedLangevin
 
 __all__ = sorted(name for name in globals() if name[0].isupper())
