@@ -35,7 +35,8 @@ def run(
     x, frozen = chains.x, chains.frozen
     n_chains, dim = x.shape
     box = None if sampler.box is None else sampler.box.on(dim, dtype=x.dtype, device=x.device)
-    view = View(target, None if box is None else box.except_at(frozen, x.dtype), frozen)
+    box = None if box is None else box.except_at(frozen, x.dtype)
+    view = View(target, box, frozen, chains.labels_or_condition)
     noise = Noise(
         chains.seed, chains.numbers, chains.first_steps, dim, dtype=x.dtype, steps=steps, frozen=frozen,
         by_definition=by_definition,

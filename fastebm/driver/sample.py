@@ -243,7 +243,7 @@ def _resumed(
             'on_nonfinite="ignore" leaves them where they are, "reinit" starts them again'
         )
     if settings.on_nonfinite == "ignore":  # their energies under the energy of this call
-        return ChainState(chains, energies_of(energy, chains, shape=shape, settings=settings), stopped)
+        return ChainState(chains, energies_of(energy, chains, sampler, shape=shape, settings=settings), stopped)
     x = chains.x.clone()
     x[stopped] = reinitialised(chains.rows(stopped), sampler)
     forget(chains.carried, stopped)

@@ -3,6 +3,7 @@
 This is the registry: every sampler imported here is public, as ``fastebm.NAME``.
 """
 
+from .annealed import AnnealedLangevin as AnnealedLangevin
 from .langevin import Langevin as Langevin
 from .mala import MALA as MALA
 from .underdamped import UnderdampedLangevin as UnderdampedLangevin
