@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastebm import MALA, Langevin, UnderdampedLangevin
+from fastebm import MALA, SVGD, Langevin, UnderdampedLangevin
 
 __all__ = ["CASES", "Case"]
 
@@ -29,6 +29,7 @@ CASES = {
     "Langevin": Case(lambda **given: Langevin(0.1, **given)),
     "Langevin with a preconditioner": Case(lambda **given: Langevin(0.1, preconditioner=1.5, **given)),
     "MALA": Case(lambda **given: MALA(0.5, **given)),
+    "SVGD": Case(lambda **given: SVGD(0.1, **given)),
     "UnderdampedLangevin": Case(lambda **given: UnderdampedLangevin(0.3, **given)),
     "UnderdampedLangevin with two O": Case(lambda **given: UnderdampedLangevin(0.3, splitting="OBABO", **given)),
 }

@@ -161,7 +161,9 @@ class NaNBeyond(nn.Module):
 
 @every_sampler
 def test_chains_that_are_not_finite(case):
-    options = {"init": torch.zeros(300, 2) + 0.9, "steps": 25, "seed": 4}
+    init = torch.full((300, 2), 0.9)
+    init += 0.2 * torch.randn(300, 2) if case.make().coupled else 0.0  # particles in one place move alike
+    options = {"init": init, "steps": 25, "seed": 4}
     with pytest.raises(NonFiniteError, match=r"of 300 chains are not finite"):
         sample(NaNBeyond(), case.make(), **options)
     result = sample(NaNBeyond(), case.make(), on_nonfinite="ignore", **options)

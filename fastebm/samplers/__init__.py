@@ -6,6 +6,7 @@ This is the registry: every sampler imported here is public, as ``fastebm.NAME``
 from .annealed import AnnealedLangevin as AnnealedLangevin
 from .langevin import Langevin as Langevin
 from .mala import MALA as MALA
+from .svgd import SVGD as SVGD
 from .underdamped import UnderdampedLangevin as UnderdampedLangevin
 
 __all__ = sorted(name for name in globals() if name[0].isupper())
