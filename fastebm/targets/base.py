@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,7 @@ class View:
     target: Target
     box: Box | None = None
     frozen: Tensor | None = None
+    _copies: dict[int, View] = field(default_factory=dict, init=False, repr=False)
 
     def value(self, x: Tensor) -> Tensor:
         """E(x), (n,)."""
@@ -62,11 +63,13 @@ class View:
         return value, self._masked(gradient)
 
     def repeated(self, k: int) -> View:
-        """The view of k copies of each chain: row i k + r of x is copy r of chain i."""
-        box, frozen = self.box, self.frozen
-        if box is not None:
-            box = Box(*(_repeated(bound, k) for bound in box))
-        return View(self.target.repeated(k), box, None if frozen is None else _repeated(frozen, k))
+        """The view of k copies of each chain: row i k + r of x is copy r of chain i. Made once, for all steps."""
+        if k not in self._copies:
+            box, frozen = self.box, self.frozen
+            if box is not None:
+                box = Box(*(_repeated(bound, k) for bound in box))
+            self._copies[k] = View(self.target.repeated(k), box, None if frozen is None else _repeated(frozen, k))
+        return self._copies[k]
 
     def held(self, x: Tensor, moved: Tensor) -> Tensor:
         """``moved`` with the frozen coordinates of x.
