@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastebm import MALA, Langevin
+from fastebm import MALA, Langevin, ParallelTempering, TemperedTransitions
 
 __all__ = ["CASES", "Case"]
 
@@ -28,4 +28,9 @@ class Case:
 CASES = {
     "Langevin": Case(lambda **given: Langevin(0.1, **given)),
     "MALA": Case(lambda **given: MALA(0.5, **given)),
+    "ParallelTempering": Case(lambda **given: ParallelTempering(MALA(0.5), (1, 1.7, 3), **given), settled=40),
+    "ParallelTempering, Langevin": Case(
+        lambda **given: ParallelTempering(Langevin(0.1), (1, 3), swap_every=2, **given)
+    ),
+    "TemperedTransitions": Case(lambda **given: TemperedTransitions(MALA(0.5), (1, 1.3, 1.7), **given), settled=30),
 }

@@ -151,7 +151,8 @@ class NaNBeyond(nn.Module):
 
 @every_sampler
 def test_chains_that_are_not_finite(case):
-    options = {"init": torch.zeros(300, 2) + 0.9, "steps": 25, "seed": 4}
+    # From near the edge and from far away, so that some chains cross it and some do not.
+    options = {"init": torch.linspace(-3.0, 0.9, 300)[:, None].repeat(1, 2), "steps": 6, "seed": 4}
     with pytest.raises(NonFiniteError, match=r"of 300 chains are not finite"):
         sample(NaNBeyond(), case.make(), **options)
     result = sample(NaNBeyond(), case.make(), on_nonfinite="ignore", **options)

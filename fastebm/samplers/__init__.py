@@ -5,5 +5,7 @@ This is the registry: every sampler imported here is public, as ``fastebm.NAME``
 
 from .langevin import Langevin as Langevin
 from .mala import MALA as MALA
+from .parallel_tempering import ParallelTempering as ParallelTempering
+from .tempered_transitions import TemperedTransitions as TemperedTransitions
 
 __all__ = sorted(name for name in globals() if name[0].isupper())
