@@ -25,7 +25,7 @@ from . import Advanced, Chains, cpu, reference, tiles
 from .choose import FUSED, TRITON_PATHS, Choice
 from .graphs import Recorder
 
-__all__ = ["FUSED_RUNS", "Job", "energy_of", "reports_bad_starts", "run", "triton_paths"]
+__all__ = ["FUSED_RUNS", "Job", "energy_of", "name_of", "reports_bad_starts", "run", "triton_paths"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +115,17 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
 
 
 def _fused_run(sampler: Any, path: str, kernels: str) -> Callable[[Job], Advanced] | None:
-    # No kernel knows a preconditioner.
-    plain = getattr(sampler, "preconditioner", None) is None
-    return FUSED_RUNS.get((type(sampler), path, kernels)) if plain else None
+    return None if _preconditioned(sampler) else FUSED_RUNS.get((type(sampler), path, kernels))
+
+
+def _preconditioned(sampler: Any) -> bool:
+    """Whether the sampler is a ``Langevin`` with a preconditioner, which no kernel knows."""
+    return isinstance(sampler, Langevin) and sampler.preconditioner is not None
+
+
+def name_of(sampler: Any) -> str:
+    """The sampler in words, for the reason why no kernel runs it."""
+    return f"{type(sampler).__name__}{' with a preconditioner' if _preconditioned(sampler) else ''}"
 
 
 def triton_paths(sampler: Any) -> list[str]:

@@ -166,3 +166,7 @@ class Autograd:
         """The energy of k copies of each chain."""
         condition = self.condition
         return Autograd(self.energy, None if condition is None else condition.repeat_interleave(k, dim=0))
+
+    def at(self, condition: Tensor) -> Autograd:
+        """The energy at another condition."""
+        return Autograd(self.energy, condition)
