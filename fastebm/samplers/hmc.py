@@ -56,6 +56,7 @@ class Trajectory(NamedTuple):
     momentum: (n_chains, dim) v = M^(-1/2) p.
     fastest: (n_chains,) the largest |v| on the way that is a number.
     n_leapfrog: number of leapfrog steps, or (n_chains,) int64 numbers.
+    log_accept: (n_chains,) log a, the loss of total energy. It knows of no bounds.
     """
 
     x: Tensor
@@ -64,6 +65,7 @@ class Trajectory(NamedTuple):
     momentum: Tensor
     fastest: Tensor
     n_leapfrog: int | Tensor
+    log_accept: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +176,9 @@ def leapfrog(target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapf
         last = h * (n_leapfrog == most)[:, None]
     v.addcmul_(gradient, last, value=-0.5)
     torch.fmax(fastest, torch.linalg.vector_norm(v, dim=1), out=fastest)
-    return Trajectory(target.held(state.x, x), energy, gradient, v, fastest, n_leapfrog)
+    slower = ((momentum - v) * (momentum + v)).sum(dim=1)  # |v_0|^2 - |v_L|^2
+    log_accept = torch.add(state.energy - energy, slower, alpha=0.5)
+    return Trajectory(target.held(state.x, x), energy, gradient, v, fastest, n_leapfrog, log_accept)
 
 
 def transition(
@@ -184,11 +188,9 @@ def transition(
     x, energy, gradient = state
     momentum = noise.normal(Stream.MOMENTUM, t)
     end = leapfrog(target, state, momentum, h, n_leapfrog)
-    slower = ((momentum - end.momentum) * (momentum + end.momentum)).sum(dim=1)  # |v_0|^2 - |v_L|^2
-    log_accept = torch.add(energy - end.energy, slower, alpha=0.5)
-    possible, diverged, finite = _judged(target, state, momentum, end, log_accept)
-    accepted = noise.uniform(Stream.METROPOLIS, t).log() <= log_accept
-    chance = log_accept.clamp(max=0.0).exp_()
+    possible, diverged, finite = _judged(target, state, momentum, end)
+    accepted = noise.uniform(Stream.METROPOLIS, t).log() <= end.log_accept
+    chance = end.log_accept.clamp(max=0.0).exp_()
     if possible is not None:
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
     rows = accepted[:, None]
@@ -207,13 +209,13 @@ def transition(
 
 
 def _judged(
-    target: View, state: HMCState, momentum: Tensor, end: Trajectory, log_accept: Tensor
+    target: View, state: HMCState, momentum: Tensor, end: Trajectory
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
 
     Three (n_chains,) bool. None in place of the first or the last means all.
     """
-    inside = None if target.box is None else target.box.contains(end.x)
+    inside, log_accept = None if target.box is None else target.box.contains(end.x), end.log_accept
     if log_accept.is_cpu:  # Fast path. NaN fails the comparison, and a finite sum proves that all terms are finite.
         least, most = map(float, log_accept.aminmax())
         if -_TOO_FAR <= least and most < math.inf and math.isfinite(float(end.x.sum())):
