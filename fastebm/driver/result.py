@@ -66,7 +66,7 @@ class SampleResult:
         if self.trajectory is None:
             raise ValueError("the result has no trajectory: sample(..., thin=1) stores the states along the way")
         return energies_of(
-            self.energy, self.state.chains, shape=self.x.shape[1:], settings=Settings(),
+            self.energy, self.state.chains, self.sampler, shape=self.x.shape[1:], settings=Settings(),
             along=self.trajectory.detach().flatten(2),
         )  # fmt: skip
 
