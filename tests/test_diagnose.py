@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastebm
-from fastebm import MALA, ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, diagnose, sample
+from fastebm import MALA, SVGD, ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, diagnose, sample
 from fastebm.diagnostics.draws import Draws
 from fastebm.diagnostics.step_bias import excess_variance
 
@@ -322,6 +322,11 @@ def test_chains_of_different_laws():
     same = diagnose(result_of(x, frozen=frozen))
     assert same.warnings == []
     assert sorted(same.table["name"]) == ["energy", "x[1]", "x[2]"]
+
+
+def test_chains_that_interact():
+    result = sample(GaussianEnergy(torch.zeros(2)), SVGD(0.1), n_chains=6, steps=30, thin=1, seed=0)
+    assert warned(diagnose(result), "the chains of SVGD interact")
 
 
 # -- failures ------------------------------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def _mixing(draws: Draws, table: Table) -> Iterator[str]:
         words = "nested R-hat" if name == "rhat_nested" else "R-hat"
         where = table["name"][table[name].index(worst)]
         yield (
-            f"{words} of {where} is {worst:.3f}, above {_RHAT}: the chains disagree, so each is still too short. Take a "
-            "longer warm-up or more steps. Chains in equilibrium get below it with 100 effective draws each; many "
+            f"{words} of {where} is {worst:.3f}, above {_RHAT}: the chains disagree, so each is still too short. Take "
+            "a longer warm-up or more steps. Chains in equilibrium get below it with 100 effective draws each; many "
             "chains that are shorter can share starts, see superchains="
         )
     if (found := apart(draws)) is not None:
