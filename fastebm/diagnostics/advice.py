@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..driver.result import SampleResult
+from ..samplers.annealed import AnnealedLangevin
 from .draws import Draws
 from .modes import apart
 from .step_bias import excess_variance, one_number
@@ -109,6 +110,11 @@ def _failures(result: SampleResult, draws: Draws, energies: Tensor | None) -> It
 def _law(result: SampleResult, draws: Draws, mala_acceptance: float | None) -> Iterator[str]:
     """What else than exp(-E) the chains sample."""
     info = result.info
+    if isinstance(result.sampler, AnnealedLangevin):
+        yield (
+            "the noise level of AnnealedLangevin falls over the steps, so the stored states have no common law: its "
+            "samples are the last states. Diagnose Langevin at the last level, started from them"
+        )
     schedule = info.temperature
     temperature = one_number(schedule, draws.x.shape[1])
     if isinstance(schedule, Tensor) and schedule.ndim == 1 and temperature is None:
