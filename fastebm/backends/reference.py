@@ -19,7 +19,7 @@ from ..samplers.base import Adaptation
 from ..targets.base import Target, View
 from . import Advanced, Chains
 
-__all__ = ["run"]
+__all__ = ["blank", "run"]
 
 
 def run(
@@ -79,7 +79,7 @@ def run(
     energy = getattr(state, "energy", None)  # MALA's state carries it, for example
     energy = target.value(state.x) if energy is None else energy
     reported = {**{name: value / steps for name, value in sums.items()}, **last}
-    named = {name: reported.get(name, x.new_full((n_chains,), empty)) for name, empty in sampler.reports.items()}
+    named = {name: reported.get(name, blank(empty, x)) for name, empty in sampler.reports.items()}
     carried = {name: getattr(state, name) for name in sampler.carries} or None
     return done._replace(x=state.x, energy=energy, telemetry=named if telemetry else None, carried=carried)
 
@@ -95,6 +95,12 @@ def _started(sampler: Any, view: View, x: Tensor, noise: Noise, carried: Mapping
         fresh = sampler.init(view, x, noise)
         carried = {name: _where(rows, getattr(fresh, name), value) for name, value in carried.items()}
     return sampler.init(view, x, noise, **carried)
+
+
+def blank(empty: float | Tensor, x: Tensor) -> Tensor:
+    """Telemetry after no step, one row per chain. empty: of one chain, as in the sampler's ``reports``."""
+    value = torch.as_tensor(empty, dtype=x.dtype, device=x.device)
+    return value.expand(len(x), *value.shape).clone()
 
 
 def _held(stopped: Tensor, old: Any, new: Any) -> Any:

@@ -9,7 +9,9 @@ from .hmc import HMC as HMC
 from .langevin import Langevin as Langevin
 from .mala import MALA as MALA
 from .nuts import NUTS as NUTS
+from .parallel_tempering import ParallelTempering as ParallelTempering
 from .svgd import SVGD as SVGD
+from .tempered_transitions import TemperedTransitions as TemperedTransitions
 from .underdamped import UnderdampedLangevin as UnderdampedLangevin
 
 __all__ = sorted(name for name in globals() if name[0].isupper())

@@ -108,6 +108,7 @@ class Langevin(Sampler):
     preconditioner: float | Tensor | None = None
 
     exact: ClassVar[bool] = False
+    power: ClassVar[int] = 2
     scheduled: ClassVar[tuple[str, ...]] = ("step_size", "noise_scale")
     reports: ClassVar[Mapping[str, float]] = {"grad_norm": math.nan, "clipped": 0.0, "clamped": 0.0}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -57,6 +57,7 @@ class View:
     box: Box | None = None
     frozen: Tensor | None = None
     condition: Tensor | None = None
+    _copies: dict[int, View] = field(default_factory=dict, init=False, repr=False)
 
     def value(self, x: Tensor) -> Tensor:
         """E(x), (n,)."""
@@ -72,12 +73,15 @@ class View:
         return value, self._masked(gradient)
 
     def repeated(self, k: int) -> View:
-        """The view of k copies of each chain: row i k + r of x is copy r of chain i."""
-        box, frozen = self.box, self.frozen
-        if box is not None:
-            box = Box(*(_repeated(bound, k) for bound in box))
-        condition = None if self.condition is None else self.condition.repeat_interleave(k, dim=0)
-        return View(self.target.repeated(k), box, None if frozen is None else _repeated(frozen, k), condition)
+        """The view of k copies of each chain: row i k + r of x is copy r of chain i. Made once, for all steps."""
+        if k not in self._copies:
+            box, frozen, condition = (
+                None if self.box is None else Box(*(_repeated(bound, k) for bound in self.box)),
+                None if self.frozen is None else _repeated(self.frozen, k),
+                None if self.condition is None else self.condition.repeat_interleave(k, dim=0),
+            )
+            self._copies[k] = View(self.target.repeated(k), box, frozen, condition)
+        return self._copies[k]
 
     def at(self, number: float) -> View:
         """The view of the energy at this condition for all chains. For a sampler with a ``condition`` of its own."""
