@@ -178,6 +178,29 @@ def test_chains_that_are_not_finite(case):
     assert not torch.equal(again.x[lost], result.x[lost])
 
 
+class NaNGradient(nn.Module):
+    """A Gaussian whose gradient is NaN everywhere: backwards, 0 times NaN is NaN."""
+
+    def forward(self, x):
+        energy = x.square().sum(dim=1) / 2
+        return torch.where(energy < math.inf, energy, energy * math.nan)
+
+
+@every_sampler
+def test_a_gradient_that_is_nan_at_the_start(case):
+    with pytest.raises(NonFiniteError, match=r"20 of 20 chains are not finite \(first at step 0 of 3;"):
+        sample(NaNGradient(), case.make(), init=torch.randn(20, 2), steps=3, seed=4)
+
+
+@exact
+def test_an_energy_of_minus_infinity_at_the_start(case):
+    def energy(x):
+        return x.square().sum(dim=1) / 2 + torch.where((x == 0).all(dim=1), -math.inf, 0.0)
+
+    result = sample(energy, case.make(), init=torch.zeros(20, 2), steps=3, seed=4, on_nonfinite="ignore")
+    assert result.info.first_bad_step.tolist() == [0] * 20
+
+
 @every_sampler
 def test_pools_take_it(case):
     energy = SumEnergy([MLPEnergy(DIM, (16, 8)), GaussianEnergy()])

@@ -232,7 +232,7 @@ def _judged(
     if inside is not None:
         possible &= inside
     # An end of probability 0 is rejected whatever else is NaN. Any other end must have finite terms.
-    sound = (end.energy != -math.inf) & ~end.energy.isnan() & end.momentum.isfinite().all(dim=1)
-    started = ~state.energy.isnan() & state.gradient.isfinite().all(dim=1)
+    sound = (end.energy > -math.inf) & end.momentum.isfinite().all(dim=1)
+    started = (state.energy > -math.inf) & state.gradient.isfinite().all(dim=1)
     finite = started & (diverged | (end.x.isfinite().all(dim=1) & (sound | ~possible)))
     return possible & finite & ~diverged, diverged, finite

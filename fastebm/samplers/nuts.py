@@ -109,8 +109,8 @@ class NUTS(Sampler):
     A trajectory also ends where H has grown by more than 1000 or overflows; ``SampleInfo.divergences`` is the fraction
     of such steps. The chain goes on from what it had found before. Many divergences mean that the step size is too
     large, or that some region is never entered. An energy of NaN or -inf, or a NaN in the gradient, in a trajectory
-    that has not diverged stops the chain, and ``on_nonfinite`` decides what follows. A chain that starts at infinite
-    energy stays there.
+    that has not diverged stops the chain, and ``on_nonfinite`` decides what follows. So does an energy or a gradient
+    that is not finite where the chain starts.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
@@ -185,16 +185,16 @@ class NUTS(Sampler):
 class _Tree:
     """The trajectories of one step, and what is counted along them: (n_chains,) each.
 
-    finite: whether no energy or gradient was NaN. diverged: whether a point was divergent. leaves: number of points
-    after the first. acceptance: sum over these of min(1, w).
+    finite: whether the energy and the gradient were finite at the start, and not NaN later. diverged: whether a point
+    was divergent. leaves: number of points after the first. acceptance: sum over these of min(1, w).
     """
 
     def __init__(
         self, target: View, state: HMCState, p: Tensor, mass: float | Tensor, step_size: float | Tensor
     ) -> None:
         self.target, self.energy, self.p, self.mass, self.step_size = target, state.energy, p, mass, step_size
-        self.finite = torch.ones_like(state.energy, dtype=torch.bool)
-        self.diverged = ~self.finite
+        self.finite = state.energy.isfinite() & state.gradient.isfinite().all(dim=1)
+        self.diverged = torch.zeros_like(self.finite)
         self.leaves, self.acceptance = torch.zeros_like(state.energy), torch.zeros_like(state.energy)
 
     def grown(self, end: _End, active: Tensor, log_e: Tensor) -> _SubTree:
