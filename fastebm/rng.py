@@ -284,12 +284,15 @@ class Noise:
         """
         return self._with(tuple(i * of + k for i in self.indices), self.frozen)
 
-    def copies(self, k: int) -> Noise:
-        """The numbers of k copies of each chain: row i k + r has those of part r of chain i."""
+    def copies(self, k: int, *, first: int = 0, of: int | None = None) -> Noise:
+        """The numbers of k copies of each chain: row i k + r has those of part first + r of chain i.
+
+        of: the number of parts, as for ``part``. None: k.
+        """
         frozen = self.frozen
         if frozen is not None and len(frozen) > 1:
             frozen = frozen.repeat_interleave(k, dim=0)
-        return self._with(tuple(i * k + r for i in self.indices for r in range(k)), frozen)
+        return self._with(tuple(i * (of or k) + r for i in self.indices for r in range(first, first + k)), frozen)
 
     def normal(self, stream: Stream, t: int) -> Tensor:
         """Standard normal numbers for step t of the call, (n, dim); 0 at frozen coordinates."""

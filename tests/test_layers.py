@@ -24,6 +24,7 @@ LAYERS = (
     ("objectives",),
     ("data",),
     ("evaluate", "plot"),
+    ("diagnostics",),
     ("train",),
     ("bench",),
     ("cli",),
