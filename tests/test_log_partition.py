@@ -12,7 +12,9 @@ from torch import nn
 import fastebm.estimates.ais as ais_module
 import fastebm.estimates.partition as partition
 from fastebm import (
+    HMC,
     MALA,
+    NUTS,
     ClassifierEnergy,
     GaussianEnergy,
     Langevin,
@@ -219,6 +221,15 @@ def test_a_hard_wall_has_weight_0():
     assert result.upper - truth == pytest.approx(math.log(2), abs=0.2)
     assert 0.4 < float((result.log_weights == -math.inf).float().mean()) < 0.6
     assert abs(result.log_z - truth) < Z * result.standard_error
+
+
+@pytest.mark.parametrize("sampler", [HMC(0.5, target_acceptance=None), NUTS(0.5, target_acceptance=None)])
+def test_other_exact_samplers(sampler):
+    energy, truth = gaussian(2)
+    base = GaussianEnergy(torch.tensor([-1.0, 2.0]), 1.5)
+    result = log_partition(energy, base, sampler=sampler, n_temperatures=40, n_chains=256, seed=1)
+    assert abs(result.log_z - truth) < Z * result.standard_error
+    assert abs(result.upper - truth) < Z * result.upper_error
 
 
 def test_labels_and_conditions():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ class AIS(Sampler):
         if change != 0:  # 0 inf is NaN
             log_weight = log_weight + change * (self.base.value(x).double() - energy.double())
         mixed = Mixed(self.base, target.target, b, Point(x, energy, gradient))
-        view, sampler = View(mixed, target.box, target.frozen), self.samplers[t + 1]
+        view, sampler = replace(target, target=mixed), self.samplers[t + 1]
         moved, info = sampler.step(view, sampler.init(view, x, noise), noise, t)
         without = log_weight == -math.inf  # chains of weight 0
         end = mixed.end_at(torch.where(without[:, None], x, moved.x))

@@ -19,7 +19,7 @@ from ..driver.start import Place, Start
 from ..energies import EnergyLike, GaussianEnergy, shape_of
 from ..energies.functions import as_module
 from ..rng import Stream, draw_seed, uniform
-from ..samplers.base import checked_sampler
+from ..samplers.base import Sampler, checked_sampler
 from ..samplers.mala import MALA
 from .ais import AIS
 from .ladder import LADDER_STEP, PILOT_CHAINS, PILOT_STEPS, WIDER, Path
@@ -132,14 +132,14 @@ def log_likelihood(
     one_label, one_condition = _one_row(labels, condition)
     place = Start(energy, None, ("n", 0), x, None, None, None, None, None, 0, 0, options.get("device")).place()
     if log_z is None:
-        log_z = log_partition(
-            energy, input_size=place.shape, labels=labels, condition=condition, **options
-        )  # fmt: skip
+        log_z = log_partition(energy, input_size=place.shape, labels=labels, condition=condition, **options)
     elif options:
         raise TypeError(f"log_z is given, so {', '.join(options)} would have no effect: leave them out")
     flat = x.detach().reshape(len(x), -1).to(place.dtype)
-    path = Path(energy, place.shape, None, one_label, one_condition, 0, Settings())
-    value = energies_of(energy, path.chains(flat, 0), shape=place.shape, settings=path.settings).double()
+    path = Path(energy, place.shape, Sampler(), one_label, one_condition, 0, Settings())
+    value = energies_of(
+        energy, path.chains(flat, 0), path.sampler, shape=place.shape, settings=path.settings
+    ).double()  # fmt: skip
     if not isinstance(log_z, LogPartition):
         return -value - float(log_z)
     likelihood = -value - log_z.log_z
