@@ -264,8 +264,6 @@ class Noise:
     ) -> None:
         self.seed, self.chains, self.first_steps, self.dim, self.dtype = seed, chains, first_steps, dim, dtype
         self.steps, self.frozen, self.by_definition, self.indices = steps, frozen, by_definition, tuple(indices)
-        if (max(self.indices) + 1) * _n_blocks(dim) > 1 << 24:
-            raise ValueError(f"a step has 2**24 blocks of random numbers: too few for {max(self.indices) + 1} parts")
         # Runs of consecutive parts, each drawn at once: (first part, number of parts).
         self._runs: list[tuple[int, int]] = []
         for i in self.indices:
@@ -319,6 +317,8 @@ class Noise:
 
     def _blocks(self, kind: int, stream: Stream, t: int, first_block: int, n_blocks: int) -> Tensor:
         """The numbers of these blocks for step t, (n, n_blocks, 4). kind: NORMAL or UNIFORM."""
+        if first_block + n_blocks > 1 << 24:
+            raise ValueError(f"a step has 2**24 blocks of random numbers: too few for {max(self.indices) + 1} parts")
         first, ahead = self._ahead.get((kind, stream, first_block), (0, self.first_steps[:0]))
         if not first <= t < first + len(ahead):
             first, ahead = t, self._drawn(kind, stream, t, first_block, n_blocks)

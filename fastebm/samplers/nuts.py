@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -52,21 +52,14 @@ from ..scalars import plain_number
 from ..targets.base import View
 from .adaptation import WarmUp
 from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
+from .hmc import HMCState, with_mass
 
-__all__ = ["NUTS", "NUTSState"]
+__all__ = ["NUTS"]
 
 # H(start) - H below which a point counts as divergent, as in Stan.
 _DIVERGENT = -1000.0
 
 _MOST_DEPTH = 12  # 4095 gradients per step
-
-
-class NUTSState(NamedTuple):
-    """x: (n_chains, dim). energy: (n_chains,) E(x). gradient: (n_chains, dim) dE/dx(x)."""
-
-    x: Tensor
-    energy: Tensor
-    gradient: Tensor
 
 
 class _End(NamedTuple):
@@ -85,7 +78,7 @@ class _SubTree(NamedTuple):
 
     first: _End
     last: _End
-    drawn: NUTSState
+    drawn: HMCState
     log_weight: Tensor
     whole: Tensor
 
@@ -146,16 +139,13 @@ class NUTS(Sampler):
         """Adapt step_size, and the mass if it is None."""
         if self.target_acceptance is None or isinstance(self.step_size, Tensor):
             return None
-        scaled = None
-        if self.mass is None:
-            scaled = lambda sampler, variance: replace(sampler, mass=1 / variance)  # noqa: E731
-        return WarmUp(self, steps, self.target_acceptance, scaled, power=1)
+        return WarmUp(self, steps, self.target_acceptance, with_mass if self.mass is None else None, power=1)
 
-    def init(self, target: View, x: Tensor, noise: Noise) -> NUTSState:
+    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
         """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return NUTSState(x, *target.value_and_gradient(x))
+        return HMCState(x, *target.value_and_gradient(x))
 
-    def step(self, target: View, state: NUTSState, noise: Noise, t: int) -> tuple[NUTSState, Info]:
+    def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Build a trajectory through the state, and draw one of its points."""
         mass = diagonal_at("mass", self.mass, state.x)
         p = noise.normal(Stream.MOMENTUM, t) * mass**0.5
@@ -200,7 +190,7 @@ class _Tree:
     """
 
     def __init__(
-        self, target: View, state: NUTSState, p: Tensor, mass: float | Tensor, step_size: float | Tensor
+        self, target: View, state: HMCState, p: Tensor, mass: float | Tensor, step_size: float | Tensor
     ) -> None:
         self.target, self.energy, self.p, self.mass, self.step_size = target, state.energy, p, mass, step_size
         self.finite = torch.ones_like(state.energy, dtype=torch.bool)
@@ -225,7 +215,7 @@ class _Tree:
             weights.append(log_w)
             weighing.append(active)
 
-            leaf, lead = NUTSState(end.x, energy, end.gradient), log_w - log_e[:, i]
+            leaf, lead = HMCState(end.x, energy, end.gradient), log_w - log_e[:, i]
             if i == 0:
                 drawn, most = leaf, lead
             else:
