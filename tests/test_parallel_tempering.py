@@ -81,7 +81,12 @@ MUTANTS = {
         lambda beta, energies, log_accept=parallel_tempering._log_accept: log_accept(beta.flip(0), energies.flip(1)),
     ),
     "swaps energies and not states": lambda patch: patch.setattr(
-        parallel_tempering, "_reordered", lambda v, order: v
+        parallel_tempering, "_reordered",
+        lambda v, order, reordered=parallel_tempering._reordered: v if v.ndim == 3 else reordered(v, order),
+    ),
+    "swaps states and not energies": lambda patch: patch.setattr(
+        parallel_tempering, "_reordered",
+        lambda v, order, reordered=parallel_tempering._reordered: reordered(v, order) if v.ndim == 3 else v,
     ),
     "moves all rungs at temperature 1": lambda patch: patch.setattr(
         Tempered, "__init__",

@@ -196,7 +196,7 @@ def test_other_energies_stop_the_chain_where_it_was(number):
         (
             lambda: TemperedTransitions(TemperedTransitions(MALA(0.1), LADDER), LADDER),
             ValueError,
-            "because it has no step size that could grow",
+            "because it does not say how its step size grows",
         ),
     ],
 )
