@@ -124,6 +124,14 @@ class Sampler:
         """1, or the number of copies of each chain."""
         return 1
 
+    @property
+    def condition(self) -> float | None:
+        """The condition that the sampler itself gives the energy besides x, such as a noise level.
+
+        At this value energies are reported; ``View.at`` evaluates others. None: the caller's labels or condition.
+        """
+        return None
+
     def init(self, target: View, x: Tensor, noise: Noise) -> Any:
         """The state of chains that start at x: (n, dim). A sampler that carries fields takes them as keywords."""
         raise NotImplementedError
