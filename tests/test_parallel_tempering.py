@@ -11,7 +11,18 @@ from laws import fits_gaussian
 from scipy import stats
 from torch import nn
 
-from fastebm import MALA, ChainPool, GaussianEnergy, Langevin, MLPEnergy, ParallelTempering, sample
+from fastebm import (
+    HMC,
+    MALA,
+    NUTS,
+    ChainPool,
+    GaussianEnergy,
+    Langevin,
+    MLPEnergy,
+    ParallelTempering,
+    UnderdampedLangevin,
+    sample,
+)
 from fastebm.backends import Chains
 from fastebm.driver.run import run_chains
 from fastebm.rng import Noise, Stream
@@ -45,6 +56,8 @@ def moved_ladders(sampler, n=20_000, steps=9, temperature=1.0):
 def test_every_rung_keeps_its_law():
     done, fits = moved_ladders(ParallelTempering(MALA(0.4), LADDER))
     assert fits
+    assert moved_ladders(ParallelTempering(HMC(0.4, 3), LADDER))[1]
+    assert moved_ladders(ParallelTempering(NUTS(0.5, 3), LADDER), n=5000)[1]
     rates = done.telemetry["swap_acceptance"].mean(dim=0) / done.telemetry["swaps"].mean(dim=0)
     # The rate in equilibrium, from independent energies: chi-squared with two degrees, so exponential.
     energies = torch.tensor(LADDER) * torch.distributions.Exponential(torch.tensor(1.0)).sample((400_000, 3))
@@ -130,8 +143,8 @@ def test_it_crosses_a_barrier_that_mala_does_not():
 # -- cost and telemetry --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", [MALA(0.3), Langevin(0.3)], ids=["MALA", "Langevin"])
-def test_one_evaluation_of_all_rungs_per_step(inner):
+@pytest.mark.parametrize(("inner", "gradients"), [(MALA(0.3), 1), (Langevin(0.3), 1), (HMC(0.3, 4), 4)])
+def test_a_step_evaluates_all_rungs_as_often_as_the_inner_sampler_one(inner, gradients):
     rows = []
 
     class Counted(nn.Module):
@@ -140,8 +153,8 @@ def test_one_evaluation_of_all_rungs_per_step(inner):
             return x.square().sum(dim=1) / 2
 
     result = sample(Counted(), ParallelTempering(inner, LADDER), 2, n_chains=5, steps=20, seed=1)
-    assert result.info.gradients.tolist() == [3.0] * 5
-    assert rows == [15] * 21  # the start, and one for each step
+    assert result.info.gradients.tolist() == [3.0 * gradients] * 5
+    assert rows == [15] * (1 + 20 * gradients)  # the start, and each step
 
 
 def test_swaps_are_reported_for_the_pairs_that_were_tried():
@@ -327,6 +340,11 @@ def test_auto_needs_a_warmup():
         (lambda: ParallelTempering(MALA(0.1), LADDER, swap_every=1.5), TypeError, "swap_every must be an int, got 1.5"),
         (lambda: ParallelTempering(MALA(0.1), LADDER, factors=(1, 2)), ValueError, "for each of the 3 temperatures"),
         (lambda: ParallelTempering(MALA(0.1), LADDER, factors=2.0), TypeError, "factors must be numbers"),
+        (
+            lambda: ParallelTempering(UnderdampedLangevin(0.1), LADDER),
+            ValueError,
+            "can't use UnderdampedLangevin at its temperatures, because it carries momentum",
+        ),
         (lambda: ParallelTempering(MALA, LADDER), TypeError, "are its parentheses missing"),
         (
             lambda: ParallelTempering(ParallelTempering(MALA(0.1), LADDER), LADDER),
