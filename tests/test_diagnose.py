@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 import fastebm
-from fastebm import MALA, ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, diagnose, sample
+from fastebm import (
+    MALA,
+    SVGD,
+    AnnealedLangevin,
+    ClassifierEnergy,
+    GaussianEnergy,
+    Langevin,
+    MLPEnergy,
+    diagnose,
+    sample,
+)
 from fastebm.diagnostics.draws import Draws
 from fastebm.diagnostics.step_bias import excess_variance
 
@@ -322,6 +332,17 @@ def test_chains_of_different_laws():
     same = diagnose(result_of(x, frozen=frozen))
     assert same.warnings == []
     assert sorted(same.table["name"]) == ["energy", "x[1]", "x[2]"]
+
+
+def test_levels_of_noise():
+    energy = lambda x, sigma: x.square().sum(1) / (2 * (1 + sigma**2))  # noqa: E731
+    result = sample(energy, AnnealedLangevin([3.0, 0.1], 20, 0.01), 2, n_chains=6, steps=40, thin=1, seed=0)
+    assert "the noise level of AnnealedLangevin falls" in diagnose(result).warnings[0]
+
+
+def test_chains_that_interact():
+    result = sample(GaussianEnergy(torch.zeros(2)), SVGD(0.1), n_chains=6, steps=30, thin=1, seed=0)
+    assert warned(diagnose(result), "the chains of SVGD interact")
 
 
 # -- failures ------------------------------------------------------------------------------------------------------

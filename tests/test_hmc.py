@@ -50,7 +50,14 @@ def euler(target, state, momentum, h, n_leapfrog):
     for _ in range(n_leapfrog):
         v = v - h * target.gradient(x)
         x = x + h * v
-    return Trajectory(x, *target.value_and_gradient(x), v, v.norm(dim=1), n_leapfrog)
+    energy, gradient = target.value_and_gradient(x)
+    log_accept = state.energy - energy + (momentum.square() - v.square()).sum(dim=1) / 2
+    return Trajectory(x, energy, gradient, v, v.norm(dim=1), n_leapfrog, log_accept)
+
+
+def without_kinetic_energy(target, state, momentum, h, n_leapfrog):
+    end = leapfrog(target, state, momentum, h, n_leapfrog)
+    return end._replace(log_accept=state.energy - end.energy)
 
 
 def normal(change):
@@ -61,9 +68,7 @@ def normal(change):
 
 MUTANTS = {
     "accepts always": lambda patch: patch.setattr(Noise, "uniform", lambda self, stream, t: torch.full((N,), 1e-38)),
-    "no kinetic energy in the test": lambda patch: patch.setattr(
-        hmc, "leapfrog", lambda target, state, p, h, n: leapfrog(target, state, p, h, n)._replace(momentum=p)
-    ),
+    "no kinetic energy in the test": lambda patch: patch.setattr(hmc, "leapfrog", without_kinetic_energy),
     "the same momentum in every step": normal(lambda self, stream, t, draw: draw(self, stream, 0)),
     "no half steps": lambda patch: patch.setattr(hmc, "leapfrog", euler),
     "momentum of another mass": normal(lambda self, stream, t, draw: draw(self, stream, t) * 1.3),
@@ -127,7 +132,9 @@ def energy_error(h):
     torch.manual_seed(1)
     target, state, momentum = started()
     end = leapfrog(target, state, momentum, torch.tensor(h, dtype=torch.float64), round(1.6 / h))
-    return end.energy + end.momentum.square().sum(dim=1) / 2 - state.energy - momentum.square().sum(dim=1) / 2
+    error = end.energy + end.momentum.square().sum(dim=1) / 2 - state.energy - momentum.square().sum(dim=1) / 2
+    torch.testing.assert_close(end.log_accept, -error)
+    return error
 
 
 def test_the_error_of_the_energy_is_of_second_order():
@@ -154,7 +161,7 @@ def test_chains_with_other_numbers_of_steps():
     together = leapfrog(target, state, momentum, h, numbers)
     for i, number in enumerate(numbers.tolist()):
         alone = leapfrog(target, state, momentum, h, number)
-        for found, expected in zip(together[:5], alone[:5], strict=True):
+        for found, expected in zip((*together[:5], together[6]), (*alone[:5], alone[6]), strict=True):
             assert torch.equal(found[i], expected[i])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..driver.result import SampleResult
+from ..samplers.annealed import AnnealedLangevin
 from .draws import Draws
 from .modes import apart
 from .step_bias import excess_variance, one_number
@@ -109,6 +110,11 @@ def _failures(result: SampleResult, draws: Draws, energies: Tensor | None) -> It
 def _law(result: SampleResult, draws: Draws, mala_acceptance: float | None) -> Iterator[str]:
     """What else than exp(-E) the chains sample."""
     info = result.info
+    if isinstance(result.sampler, AnnealedLangevin):
+        yield (
+            "the noise level of AnnealedLangevin falls over the steps, so the stored states have no common law: its "
+            "samples are the last states. Diagnose Langevin at the last level, started from them"
+        )
     schedule = info.temperature
     temperature = one_number(schedule, draws.x.shape[1])
     if isinstance(schedule, Tensor) and schedule.ndim == 1 and temperature is None:
@@ -153,8 +159,8 @@ def _mixing(draws: Draws, table: Table) -> Iterator[str]:
         words = "nested R-hat" if name == "rhat_nested" else "R-hat"
         where = table["name"][table[name].index(worst)]
         yield (
-            f"{words} of {where} is {worst:.3f}, above {_RHAT}: the chains still differ by where they started. Take a "
-            "longer warm-up or more steps. Chains in equilibrium get below it with 100 effective draws each; many "
+            f"{words} of {where} is {worst:.3f}, above {_RHAT}: the chains disagree, so each is still too short. Take "
+            "a longer warm-up or more steps. Chains in equilibrium get below it with 100 effective draws each; many "
             "chains that are shorter can share starts, see superchains="
         )
     if (found := apart(draws)) is not None:

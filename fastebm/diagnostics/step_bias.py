@@ -48,7 +48,7 @@ def mala_acceptance(result: SampleResult, rows: Tensor) -> float | None:
         return None
     step = sampler.step_size
     step = step[-1] if isinstance(step, Tensor) and step.ndim == 1 else step
-    mala = MALA(step * temperature, preconditioner=getattr(sampler, "preconditioner", None))
+    mala = MALA(step * temperature, preconditioner=sampler.preconditioner)
     x = result.trajectory.detach().flatten(2)
     energy = result.energy
     if temperature != 1:

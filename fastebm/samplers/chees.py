@@ -12,8 +12,9 @@ It does so by Adam on log(trajectory_length). The gradient is estimated by the m
 l (|z' - E z'|^2 - |z - E z|^2) (z' - E z') . v',               l = n_t step_size,   v' = M^(-1/2) p at the end
 
 over the chains. In it and in E z', ends are weighted by their acceptance probabilities. Step size and mass are adapted
-as in HMC. The paper has no mass, and aims at a harmonic mean of acceptance probabilities. Here it is the mean, because
-ends outside of bounds have probability 0, and the harmonic mean would be 0 with them.
+as in HMC. The length shrinks while too many trajectories end outside of the bounds. The paper has no mass and no
+bounds, and aims at a harmonic mean of acceptance probabilities. Here it is the mean, because one trajectory that
+diverges or ends outside would make the harmonic mean 0.
 """
 
 from __future__ import annotations
@@ -93,10 +94,7 @@ class ChEESHMC(Sampler):
         if self.target_acceptance is None or isinstance(self.step_size, Tensor):
             return None
         scaled = with_mass if self.mass is None else None
-        if self.trajectory_length is not None:
-            return WarmUp(self, steps, self.target_acceptance, scaled, power=1)
-        start = replace(self, trajectory_length=self.step_size)  # one leapfrog step
-        return _LengthWarmUp(start, steps, self.target_acceptance, scaled, power=1)
+        return _ChEESWarmUp(self, steps, self.target_acceptance, scaled, power=1)
 
     def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
         """Evaluate energy and gradient at x. Later steps carry them in the state."""
@@ -129,8 +127,8 @@ def halton(steps: Tensor) -> Tensor:
     return (((steps[:, None] + 1) >> bits & 1) * 0.5 ** (bits + 1).double()).sum(dim=1)
 
 
-class _LengthWarmUp(WarmUp):
-    """A warm-up that adapts trajectory_length too.
+class _ChEESWarmUp(WarmUp):
+    """A warm-up that adapts trajectory_length too, if it is None.
 
     In the first steps, until the step size is about right, a trajectory is one leapfrog step.
     """
@@ -140,23 +138,32 @@ class _LengthWarmUp(WarmUp):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.free = self.sampler.trajectory_length is None
+        if self.free:
+            self.sampler = replace(self.sampler, trajectory_length=self.sampler.step_size)
         self.log_length = self.log_mean = math.log(self.sampler.trajectory_length)
         self.squares, self.n, self.n_averaged = 0.0, 0, 0
 
     def update(self, old: Any, new: Any, info: Info, active: Tensor | None) -> None:
         """Learn from one step."""
-        if len(old.x) < 2:
-            raise ValueError("ChEESHMC finds its trajectory_length from several chains, got 1: pass trajectory_length=")
-        slope, before = _slope(self.sampler, old.x, info, active), diagonal_at("mass", self.sampler.mass, old.x)
+        before, slope = self.sampler, _slope(self.sampler, old.x, info, active) if self.free else 0.0
         super().update(old, new, info, active)
+        if self.free:
+            masses = (diagonal_at("mass", sampler.mass, old.x) for sampler in (before, self.sampler))
+            self._adapt_length(slope, _inside(info, active), *masses)
+
+    def _adapt_length(self, slope: float, inside: float, before: float | Tensor, mass: float | Tensor) -> None:
+        """slope: derivative of ChEES. inside: fraction of ends within the bounds. before: the mass in this step."""
         step_size = float(self.sampler.step_size)
         if self.t <= self.first:
             self.log_length = math.log(step_size)
         elif self.t in self.ends:
             # The slowest coordinate determined the length. With the new mass, a coordinate is as fast as any other.
-            faster = torch.as_tensor(before / diagonal_at("mass", self.sampler.mass, old.x))
-            self.log_length -= math.log(float(faster.max())) / 2
+            self.log_length -= math.log(float(torch.as_tensor(before / mass).max())) / 2
             self.n_averaged = 0
+        elif inside < (1 + self.step_size.target) / 2:
+            # Shorter trajectories end inside. Otherwise the step size would fall without end, which does not help.
+            self.log_length -= self.rate
         elif slope != 0 and math.isfinite(slope):
             self.n += 1
             self.squares = self.decay * self.squares + (1 - self.decay) * slope**2
@@ -169,8 +176,18 @@ class _LengthWarmUp(WarmUp):
         self.sampler = replace(self.sampler, trajectory_length=math.exp(log_length))
 
 
+def _inside(info: Info, active: Tensor | None) -> float:
+    """The fraction of ends within the bounds, weighted by the acceptance probabilities that they had without bounds."""
+    assert info.acceptance is not None
+    chances = torch.stack([info.acceptance, info.proposal.log_accept.clamp(max=0.0).exp().nan_to_num(0.0)])
+    accepted, without = (chances if active is None else chances * active).double().sum(dim=1).tolist()
+    return accepted / without if without > 0 else 1.0
+
+
 def _slope(sampler: Any, x: Tensor, info: Info, active: Tensor | None) -> float:
     """The derivative of ChEES by log(trajectory_length), from one step of ``sampler`` from x: (n_chains, dim)."""
+    if len(x) < 2:
+        raise ValueError("ChEESHMC finds its trajectory_length from several chains, got 1: pass trajectory_length=")
     end, weight = info.proposal, info.acceptance
     assert weight is not None
     if active is not None:

@@ -35,7 +35,7 @@ from ..targets.base import View
 from .adaptation import WarmUp
 from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
 
-__all__ = ["HMC", "HMCState", "Trajectory", "leapfrog", "scaled_step", "transition", "with_mass"]
+__all__ = ["HMC", "HMCState", "Trajectory", "leapfrog", "scaled_step", "step_tensor", "transition", "with_mass"]
 
 # Energy above which a trajectory counts as diverged. Its probability to be accepted would be exp(-1000).
 _TOO_FAR = 1000.0
@@ -56,6 +56,7 @@ class Trajectory(NamedTuple):
     momentum: (n_chains, dim) v = M^(-1/2) p.
     fastest: (n_chains,) the largest |v| on the way that is a number.
     n_leapfrog: number of leapfrog steps, or (n_chains,) int64 numbers.
+    log_accept: (n_chains,) log a, the loss of total energy. It knows of no bounds.
     """
 
     x: Tensor
@@ -64,6 +65,7 @@ class Trajectory(NamedTuple):
     momentum: Tensor
     fastest: Tensor
     n_leapfrog: int | Tensor
+    log_accept: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +145,13 @@ def with_mass(sampler: Any, variance: Tensor) -> Any:
 def scaled_step(sampler: Any, t: int, x: Tensor) -> Tensor:
     """h = step_size M^(-1/2) at step t, in x's dtype: a tensor that broadcasts with x, (n_chains, dim)."""
     mass = diagonal_at("mass", sampler.mass, x)
-    # In float64, and a tensor even if it is one number, so that numbers and values per chain round alike.
+    # In float64, so that numbers and values per chain round alike.
     h = value_at(sampler.step_size, t, x.device) / (mass.double().sqrt() if isinstance(mass, Tensor) else mass**0.5)
+    return step_tensor(h, x)
+
+
+def step_tensor(h: float | Tensor, x: Tensor) -> Tensor:
+    """h as a tensor in x's dtype, also if it is a number."""
     return h.to(x.dtype) if isinstance(h, Tensor) else x.new_full((), h)
 
 
@@ -176,21 +183,22 @@ def leapfrog(target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapf
         last = h * (n_leapfrog == most)[:, None]
     v.addcmul_(gradient, last, value=-0.5)
     torch.fmax(fastest, torch.linalg.vector_norm(v, dim=1), out=fastest)
-    return Trajectory(target.held(state.x, x), energy, gradient, v, fastest, n_leapfrog)
+    slower = ((momentum - v) * (momentum + v)).sum(dim=1)  # |v_0|^2 - |v_L|^2
+    log_accept = torch.add(state.energy - energy, slower, alpha=0.5)
+    return Trajectory(target.held(state.x, x), energy, gradient, v, fastest, n_leapfrog, log_accept)
 
 
 def transition(
-    target: View, state: HMCState, noise: Noise, t: int, h: Tensor, n_leapfrog: int | Tensor
-) -> tuple[HMCState, Info]:
+    target: View, state: HMCState, noise: Noise, t: int, h: Tensor, n_leapfrog: int | Tensor,
+    stream: Stream = Stream.MOMENTUM,
+) -> tuple[HMCState, Info]:  # fmt: skip
     """One step of HMC: draw a momentum, follow the trajectory, accept or reject its end (``Info.proposal``)."""
     x, energy, gradient = state
-    momentum = noise.normal(Stream.MOMENTUM, t)
+    momentum = noise.normal(stream, t)
     end = leapfrog(target, state, momentum, h, n_leapfrog)
-    slower = ((momentum - end.momentum) * (momentum + end.momentum)).sum(dim=1)  # |v_0|^2 - |v_L|^2
-    log_accept = torch.add(energy - end.energy, slower, alpha=0.5)
-    possible, diverged, finite = _judged(target, state, momentum, end, log_accept)
-    accepted = noise.uniform(Stream.METROPOLIS, t).log() <= log_accept
-    chance = log_accept.clamp(max=0.0).exp_()
+    possible, diverged, finite = _judged(target, state, momentum, end)
+    accepted = noise.uniform(Stream.METROPOLIS, t).log() <= end.log_accept
+    chance = end.log_accept.clamp(max=0.0).exp_()
     if possible is not None:
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
     rows = accepted[:, None]
@@ -209,13 +217,13 @@ def transition(
 
 
 def _judged(
-    target: View, state: HMCState, momentum: Tensor, end: Trajectory, log_accept: Tensor
+    target: View, state: HMCState, momentum: Tensor, end: Trajectory
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
 
     Three (n_chains,) bool. None in place of the first or the last means all.
     """
-    inside = None if target.box is None else target.box.contains(end.x)
+    inside, log_accept = None if target.box is None else target.box.contains(end.x), end.log_accept
     if log_accept.is_cpu:  # Fast path. NaN fails the comparison, and a finite sum proves that all terms are finite.
         least, most = map(float, log_accept.aminmax())
         if -_TOO_FAR <= least and most < math.inf and math.isfinite(float(end.x.sum())):
