@@ -278,9 +278,9 @@ def test_auto_finds_temperatures_that_swap_alike(inner):
     """In a narrow box the density at high temperatures is flat, and temperatures in equal ratios are far from good."""
     energy, options = GaussianEnergy(0.0, 0.2), {"input_size": 4, "n_chains": 100, "seed": 1}
     sampler = ParallelTempering(inner, "auto", n_temperatures=5, max_temperature=1000.0, clamp=(-1.0, 1.0))
-    tuned = sample(energy, sampler, warmup=600, steps=300, **options)
+    tuned = sample(energy, sampler, warmup=400, steps=200, **options)
     plain = sample(
-        energy, ParallelTempering(inner, sampler.ladder, clamp=(-1.0, 1.0)), warmup=200, steps=300, **options
+        energy, ParallelTempering(inner, sampler.ladder, clamp=(-1.0, 1.0)), warmup=150, steps=200, **options
     )
     rates, before = (r.info.swap_acceptance.mean(dim=0) for r in (tuned, plain))
     assert float(rates.max() - rates.min()) < 0.08
