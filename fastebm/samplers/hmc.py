@@ -103,6 +103,8 @@ class HMC(Sampler):
     clamp: Bounds | None = None
 
     exact: ClassVar[bool] = True
+    reversible: ClassVar[bool] = True
+    power: ClassVar[int] = 1
     scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
     reports: ClassVar[Mapping[str, float]] = {
         "acceptance": math.nan, "divergences": math.nan, "gradients": math.nan, "grad_norm": math.nan,
