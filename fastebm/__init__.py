@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backends.choose import why_not_fused as why_not_fused
     from .backends.settle import NonFiniteError as NonFiniteError
+    from .diagnostics.diagnose import Diagnosis as Diagnosis
+    from .diagnostics.diagnose import diagnose as diagnose
     from .driver.info import SampleInfo as SampleInfo
     from .driver.langevin_sample import langevin_sample as langevin_sample
     from .driver.result import SampleResult as SampleResult
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "backends.choose": ["why_not_fused"],
     "backends.settle": ["NonFiniteError"],
+    "diagnostics.diagnose": ["Diagnosis", "diagnose"],
     "driver.info": ["SampleInfo"],
     "driver.langevin_sample": ["langevin_sample"],
     "driver.result": ["SampleResult"],

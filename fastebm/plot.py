@@ -21,6 +21,7 @@ __all__ = [
     "WIDTH",
     "bin_edges",
     "blank",
+    "chains_figure",
     "difference",
     "encoded",
     "energies_figure",
@@ -49,6 +50,14 @@ _DEPTH = 10.0
 
 # More histograms in one picture, five in a row, would be illegible.
 _MAX_MARGINALS = 30
+
+# Traces in one panel: more would hide each other.
+_MAX_TRACES = len(_COLOURS)
+
+_RANK_BINS = 20
+
+# Rows of a heat map that have at least a dot each.
+_MAX_NEAREST = 200
 
 # Values closer than this fraction of their range count as equal, since states are rounded to float32.
 _SAME = 1e-6
@@ -304,6 +313,53 @@ def _curve(axes: Any, step: NDArray[Any], value: NDArray[Any], colour: str, labe
         label = label and f"{label}, mean of {window} steps"
     marker = "o" if len(value) == 1 else ""  # a line with one point is invisible
     axes.plot(step[around : around + len(value)], value, color=colour, linewidth=1.6, marker=marker, label=label)
+
+
+def chains_figure(rows: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], *, title: str = "") -> Figure:
+    """A row of panels per quantity: traces of a few chains, ranks of all chains, autocorrelation.
+
+    A rank is the place of a state among the states of all chains. In equilibrium every chain has each rank equally
+    often. The panel is a histogram per chain, as in Vehtari et al. 2021, with colours for heights.
+
+    Args:
+        rows: name -> (n_chains, draws) values, and autocorrelations (lags,).
+    """
+    figure = blank(WIDTH, 2.3 * len(rows) + 0.8, title)
+    grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=(1.5, 1, 1))
+    for (name, (values, correlation)), (trace, ranks, lags) in zip(rows.items(), grid, strict=True):
+        n, draws = values.shape
+        order = np.argsort(np.argsort(values, axis=None, kind="stable"), kind="stable").reshape(n, draws)
+        by_rank = np.argsort(order.mean(axis=1), kind="stable")
+        shown = np.unique(by_rank[np.linspace(0, n - 1, min(n, _MAX_TRACES)).astype(int)])
+        for i, colour in zip(shown, _COLOURS, strict=False):
+            trace.plot(np.arange(1, draws + 1), values[i], color=colour, linewidth=0.7, alpha=0.8)
+        trace.set_ylabel(_wrapped(name, 20, 2), parse_math=False)
+        bins = min(_RANK_BINS, draws)
+        heights = [np.histogram(order[i], bins, (0, n * draws))[0] * bins / draws for i in by_rank]
+        mesh = ranks.imshow(
+            heights, cmap="RdBu_r", vmin=0.0, vmax=2.0, aspect="auto", extent=(0, 1, n + 0.5, 0.5),
+            interpolation="nearest" if n <= _MAX_NEAREST else "antialiased",
+        )  # fmt: skip
+        figure.colorbar(mesh, ax=ranks, ticks=[0, 1, 2], extend="max")
+        ranks.yaxis.get_major_locator().set_params(integer=True)
+        lags.axhline(0.0, color=_QUIET, linewidth=0.8)
+        zero = np.flatnonzero(correlation < 0.05)
+        # Few pairs of states are further apart than half of a chain: their correlation is noise.
+        last = min(len(correlation) // 2 + 1, max(20, 3 * int(zero[0] if len(zero) else len(correlation))))
+        lags.plot(np.arange(last), correlation[:last], color=_REAL, linewidth=1.6)
+        lags.set_ylim(min(-0.1, float(correlation[:last].min())), 1.05)
+        for axes in (trace, lags):
+            _tidy(axes)
+        if trace in grid[0]:
+            trace.set_title(f"Traces of {len(shown)} of {n} chains", fontsize=10)
+            ranks.set_title("Frequency of ranks (1 is even)", fontsize=10)
+            lags.set_title("Autocorrelation", fontsize=10)
+        ranks.set_ylabel("chain, by mean rank")
+        if trace in grid[-1]:
+            trace.set_xlabel("draw")
+            ranks.set_xlabel("rank / number of states")
+            lags.set_xlabel("lag (draws)")
+    return figure
 
 
 def log_ticks(axis: Any, formatter: Any) -> None:

@@ -264,8 +264,6 @@ class Noise:
     ) -> None:
         self.seed, self.chains, self.first_steps, self.dim, self.dtype = seed, chains, first_steps, dim, dtype
         self.steps, self.frozen, self.by_definition, self.indices = steps, frozen, by_definition, tuple(indices)
-        if (max(self.indices) + 1) * _n_blocks(dim) > 1 << 24:
-            raise ValueError(f"a step has 2**24 blocks of random numbers: too few for {max(self.indices) + 1} parts")
         # Runs of consecutive parts, each drawn at once: (first part, number of parts).
         self._runs: list[tuple[int, int]] = []
         for i in self.indices:
@@ -284,12 +282,15 @@ class Noise:
         """
         return self._with(tuple(i * of + k for i in self.indices), self.frozen)
 
-    def copies(self, k: int) -> Noise:
-        """The numbers of k copies of each chain: row i k + r has those of part r of chain i."""
+    def copies(self, k: int, *, first: int = 0, of: int | None = None) -> Noise:
+        """The numbers of k copies of each chain: row i k + r has those of part first + r of chain i.
+
+        of: the number of parts, as for ``part``. None: k.
+        """
         frozen = self.frozen
         if frozen is not None and len(frozen) > 1:
             frozen = frozen.repeat_interleave(k, dim=0)
-        return self._with(tuple(i * k + r for i in self.indices for r in range(k)), frozen)
+        return self._with(tuple(i * (of or k) + r for i in self.indices for r in range(first, first + k)), frozen)
 
     def normal(self, stream: Stream, t: int) -> Tensor:
         """Standard normal numbers for step t of the call, (n, dim); 0 at frozen coordinates."""
@@ -316,6 +317,8 @@ class Noise:
 
     def _blocks(self, kind: int, stream: Stream, t: int, first_block: int, n_blocks: int) -> Tensor:
         """The numbers of these blocks for step t, (n, n_blocks, 4). kind: NORMAL or UNIFORM."""
+        if first_block + n_blocks > 1 << 24:
+            raise ValueError(f"a step has 2**24 blocks of random numbers: too few for {max(self.indices) + 1} parts")
         first, ahead = self._ahead.get((kind, stream, first_block), (0, self.first_steps[:0]))
         if not first <= t < first + len(ahead):
             first, ahead = t, self._drawn(kind, stream, t, first_block, n_blocks)

@@ -23,6 +23,7 @@ LAYERS = (
     ("objectives",),
     ("data",),
     ("evaluate", "plot"),
+    ("diagnostics",),
     ("train",),
     ("bench",),
     ("cli",),

@@ -330,6 +330,9 @@ def test_copies_are_parts_side_by_side(by_definition):
         for many, one in ((copies, noise.part(r, 3)), (nested, noise.part(r, 3).part(1, 2))):
             assert torch.equal(many.normal(Stream.MOMENTUM, 1)[r::3], one.normal(Stream.MOMENTUM, 1))
             assert torch.equal(many.uniform(Stream.METROPOLIS, 1)[r::3], one.uniform(Stream.METROPOLIS, 1))
+    some = noise.part(1, 2).copies(2, first=1, of=5).uniform(Stream.METROPOLIS, 1)
+    for r in range(2):
+        assert torch.equal(some[r::2], noise.part(1, 2).part(1 + r, 5).uniform(Stream.METROPOLIS, 1))
 
 
 def test_definition_and_kernels_agree_on_parts():
@@ -340,4 +343,8 @@ def test_definition_and_kernels_agree_on_parts():
 
 def test_too_many_parts_are_refused():
     with pytest.raises(ValueError, match=r"2\*\*24 blocks of random numbers: too few for 16777217 parts"):
-        numbers(dim=2).part(2**24, 2**24 + 1)
+        numbers(dim=2).part(2**24, 2**24 + 1).normal(Stream.MOMENTUM, 0)
+    many = numbers(dim=8).part(2**23, 2**23 + 1)
+    assert many.uniform(Stream.METROPOLIS, 0).shape == (7,)  # one block each
+    with pytest.raises(ValueError, match="too few for 8388609 parts"):
+        many.normal(Stream.MOMENTUM, 0)

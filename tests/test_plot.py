@@ -52,6 +52,12 @@ def energies():
     return plot.energies_figure({name: RNG.normal(i, size=200) for i, name in enumerate(names)}, names[:2])
 
 
+def chains(n, draws):
+    """Chains that disagree more and more."""
+    x = RNG.normal(size=(3, n, draws)) + np.arange(n)[:, None] / n * np.arange(3)[:, None, None]
+    return plot.chains_figure({f"x[{i}, 12, 13]": (x[i], 0.9 ** np.arange(draws)) for i in range(3)}, title="a title")
+
+
 def bench(name, runs=1):
     rows = [row for row in bench_plot.numbers(most_threads(read(RESULTS / "steps.csv"))) if row["device"] == "cpu"]
     return bench_plot.FIGURES[name]([{**row, "commit": f"{i % runs:012}"} for i, row in enumerate(rows)])
@@ -67,6 +73,8 @@ FIGURES = {
     "3 columns": lambda: table(3),
     "40 columns": lambda: table(40),
     "energies": energies,
+    "4 chains": lambda: chains(4, 500),
+    "300 chains": lambda: chains(300, 20),
     "training": lambda: plot.training_figure(metrics()),
     "many runs": lambda: bench("speedup", runs=20),
     **{name: lambda name=name: bench(name) for name in bench_plot.FIGURES},

@@ -25,12 +25,22 @@ for _function in (choosing._has_triton, choosing._capability, choosing.default_p
 
 
 def can_compile(
-    energy: EnergyLike, labels: Tensor | None, condition: Tensor | None, backend: str, generator: torch.Generator | None
+    energy: EnergyLike,
+    rules: Sequence[object],
+    labels: Tensor | None,
+    condition: Tensor | None,
+    backend: str,
+    generator: torch.Generator | None,
 ) -> bool:
     """Whether the call can be traced as one operator.
 
     Decided before anything else: otherwise a graph break could leave the call half traced.
+
+    Args:
+        rules: the arguments that may be the sampler, unchecked.
     """
+    if any(isinstance(rule, Langevin) and rule.preconditioner is not None for rule in rules):
+        return False
     if not isinstance(energy, nn.Module) or backend == "reference" or condition is not None or generator is not None:
         return False
     try:
@@ -46,8 +56,8 @@ def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 uncompiled = torch.compiler.disable(  # type: ignore[no-untyped-call]
     _uncompiled,
-    reason="langevin_sample compiles in whole for MLP energies only (see fastebm.why_not_fused), without "
-    'generator= and backend="reference"; ChainPool does not',
+    reason="langevin_sample compiles in whole for MLP energies only (see fastebm.why_not_fused), without a "
+    'preconditioner, generator= and backend="reference"; ChainPool does not',
 )
 
 

@@ -50,6 +50,7 @@ def encode_sampler(
     The first two lists hold step_size, noise_scale and the bounds of the clamp: each value is in one list, with NaN or
     None in the other. Then grad_clip, grad_norm_clip, noise_first and clamp_noise.
     """
+    assert sampler.preconditioner is None  # can_compile
     values = (sampler.step_size, sampler.noise_scale, *(sampler.clamp or ()))
     numbers = [math.nan if isinstance(v, Tensor) else float(v) for v in values]
     tensors = [v if isinstance(v, Tensor) else None for v in values]

@@ -7,6 +7,7 @@ faster target, and random numbers from Numba.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..samplers.base import Adaptation
 from ..targets.base import Target, View
 from . import Advanced, Chains
 
-__all__ = ["run"]
+__all__ = ["blank", "run"]
 
 
 def run(
@@ -34,7 +35,8 @@ def run(
     x, frozen = chains.x, chains.frozen
     n_chains, dim = x.shape
     box = None if sampler.box is None else sampler.box.on(dim, dtype=x.dtype, device=x.device)
-    view = View(target, None if box is None else box.except_at(frozen, x.dtype), frozen)
+    box = None if box is None else box.except_at(frozen, x.dtype)
+    view = View(target, box, frozen, chains.labels_or_condition)
     noise = Noise(
         chains.seed, chains.numbers, chains.first_steps, dim, dtype=x.dtype, steps=steps, frozen=frozen,
         by_definition=by_definition,
@@ -45,7 +47,7 @@ def run(
     sums: dict[str, Tensor] = {}
     last: Mapping[str, Tensor] = {}
 
-    state = sampler.init(view, x, noise, **(chains.carried or {}))
+    state = _started(sampler, view, x, noise, chains.carried)
     if lost := set(state._fields) - {*sampler.carries, *sampler.recomputes}:
         raise TypeError(
             f"the state of {type(sampler).__name__} holds {', '.join(sorted(lost))}, which would be lost between the "
@@ -77,9 +79,28 @@ def run(
     energy = getattr(state, "energy", None)  # MALA's state carries it, for example
     energy = target.value(state.x) if energy is None else energy
     reported = {**{name: value / steps for name, value in sums.items()}, **last}
-    named = {name: reported.get(name, x.new_full((n_chains,), empty)) for name, empty in sampler.reports.items()}
+    named = {name: reported.get(name, blank(empty, x)) for name, empty in sampler.reports.items()}
     carried = {name: getattr(state, name) for name in sampler.carries} or None
     return done._replace(x=state.x, energy=energy, telemetry=named if telemetry else None, carried=carried)
+
+
+def _started(sampler: Any, view: View, x: Tensor, noise: Noise, carried: Mapping[str, Tensor] | None) -> Any:
+    """The state at x. Chains that start again have NaN in what they carried, and take the values of a fresh start."""
+    if not carried:
+        return sampler.init(view, x, noise)
+    rows = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for value in carried.values():
+        rows |= value.isnan().reshape(len(x), math.prod(value.shape[1:])).any(dim=1)
+    if bool(rows.any()):
+        fresh = sampler.init(view, x, noise)
+        carried = {name: _where(rows, getattr(fresh, name), value) for name, value in carried.items()}
+    return sampler.init(view, x, noise, **carried)
+
+
+def blank(empty: float | Tensor, x: Tensor) -> Tensor:
+    """Telemetry after no step, one row per chain. empty: of one chain, as in the sampler's ``reports``."""
+    value = torch.as_tensor(empty, dtype=x.dtype, device=x.device)
+    return value.expand(len(x), *value.shape).clone()
 
 
 def _held(stopped: Tensor, old: Any, new: Any) -> Any:

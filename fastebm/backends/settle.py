@@ -12,7 +12,7 @@ from ..box import uniform_states
 from ..rng import Stream
 from . import Advanced, Chains
 
-__all__ = ["NonFiniteError", "check_classes", "check_finite", "reinitialised", "settle"]
+__all__ = ["NonFiniteError", "check_classes", "check_finite", "forget", "reinitialised", "settle"]
 
 # Chains tested at a time, so that a large start is never copied as a whole.
 _ROWS_AT_ONCE = 4096
@@ -88,6 +88,7 @@ def settle(
     done.x[bad] = reinitialised(chains._replace(x=done.x[bad], first_steps=chains.first_steps + steps), sampler)
     # Evaluate all chains, because an energy may expect the full batch or pair each chain with its condition.
     done.energy[bad] = energy(done.x, condition)[bad]
+    forget(done.carried, bad)
 
 
 def reinitialised(chains: Chains, sampler: Any) -> Tensor:
@@ -97,6 +98,13 @@ def reinitialised(chains: Chains, sampler: Any) -> Tensor:
         chains.seed, Stream.POOL, chains.numbers, chains.first_steps, x.shape[1], clamp=sampler.box, dtype=x.dtype
     )
     return fresh if chains.frozen is None else torch.where(chains.frozen, x, fresh)
+
+
+def forget(carried: Mapping[str, Tensor] | None, rows: Tensor) -> None:
+    """Mark what these chains carried as unknown, by NaN: they start again. rows: (n,) bool."""
+    for value in (carried or {}).values():
+        if value.is_floating_point():
+            value[rows] = torch.nan
 
 
 def _diagnosis(weights: Mapping[str, Tensor], done: Advanced, bad: Tensor, sampler: Any, part: tuple[int, int]) -> str:

@@ -7,6 +7,7 @@ and add a line to ``FUSED_RUNS``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from . import Advanced, Chains, cpu, reference, tiles
 from .choose import FUSED, TRITON_PATHS, Choice
 from .graphs import Recorder
 
-__all__ = ["FUSED_RUNS", "Job", "energy_of", "reports_bad_starts", "run", "triton_paths"]
+__all__ = ["FUSED_RUNS", "Job", "energy_of", "name_of", "reports_bad_starts", "run", "triton_paths"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +115,17 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
 
 
 def _fused_run(sampler: Any, path: str, kernels: str) -> Callable[[Job], Advanced] | None:
-    # No kernel knows a preconditioner.
-    plain = getattr(sampler, "preconditioner", None) is None
-    return FUSED_RUNS.get((type(sampler), path, kernels)) if plain else None
+    return None if _preconditioned(sampler) else FUSED_RUNS.get((type(sampler), path, kernels))
+
+
+def _preconditioned(sampler: Any) -> bool:
+    """Whether the sampler is a ``Langevin`` with a preconditioner, which no kernel knows."""
+    return isinstance(sampler, Langevin) and sampler.preconditioner is not None
+
+
+def name_of(sampler: Any) -> str:
+    """The sampler in words, for the reason why no kernel runs it."""
+    return f"{type(sampler).__name__}{' with a preconditioner' if _preconditioned(sampler) else ''}"
 
 
 def triton_paths(sampler: Any) -> list[str]:
@@ -141,12 +150,15 @@ def run(job: Job) -> Advanced:
         if job.adaptation is None and not sampler.coupled:
             return tiles.run(chains, sampler, job.steps, make_target=make_target, **job.options)
         target = tiles.Together(len(chains.x), chains.labels, chains.x.device, make_target)
+        mode: AbstractContextManager[None] = nullcontext()
     else:
         assert job.energy is not None
         target = Autograd(job.energy, chains.labels_or_condition)
-    return reference.run(
-        target, chains, sampler, job.steps, by_definition=by_definition, adaptation=job.adaptation, **job.options
-    )
+        mode = job.energy.differentiating()
+    with mode:
+        return reference.run(
+            target, chains, sampler, job.steps, by_definition=by_definition, adaptation=job.adaptation, **job.options
+        )
 
 
 def reports_bad_starts(path: str, steps: int) -> bool:

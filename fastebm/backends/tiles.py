@@ -60,7 +60,10 @@ def run(
     if not telemetry:
         return done
     parts = [reported[first] for first in sorted(reported)]
-    named = {name: torch.cat([part[name] for part in parts] or [x[:, 0]]) for name in sampler.reports}
+    named = {
+        name: torch.cat([part[name] for part in parts] or [reference.blank(empty, x)])
+        for name, empty in sampler.reports.items()
+    }
     return done._replace(telemetry=named)
 
 

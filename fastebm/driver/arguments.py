@@ -34,6 +34,7 @@ __all__ = [
     "seed_tensor",
     "shape_of_states",
     "state_shape",
+    "with_own_condition",
 ]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -150,6 +151,27 @@ def checked_condition(energy: nn.Module, chains: Chains, dtype: torch.dtype) -> 
         return chains._replace(labels=labels.to(torch.int64).contiguous())
     value = value.detach()
     return chains._replace(condition=(value.to(dtype) if value.is_floating_point() else value).contiguous())
+
+
+def with_own_condition(energy: nn.Module, chains: Chains, sampler: Any) -> Chains:
+    """The chains with the condition that the sampler itself gives the energy, if it does.
+
+    Raises:
+        ValueError: labels or a condition were passed as well, or the energy takes x only.
+    """
+    if sampler.condition is None:
+        return chains
+    gives = f"{type(sampler).__name__} gives the energy a noise level as its condition"
+    if chains.labels_or_condition is not None:
+        raise ValueError(f"{gives}, and got {chains.kind}= as well: leave it out")
+    if not takes_condition(energy, "condition"):
+        raise ValueError(
+            f"{gives}, and {name_of_forward(energy)} takes x only, or nothing that is named for it: give it an "
+            'argument "sigma", a tensor (n_chains,)'
+        )
+    numbers = chains.numbers
+    condition = torch.full(numbers.shape, sampler.condition, dtype=torch.float64, device=numbers.device)
+    return chains._replace(condition=condition)
 
 
 def checked_frozen(frozen: Tensor | None, n_chains: int, shape: tuple[int, ...], device: torch.device) -> Tensor | None:

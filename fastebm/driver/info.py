@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import Advanced, Chains
 from ..backends.choose import Choice
+from ..samplers.base import RATIOS
 
 __all__ = ["SampleInfo", "check_reports", "info_of"]
 
@@ -39,6 +40,7 @@ class SampleInfo:
         gradients: (n_chains,) mean number of gradients per step. None for a sampler that always takes one.
         swap_acceptance: (n_chains, n_temperatures - 1) mean acceptance probability of swaps between neighbouring
             temperatures. NaN for pairs without a swap. None without temperatures.
+        swaps: (n_chains, n_temperatures - 1) fraction of steps in which a swap was tried. None without temperatures.
         seconds: wall time of the steps after the warm-up. None if not measured.
         clipped, clamped: (n_chains,) fraction of steps in which a clip changed the gradient, or the clamp changed the
             state (with noise_first: the clamp of x'). None for samplers other than ``Langevin``.
@@ -61,6 +63,7 @@ class SampleInfo:
     divergences: Tensor | None = None
     gradients: Tensor | None = None
     swap_acceptance: Tensor | None = None
+    swaps: Tensor | None = None
     seconds: float | None = None
     clipped: Tensor | None = None
     clamped: Tensor | None = None
@@ -70,6 +73,9 @@ def info_of(
     choice: Choice, done: Advanced, chains: Chains, sampler: Any, *, seconds: float | None = None
 ) -> SampleInfo:
     """The report of a run. Telemetry that was not requested stays None."""
+    telemetry = dict(done.telemetry or {})
+    for name in RATIOS.keys() & telemetry.keys():
+        telemetry[name] = telemetry[name] / telemetry[RATIOS[name]]
     return SampleInfo(
         backend=choice.backend,
         path=choice.path,
@@ -84,7 +90,7 @@ def info_of(
         energies=done.energy,
         first_bad_step=done.first_bad,
         seconds=seconds,
-        **(done.telemetry or {}),
+        **telemetry,
     )
 
 

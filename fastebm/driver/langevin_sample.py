@@ -79,6 +79,7 @@ def langevin_sample(
         input_size: number of dims or shape of one state. Optional with ``init``, or if the energy defines it: an MLP,
             or a ``GaussianEnergy`` with a mean of that shape. A ``Langevin`` in this place is taken as ``rule``.
         rule: a ``Langevin``. It replaces step_size, noise_scale, clamp, both clips, noise_first and clamp_noise.
+            Only a ``Langevin`` has a preconditioner.
         batch_size: number of chains, >= 0. Ignored with ``init``.
         steps: number of steps, >= 0; 0 returns the start.
         step_size: > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (one value per chain).
@@ -135,7 +136,7 @@ def langevin_sample(
     if compiling:
         from ..backends import compiling as compiled  # takes seconds to import
 
-        if not compiled.can_compile(energy, labels, condition, backend, generator):
+        if not compiled.can_compile(energy, (input_size, rule), labels, condition, backend, generator):
             return compiled.uncompiled(  # type: ignore[no-any-return]
                 langevin_sample, energy, input_size, rule, batch_size=batch_size, steps=steps, step_size=step_size,
                 noise_scale=noise_scale, init=init, labels=labels, condition=condition, frozen=frozen, clamp=clamp,

@@ -26,10 +26,13 @@ from ..targets.autograd import Energy
 from ..targets.description import check_shape
 from ..threads import survives_fork
 from ..tracing import capturing, readable
-from .arguments import checked_condition, checked_count, same_device
+from .arguments import checked_condition, checked_count, same_device, with_own_condition
 from .settings import Settings
 
 __all__ = ["energies_of", "run_chains"]
+
+# States whose energies are computed at once: enough for all threads or a GPU, and little memory.
+_AT_ONCE = 1 << 16
 
 
 @survives_fork
@@ -70,7 +73,7 @@ def run_chains(
     if parameter is not None and not same_device(parameter.device, x.device):
         raise ValueError(f"the energy is on {parameter.device} and the chains on {x.device}: move one with .to(...)")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    chains = checked_condition(energy, chains, dtype)
+    chains = checked_condition(energy, with_own_condition(energy, chains, sampler), dtype)
     if torch.compiler.is_compiling():
         return _run_compiled(energy, chains, sampler, steps, shape, settings, dtype, thin, telemetry)
     check_settings(sampler, len(chains.numbers), steps)
@@ -80,7 +83,7 @@ def run_chains(
         condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
-            sampler=type(sampler).__name__, triton_paths=table.triton_paths(sampler),
+            sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
         )  # fmt: skip
         if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
             choice = replace(choice, precision="ieee")
@@ -127,16 +130,37 @@ def _run_compiled(
 
 
 @survives_fork
-def energies_of(energy: EnergyLike, chains: Chains, *, shape: Sequence[int], settings: Settings) -> Tensor:
-    """E of the chains' states, (n_chains,), without an autograd graph. In closed form if the energy allows it."""
+def energies_of(
+    energy: EnergyLike, chains: Chains, sampler: Any, *, shape: Sequence[int], settings: Settings,
+    along: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """E of the chains' states, (n_chains,), without an autograd graph. In closed form if the energy allows it.
+
+    sampler: the chains', which may give the energy a condition of its own.
+    along: (n_chains, draws, dim) states of these chains instead of the present ones. The result is (n_chains, draws).
+    """
     energy, x = as_module(energy), chains.x
+    chains = with_own_condition(energy, chains, sampler)
     chains = checked_condition(energy, chains, x.dtype)
     with evaluating(energy), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(energy, x.device, x.dtype, settings.backend, settings.precision, condition=condition)
-        if choice.description is not None:
-            return table.energy_of(choice.description)(x, chains.labels)
-        return Energy(energy, shape, x.dtype, chains.kind)(x, chains.labels_or_condition)
+        given = chains.labels_or_condition
+        if choice.description is None:
+            module = Energy(energy, shape, x.dtype, chains.kind)
+            if along is None:
+                return module(x, given)
+            # One draw at a time: an energy may hold one measurement per chain.
+            energies = [module(states, given) for states in along.unbind(dim=1)]
+            return torch.stack(energies, dim=1) if energies else x.new_empty(len(x), 0)
+        energy_of = table.energy_of(choice.description)
+        if along is None:
+            return energy_of(x, given)
+        given = None if given is None else given.repeat_interleave(along.shape[1], dim=0)
+        parts = [slice(i, i + _AT_ONCE) for i in range(0, along.shape[0] * along.shape[1], _AT_ONCE)]
+        states = along.flatten(0, 1)
+        energies = [energy_of(states[part], None if given is None else given[part]) for part in parts]
+        return torch.cat([x.new_empty(0), *energies]).view(along.shape[:2])
 
 
 def _check_bounds(sampler: Any, chains: Chains) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..backends import Chains
-from ..backends.settle import NonFiniteError, reinitialised
+from ..backends.settle import NonFiniteError, forget, reinitialised
 from ..energies import EnergyLike
 from ..energies.functions import as_module
 from ..samplers.base import check_settings, checked_sampler
@@ -84,7 +84,8 @@ def sample(
             A ``SampleResult`` continues its chains, with the same bits as one longer call. None: uniform on the
             sampler's clamp, or on [-1, 1] without a clamp.
         labels: (n_chains,) integers, the class of each chain, for an energy that takes labels besides x.
-        condition: (n_chains, ...) tensor in place of labels: what each chain is conditioned on.
+        condition: (n_chains, ...) tensor in place of labels: what each chain is conditioned on. None for
+            ``AnnealedLangevin``, which gives the energy its noise level.
         frozen: bool, of one state's shape or (n_chains, *shape). True marks coordinates that keep their start value.
         seed: 64-bit seed of the noise. None: drawn from ``generator``. An int64 tensor of one element is read on the
             device.
@@ -243,7 +244,8 @@ def _resumed(
             'on_nonfinite="ignore" leaves them where they are, "reinit" starts them again'
         )
     if settings.on_nonfinite == "ignore":  # their energies under the energy of this call
-        return ChainState(chains, energies_of(energy, chains, shape=shape, settings=settings), stopped)
+        return ChainState(chains, energies_of(energy, chains, sampler, shape=shape, settings=settings), stopped)
     x = chains.x.clone()
     x[stopped] = reinitialised(chains.rows(stopped), sampler)
+    forget(chains.carried, stopped)
     return ChainState(chains._replace(x=x))

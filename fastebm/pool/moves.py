@@ -92,7 +92,7 @@ def move(
         fresh = starts.states(Stream.POOL, chains.numbers[bad], chains.first_steps[bad] + steps)
         # Their energies need the whole batch: an energy may depend on the number of its rows.
         x = done.x.index_copy_(0, bad, fresh)
-        energies = energies_of(energy, chains._replace(x=x), shape=starts.shape, settings=settings)
+        energies = energies_of(energy, chains._replace(x=x), sampler, shape=starts.shape, settings=settings)
         done.energy.index_copy_(0, bad, energies[bad])
     return done, bad
 

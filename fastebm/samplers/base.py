@@ -23,6 +23,7 @@ from ..tracing import readable
 
 __all__ = [
     "LAST",
+    "RATIOS",
     "Adaptation",
     "Info",
     "Sampler",
@@ -59,6 +60,10 @@ class Info(NamedTuple):
 # Telemetry of the last step. All other telemetry is averaged over the steps.
 LAST = frozenset({"grad_norm"})
 
+# Telemetry that counts in some steps only, and is 0 in the others. Its mean over all steps is divided by the mean of
+# another one, the fraction of steps in which it counts.
+RATIOS = {"swap_acceptance": "swaps"}
+
 
 class Adaptation(Protocol):
     """Tunes settings of a sampler during the warm-up, from all chains together.
@@ -81,14 +86,17 @@ class Sampler:
 
     clamp is a field, (lo, hi) or None: pools put theirs in its place. ``__post_init__`` sets it to ``Box.of(clamp)``.
     A setting that may vary by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
-    ``checked_coefficient`` and ``value_at``. scheduled names these fields.
+    ``checked_coefficient`` and ``value_at``. scheduled names these fields, and a field that holds another sampler.
     A state is a NamedTuple of tensors with one row per chain. It has the positions x, (n, dim), and may have energy,
     (n,) E(x), and more. A call has parts (warm-up, progress, resumption), each of which starts with ``init`` at x. So
     ``init`` must compute each field from x (``recomputes`` names these), or get it as a keyword (``carries``).
 
     exact: whether each step leaves exp(-E) invariant, thanks to an accept test. Such a sampler rejects proposals
     outside the bounds. A sampler without the test projects them onto the bounds.
-    reports: names of the telemetry and their values after zero steps. The names are fields of ``SampleInfo``.
+    reversible: whether each step also satisfies detailed balance for exp(-E).
+    power: step_size is in units of the state to this power. None: there is no such setting.
+    reports: names of the telemetry and their values after zero steps: a number, or a tensor of one chain's numbers. The
+    names are fields of ``SampleInfo``.
     carries: names of the state's fields that persist between parts, such as a momentum.
     recomputes: names of the state's fields that ``init`` computes anew.
     coupled: whether chains interact, as particles do. Then all chains move together, and bits depend on the batch.
@@ -98,8 +106,10 @@ class Sampler:
     clamp: Bounds | None
 
     exact: ClassVar[bool] = False
+    reversible: ClassVar[bool] = False
+    power: ClassVar[int | None] = None
     scheduled: ClassVar[tuple[str, ...]] = ()
-    reports: ClassVar[Mapping[str, float]] = {}
+    reports: ClassVar[Mapping[str, float | Tensor]] = {}
     carries: ClassVar[tuple[str, ...]] = ()
     recomputes: ClassVar[tuple[str, ...]] = ("x", "energy", "gradient")
     coupled: ClassVar[bool] = False
@@ -113,6 +123,14 @@ class Sampler:
     def rows_per_chain(self) -> int:
         """1, or the number of copies of each chain."""
         return 1
+
+    @property
+    def condition(self) -> float | None:
+        """The condition that the sampler itself gives the energy besides x, such as a noise level.
+
+        At this value energies are reported; ``View.at`` evaluates others. None: the caller's labels or condition.
+        """
+        return None
 
     def init(self, target: View, x: Tensor, noise: Noise) -> Any:
         """The state of chains that start at x: (n, dim). A sampler that carries fields takes them as keywords."""
@@ -306,9 +324,13 @@ def _check_rows(name: str, value: Tensor, n_chains: int) -> None:
 
 def _replaced(sampler: _Sampler, function: Callable[[str, Tensor], Tensor]) -> _Sampler:
     """The sampler with ``function(name, tensor)`` in place of each scheduled setting that is a tensor."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in sampler.scheduled:
-        value = getattr(sampler, name)
-        if isinstance(value, Tensor) and (new := function(name, value)) is not value:
+        value = new = getattr(sampler, name)
+        if isinstance(value, Tensor):
+            new = function(name, value)
+        elif isinstance(value, Sampler):
+            new = _replaced(value, function)
+        if new is not value:
             changed[name] = new
     return dataclasses.replace(sampler, **changed) if changed else sampler

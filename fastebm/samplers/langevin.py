@@ -6,6 +6,10 @@ g  = g min(1, grad_norm_clip / |g|)                            only if grad_norm
 x' = x - (step_size / 2) g + sqrt(step_size) noise_scale xi
 x' = clamp(x', lo, hi)                                         only if clamp is given
 
+With a preconditioner C, a diagonal matrix, the drift is (step_size / 2) C g and the noise is
+sqrt(step_size C) noise_scale xi, with g clipped as above. As step_size goes to 0, the chain samples the same law for
+every C (Roberts & Stramer 2002).
+
 With noise_first the noise is added before the gradient is taken, as in the code of IGEBM and of the UvA tutorial:
 
 y  = x + sqrt(step_size) noise_scale xi
@@ -37,7 +41,16 @@ from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..scalars import number_or_tensor, plain_number
 from ..targets.base import View
-from .base import Info, Sampler, check_settings, checked_coefficient, settled, value_at
+from .base import (
+    Info,
+    Sampler,
+    check_settings,
+    checked_coefficient,
+    checked_diagonal,
+    diagonal_at,
+    settled,
+    value_at,
+)
 
 __all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin"]
 
@@ -78,6 +91,8 @@ class Langevin(Sampler):
         grad_norm_clip: bound on the Euclidean norm of each chain's gradient, > 0, or None. Applied after grad_clip.
         noise_first: add the noise before the gradient is taken, as the code of IGEBM and of the UvA tutorial does.
         clamp_noise: with noise_first, clamp y too.
+        preconditioner: the diagonal of C: a number, or a tensor of one state's shape, > 0. Best is the variance of each
+            coordinate. The drift is multiplied by C and the noise by sqrt(C). None: 1. No fused kernel has it.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
@@ -90,8 +105,10 @@ class Langevin(Sampler):
     grad_norm_clip: float | None = None
     noise_first: bool = False
     clamp_noise: bool = False
+    preconditioner: float | Tensor | None = None
 
     exact: ClassVar[bool] = False
+    power: ClassVar[int] = 2
     scheduled: ClassVar[tuple[str, ...]] = ("step_size", "noise_scale")
     reports: ClassVar[Mapping[str, float]] = {"grad_norm": math.nan, "clipped": 0.0, "clamped": 0.0}
 
@@ -108,6 +125,7 @@ class Langevin(Sampler):
             if bound is not None and not (_is_number(bound) and bound > 0):
                 raise ValueError(f"{name} must be a number > 0 or None, got {bound!r}")
         object.__setattr__(self, "clamp", Box.of(self.clamp))
+        object.__setattr__(self, "preconditioner", checked_diagonal("preconditioner", self.preconditioner))
         for name in ("noise_first", "clamp_noise"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -235,12 +253,15 @@ class Langevin(Sampler):
         x, xi = state.x, noise.normal(Stream.LANGEVIN, t)
         at_t = (value_at(c, t, x.device) for c in (self.step_size, self.noise_scale))
         drift, noise_std = (c.to(x.dtype) if isinstance(c, Tensor) else c for c in _drift_and_noise(*at_t))
+        c = diagonal_at("preconditioner", self.preconditioner, x)
+        if self.preconditioner is not None:
+            xi = c**0.5 * xi
         noisy = None
         if self.noise_first:
             x, noisy = settled(target, x, _plus(x, xi, noise_std), target.box if self.clamp_noise else None)
         grad = target.gradient(x)
         clipped = self.clip(grad)
-        moved = _plus(x, clipped, -drift)
+        moved = _plus(x, clipped if self.preconditioner is None else c * clipped, -drift)
         if not self.noise_first:
             moved = _plus(moved, xi, noise_std, out=moved)
         new, finite = settled(target, x, moved, target.box)

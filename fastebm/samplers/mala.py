@@ -71,6 +71,8 @@ class MALA(Sampler):
     clamp: Bounds | None = None
 
     exact: ClassVar[bool] = True
+    reversible: ClassVar[bool] = True
+    power: ClassVar[int] = 2
     scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
     reports: ClassVar[Mapping[str, float]] = {"acceptance": math.nan, "grad_norm": math.nan}
 

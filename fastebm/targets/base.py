@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..box import Box
 
-__all__ = ["Target", "View"]
+__all__ = ["Conditional", "Target", "View"]
 
 
 class Target(Protocol):
@@ -36,17 +36,28 @@ class Target(Protocol):
         ...
 
 
+class Conditional(Target, Protocol):
+    """A target whose condition can be replaced."""
+
+    def at(self, condition: Tensor) -> Target:
+        """The energy at another condition, (n, ...)."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class View:
     """A target as a sampler sees it: with bounds, and with frozen coordinates held.
 
     box: bounds on the states' device and in their dtype, infinite at frozen coordinates; or None.
     frozen: (1 or n, dim) bool, True at coordinates that stay and whose gradient is set to 0; or None.
+    condition: (n, ...) the labels or condition of the chains; or None.
     """
 
     target: Target
     box: Box | None = None
     frozen: Tensor | None = None
+    condition: Tensor | None = None
+    _copies: dict[int, View] = field(default_factory=dict, init=False, repr=False)
 
     def value(self, x: Tensor) -> Tensor:
         """E(x), (n,)."""
@@ -62,11 +73,21 @@ class View:
         return value, self._masked(gradient)
 
     def repeated(self, k: int) -> View:
-        """The view of k copies of each chain: row i k + r of x is copy r of chain i."""
-        box, frozen = self.box, self.frozen
-        if box is not None:
-            box = Box(*(_repeated(bound, k) for bound in box))
-        return View(self.target.repeated(k), box, None if frozen is None else _repeated(frozen, k))
+        """The view of k copies of each chain: row i k + r of x is copy r of chain i. Made once, for all steps."""
+        if k not in self._copies:
+            box, frozen, condition = (
+                None if self.box is None else Box(*(_repeated(bound, k) for bound in self.box)),
+                None if self.frozen is None else _repeated(self.frozen, k),
+                None if self.condition is None else self.condition.repeat_interleave(k, dim=0),
+            )
+            self._copies[k] = View(self.target.repeated(k), box, frozen, condition)
+        return self._copies[k]
+
+    def at(self, number: float) -> View:
+        """The view of the energy at this condition for all chains. For a sampler with a ``condition`` of its own."""
+        assert self.condition is not None  # the driver set it, so the target is autograd's
+        condition = torch.full_like(self.condition, number)
+        return replace(self, target=cast(Conditional, self.target).at(condition), condition=condition)
 
     def held(self, x: Tensor, moved: Tensor) -> Tensor:
         """``moved`` with the frozen coordinates of x.

@@ -1,0 +1,232 @@
+"""Hamiltonian Monte Carlo: a trajectory of leapfrog steps as the proposal of a Metropolis test.
+
+p ~ N(0, M)                                                     momentum, anew in each step
+p = p - (step_size / 2) dE/dx(x)
+x = x + step_size M^-1 p,   p = p - step_size dE/dx(x)          n_leapfrog times, the last p with step_size / 2
+log a = E(x_0) - E(x_L) + (p_0 M^-1 p_0 - p_L M^-1 p_L) / 2
+x' = x_L if log u <= log a, else x_0,                           u ~ U(0, 1]
+
+M, the mass, is a diagonal matrix. The code uses v = M^(-1/2) p ~ N(0, I) and h = step_size M^(-1/2):
+
+v = v - (h / 2) dE/dx(x)
+x = x + h v,   v = v - h dE/dx(x)
+log a = E(x_0) - E(x_L) + (v_0 - v_L) . (v_0 + v_L) / 2
+
+The last form avoids the difference of large numbers. A trajectory has diverged if its kinetic energy |v|^2 / 2 has
+grown by more than 1000, and its total energy is off by more than 1000 or is not a number. Kinetic energy alone does not
+tell: it grows as much where a chain falls into a deep minimum. Sources: Duane et al. 1987; Neal 2011, sections 5.2 and
+5.3; Beskos et al. 2013 and Betancourt, Byrne & Girolami 2014 (acceptance rates of 0.6 to 0.9 are best).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..box import Bounds, Box
+from ..rng import Noise, Stream
+from ..scalars import plain_number
+from ..targets.base import View
+from .adaptation import WarmUp
+from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
+
+__all__ = ["HMC", "HMCState", "Trajectory", "leapfrog", "scaled_step", "transition", "with_mass"]
+
+# Energy above which a trajectory counts as diverged. Its probability to be accepted would be exp(-1000).
+_TOO_FAR = 1000.0
+
+
+class HMCState(NamedTuple):
+    """x: (n_chains, dim). energy: (n_chains,) E(x). gradient: (n_chains, dim) dE/dx(x)."""
+
+    x: Tensor
+    energy: Tensor
+    gradient: Tensor
+
+
+class Trajectory(NamedTuple):
+    """The end of a trajectory.
+
+    x, energy, gradient: as in ``HMCState``.
+    momentum: (n_chains, dim) v = M^(-1/2) p.
+    fastest: (n_chains,) the largest |v| on the way that is a number.
+    n_leapfrog: number of leapfrog steps, or (n_chains,) int64 numbers.
+    log_accept: (n_chains,) log a, the loss of total energy. It knows of no bounds.
+    """
+
+    x: Tensor
+    energy: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    fastest: Tensor
+    n_leapfrog: int | Tensor
+    log_accept: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HMC(Sampler):
+    """Hamiltonian Monte Carlo with a fixed number of leapfrog steps: samples exp(-E) without step-size bias.
+
+    Each step draws a momentum, follows Hamilton's equations for n_leapfrog steps of size step_size, and accepts the end
+    with probability min(1, a). The top of this file states the equations (Duane et al. 1987; Neal 2011). A step takes
+    n_leapfrog gradients. A warm-up finds the step size: ``sample(energy, HMC(0.1), warmup=500, steps=1000)``. The
+    values are in ``SampleInfo.sampler``. The best number of steps depends on the energy: ``ChEESHMC`` finds that too.
+
+    Args:
+        step_size: > 0, in units of the state if the mass is 1. A float, a (steps,) tensor (a schedule) or a
+            (n_chains, 1) tensor (one value per chain). A warm-up adapts a float only.
+        n_leapfrog: number of leapfrog steps per step, an int >= 1.
+        mass: the diagonal of M: a number, or a tensor of one state's shape, > 0. Best is 1 / the variance of each
+            coordinate. None: 1, and a warm-up adapts it.
+        target_acceptance: mean acceptance probability that the warm-up aims at, in (0, 1). None: adapt nothing.
+        clamp: bounds (lo, hi) of the states with lo < hi, each a number or a tensor of one state's shape, or None. A
+            trajectory that ends outside the bounds is rejected, so the chain samples exp(-E) restricted to them. On its
+            way it may pass outside, so the energy must be defined there. Chains must start inside.
+
+    A trajectory that ends with energy +inf is rejected too. So is one that has diverged, because the step is too large
+    for the energy there: ``SampleInfo.divergences`` counts these. Otherwise an energy of NaN or -inf at the end, a
+    gradient of NaN on the way, or a position that overflows stops the chain, and ``on_nonfinite`` decides what follows.
+
+    Raises:
+        TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
+    """
+
+    step_size: float | Tensor
+    n_leapfrog: int = 10
+    mass: float | Tensor | None = None
+    target_acceptance: float | None = 0.8
+    clamp: Bounds | None = None
+
+    exact: ClassVar[bool] = True
+    scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
+    reports: ClassVar[Mapping[str, float]] = {
+        "acceptance": math.nan, "divergences": math.nan, "gradients": math.nan, "grad_norm": math.nan,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        n_leapfrog = plain_number(self.n_leapfrog)
+        if isinstance(n_leapfrog, bool) or not isinstance(n_leapfrog, int):
+            raise TypeError(f"n_leapfrog must be an int >= 1, got {n_leapfrog!r}")
+        if n_leapfrog < 1:
+            raise ValueError(f"n_leapfrog must be >= 1, got {n_leapfrog}")
+        object.__setattr__(self, "n_leapfrog", n_leapfrog)
+        object.__setattr__(self, "step_size", checked_coefficient("step_size", self.step_size, positive=True))
+        object.__setattr__(self, "mass", checked_diagonal("mass", self.mass))
+        object.__setattr__(self, "target_acceptance", checked_fraction("target_acceptance", self.target_acceptance))
+        object.__setattr__(self, "clamp", Box.of(self.clamp))
+
+    def adaptation(self, steps: int) -> WarmUp | None:
+        """Adapt step_size, and the mass if it is None."""
+        if self.target_acceptance is None or isinstance(self.step_size, Tensor):
+            return None
+        return WarmUp(self, steps, self.target_acceptance, with_mass if self.mass is None else None, power=1)
+
+    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
+        """Evaluate energy and gradient at x. Later steps carry them in the state."""
+        return HMCState(x, *target.value_and_gradient(x))
+
+    def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
+        """Follow a trajectory, then accept or reject its end."""
+        return transition(target, state, noise, t, scaled_step(self, t, state.x), self.n_leapfrog)
+
+
+def with_mass(sampler: Any, variance: Tensor) -> Any:
+    """The sampler whose mass fits the variance of each coordinate, (dim,)."""
+    return replace(sampler, mass=1 / variance)
+
+
+def scaled_step(sampler: Any, t: int, x: Tensor) -> Tensor:
+    """h = step_size M^(-1/2) at step t, in x's dtype: a tensor that broadcasts with x, (n_chains, dim)."""
+    mass = diagonal_at("mass", sampler.mass, x)
+    # In float64, and a tensor even if it is one number, so that numbers and values per chain round alike.
+    h = value_at(sampler.step_size, t, x.device) / (mass.double().sqrt() if isinstance(mass, Tensor) else mass**0.5)
+    return h.to(x.dtype) if isinstance(h, Tensor) else x.new_full((), h)
+
+
+def leapfrog(target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapfrog: int | Tensor) -> Trajectory:
+    """Leapfrog steps from a state.
+
+    Args:
+        momentum: (n_chains, dim) v = M^(-1/2) p at the start.
+        h: step_size M^(-1/2), a tensor that broadcasts with x. Negative: backwards in time.
+        n_leapfrog: number of steps >= 1, or (n_chains,) int64 numbers. A chain that has arrived stays where it is while
+            others move on.
+    """
+    v = torch.addcmul(momentum, state.gradient, h, value=-0.5)
+    x = torch.addcmul(state.x, v, h)
+    fastest = torch.linalg.vector_norm(v, dim=1)
+    kick = drift = last = h
+    most = n_leapfrog if isinstance(n_leapfrog, int) else int(n_leapfrog.max())
+    for i in range(1, most):
+        gradient = target.gradient(x)
+        if isinstance(n_leapfrog, Tensor):
+            left = (n_leapfrog - i)[:, None]
+            drift = h * (left > 0)
+            kick = drift + h * (left == 0) / 2
+        v.addcmul_(gradient, kick, value=-1)
+        x.addcmul_(v, drift)
+        torch.fmax(fastest, torch.linalg.vector_norm(v, dim=1), out=fastest)  # fmax ignores NaN
+    energy, gradient = target.value_and_gradient(x)
+    if isinstance(n_leapfrog, Tensor):
+        last = h * (n_leapfrog == most)[:, None]
+    v.addcmul_(gradient, last, value=-0.5)
+    torch.fmax(fastest, torch.linalg.vector_norm(v, dim=1), out=fastest)
+    slower = ((momentum - v) * (momentum + v)).sum(dim=1)  # |v_0|^2 - |v_L|^2
+    log_accept = torch.add(state.energy - energy, slower, alpha=0.5)
+    return Trajectory(target.held(state.x, x), energy, gradient, v, fastest, n_leapfrog, log_accept)
+
+
+def transition(
+    target: View, state: HMCState, noise: Noise, t: int, h: Tensor, n_leapfrog: int | Tensor
+) -> tuple[HMCState, Info]:
+    """One step of HMC: draw a momentum, follow the trajectory, accept or reject its end (``Info.proposal``)."""
+    x, energy, gradient = state
+    momentum = noise.normal(Stream.MOMENTUM, t)
+    end = leapfrog(target, state, momentum, h, n_leapfrog)
+    possible, diverged, finite = _judged(target, state, momentum, end)
+    accepted = noise.uniform(Stream.METROPOLIS, t).log() <= end.log_accept
+    chance = end.log_accept.clamp(max=0.0).exp_()
+    if possible is not None:
+        accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
+    rows = accepted[:, None]
+    new = HMCState(
+        torch.where(rows, end.x, x),
+        torch.where(accepted, end.energy, energy),
+        torch.where(rows, end.gradient, gradient),
+    )
+
+    def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        n_gradients = n_leapfrog if isinstance(n_leapfrog, Tensor) else energy.new_full(energy.shape, n_leapfrog)
+        counted = {"acceptance": chance, "divergences": diverged, "gradients": n_gradients}
+        return counted, {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
+
+    return new, Info(finite, telemetry, chance, end)
+
+
+def _judged(
+    target: View, state: HMCState, momentum: Tensor, end: Trajectory
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
+
+    Three (n_chains,) bool. None in place of the first or the last means all.
+    """
+    inside, log_accept = None if target.box is None else target.box.contains(end.x), end.log_accept
+    if log_accept.is_cpu:  # Fast path. NaN fails the comparison, and a finite sum proves that all terms are finite.
+        least, most = map(float, log_accept.aminmax())
+        if -_TOO_FAR <= least and most < math.inf and math.isfinite(float(end.x.sum())):
+            return inside, torch.zeros_like(log_accept, dtype=torch.bool), None
+    grown = (end.fastest.square() - momentum.square().sum(dim=1)) / 2 > _TOO_FAR
+    diverged = grown & ~(log_accept >= -_TOO_FAR)
+    possible = end.energy != math.inf
+    if inside is not None:
+        possible &= inside
+    # An end of probability 0 is rejected whatever else is NaN. Any other end must have finite terms.
+    sound = (end.energy != -math.inf) & ~end.energy.isnan() & end.momentum.isfinite().all(dim=1)
+    started = ~state.energy.isnan() & state.gradient.isfinite().all(dim=1)
+    finite = started & (diverged | (end.x.isfinite().all(dim=1) & (sound | ~possible)))
+    return possible & finite & ~diverged, diverged, finite
