@@ -76,13 +76,16 @@ class SamplingCase:
     plus a quadratic term): see sampling_targets.py.
     length: the typical length of one step. Samplers without an accept test take such steps; the others start their
     search for a step size there.
+    n_leapfrog: of HMC, for all libraries: with the step sizes that they find, about a quarter period of the widest
+    coordinate.
     """
 
     kind: str
     dim: int
     n_chains: int
     length: float
-    draws: int
+    n_leapfrog: int
+    draws: int = 100
     warmup: int = 400
     widths: tuple[int, ...] = ()
     only: tuple[str, ...] = ()  # samplers that take part; none: all
@@ -164,10 +167,10 @@ QUICK_POOL = {n: TrainingCase(n, *DIGITS, batch_size=128, steps=10) for n in (1_
 COMPILATION = {f"compile-{name}": Case(*energy, 1_024) for energy, name in ((TABLE, "table"), (DIGITS, "digits"))}
 
 SAMPLING = {
-    "sampling-gaussian": SamplingCase("gaussian", 32, 64, 0.06, 100),
-    "sampling-banana": SamplingCase("banana", 2, 64, 0.1, 100),
-    "sampling-mlp": SamplingCase("mlp", 64, 64, 0.2, 100, widths=(128, 128)),
-    "sampling-mixture": SamplingCase("mixture", 2, 64, 0.5, 100),
+    "sampling-gaussian": SamplingCase("gaussian", 32, 64, 0.06, 10),
+    "sampling-banana": SamplingCase("banana", 2, 64, 0.1, 6),
+    "sampling-mlp": SamplingCase("mlp", 64, 64, 0.2, 3, widths=(128, 128)),
+    "sampling-mixture": SamplingCase("mixture", 2, 64, 0.5, 3),
 }
 MANY_CHAINS = 1_024
 SAMPLING |= {

@@ -82,7 +82,7 @@ class Mixture(nn.Module):
 class Banana(nn.Module):
     """E(x) = x_1^2 / 2 + (x_2 - c (x_1^2 - 1))^2 / (2 s^2): x_1 = z_1 and x_2 = s z_2 + c (z_1^2 - 1), z ~ N(0, I)."""
 
-    curvature, std = 1.0, 0.5  # c and s
+    curvature, std = 0.5, 0.5  # c and s
     variances = (1.0, std**2 + 2 * curvature**2)  # of x_1 and x_2, whose means are 0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor
 import fastebm
 from fastebm.samplers.adaptation import DualAveraging
 
-N_LEAPFROG = 10  # of HMC, for all
 FRICTION = 1.0  # of underdamped Langevin dynamics, for all
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # of parallel tempering, for all
 ACCEPTANCE = {"MALA": 0.574, "HMC": 0.8}  # that ``tuned`` aims at: fastebm's defaults
@@ -79,15 +78,19 @@ def fastebm_at(make: Callable[[float], Any], warms_up: bool = True) -> Callable[
             result = fastebm.sample(p.energy, init=result, steps=case.draws * thin, thin=thin)
             info = result.info
             gradients = 1.0 if info.gradients is None else float(info.gradients.mean())
-            inner = getattr(info.sampler, "sampler", info.sampler)
-            per_step = getattr(inner, "n_leapfrog", 1) * info.sampler.rows_per_chain
             acceptance = None if info.acceptance is None else float(info.acceptance.mean())
-            step_size = float(torch.as_tensor(inner.step_size).flatten()[0])
-            return Drawn(result.trajectory, gradients * per_step * thin, acceptance, step_size)
+            inner = getattr(info.sampler, "sampler", info.sampler)  # of a ladder of temperatures
+            return Drawn(
+                result.trajectory, gradients * info.sampler.rows_per_chain * thin, acceptance, float(inner.step_size)
+            )
 
         return draw
 
     return prepare
+
+
+def fastebm_hmc(p: Target, thin: int) -> Draw:
+    return fastebm_at(lambda length: fastebm.HMC(length, n_leapfrog=p.case.n_leapfrog))(p, thin)
 
 
 # -- ebmkit --------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def ebmkit(name: str) -> Callable[[Target, int], Draw]:
             step = lambda x: sampler._transition(energy, x)[0]  # noqa: E731  # its step() leaves the metric out
         else:
             if name == "HMC":
-                sampler = tuned_at(samplers.HMC, length, ACCEPTANCE["HMC"], leapfrog_steps=N_LEAPFROG)
+                sampler = tuned_at(samplers.HMC, length, ACCEPTANCE["HMC"], leapfrog_steps=p.case.n_leapfrog)
             elif name == "NUTS":
                 sampler = samplers.NUTS(length, warmup=p.case.warmup)
             elif name == "UnderdampedLangevin":
@@ -182,7 +185,7 @@ def torchebm_hmc(p: Target, thin: int) -> Draw:
 
     def run(step_size: float, steps: int) -> tuple[Tensor, float]:
         nonlocal x
-        sampler = HamiltonianMonteCarlo(Model(), step_size=step_size, n_leapfrog_steps=N_LEAPFROG)
+        sampler = HamiltonianMonteCarlo(Model(), step_size=step_size, n_leapfrog_steps=p.case.n_leapfrog)
         kept, report = sampler.sample(x, n_steps=steps, thin=thin, return_trajectory=True, return_diagnostics=True)
         x = kept[:, -1].contiguous()
         return kept, float(report["acceptance_rate"].mean())
@@ -191,7 +194,7 @@ def torchebm_hmc(p: Target, thin: int) -> Draw:
 
     def draw() -> Drawn:
         kept, acceptance = run(step_size, p.case.draws * thin)
-        return Drawn(kept, float((N_LEAPFROG + 1) * thin), acceptance, step_size)
+        return Drawn(kept, float((p.case.n_leapfrog + 1) * thin), acceptance, step_size)
 
     return draw
 
@@ -237,7 +240,7 @@ def blackjax_at(name: str) -> Callable[[Target, int], Draw]:
             kernel = lambda step_size: blackjax.dynamic_hmc(log_density, step_size=step_size, **rest)  # noqa: E731
         else:
             make = blackjax.nuts if name == "NUTS" else blackjax.hmc
-            fixed = {} if name == "NUTS" else {"num_integration_steps": N_LEAPFROG}
+            fixed = {} if name == "NUTS" else {"num_integration_steps": p.case.n_leapfrog}
             adapt = blackjax.window_adaptation(make, log_density, **fixed)
             (_, found), _ = adapt.run(next(keys), x0[0], WINDOW_STEPS)
             step_size, rest = found["step_size"], {k: v for k, v in found.items() if k != "step_size"}
@@ -287,12 +290,23 @@ CONTESTANTS = (
     Contestant("fastebm", "MALA", fastebm_at(lambda h: fastebm.MALA(h**2)), THIN),
     Contestant("ebmkit", "MALA", ebmkit("MALA"), THIN),
     Contestant("blackjax", "MALA", blackjax_at("MALA"), THIN),
+    Contestant("fastebm", "HMC", fastebm_hmc),
     Contestant("ebmkit", "HMC", ebmkit("HMC")),
     Contestant("blackjax", "HMC", blackjax_at("HMC")),
     Contestant("torchebm", "HMC", torchebm_hmc),
+    Contestant("fastebm", "NUTS", fastebm_at(lambda h: fastebm.NUTS(h))),
     Contestant("ebmkit", "NUTS", ebmkit("NUTS")),
     Contestant("blackjax", "NUTS", blackjax_at("NUTS")),
+    Contestant("fastebm", "ChEESHMC", fastebm_at(lambda h: fastebm.ChEESHMC(h))),
     Contestant("blackjax", "ChEESHMC", blackjax_at("ChEESHMC")),
+    Contestant(
+        "fastebm", "UnderdampedLangevin",
+        fastebm_at(lambda h: fastebm.UnderdampedLangevin(h, friction=FRICTION), False), THIN, exact=False,
+    ),
     Contestant("ebmkit", "UnderdampedLangevin", ebmkit("UnderdampedLangevin"), THIN, exact=False),
+    Contestant(
+        "fastebm", "ParallelTempering",
+        fastebm_at(lambda h: fastebm.ParallelTempering(fastebm.MALA(h**2), TEMPERATURES)), THIN,
+    ),
     Contestant("ebmkit", "ParallelTempering", ebmkit("ParallelTempering"), THIN),
 )  # fmt: skip

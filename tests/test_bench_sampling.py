@@ -14,10 +14,10 @@ from fastebm.bench.sampling_targets import Target
 import fastebm
 
 SMALL = {
-    "gaussian": SamplingCase("gaussian", 3, 40, 0.06, 20, warmup=30),
-    "banana": SamplingCase("banana", 2, 40, 0.1, 20, warmup=30),
-    "mixture": SamplingCase("mixture", 2, 40, 0.5, 20, warmup=30),
-    "mlp": SamplingCase("mlp", 4, 40, 0.2, 20, warmup=30, widths=(8,)),
+    "gaussian": SamplingCase("gaussian", 3, 40, 0.06, 4, 20, warmup=30),
+    "banana": SamplingCase("banana", 2, 40, 0.1, 4, 20, warmup=30),
+    "mixture": SamplingCase("mixture", 2, 40, 0.5, 4, 20, warmup=30),
+    "mlp": SamplingCase("mlp", 4, 40, 0.2, 4, 20, warmup=30, widths=(8,)),
 }
 
 
