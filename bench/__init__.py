@@ -17,6 +17,7 @@ breakdown.py    where the time of the default call goes
 run.py          the command: cases -> contestants -> clock -> rows
 rows.py         result files, --out
 tables.py       tables from result files, with tables_cpu.py, tables_gpu.py and markdown.py; plot.py: figures
+trajectories.py the figure of docs/samplers.md
 resources.py    registers, shared memory and instructions of compiled kernels, without a GPU
 gpu.py          a visit to a GPU (on_gpu.sh): gpu_visit.py its stages, gpu_workers.py its processes, launches.py
                 its kernels one by one, gpu_tests.py its tests

@@ -6,6 +6,9 @@ by the number of rounds times the median seconds of a round.
 
 The draws must follow the law, or they have no speed: known means deviate by less than DEVIATION standard errors. A
 sampler without an accept test is biased by its step size: it may deviate by BIAS standard deviations of the law more.
+
+PyTorch's gradient of the energy, for all chains at once, is timed in the same rounds. ``of_gradients`` is its time,
+times the gradients of a round, over that of the round: what an eager loop would spend on gradients alone.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from fastebm.bench.sampling_contestants import Contestant, Draw, Drawn
 from fastebm.bench.sampling_targets import Target
 
 BIAS = 0.1
+GRADIENTS = 50  # timed together
 CPU = torch.device("cpu")
 COLUMNS = (
     "status", "correct", "deviation", "bias", "step_size", "acceptance", "draws", "ess", "gradients_per_draw",
-    "ess_per_gradient", "rounds", "seconds", "seconds_q1", "seconds_q3", "ess_per_s", "times_ebmkit", "times_blackjax",
-    "note",
+    "ess_per_gradient", "rounds", "seconds", "seconds_q1", "seconds_q3", "of_gradients", "ess_per_s",
+    "times_ebmkit", "times_blackjax", "note",
 )  # fmt: skip
 
 
@@ -64,9 +68,12 @@ def race(
         except Exception as error:
             rows[c] |= {"status": "error", "note": f"{type(error).__name__}: {error}"[:500]}
             traceback.print_exc()
-    times = interleaved(runs, seconds, CPU)
+    times: dict[Any, list[float]] = interleaved({**runs, None: lambda: _gradients(p)}, seconds, CPU)
+    gradient = statistics.median(times.pop(None)) / GRADIENTS
     for c, t in times.items():
         rows[c] |= summary(p, c, drawn[c], t, bulk, of_mean)
+        if rows[c]["status"] == "ok":
+            rows[c]["of_gradients"] = rows[c]["gradients_per_draw"] * case.draws * gradient / rows[c]["seconds"]
     speeds = {c: row["ess_per_s"] for c, row in rows.items() if row["status"] == "ok"}
     for c, speed in speeds.items():
         for other, theirs in speeds.items():
@@ -86,6 +93,12 @@ def row_of(case: SamplingCase, c: Contestant) -> dict[str, Any]:
 
 def _kept(drawn: list[Drawn], draw: Draw) -> Callable[[], object]:
     return lambda: drawn.append(draw())
+
+
+def _gradients(p: Target) -> None:
+    for _ in range(GRADIENTS):
+        x = p.x0.detach().requires_grad_()
+        torch.autograd.grad(p.values(x).sum(), x)
 
 
 def summary(
@@ -119,6 +132,7 @@ def brief(row: dict[str, Any]) -> str:
     accepted = "" if row["acceptance"] == "" else f", {row['acceptance']:.2f} accepted"
     return (
         f"{row['contestant']}: {row['ess_per_s']:.3g} effective samples/s, {row['ess_per_gradient']:.2g} per gradient, "
-        f"{row['gradients_per_draw']:.3g} gradients per draw, {1e3 * row['seconds']:.3g} ms a round, step size "
-        f"{row['step_size']:.3g}{accepted}, {row['deviation']:.2g} standard errors off"
+        f"{row['gradients_per_draw']:.3g} gradients per draw, {1e3 * row['seconds']:.3g} ms a round "
+        f"({row['of_gradients']:.0%} of it eager gradients), step size {row['step_size']:.3g}{accepted}, "
+        f"{row['deviation']:.2g} standard errors off"
     )

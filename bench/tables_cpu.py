@@ -132,6 +132,7 @@ def sampling() -> str:
         ("times BlackJAX", "times_blackjax", ratio),
         ("per gradient", "ess_per_gradient", number),
         ("gradients per draw", "gradients_per_draw", number),
+        ("eager gradients, of the time", "of_gradients", percent),
         ("step size", "step_size", number),
         ("accepted", "acceptance", ratio),
     ]
@@ -139,7 +140,7 @@ def sampling() -> str:
 
 
 def bias() -> str:
-    """What samplers without an accept test get wrong, and what fastebm's exact ones cost, on the same laws."""
+    """The largest error of a known mean, and the cost of fastebm's samplers, on the same laws."""
     rows = [row for row in most_threads(rows_of("sampling.csv")) if row["library"] == "fastebm" and row["ess"]]
     if not rows:
         return none_yet("run.py")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from fastebm.bench import sampling, sampling_targets
+from fastebm.bench import markdown, rows, run, sampling, sampling_targets, tables_cpu, trajectories
 from fastebm.bench.cases import SAMPLING, SamplingCase
 from fastebm.bench.efficiency import DEVIATION, deviations
 from fastebm.bench.problem import gradient_of
@@ -126,3 +126,31 @@ def test_what_breaks_or_takes_too_long_is_a_row_too():
     assert [row["status"] for row in found] == ["error", "skipped"]
     assert "no such kernel" in found[0]["note"]
     assert "share of the budget" in found[1]["note"]
+
+
+def test_run_writes_rows_from_which_the_tables_follow(tmp_path, monkeypatch):
+    pytest.importorskip("arviz_stats", reason="a package of the extra [bench]")
+    for cases in (run.SAMPLING, run.SUITE):
+        monkeypatch.setitem(cases, "sampling-tiny", dataclasses.replace(SMALL["gaussian"], only=("MALA", "Langevin")))
+    options = ["--contestants", "fastebm", "--threads", "1", "--budget", "20", "--out", str(tmp_path)]
+    assert run.main(["--cases", "sampling-tiny", *options]) == 0
+    found = rows.read(tmp_path / "sampling.csv")
+    assert [(row["case"], row["sampler"], row["status"]) for row in found] == [
+        ("sampling-tiny", "Langevin", "ok"),
+        ("sampling-tiny", "MALA", "ok"),
+    ]
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
+    assert f"| sampling-tiny | fastebm MALA | {float(found[1]['ess_per_s']):.3g} |" in tables_cpu.sampling()
+    assert f"| gaussian 3 | Langevin | no | {float(found[0]['bias']):.3g} |" in tables_cpu.bias()
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path / "none")
+    assert tables_cpu.bias() == tables_cpu.sampling() == markdown.none_yet("run.py")
+
+
+def test_the_figure_of_trajectories_has_paths_of_as_many_gradients(tmp_path):
+    p = Target(SAMPLING["sampling-mixture"])
+    for sampler, gradients in trajectories.samplers(p.case.length).values():
+        path = trajectories.path_of(p, sampler, gradients)
+        assert path.shape == (trajectories.GRADIENTS // gradients + 1, 2)
+        assert bool((path[1:] != path[:-1]).any())
+    assert trajectories.main(["--out", str(tmp_path)]) == 0
+    assert (tmp_path / "trajectories.png").read_bytes() == trajectories.png(trajectories.figure_of(p))
