@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .energies import build as build
     from .energies import build_energy_fn as build_energy_fn
     from .energies import energy as energy
+    from .estimates import LogPartition as LogPartition
+    from .estimates import log_likelihood as log_likelihood
+    from .estimates import log_partition as log_partition
     from .objectives import *  # noqa: F403
     from .pool import ChainPool as ChainPool
     from .pool import PoolCall as PoolCall
@@ -45,6 +48,7 @@ _PUBLIC = {
         "Activation", "ClassifierEnergy", "GaussianEnergy", "MLPEnergy", "Negative", "SumEnergy", "build",
         "build_energy_fn", "energy",
     ],
+    "estimates": ["LogPartition", "log_likelihood", "log_partition"],
     "pool": ["ChainPool", "PoolCall", "PoolStats"],
     "train.scoring": ["TrainedRun", "load"],
 }  # fmt: skip

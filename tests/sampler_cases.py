@@ -49,5 +49,6 @@ CASES = {
     "ParallelTempering, Langevin": Case(
         lambda **given: ParallelTempering(Langevin(0.1), (1, 3), swap_every=2, **given)
     ),
+    "ParallelTempering, HMC": Case(lambda **given: ParallelTempering(HMC(0.3, 3), (1, 2), **given), settled=40),
     "TemperedTransitions": Case(lambda **given: TemperedTransitions(MALA(0.5), (1, 1.3, 1.7), **given), settled=30),
 }

@@ -19,6 +19,7 @@ LAYERS = (
     ("samplers",),
     ("backends",),
     ("driver",),
+    ("estimates",),
     ("pool",),
     ("objectives",),
     ("data",),

@@ -11,7 +11,18 @@ from laws import fits_gaussian
 from scipy import stats
 from torch import nn
 
-from fastebm import MALA, ChainPool, GaussianEnergy, Langevin, MLPEnergy, ParallelTempering, sample
+from fastebm import (
+    HMC,
+    MALA,
+    NUTS,
+    ChainPool,
+    GaussianEnergy,
+    Langevin,
+    MLPEnergy,
+    ParallelTempering,
+    UnderdampedLangevin,
+    sample,
+)
 from fastebm.backends import Chains
 from fastebm.driver.run import run_chains
 from fastebm.rng import Noise, Stream
@@ -45,6 +56,8 @@ def moved_ladders(sampler, n=20_000, steps=9, temperature=1.0):
 def test_every_rung_keeps_its_law():
     done, fits = moved_ladders(ParallelTempering(MALA(0.4), LADDER))
     assert fits
+    assert moved_ladders(ParallelTempering(HMC(0.4, 3), LADDER))[1]
+    assert moved_ladders(ParallelTempering(NUTS(0.5, 3), LADDER), n=5000)[1]
     rates = done.telemetry["swap_acceptance"].mean(dim=0) / done.telemetry["swaps"].mean(dim=0)
     # The rate in equilibrium, from independent energies: chi-squared with two degrees, so exponential.
     energies = torch.tensor(LADDER) * torch.distributions.Exponential(torch.tensor(1.0)).sample((400_000, 3))
@@ -81,7 +94,12 @@ MUTANTS = {
         lambda beta, energies, log_accept=parallel_tempering._log_accept: log_accept(beta.flip(0), energies.flip(1)),
     ),
     "swaps energies and not states": lambda patch: patch.setattr(
-        parallel_tempering, "_reordered", lambda v, order: v
+        parallel_tempering, "_reordered",
+        lambda v, order, reordered=parallel_tempering._reordered: v if v.ndim == 3 else reordered(v, order),
+    ),
+    "swaps states and not energies": lambda patch: patch.setattr(
+        parallel_tempering, "_reordered",
+        lambda v, order, reordered=parallel_tempering._reordered: reordered(v, order) if v.ndim == 3 else v,
     ),
     "moves all rungs at temperature 1": lambda patch: patch.setattr(
         Tempered, "__init__",
@@ -125,8 +143,8 @@ def test_it_crosses_a_barrier_that_mala_does_not():
 # -- cost and telemetry --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", [MALA(0.3), Langevin(0.3)], ids=["MALA", "Langevin"])
-def test_one_evaluation_of_all_rungs_per_step(inner):
+@pytest.mark.parametrize(("inner", "gradients"), [(MALA(0.3), 1), (Langevin(0.3), 1), (HMC(0.3, 4), 4)])
+def test_a_step_evaluates_all_rungs_as_often_as_the_inner_sampler_one(inner, gradients):
     rows = []
 
     class Counted(nn.Module):
@@ -135,8 +153,8 @@ def test_one_evaluation_of_all_rungs_per_step(inner):
             return x.square().sum(dim=1) / 2
 
     result = sample(Counted(), ParallelTempering(inner, LADDER), 2, n_chains=5, steps=20, seed=1)
-    assert result.info.gradients.tolist() == [3.0] * 5
-    assert rows == [15] * 21  # the start, and one for each step
+    assert result.info.gradients.tolist() == [3.0 * gradients] * 5
+    assert rows == [15] * (1 + 20 * gradients)  # the start, and each step
 
 
 def test_swaps_are_reported_for_the_pairs_that_were_tried():
@@ -260,9 +278,9 @@ def test_auto_finds_temperatures_that_swap_alike(inner):
     """In a narrow box the density at high temperatures is flat, and temperatures in equal ratios are far from good."""
     energy, options = GaussianEnergy(0.0, 0.2), {"input_size": 4, "n_chains": 100, "seed": 1}
     sampler = ParallelTempering(inner, "auto", n_temperatures=5, max_temperature=1000.0, clamp=(-1.0, 1.0))
-    tuned = sample(energy, sampler, warmup=600, steps=300, **options)
+    tuned = sample(energy, sampler, warmup=400, steps=200, **options)
     plain = sample(
-        energy, ParallelTempering(inner, sampler.ladder, clamp=(-1.0, 1.0)), warmup=200, steps=300, **options
+        energy, ParallelTempering(inner, sampler.ladder, clamp=(-1.0, 1.0)), warmup=150, steps=200, **options
     )
     rates, before = (r.info.swap_acceptance.mean(dim=0) for r in (tuned, plain))
     assert float(rates.max() - rates.min()) < 0.08
@@ -322,6 +340,11 @@ def test_auto_needs_a_warmup():
         (lambda: ParallelTempering(MALA(0.1), LADDER, swap_every=1.5), TypeError, "swap_every must be an int, got 1.5"),
         (lambda: ParallelTempering(MALA(0.1), LADDER, factors=(1, 2)), ValueError, "for each of the 3 temperatures"),
         (lambda: ParallelTempering(MALA(0.1), LADDER, factors=2.0), TypeError, "factors must be numbers"),
+        (
+            lambda: ParallelTempering(UnderdampedLangevin(0.1), LADDER),
+            ValueError,
+            "can't use UnderdampedLangevin at its temperatures, because it carries momentum",
+        ),
         (lambda: ParallelTempering(MALA, LADDER), TypeError, "are its parentheses missing"),
         (
             lambda: ParallelTempering(ParallelTempering(MALA(0.1), LADDER), LADDER),

@@ -11,7 +11,7 @@ from laws import fits_gaussian
 from scipy import stats
 from torch import nn
 
-from fastebm import MALA, GaussianEnergy, Langevin, MLPEnergy, ParallelTempering, TemperedTransitions, sample
+from fastebm import HMC, MALA, GaussianEnergy, Langevin, MLPEnergy, ParallelTempering, TemperedTransitions, sample
 from fastebm.rng import Noise, Stream
 from fastebm.samplers import tempered_transitions
 from fastebm.samplers.tempering import Tempered
@@ -39,6 +39,12 @@ def test_a_gaussian_stays_what_it_is(step_size, least, most):
     result, fits = gaussian(MALA(step_size))
     assert fits
     assert least < float(result.info.acceptance.mean()) < most
+
+
+def test_a_gaussian_stays_what_it_is_with_hmc():
+    result, fits = gaussian(HMC(0.4, 4))
+    assert fits
+    assert result.info.gradients.tolist() == [20.0] * N
 
 
 def accepts_always(patch):
@@ -196,7 +202,7 @@ def test_other_energies_stop_the_chain_where_it_was(number):
         (
             lambda: TemperedTransitions(TemperedTransitions(MALA(0.1), LADDER), LADDER),
             ValueError,
-            "because it has no step size that could grow",
+            "because it does not say how its step size grows",
         ),
     ],
 )

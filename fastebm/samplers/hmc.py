@@ -35,7 +35,7 @@ from ..targets.base import View
 from .adaptation import WarmUp
 from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
 
-__all__ = ["HMC", "HMCState", "Trajectory", "leapfrog", "scaled_step", "transition", "with_mass"]
+__all__ = ["HMC", "HMCState", "Trajectory", "leapfrog", "scaled_step", "step_tensor", "transition", "with_mass"]
 
 # Energy above which a trajectory counts as diverged. Its probability to be accepted would be exp(-1000).
 _TOO_FAR = 1000.0
@@ -103,6 +103,8 @@ class HMC(Sampler):
     clamp: Bounds | None = None
 
     exact: ClassVar[bool] = True
+    reversible: ClassVar[bool] = True
+    power: ClassVar[int] = 1
     scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
     reports: ClassVar[Mapping[str, float]] = {
         "acceptance": math.nan, "divergences": math.nan, "gradients": math.nan, "grad_norm": math.nan,
@@ -143,8 +145,13 @@ def with_mass(sampler: Any, variance: Tensor) -> Any:
 def scaled_step(sampler: Any, t: int, x: Tensor) -> Tensor:
     """h = step_size M^(-1/2) at step t, in x's dtype: a tensor that broadcasts with x, (n_chains, dim)."""
     mass = diagonal_at("mass", sampler.mass, x)
-    # In float64, and a tensor even if it is one number, so that numbers and values per chain round alike.
+    # In float64, so that numbers and values per chain round alike.
     h = value_at(sampler.step_size, t, x.device) / (mass.double().sqrt() if isinstance(mass, Tensor) else mass**0.5)
+    return step_tensor(h, x)
+
+
+def step_tensor(h: float | Tensor, x: Tensor) -> Tensor:
+    """h as a tensor in x's dtype, also if it is a number."""
     return h.to(x.dtype) if isinstance(h, Tensor) else x.new_full((), h)
 
 
@@ -182,11 +189,12 @@ def leapfrog(target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapf
 
 
 def transition(
-    target: View, state: HMCState, noise: Noise, t: int, h: Tensor, n_leapfrog: int | Tensor
-) -> tuple[HMCState, Info]:
+    target: View, state: HMCState, noise: Noise, t: int, h: Tensor, n_leapfrog: int | Tensor,
+    stream: Stream = Stream.MOMENTUM,
+) -> tuple[HMCState, Info]:  # fmt: skip
     """One step of HMC: draw a momentum, follow the trajectory, accept or reject its end (``Info.proposal``)."""
     x, energy, gradient = state
-    momentum = noise.normal(Stream.MOMENTUM, t)
+    momentum = noise.normal(stream, t)
     end = leapfrog(target, state, momentum, h, n_leapfrog)
     possible, diverged, finite = _judged(target, state, momentum, end)
     accepted = noise.uniform(Stream.METROPOLIS, t).log() <= end.log_accept

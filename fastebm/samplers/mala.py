@@ -6,8 +6,9 @@ log a = E(x) - E(y) + log q(x | y) - log q(y | x)
 x'    = y if log u <= log a, else x,                             u ~ U(0, 1]
 
 C is the preconditioner, a diagonal matrix. q(y | x) is the density of the proposal. The second form of log a is the
-first with the squares expanded. It avoids the difference of large numbers. Sources: Roberts & Tweedie 1996; Roberts &
-Rosenthal 1998 (optimal acceptance rate 0.574); Girolami & Calderhead 2011 (preconditioning).
+first with the squares expanded. This is HMC with one leapfrog step of size sqrt(step_size) and the mass 1 / C (Neal
+2011, section 5.5.2), and so it is computed (hmc.py). Sources: Roberts & Tweedie 1996; Roberts & Rosenthal 1998 (optimal
+acceptance rate 0.574); Girolami & Calderhead 2011 (preconditioning).
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..box import Bounds, Box
@@ -25,16 +25,9 @@ from ..rng import Noise, Stream
 from ..targets.base import View
 from .adaptation import WarmUp
 from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
+from .hmc import HMCState, step_tensor, transition
 
-__all__ = ["MALA", "MALAState"]
-
-
-class MALAState(NamedTuple):
-    """x: (n_chains, dim). energy: (n_chains,) E(x). gradient: (n_chains, dim) dE/dx(x)."""
-
-    x: Tensor
-    energy: Tensor
-    gradient: Tensor
+__all__ = ["MALA"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +51,9 @@ class MALA(Sampler):
             Proposals outside the bounds are rejected, so the chain samples exp(-E) restricted to them. (Projecting
             proposals onto the bounds, as ``Langevin`` does, would break detailed balance.) Chains must start inside.
 
-    A proposal with energy +inf is rejected too. An energy of NaN or -inf, a non-finite gradient, or a proposal that
-    overflows stops the chain, and ``on_nonfinite`` decides what follows.
+    A proposal with energy +inf is rejected too. So is one that has diverged, because the step is too large for the
+    energy there: see hmc.py. ``SampleInfo.divergences`` counts these. Otherwise an energy of NaN or -inf, a gradient
+    that is not finite, or a proposal that overflows stops the chain, and ``on_nonfinite`` decides what follows.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
@@ -74,7 +68,7 @@ class MALA(Sampler):
     reversible: ClassVar[bool] = True
     power: ClassVar[int] = 2
     scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
-    reports: ClassVar[Mapping[str, float]] = {"acceptance": math.nan, "grad_norm": math.nan}
+    reports: ClassVar[Mapping[str, float]] = dict.fromkeys(("acceptance", "divergences", "grad_norm"), math.nan)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_size", checked_coefficient("step_size", self.step_size, positive=True))
@@ -91,43 +85,12 @@ class MALA(Sampler):
             scaled = lambda sampler, variance: replace(sampler, preconditioner=variance)  # noqa: E731
         return WarmUp(self, steps, self.target_acceptance, scaled)
 
-    def init(self, target: View, x: Tensor, noise: Noise) -> MALAState:
+    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
         """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return MALAState(x, *target.value_and_gradient(x))
+        return HMCState(x, *target.value_and_gradient(x))
 
-    def step(self, target: View, state: MALAState, noise: Noise, t: int) -> tuple[MALAState, Info]:
+    def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Propose y, then accept or reject it."""
-        x, energy, gradient = state
-        step_size = value_at(self.step_size, t, x.device)
-        root: float | Tensor = step_size**0.5
-        if isinstance(step_size, Tensor) and isinstance(root, Tensor):
-            step_size, root = step_size.to(x.dtype), root.to(x.dtype)
-        c = diagonal_at("preconditioner", self.preconditioner, x)
-        xi = noise.normal(Stream.LANGEVIN, t)
-        y = target.held(x, x - (step_size / 2) * c * gradient + root * c**0.5 * xi)
-        new_energy, new_gradient = target.value_and_gradient(y)
-
-        s = (gradient + new_gradient) * c**0.5
-        ratio = (s * (root * xi / 2 - step_size * s / 8)).sum(dim=1)  # -inf if |s|^2 overflows: rejected
-        log_accept = energy - new_energy + ratio
-        possible = new_energy != math.inf
-        if target.box is not None:
-            possible &= target.box.contains(y)
-        # A proposal of probability 0 is rejected whatever else is NaN. Any other proposal must have finite terms.
-        sound = (new_energy != -math.inf) & ~new_energy.isnan() & ~energy.isnan() & ~ratio.isnan()
-        sound &= gradient.isfinite().all(dim=1) & new_gradient.isfinite().all(dim=1)
-        finite = y.isfinite().all(dim=1) & (sound | ~possible)
-        accepted = possible & finite & (noise.uniform(Stream.METROPOLIS, t).log() <= log_accept)
-
-        new = MALAState(
-            torch.where(accepted[:, None], y, x),
-            torch.where(accepted, new_energy, energy),
-            torch.where(accepted[:, None], new_gradient, gradient),
-        )
-
-        chance = torch.where(possible & finite, log_accept.clamp(max=0.0).exp(), 0.0)
-
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            return {"acceptance": chance}, {"grad_norm": new.gradient.square().sum(dim=1).sqrt()}
-
-        return new, Info(finite, telemetry, chance)
+        c = diagonal_at("preconditioner", self.preconditioner, state.x)
+        h = (value_at(self.step_size, t, state.x.device) * (c.double() if isinstance(c, Tensor) else c)) ** 0.5
+        return transition(target, state, noise, t, step_tensor(h, state.x), 1, Stream.LANGEVIN)

@@ -123,6 +123,7 @@ class NUTS(Sampler):
     clamp: Bounds | None = None
 
     exact: ClassVar[bool] = True
+    power: ClassVar[int] = 1
     scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
     reports: ClassVar[Mapping[str, float]] = dict.fromkeys(
         ("acceptance", "divergences", "gradients", "grad_norm"), math.nan

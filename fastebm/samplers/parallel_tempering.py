@@ -243,9 +243,7 @@ class ParallelTempering(Sampler):
         u = noises.uniform(Stream.TEMPERING, t).view(n, k)[:, :-1]
         swapped = swaps & (u.log() <= log_accept)  # never for NaN, the difference of two energies of +inf
         order = _order(swapped)
-        new = _state(
-            _reordered(moved_rungs, order), energies.gather(1, order), _reordered(gradient.view(n, k, dim), order)
-        )
+        new = _state(*(_reordered(v, order) for v in (moved_rungs, energies, gradient.view(n, k, dim))))
         if not bool(finite.all()):
             new = ParallelTemperingState(
                 *(torch.where(finite.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(state, new, strict=True))
@@ -351,17 +349,21 @@ def _log_accept(beta: Tensor, energies: Tensor) -> Tensor:
 
 
 def _order(swapped: Tensor) -> Tensor:
-    """Where each rung's new state comes from, (n, R). swapped: (n, R - 1), never two neighbours."""
+    """The row i R + r of all rungs that each rung's new state comes from, (n, R).
+
+    swapped: (n, R - 1), never two neighbours.
+    """
     up = swapped.long()
     pad = torch.nn.functional.pad
-    here = torch.arange(swapped.shape[1] + 1, device=swapped.device)
+    n, k = len(swapped), swapped.shape[1] + 1
+    here = torch.arange(n * k, device=swapped.device).view(n, k)
     order: Tensor = here + pad(up, (0, 1)) - pad(up, (1, 0))
     return order
 
 
 def _reordered(v: Tensor, order: Tensor) -> Tensor:
-    """(n, R, dim) with its rungs in this order."""
-    return v.gather(1, order[..., None].expand_as(v))
+    """(n, R) or (n, R, dim) with its rungs in this order."""
+    return v.flatten(0, 1).index_select(0, order.flatten()).view_as(v)
 
 
 def _checked_count(name: str, value: Any, *, least: int) -> int:

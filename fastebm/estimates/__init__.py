@@ -1,0 +1,13 @@
+"""Estimates of numbers that an energy leaves open: its partition function, and likelihoods.
+
+partition.py  the public calls
+result.py     what they return
+ladder.py     the path from the base to the energy, and the runs along it
+ais.py        annealed importance sampling, as a sampler
+normal.py     the base
+"""
+
+from .partition import log_likelihood, log_partition
+from .result import LogPartition
+
+__all__ = ["LogPartition", "log_likelihood", "log_partition"]
