@@ -80,9 +80,7 @@ def fastebm_at(make: Callable[[float], Any], warms_up: bool = True) -> Callable[
             gradients = 1.0 if info.gradients is None else float(info.gradients.mean())
             acceptance = None if info.acceptance is None else float(info.acceptance.mean())
             inner = getattr(info.sampler, "sampler", info.sampler)  # of a ladder of temperatures
-            return Drawn(
-                result.trajectory, gradients * info.sampler.rows_per_chain * thin, acceptance, float(inner.step_size)
-            )
+            return Drawn(result.trajectory, gradients * thin, acceptance, float(inner.step_size))
 
         return draw
 
