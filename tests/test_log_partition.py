@@ -415,16 +415,16 @@ def test_float64_is_float64():
 
 
 @pytest.mark.slow
-def test_95_of_100_seeds():
+def test_95_percent_of_seeds():
     """Pilots included: within 0.05 nats, and within 95% intervals as often as they say."""
     energy, truth = gaussian(2)
     near = inside = 0
-    for seed in range(100):
-        result = log_partition(energy, n_temperatures=100, n_chains=256, seed=seed)
+    for seed in range(40):
+        result = log_partition(energy, n_temperatures=100, n_chains=128, seed=seed)
         near += abs(result.log_z - truth) < 0.05
         inside += abs(result.log_z - truth) < 1.96 * result.standard_error
-    assert near >= 95
-    assert stats.binom(100, 0.95).cdf(inside) > ALPHA
+    assert near >= 38
+    assert stats.binom(40, 0.95).cdf(inside) > ALPHA
 
 
 @pytest.mark.slow
