@@ -8,7 +8,8 @@ The draws must follow the law, or they have no speed: known means deviate by les
 sampler without an accept test is biased by its step size: it may deviate by BIAS standard deviations of the law more.
 
 PyTorch's gradient of the energy, for all chains at once, is timed in the same rounds. ``of_gradients`` is its time,
-times the gradients of a round, over that of the round: what an eager loop would spend on gradients alone.
+times the gradients of a round, over that of the round: what an eager loop would spend on gradients alone. BlackJAX has
+gradients of its own.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def race(
     gradient = statistics.median(times.pop(None)) / GRADIENTS
     for c, t in times.items():
         rows[c] |= summary(p, c, drawn[c], t, bulk, of_mean)
-        if rows[c]["status"] == "ok":
+        if rows[c]["status"] == "ok" and c.library != "blackjax":
             rows[c]["of_gradients"] = rows[c]["gradients_per_draw"] * case.draws * gradient / rows[c]["seconds"]
     speeds = {c: row["ess_per_s"] for c, row in rows.items() if row["status"] == "ok"}
     for c, speed in speeds.items():
@@ -130,9 +131,10 @@ def brief(row: dict[str, Any]) -> str:
         deviation = f" ({row['deviation']:.3g} standard errors off)" if row["deviation"] != "" else ""
         return f"{row['contestant']}: {row['status']}: {row['note'][:160]}{deviation}"
     accepted = "" if row["acceptance"] == "" else f", {row['acceptance']:.2f} accepted"
+    gradients = "" if row["of_gradients"] == "" else f" ({row['of_gradients']:.0%} of it eager gradients)"
     return (
         f"{row['contestant']}: {row['ess_per_s']:.3g} effective samples/s, {row['ess_per_gradient']:.2g} per gradient, "
-        f"{row['gradients_per_draw']:.3g} gradients per draw, {1e3 * row['seconds']:.3g} ms a round "
-        f"({row['of_gradients']:.0%} of it eager gradients), step size {row['step_size']:.3g}{accepted}, "
+        f"{row['gradients_per_draw']:.3g} gradients per draw, {1e3 * row['seconds']:.3g} ms a round{gradients}, "
+        f"step size {row['step_size']:.3g}{accepted}, "
         f"{row['deviation']:.2g} standard errors off"
     )
