@@ -243,6 +243,16 @@ def test_the_caller_keeps_everything(case):
 
 
 @every_sampler
+def test_the_default_device_does_not_matter(case):
+    init, options = torch.randn(4, 3), {"warmup": 80, "steps": 2, "seed": 1}  # a warm-up that adapts a scale too
+    expected = sample(GaussianEnergy(), case.make(), init=init, **options)
+    energy, sampler = GaussianEnergy(), case.make()
+    with torch.device("meta"):
+        result = sample(energy, sampler, init=init, **options)
+    assert torch.equal(result.x, expected.x)
+
+
+@every_sampler
 def test_energies_without_gradient(case):
     with pytest.raises(ValueError, match="the energy does not depend on x through differentiable operations"):
         sample(lambda x: x.detach().square().sum(dim=1), case.make(), DIM, steps=2)

@@ -35,8 +35,8 @@ class SampleInfo:
         acceptance: (n_chains,) mean acceptance probability. None for a sampler without an accept test.
         grad_norm: (n_chains,) |dE/dx| over the coordinates that are not frozen, before clips, at the last step's
             gradient. NaN after zero steps. None if the sampler does not report it.
-        divergences: (n_chains,) fraction of steps whose trajectory diverged and was rejected. None without
-            trajectories.
+        divergences: (n_chains,) fraction of steps whose proposal or trajectory diverged. These are rejected; ``NUTS``
+            takes a state from before the divergence. None if the sampler does not report it.
         gradients: (n_chains,) mean number of gradients per step. None for a sampler that always takes one.
         swap_acceptance: (n_chains, n_temperatures - 1) mean acceptance probability of swaps between neighbouring
             temperatures. NaN for pairs without a swap. None without temperatures.

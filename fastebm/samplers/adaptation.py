@@ -69,7 +69,8 @@ class Variance:
     """The variance of each coordinate over the states seen so far, in float64 (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.squares, self.moved = 0, torch.zeros(()), torch.zeros(()), torch.tensor(False)
+        self.n, self.mean, self.squares = 0, torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
+        self.moved = torch.zeros((), dtype=torch.bool, device="cpu")
 
     def update(self, old: Tensor, x: Tensor) -> None:
         """Add the states x to which chains moved from the states ``old``, (n, dim) each."""

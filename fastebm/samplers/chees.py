@@ -146,7 +146,7 @@ class _ChEESWarmUp(WarmUp):
             self.log_length = math.log(step_size)
         elif self.t in self.ends:
             # The slowest coordinate determined the length. With the new mass, a coordinate is as fast as any other.
-            self.log_length -= math.log(float(torch.as_tensor(before / mass).max())) / 2
+            self.log_length -= math.log(float(torch.as_tensor(before / mass, device="cpu").max())) / 2
             self.n_averaged = 0
         elif inside < (1 + self.step_size.target) / 2:
             # Shorter trajectories end inside. Otherwise the step size would fall without end, which does not help.
@@ -182,7 +182,7 @@ def _slope(sampler: Any, x: Tensor, info: Info, active: Tensor | None) -> float:
     rows = weight > 0  # others need not be finite
     if int(rows.sum()) < 2:
         return 0.0
-    root = torch.as_tensor(diagonal_at("mass", sampler.mass, x), dtype=torch.float64) ** 0.5
+    root = torch.as_tensor(diagonal_at("mass", sampler.mass, x), dtype=torch.float64, device=x.device) ** 0.5
     z, z_end, v = x[rows] * root, end.x[rows] * root, end.momentum[rows].double()
     weight = weight[rows].double()[:, None]
     weight = weight / total(weight)

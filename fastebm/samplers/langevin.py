@@ -296,7 +296,7 @@ def checked_langevin(sampler: object) -> Langevin:
     elif isinstance(sampler, (int, float)):
         hint = ": a step size alone is Langevin(0.1), and numbers of chains and steps have names (batch_size=, steps=)"
     elif callable(getattr(sampler, "step", None)):
-        hint = f": fastebm.sample runs a {type(sampler).__name__}"
+        hint = f": fastebm.sample runs {type(sampler).__name__}"
     raise TypeError(f"the rule must be a Langevin, got {sampler!r}{hint}")
 
 

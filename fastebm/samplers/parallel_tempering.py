@@ -177,7 +177,7 @@ class ParallelTempering(Sampler):
     @property
     def reports(self) -> Mapping[str, float | Tensor]:  # type: ignore[override]
         """What the inner sampler reports, at temperature 1; the gradients of all rungs; and the swaps."""
-        none = torch.zeros(len(self.ladder) - 1)
+        none = torch.zeros(len(self.ladder) - 1, device="cpu")
         return {**self.sampler.reports, "gradients": math.nan, "swap_acceptance": none, "swaps": none}
 
     @property

@@ -146,7 +146,8 @@ class UnderdampedLangevin(Sampler):
 
 def _ornstein_uhlenbeck(damping: Any, noise_scale: Any, x: Tensor) -> tuple[Any, Any]:
     """c and sqrt(T (1 - c^2)) of part O with c = exp(-damping), in the dtype of x."""
-    damping = torch.as_tensor(damping, dtype=torch.float64)
+    if not isinstance(damping, Tensor):
+        damping = torch.tensor(damping, dtype=torch.float64, device="cpu")
     kept, spread = torch.exp(-damping), (-torch.expm1(-2 * damping)).sqrt() * noise_scale
     return _in_dtype(kept, x), _in_dtype(spread, x)
 
