@@ -21,6 +21,8 @@ from fastebm import (
     GaussianEnergy,
     Langevin,
     MLPEnergy,
+    ParallelTempering,
+    UnderdampedLangevin,
     diagnose,
     sample,
 )
@@ -34,7 +36,8 @@ pytestmark = pytest.mark.usefixtures("seeded")
 def result_of(trajectory, sampler=None, energy=None, info=None, **given):
     """A result with these states, (n_chains, draws, *shape), as if they had been sampled."""
     done = sample(energy or GaussianEnergy(), sampler or MALA(0.1), init=trajectory[:, -1], steps=0, seed=0, **given)
-    number = {"acceptance": 0.6 * torch.ones(len(trajectory)), "seconds": 2.0}
+    n = len(trajectory)
+    number = {"acceptance": torch.full((n,), 0.6), "divergences": torch.zeros(n), "seconds": 2.0}
     number = number if sampler is None else {"seconds": 2.0}
     return dataclasses.replace(
         done, trajectory=trajectory, info=dataclasses.replace(done.info, **{**number, **(info or {})})
@@ -241,6 +244,13 @@ def test_the_temperature():
     assert any("T = 2.5e-05, not exp(-E)" in text for text in diagnose(default).warnings)
 
 
+@pytest.mark.parametrize("inner", [MALA(0.5), Langevin(0.5), None], ids=["exact", "not exact", "underdamped"])
+def test_a_bias_that_is_not_measured(inner):
+    sampler = UnderdampedLangevin(1.5) if inner is None else ParallelTempering(inner, (1, 2))
+    result = sample(GaussianEnergy(torch.zeros(2)), sampler, n_chains=16, warmup=200, steps=1000, thin=5, seed=0)
+    assert warned(diagnose(result), *([] if inner and inner.exact else ["have no accept test, and their bias is not"]))
+
+
 @pytest.mark.parametrize("name", ["clipped", "clamped"])
 @pytest.mark.parametrize(("rate", "due"), [(0.03, False), (0.1, True)])
 def test_clips_and_clamps(name, rate, due):
@@ -337,7 +347,7 @@ def test_chains_of_different_laws():
 def test_levels_of_noise():
     energy = lambda x, sigma: x.square().sum(1) / (2 * (1 + sigma**2))  # noqa: E731
     result = sample(energy, AnnealedLangevin([3.0, 0.1], 20, 0.01), 2, n_chains=6, steps=40, thin=1, seed=0)
-    assert "the noise level of AnnealedLangevin falls" in diagnose(result).warnings[0]
+    assert warned(diagnose(result), "the noise level of AnnealedLangevin falls")
 
 
 def test_chains_that_interact():
@@ -367,6 +377,13 @@ def test_chains_that_failed():
     assert warned(found, "the temperatures 1 and 2 swap in 1.0%")
     assert found.summary["swap_acceptance"] == pytest.approx(0.01)
     assert warned(diagnose(result_of(x, info={"swap_acceptance": swaps + 0.2})))
+    swaps[:, 1] = torch.nan  # as where swap_every exceeds the steps
+    found = diagnose(result_of(x, info={"swap_acceptance": swaps}))
+    assert warned(found, "the temperatures 1 and 2 did not try to swap once")
+    assert found.summary["swap_acceptance"] == pytest.approx(0.3)
+    found = diagnose(result_of(x, info={"swap_acceptance": swaps * torch.nan}))
+    assert warned(found, "the temperatures 0 and 1 did not try to swap once")
+    assert "swap_acceptance" not in found.summary
 
 
 def test_chains_that_all_stood_still():
@@ -444,7 +461,7 @@ def test_importing_fastebm_imports_no_arviz():
 def test_the_printed_table():
     found = diagnose(result_of(torch.randn(4, 10, 2)))
     lines = str(found).splitlines()
-    assert lines[0] == "chains 4, draws 10, dims 2, seconds 2, acceptance 0.6"
+    assert lines[0] == "chains 4, draws 10, dims 2, seconds 2, acceptance 0.6, divergences 0"
     assert lines[1].split() == [name for name in found.table if name != "name"]
     assert [line.split()[0] for line in lines[2:5]] == found.table["name"]
     assert len({len(line) for line in lines[1:5]}) == 1

@@ -245,6 +245,16 @@ def test_inner_settings_by_step_and_by_chain():
         sample(energy, sampler(0, 8), n_chains=7, steps=8)
 
 
+@pytest.mark.parametrize("given", [{"step_size": torch.full((1, 1), 0.3)}, {"noise_scale": torch.full((1, 1), 0.7)}])
+def test_one_row_is_for_all_chains(given):
+    energy, inner = MLPEnergy(2, (8,)), {"step_size": 0.3, "noise_scale": 0.7}
+    one, number = (
+        sample(energy, ParallelTempering(Langevin(**settings), LADDER), n_chains=4, steps=3, seed=2).x
+        for settings in (inner | given, inner)
+    )
+    torch.testing.assert_close(one, number)
+
+
 def test_chains_of_a_pool_swap_by_their_own_age():
     energy, sampler = MLPEnergy(2, (8,)), ParallelTempering(MALA(0.3), LADDER, swap_every=2)
     pool = ChainPool(64, 2, seed=3, reinit_prob=0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..driver.result import SampleResult
 from ..samplers.annealed import AnnealedLangevin
+from ..samplers.langevin import Langevin
 from .draws import Draws
 from .modes import apart
 from .step_bias import excess_variance, one_number
@@ -67,7 +68,7 @@ def advice(
             "compare chains, do not apply: diagnose the chains of each law by themselves, as in "
             "diagnose(result, chains=labels == 0)"
         )
-    else:
+    elif not isinstance(result.sampler, AnnealedLangevin):  # no law to have explored: _law says so
         found += [*_mixing(draws, table)]
     return found
 
@@ -99,6 +100,12 @@ def _failures(result: SampleResult, draws: Draws, energies: Tensor | None) -> It
         )
     if info.swap_acceptance is not None:
         swaps = info.swap_acceptance[draws.rows].nanmean(dim=0)
+        if bool((untried := swaps.isnan()).any()):
+            first = int(untried.nonzero()[0])
+            yield (
+                f"the temperatures {first} and {first + 1} did not try to swap once, so the hot chains did not help "
+                "the cold one: take more steps, or a smaller swap_every"
+            )
         if bool((swaps < _SWAPS).any()):
             worst = int(swaps.nan_to_num(nan=1.0).argmin())
             yield (
@@ -128,6 +135,12 @@ def _law(result: SampleResult, draws: Draws, mala_acceptance: float | None) -> I
         yield (
             f"the chains sample exp(-E / T) with the temperature T = {temperature:.3g}, not exp(-E): for exp(-E) pass "
             "a step size and leave noise_scale at 1, as in Langevin(0.1)"
+        )
+    sampler = result.sampler
+    if not (sampler.exact or sampler.coupled or isinstance(sampler, (Langevin, AnnealedLangevin))):
+        yield (
+            f"the moves of {type(sampler).__name__} have no accept test, and their bias is not measured: repeat the "
+            "call with half the step size and compare"
         )
     dims = int((~draws.held).sum())
     if mala_acceptance is not None and (excess := excess_variance(mala_acceptance, dims)) > _EXCESS:

@@ -93,10 +93,9 @@ def diagnose(
     It looks at ``result.trajectory``, and changes nothing: not the model, the generators or the result.
 
     Warnings: chains that stopped, never moved or diverged; a temperature other than 1; the step-size bias of
-    ``Langevin`` (from a Metropolis test of its steps); clips and clamps; R-hat; chains that stay in separate regions;
-    few effective draws. Two things it can't tell. Chains that all sit in one of several modes look like chains that
-    have explored everything: start them far apart. And the bias of other samplers without an accept test is not
-    measured: compare with half the step size.
+    ``Langevin`` (from a Metropolis test of its steps; that of other samplers without an accept test is not measured,
+    and a warning says so); clips and clamps; R-hat; chains that stay in separate regions; few effective draws. Chains
+    that all sit in one of several modes look like chains that have explored everything: start them far apart.
 
     Args:
         result: of ``sample(..., thin=1)``, or a larger thin.
@@ -132,7 +131,7 @@ def diagnose(
     if info.seconds:
         table["ess_per_second"] = [value / info.seconds for value in ess]
     metropolis = mala_acceptance(result, draws.rows)
-    swaps = info.swap_acceptance
+    swaps = None if info.swap_acceptance is None else as_array(info.swap_acceptance[draws.rows].nanmean(dim=0))
     numbers = {
         "chains": n,
         "draws": n_draws,
@@ -140,7 +139,7 @@ def diagnose(
         "seconds": info.seconds,
         "acceptance": None if info.acceptance is None else info.acceptance[draws.rows].double().mean(),
         "divergences": None if info.divergences is None else info.divergences[draws.rows].double().mean(),
-        "swap_acceptance": None if swaps is None else np.nanmin(as_array(swaps[draws.rows].nanmean(dim=0))),
+        "swap_acceptance": None if swaps is None or np.isnan(swaps).all() else np.nanmin(swaps),
         "mala_acceptance": metropolis,
     }
     summary = {name: float(value) for name, value in numbers.items() if value is not None}

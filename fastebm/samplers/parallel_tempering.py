@@ -84,10 +84,12 @@ class ParallelTempering(Sampler):
             squared units. A warm-up adapts them, where it adapts the inner step size.
         clamp: bounds (lo, hi) of all rungs, in place of the inner sampler's; or None, to keep those.
 
-    A new chain has all rungs at its start. A resumed chain goes on with its rungs, unless its state was changed, as by
+    A new chain has all rungs at its start. Until the hot rungs have their laws, swaps bias x, even if the starts have
+    the law exp(-E). A resumed chain goes on with its rungs, unless its state was changed, as by
     on_nonfinite="reinit": then all start there. So does a rung outside the bounds. If a rung is no longer finite, or
     its energy is NaN or -inf, the whole chain stops, and ``on_nonfinite`` decides what follows. A swap never moves a
-    state of energy +inf to a lower temperature. Pools store x alone, so there each draw starts new ladders.
+    state of energy +inf to a lower temperature. Pools store x alone, so each draw starts new ladders, with
+    their bias: take many steps per draw there.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.

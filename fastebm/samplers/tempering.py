@@ -89,7 +89,7 @@ def for_temperatures(sampler: Sampler, factors: tuple[float, ...], n_chains: int
             value = torch.as_tensor(value, dtype=torch.float64, device=device).reshape(-1, 1)
             value = value * torch.tensor(factors, dtype=torch.float64, device=device)
             value = value.expand(n_chains, k).reshape(-1, 1)
-        elif isinstance(value, Tensor) and value.ndim == 2:
+        elif isinstance(value, Tensor) and value.ndim == 2 and len(value) > 1:
             value = value.repeat_interleave(k, dim=0)
         changed[name] = value
     return replace(sampler, **changed)  # type: ignore[type-var]  # samplers are dataclasses
