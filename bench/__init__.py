@@ -10,12 +10,14 @@ clock.py        interleaved runs, medians and quartiles
 limits.py       the most that the machine could do, measured in the same rounds
 race.py         gate, clock, rows: the steps of chains
 training.py     a training step with persistent chains      efficiency.py  effective samples per second
+sampling.py     effective samples per second of samplers: sampling_contestants.py on sampling_targets.py
 pool.py         draws, write-backs and memory of large pools
 compilation.py  first calls, and those of a second process  micro.py       single operations (pytest-benchmark)
 breakdown.py    where the time of the default call goes
 run.py          the command: cases -> contestants -> clock -> rows
 rows.py         result files, --out
 tables.py       tables from result files, with tables_cpu.py, tables_gpu.py and markdown.py; plot.py: figures
+trajectories.py the figure of docs/samplers.md
 resources.py    registers, shared memory and instructions of compiled kernels, without a GPU
 gpu.py          a visit to a GPU (on_gpu.sh): gpu_visit.py its stages, gpu_workers.py its processes, launches.py
                 its kernels one by one, gpu_tests.py its tests

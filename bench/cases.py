@@ -68,6 +68,33 @@ class TrainingCase:
         return f"{self.dim}-{list(self.widths)}"
 
 
+@dataclass(frozen=True)
+class SamplingCase:
+    """Samplers on one law: ``n_chains`` chains, ``draws`` kept states per chain and round.
+
+    kind: "gaussian" (condition number 100, random directions), "banana", "mixture" (two modes), or "mlp" (a trained MLP
+    plus a quadratic term): see sampling_targets.py.
+    length: the typical length of one step. Samplers without an accept test take such steps; the others start their
+    search for a step size there.
+    n_leapfrog: of HMC, for all libraries: with the step sizes that they find, about a quarter period of the widest
+    coordinate.
+    """
+
+    kind: str
+    dim: int
+    n_chains: int
+    length: float
+    n_leapfrog: int
+    draws: int = 100
+    warmup: int = 400
+    widths: tuple[int, ...] = ()
+    only: tuple[str, ...] = ()  # samplers that take part; none: all
+
+    @property
+    def energy(self) -> str:
+        return f"{self.kind} {self.dim}" + (f"-{list(self.widths)}" if self.widths else "")
+
+
 # A toy, a small table, digits in grey, small photographs in colour.
 TOY, TABLE, DIGITS, PHOTOGRAPHS = (2, (128, 128)), (64, (128, 128)), (784, (256, 128)), (3072, (512, 512))
 ENERGIES = (TOY, TABLE, DIGITS, PHOTOGRAPHS)
@@ -139,7 +166,19 @@ QUICK_POOL = {n: TrainingCase(n, *DIGITS, batch_size=128, steps=10) for n in (1_
 
 COMPILATION = {f"compile-{name}": Case(*energy, 1_024) for energy, name in ((TABLE, "table"), (DIGITS, "digits"))}
 
-SUITE: dict[str, Case | TrainingCase] = {**STEPS, **TRAINING, **EFFICIENCY, **COMPILATION}
+SAMPLING = {
+    "sampling-gaussian": SamplingCase("gaussian", 32, 64, 0.06, 10),
+    "sampling-banana": SamplingCase("banana", 2, 64, 0.1, 6),
+    "sampling-mlp": SamplingCase("mlp", 64, 64, 0.2, 3, widths=(128, 128)),
+    "sampling-mixture": SamplingCase("mixture", 2, 64, 0.5, 3),
+}
+MANY_CHAINS = 1_024
+SAMPLING |= {
+    f"{key}-{MANY_CHAINS}": replace(SAMPLING[key], n_chains=MANY_CHAINS, draws=50, only=("NUTS", "ChEESHMC"))
+    for key in ("sampling-gaussian", "sampling-mlp")
+}
+
+SUITE: dict[str, Case | TrainingCase | SamplingCase] = {**STEPS, **TRAINING, **EFFICIENCY, **COMPILATION, **SAMPLING}
 
 # Some minutes on two cores; one case per kind of energy.
 QUICK = (

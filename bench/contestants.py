@@ -17,6 +17,7 @@ import torch
 from fastebm.bench.problem import (
     MM_BF16,
     SEED,
+    Banana,
     Gaussian,
     Missing,
     Mixture,
@@ -26,7 +27,7 @@ from fastebm.bench.problem import (
 )
 from torch import Tensor, nn
 
-from fastebm import langevin_sample
+from fastebm import GaussianEnergy, SumEnergy, langevin_sample
 from fastebm.backends import Chains
 from fastebm.backends.choose import choose
 from fastebm.targets.autograd import Energy
@@ -246,6 +247,15 @@ def jax_energy(energy: nn.Module, precision: str) -> Callable[[Any], Any]:
     if isinstance(energy, Mixture):
         means = array(energy.means)
         return lambda x: -jax.nn.logsumexp(-0.5 * ((x[:, None] - means) ** 2).sum(2), axis=1).sum()
+    if isinstance(energy, Banana):
+        curvature, std = energy.curvature, energy.std
+        return lambda x: (x[:, 0] ** 2 + ((x[:, 1] - curvature * (x[:, 0] ** 2 - 1)) / std) ** 2).sum() / 2
+    if isinstance(energy, GaussianEnergy):
+        mean, std = array(energy.mean), array(energy.std)
+        return lambda x: 0.5 * (((x - mean) / std) ** 2).sum()
+    if isinstance(energy, SumEnergy):
+        terms = [(float(w), jax_energy(e, precision)) for w, e in zip(energy.weights, energy.energies, strict=True)]
+        return lambda x: sum(w * term(x) for w, term in terms)
 
     def linear(layer: nn.Linear) -> Callable[[Any], Any]:
         weight, bias = array(layer.weight.t()), array(layer.bias)

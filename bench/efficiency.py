@@ -43,9 +43,14 @@ def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def worst_deviation(p: Problem, x: Tensor, ess: Callable[[Any], Any]) -> float:
     """Largest |mean f - exact| in its standard errors, std f / sqrt(ESS of f); x: (chains, draws, dim)."""
-    f, exact = moments(p, x)
-    error = f.flatten(0, 1).std(dim=0) / torch.as_tensor(ess(f.numpy())).sqrt()
-    return float(((f.mean(dim=(0, 1)) - exact).abs() / error).max())
+    deviation, error = deviations(*moments(p, x), ess)
+    return float((deviation / error).max())
+
+
+def deviations(f: Tensor, exact: Tensor, ess: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+    """|mean f - exact| and its standard error std f / sqrt(ESS of f), both in units of std f; f: (chains, draws, k)."""
+    scale = f.flatten(0, 1).std(dim=0)
+    return (f.mean(dim=(0, 1)) - exact).abs() / scale, torch.as_tensor(ess(f.numpy())).rsqrt()
 
 
 def effective_sizes() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

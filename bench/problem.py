@@ -48,12 +48,12 @@ class Missing(Exception):
 
 
 class Gaussian(nn.Module):
-    """E(x) = x^T P x / 2, with the eigenvalues of P from 1 to 10 in geometric steps, in random directions."""
+    """E(x) = x^T P x / 2; P has eigenvalues from 1 to ``condition`` in geometric steps, in random directions."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, condition: float = 10.0) -> None:
         super().__init__()
         rotation, _ = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
-        values = torch.logspace(0.0, 1.0, dim, dtype=torch.float64)
+        values = torch.logspace(0.0, math.log10(condition), dim, dtype=torch.float64)
         self.precision = nn.Parameter(((rotation * values) @ rotation.T).float())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,17 +66,33 @@ class Gaussian(nn.Module):
 
 
 class Mixture(nn.Module):
-    """E(x) = -log sum_k exp(-|x - m_k|^2 / 2): two unit Gaussians of equal weight, 3 apart along the first axis."""
+    """E(x) = -log sum_k exp(-|x - m_k|^2 / 2): two unit Gaussians of equal weight, ``distance`` apart along x_1."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, distance: float = 3.0) -> None:
         super().__init__()
         self.means = nn.Parameter(torch.zeros(2, dim))
         with torch.no_grad():
-            self.means[:, 0] = torch.tensor([-1.5, 1.5])
+            self.means[:, 0] = torch.tensor([-distance / 2, distance / 2])
 
     def forward(self, x: Tensor) -> Tensor:
         distances = (x[:, None] - self.means).square().sum(dim=2)
         return -torch.logsumexp(-0.5 * distances, dim=1, keepdim=True)
+
+
+class Banana(nn.Module):
+    """E(x) = x_1^2 / 2 + (x_2 - c (x_1^2 - 1))^2 / (2 s^2): x_1 = z_1 and x_2 = s z_2 + c (z_1^2 - 1), z ~ N(0, I)."""
+
+    curvature, std = 0.5, 0.5  # c and s
+    variances = (1.0, std**2 + 2 * curvature**2)  # of x_1 and x_2, whose means are 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.unbind(dim=1)
+        return (a.square() + ((b - self.curvature * (a.square() - 1)) / self.std).square()) / 2
+
+    def draw(self, z: Tensor) -> Tensor:
+        """Standard normals (n, 2) -> exact draws (n, 2)."""
+        a, b = z.unbind(dim=1)
+        return torch.stack([a, self.std * b + self.curvature * (a.square() - 1)], dim=1)
 
 
 def _conv(dim: int, channels: tuple[int, ...]) -> nn.Module:

@@ -5,10 +5,11 @@
     python bench/run.py --cases 'table-*' pcd-10000  cases by name, * and ? allowed
     python bench/run.py --contestants eager jax fastebm
     python bench/run.py --list                       names of cases and contestants
+    python bench/run.py --cases 'sampling-*' --budget 80          samplers side by side: some ten minutes
 
-Writes steps.csv, training.csv, efficiency.csv and compilation.csv into --out. Rows of the same case, device and number
-of threads in these files are replaced, others stay. Exit status: 0; 1 if a contestant FAILED its gate or broke; 2 for
-bad arguments.
+Writes steps.csv, training.csv, efficiency.csv, compilation.csv and sampling.csv into --out. Rows of the same case,
+device and number of threads in these files are replaced, others stay. Exit status: 0; 1 if a contestant FAILED its gate
+or broke; 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +24,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastebm.bench.cases import COMPILATION, EFFICIENCY, QUICK, STEPS, SUITE, TRAINING, Case
+from fastebm.bench.cases import (
+    COMPILATION,
+    EFFICIENCY,
+    QUICK,
+    SAMPLING,
+    STEPS,
+    SUITE,
+    TRAINING,
+    Case,
+    SamplingCase,
+    TrainingCase,
+)
 from fastebm.bench.rows import add_out, script
 
 if TYPE_CHECKING:
@@ -99,10 +111,12 @@ def run(arguments: argparse.Namespace, quick: bool) -> int:
     """
     import torch
     from fastebm.bench import rows
+    from fastebm.bench import sampling_contestants as samplers
     from fastebm.bench.contestants import CONTESTANTS, taking_part
     from fastebm.bench.training import TRAINERS
 
-    everyone = list(dict.fromkeys([c.name for c in CONTESTANTS] + list(TRAINERS)))
+    everyone = [c.name for c in CONTESTANTS] + list(TRAINERS) + [c.library for c in samplers.CONTESTANTS]
+    everyone = list(dict.fromkeys(everyone))
     names = chosen(arguments.cases, SUITE, "case") if arguments.cases or not quick else list(QUICK)
     wanted = set(chosen(arguments.contestants, everyone, "contestant"))
     if arguments.list:
@@ -120,7 +134,7 @@ def run(arguments: argparse.Namespace, quick: bool) -> int:
     with on_threads(arguments.threads) as threads:
         say(f"on {device.type}, {threads} threads, {budget:g} s of timing at most for each of: {', '.join(names)}")
         common = rows.provenance(*PEERS)
-        runner = Runner(device, threads, budget, contestants, [name for name in TRAINERS if name in wanted])
+        runner = Runner(device, threads, budget, contestants, wanted)
         found: dict[str, list[Row]] = {}
         started = time.monotonic()
         for i, key in enumerate(names):
@@ -140,7 +154,9 @@ def run(arguments: argparse.Namespace, quick: bool) -> int:
 
 def describe(key: str) -> str:
     case = SUITE[key]
-    if not isinstance(case, Case):
+    if isinstance(case, SamplingCase):
+        return f"samplers, {case.n_chains} chains, {case.draws} draws a round, {case.energy}"
+    if isinstance(case, TrainingCase):
         return f"training, {case.batch_size} of {case.n_chains} chains move {case.steps} steps, {case.energy}"
     kind = {**dict.fromkeys(EFFICIENCY, "effective samples"), **dict.fromkeys(COMPILATION, "first calls")}
     return f"{kind.get(key, 'steps')}, {case.n_chains} chains, {case.steps} steps, {case.energy}"
@@ -150,23 +166,29 @@ class Runner:
     """Case -> (result file, rows), with progress on the terminal."""
 
     def __init__(
-        self, device: torch.device, threads: int, budget: float, contestants: list[Contestant], trainers: list[str]
+        self, device: torch.device, threads: int, budget: float, contestants: list[Contestant], wanted: set[str]
     ) -> None:
         self.device, self.threads, self.budget = device, threads, budget
-        self.contestants, self.trainers = contestants, trainers
+        self.contestants, self.wanted = contestants, wanted  # wanted: names of trainers and of samplers' libraries too
         self._yardsticks: list[Yardstick] | None = None
         self._n_present: int | None = None
 
     def rows_of(self, key: str) -> tuple[str, list[Row]]:
-        from fastebm.bench import compilation, efficiency, training
+        from fastebm.bench import compilation, efficiency, sampling, training
+        from fastebm.bench.sampling_contestants import CONTESTANTS as SAMPLERS
 
         seconds = self.budget / 4  # the rest is for gates, warm-up, and the least number of rounds
         if key in TRAINING:
-            found = training.race(TRAINING[key], self.trainers, self.device, seconds=seconds, budget=self.budget)
+            trainers = [name for name in training.TRAINERS if name in self.wanted]
+            found = training.race(TRAINING[key], trainers, self.device, seconds=seconds, budget=self.budget)
             return "training", reported(found, training.brief)
         if key in EFFICIENCY:
             found = efficiency.race(EFFICIENCY[key], self.contestants, self.device, seconds=seconds, budget=seconds)
             return "efficiency", reported(found, efficiency.brief)
+        if key in SAMPLING:
+            samplers = [c for c in SAMPLERS if c.library in self.wanted]
+            found = sampling.race(SAMPLING[key], samplers, seconds=seconds, budget=seconds)
+            return "sampling", reported(found, sampling.brief)
         if key in COMPILATION:
             there = {(c.name, c.precision) for c in self.contestants}
             ways = [way for way in compilation.WAYS[self.device.type] if way in there]
@@ -272,6 +294,15 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("effective samples/s", "ess_per_s", _number),
         ("per chain-step", "ess_per_step", _number),
         ("x eager", "times_eager", _times),
+    ],
+    "sampling": [
+        ("effective samples/s", "ess_per_s", _number),
+        ("x ebmkit", "times_ebmkit", _times),
+        ("x blackjax", "times_blackjax", _times),
+        ("per gradient", "ess_per_gradient", _number),
+        ("gradients per draw", "gradients_per_draw", _number),
+        ("step size", "step_size", _number),
+        ("accepted", "acceptance", _times),
     ],
     "compilation": [
         ("first call, s", "first_call_seconds", _number),

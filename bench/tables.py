@@ -1,6 +1,6 @@
 """The tables of README.md and docs/ from bench/results/: every number in them comes from a committed row.
 
-python bench/tables.py --write    rewrite the tables of README.md, docs/performance.md and docs/training.md: seconds
+python bench/tables.py --write    rewrite the tables of README.md and docs/: seconds
 python bench/tables.py --check    write nothing; exit status 1 if a table is out of date
 """
 
@@ -81,6 +81,8 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "pool", tables_cpu.pool),
     ("docs/performance.md", "efficiency", tables_cpu.efficiency),
     ("docs/performance.md", "compilation", tables_cpu.compilation),
+    ("docs/samplers.md", "bias", tables_cpu.bias),
+    ("docs/samplers.md", "sampling", tables_cpu.sampling),
     ("docs/performance.md", "gpu-kernels", tables_gpu.gpu_kernels),
     ("docs/performance.md", "gpu-race", tables_gpu.gpu_race),
     ("docs/performance.md", "gpu-sweep", tables_gpu.gpu_sweep),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastebm.bench import markdown
-from fastebm.bench.cases import SHOWN
+from fastebm.bench.cases import MANY_CHAINS, SHOWN
 from fastebm.bench.markdown import (
     chains_of,
     milliseconds,
@@ -123,6 +123,42 @@ def efficiency() -> str:
         ("times eager", "times_eager", number),
     ]
     return _timings("efficiency.csv", columns)
+
+
+def sampling() -> str:
+    columns = [
+        ("effective samples/s", "ess_per_s", number),
+        ("times ebmkit", "times_ebmkit", ratio),
+        ("times BlackJAX", "times_blackjax", ratio),
+        ("per gradient", "ess_per_gradient", number),
+        ("gradients per draw", "gradients_per_draw", number),
+        ("eager gradients, of the time", "of_gradients", percent),
+        ("step size", "step_size", number),
+        ("accepted", "acceptance", ratio),
+    ]
+    return _timings("sampling.csv", columns)
+
+
+def bias() -> str:
+    """The largest error of a known mean, and the cost of fastebm's samplers, on the same laws."""
+    rows = [row for row in most_threads(rows_of("sampling.csv")) if row["library"] == "fastebm" and row["ess"]]
+    if not rows:
+        return none_yet("run.py")
+    body = [
+        [
+            row["energy"],
+            row["sampler"],
+            row["exact"],
+            number(row["bias"]),
+            number(str(float(row["bias"]) / float(row["deviation"]))),
+            number(row["gradients_per_draw"]),
+            number(row["ess_per_gradient"]),
+        ]
+        for row in rows
+        if int(row["n_chains"]) < MANY_CHAINS
+    ]
+    headings = ["law", "sampler", "exact", "bias", "its standard error", "gradients per draw", "ESS per gradient"]
+    return f"{table_of(headings, body)}\n\n{runs_of(rows, 'sampling.csv')}"
 
 
 def compilation() -> str:

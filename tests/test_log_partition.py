@@ -439,6 +439,19 @@ def test_95_percent_of_seeds():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "make", [lambda: gaussian(16), lambda: (Mixture(16), Mixture.log_z)], ids=["gaussian", "mixture"]
+)
+def test_95_of_100_groups_of_chains(make):
+    """Each group of 256 chains is an estimate of its own, with the same pilots."""
+    energy, truth = make()
+    result = log_partition(energy, input_size=16, n_temperatures=600, n_chains=100 * 256, seed=1)
+    estimates = [log_mean_exp(part)[0] for part in result.log_weights.chunk(100)]
+    assert sum(abs(log_z - truth) < 0.05 for log_z in estimates) >= 95
+    assert covered(result.log_weights, truth, 100)
+
+
+@pytest.mark.slow
 def test_64_dims():
     energy, truth = gaussian(64)
     result = log_partition(energy, seed=1)
