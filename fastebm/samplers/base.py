@@ -228,7 +228,7 @@ def checked_diagonal(name: str, value: Any) -> float | Tensor | None:
     Raises:
         TypeError, ValueError: the message states the requirement and the value received.
     """
-    value = value if value is None or isinstance(value, Tensor) else number_or_tensor(value)
+    value = number_or_tensor(value)
     if value is None:
         return None
     if isinstance(value, Tensor):
