@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
+from fastebm import MALA, sample
 from fastebm.samplers.adaptation import Variance, total
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -33,3 +37,26 @@ def test_coordinates_that_never_moved_count_as_the_others():
     found = variance.regularised()
     torch.testing.assert_close(found[:2], x[:, :2].double().var(dim=0), rtol=0.15, atol=0.0)
     torch.testing.assert_close(found[2], found[:2].log().mean().exp())
+
+
+def nan_beyond_3(x):
+    return x.square().sum(dim=1) / 2 + torch.where(x[:, 0] > 3, math.nan, 0.0)
+
+
+def test_nothing_is_learnt_from_chains_that_have_stopped():
+    """A bar and a result to go on from split a call into parts. In a later part, the chains are still stopped."""
+    options = {"n_chains": 20, "warmup": 60, "steps": 10, "seed": 3, "on_nonfinite": "ignore"}
+    plain = sample(nan_beyond_3, MALA(0.3), 2, progress=False, **options)
+    stopped = plain.info.first_bad_step >= 0
+    assert 5 < int(stopped.sum()) < 20
+    shown = sample(nan_beyond_3, MALA(0.3), 2, progress=True, **options)
+    assert torch.equal(shown.x, plain.x)
+    assert shown.info.step_size == plain.info.step_size
+    # their last states have no influence
+    changed = plain.state.chains.x.clone()
+    changed[stopped] = 50.0
+    other = dataclasses.replace(plain, state=plain.state._replace(chains=plain.state.chains._replace(x=changed)))
+    given = {"warmup": 20, "steps": 1, "on_nonfinite": "ignore"}
+    assert sample(nan_beyond_3, init=other, **given).sampler.step_size == (
+        sample(nan_beyond_3, init=plain, **given).sampler.step_size
+    )

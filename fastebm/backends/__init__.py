@@ -35,6 +35,8 @@ class Chains(NamedTuple):
     frozen: (1 or n_chains, dim) bool, True at coordinates that stay, or None.
     condition: (n_chains, ...) in place of labels, or None. Only autograd's gradient supports it.
     carried: what the sampler's state has besides x, by name: tensors with one row per chain. None: a fresh start.
+    stopped: (n_chains,) bool, chains that stopped before, which others must not see move. None: none. (Runs of samplers
+    whose chains are independent may move them: the driver puts them back.)
     """
 
     x: Tensor
@@ -45,6 +47,7 @@ class Chains(NamedTuple):
     frozen: Tensor | None = None
     condition: Tensor | None = None
     carried: Mapping[str, Tensor] | None = None
+    stopped: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -68,6 +71,7 @@ class Chains(NamedTuple):
             frozen if frozen is None or len(frozen) == 1 else frozen[rows],
             None if self.condition is None else self.condition[rows],
             None if self.carried is None else {name: value[rows] for name, value in self.carried.items()},
+            None if self.stopped is None else self.stopped[rows],
         )
 
 

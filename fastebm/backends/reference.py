@@ -43,7 +43,9 @@ def run(
     )  # fmt: skip
     done = Advanced.blank(x, steps, thin)
     first_bad = done.first_bad
-    stopped: Tensor | None = None  # (n_chains,) bool, chains that are no longer finite; None if none are
+    stopped = chains.stopped  # (n_chains,) bool, chains that are no longer finite; None if none are
+    if stopped is not None:
+        first_bad[stopped] = 0
     sums: dict[str, Tensor] = {}
     last: Mapping[str, Tensor] = {}
 
@@ -69,7 +71,7 @@ def run(
             adaptation.update(old, state, info, None if stopped is None else ~stopped)
         if telemetry:
             counted, latest = info.telemetry()
-            last = latest if before is None else {k: _where(before, last[k], v) for k, v in latest.items()}
+            last = latest if before is None or not last else {k: _where(before, last[k], v) for k, v in latest.items()}
             for name, value in counted.items():
                 value = value.to(x.dtype)
                 value = value if stopped is None else _where(stopped, torch.zeros_like(value), value)

@@ -43,18 +43,17 @@ class Parts:
         parts: list[tuple[int, Advanced]] = []
         edges = [*range(first, last, size), last] if size > 0 and last > first else [first, last]
         for start, stop in pairwise(edges):
-            n = stop - start
+            n, stopped = stop - start, state.stopped
+            moving = state.chains._replace(stopped=None if stopped is None or not bool(stopped.any()) else stopped)
             done, choice = run_chains(
-                self.energy, state.chains, for_steps(sampler, start, stop), n, shape=self.shape,
+                self.energy, moving, for_steps(sampler, start, stop), n, shape=self.shape,
                 settings=self.settings, thin=self.thin if keep else 0, telemetry=True, check_start=self.check_start,
                 part=(start, self.total), adaptation=adaptation,
             )  # fmt: skip
             done = _still_stopped(done, state, start)
-            stopped = state.stopped
-            if self.settings.on_nonfinite == "ignore":
-                stopped = done.first_bad >= 0
             chains = state.chains._replace(x=done.x, first_steps=state.chains.first_steps + n, carried=done.carried)
-            state = ChainState(chains, done.energy, stopped)
+            ignored = self.settings.on_nonfinite == "ignore"
+            state = ChainState(chains, done.energy, done.first_bad >= 0 if ignored else state.stopped)
             parts.append((n, done))
             bar.update(n)
         return _joined(parts), choice, state
