@@ -137,7 +137,8 @@ def _law(result: SampleResult, draws: Draws, mala_acceptance: float | None) -> I
             "a step size and leave noise_scale at 1, as in Langevin(0.1)"
         )
     sampler = result.sampler
-    if not (sampler.exact or sampler.coupled or isinstance(sampler, (Langevin, AnnealedLangevin))):
+    measured = isinstance(sampler, Langevin) and not sampler.noise_first
+    if not (sampler.exact or measured or sampler.coupled or isinstance(sampler, AnnealedLangevin)):
         yield (
             f"the moves of {type(sampler).__name__} have no accept test, and their bias is not measured: repeat the "
             "call with half the step size and compare"
