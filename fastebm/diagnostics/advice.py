@@ -174,8 +174,8 @@ def _mixing(draws: Draws, table: Table) -> Iterator[str]:
         where = table["name"][table[name].index(worst)]
         yield (
             f"{words} of {where} is {worst:.3f}, above {_RHAT}: the chains disagree, so each is still too short. Take "
-            "a longer warm-up or more steps. Chains in equilibrium get below it with 100 effective draws each; many "
-            "chains that are shorter can share starts, see superchains="
+            "a longer warm-up or more steps. Chains in equilibrium get below it with a few hundred effective draws "
+            "each; many chains that are shorter can share starts, see superchains="
         )
     if (found := apart(draws)) is not None:
         yield (
