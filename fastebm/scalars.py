@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .tracing import readable
 
-__all__ = ["number_or_tensor", "plain_number"]
+__all__ = ["checked_integer", "number_or_tensor", "plain_number"]
 
 
 def plain_number(value: Any) -> Any:
@@ -26,3 +26,17 @@ def number_or_tensor(value: Any) -> Any:
     """A number of any kind as Python's, an array as a tensor; all else as it is, for a check to refuse."""
     value = plain_number(value)
     return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def checked_integer(name: str, value: Any, *, least: int, most: int | None = None) -> int:
+    """Check an integer >= least, and <= most unless it is None.
+
+    Raises:
+        TypeError, ValueError: the message states the requirement and the value received.
+    """
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name} must be {f'>= {least}' if most is None else f'{least} to {most}'}, got {value}")
+    return value

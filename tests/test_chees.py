@@ -132,6 +132,18 @@ def test_bounds_shorten_trajectories(start):
     assert 0.5 < float(result.info.acceptance.mean()) < 0.8
 
 
+def test_frozen_coordinates_do_not_change_the_length():
+    init = torch.randn(50, 10)
+    init[:, 3:] = 0.0  # the same in all chains, so without variance
+    frozen = torch.arange(10) >= 3
+    options = {"warmup": 300, "steps": 31, "seed": 1}
+    result = sample(GaussianEnergy(), ChEESHMC(0.3), init=init, frozen=frozen, **options)
+    alone = sample(GaussianEnergy(), ChEESHMC(0.3), init=init[:, :3], **options)
+    ratio = result.sampler.trajectory_length / alone.sampler.trajectory_length
+    assert abs(math.log(ratio)) < 0.3
+    assert torch.equal(result.x[:, 3:], init[:, 3:])
+
+
 def test_the_gradient_is_that_of_the_criterion():
     """On a standard normal, x' = x cos l + v sin l with l = h T, so ChEES is known as a function of T."""
     x, v = torch.randn(2, 400, 3, dtype=torch.float64) * 1.2

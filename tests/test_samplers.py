@@ -37,6 +37,12 @@ exact = pytest.mark.parametrize(
     ids=[name for name, case in CASES.items() if case.make().exact],
 )  # fmt: skip
 
+
+def has_warmup(sampler):
+    """Whether it adapts a step_size of its own, not that of an inner sampler."""
+    return "step_size" in sampler.scheduled and sampler.adaptation(10) is not None
+
+
 N = 20_000
 ALPHA = 1e-7  # of each test of a law
 DIM, CHAINS = 5, 130
@@ -176,6 +182,38 @@ def test_chains_that_are_not_finite(case):
     assert bool(again.energies.isfinite().all())
     assert torch.equal(again.x[~lost], result.x[~lost])
     assert not torch.equal(again.x[lost], result.x[lost])
+
+
+class NaNGradient(nn.Module):
+    """A Gaussian whose gradient is NaN everywhere: backwards, 0 times NaN is NaN."""
+
+    def forward(self, x):
+        energy = x.square().sum(dim=1) / 2
+        return torch.where(energy < math.inf, energy, energy * math.nan)
+
+
+@every_sampler
+def test_a_gradient_that_is_nan_at_the_start(case):
+    with pytest.raises(NonFiniteError, match=r"20 of 20 chains are not finite \(first at step 0 of 3;"):
+        sample(NaNGradient(), case.make(), init=torch.randn(20, 2), steps=3, seed=4)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if has_warmup(case.make())])
+def test_a_step_size_without_dims_is_a_number_to_a_warmup(name):
+    options = {"input_size": 3, "n_chains": 4, "warmup": 20, "steps": 1, "seed": 1}
+    sampler = CASES[name].make()
+    found = sample(GaussianEnergy(), sampler, **options).sampler.step_size
+    sampler = dataclasses.replace(sampler, step_size=torch.tensor(sampler.step_size, dtype=torch.float64))
+    assert sample(GaussianEnergy(), sampler, **options).sampler.step_size == found != sampler.step_size
+
+
+@exact
+def test_an_energy_of_minus_infinity_at_the_start(case):
+    def energy(x):
+        return x.square().sum(dim=1) / 2 + torch.where((x == 0).all(dim=1), -math.inf, 0.0)
+
+    result = sample(energy, case.make(), init=torch.zeros(20, 2), steps=3, seed=4, on_nonfinite="ignore")
+    assert result.info.first_bad_step.tolist() == [0] * 20
 
 
 @every_sampler

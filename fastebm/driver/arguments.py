@@ -15,7 +15,7 @@ from ..devices import named_device
 from ..energies import shape_of, takes_condition
 from ..energies.functions import name_of_forward
 from ..rng import draw_seed
-from ..scalars import plain_number
+from ..scalars import checked_integer, plain_number
 from ..targets.description import describe
 from ..targets.mlp import NotAnMLP
 
@@ -41,12 +41,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def checked_count(name: str, value: int) -> int:
-    value = plain_number(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
-    return value
+    return checked_integer(name, value, least=0)
 
 
 def on_device_or_plain(value: Any) -> Any:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .base import Info
 
-__all__ = ["DualAveraging", "Variance", "WarmUp", "windows"]
+__all__ = ["DualAveraging", "Variance", "WarmUp", "total", "tunable", "windows"]
+
+_ROWS_AT_ONCE = 16384
 
 
 class DualAveraging:
@@ -67,28 +69,46 @@ class Variance:
     """The variance of each coordinate over the states seen so far, in float64 (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.n, self.mean, self.squares, self.moved = 0, torch.zeros(()), torch.zeros(()), torch.tensor(False)
 
-    def update(self, x: Tensor) -> None:
-        """Add states, (n, dim)."""
+    def update(self, old: Tensor, x: Tensor) -> None:
+        """Add the states x to which chains moved from the states ``old``, (n, dim) each."""
         if len(x) == 0:
             return
+        self.moved = self.moved | (old != x).any(dim=0)
         x = x.double()
-        mean = x.mean(dim=0)
-        squares = (x - mean).square().sum(dim=0)
+        mean = total(x) / len(x)
+        squares = total((x - mean).square())
         n, delta = self.n + len(x), mean - self.mean
         self.squares = self.squares + squares + delta.square() * (self.n * len(x) / n)
         self.mean = self.mean + delta * (len(x) / n)
         self.n = n
 
     def regularised(self) -> Tensor | None:
-        """The variance, (dim,) float64, shrunk towards 1e-3 as in Stan. None before the second state."""
-        if self.n < 2:
+        """The variance, (dim,) float64, shrunk towards 1e-3 as in Stan. None before two states, or if nothing moved.
+
+        Coordinates that never moved, because they are frozen, get the geometric mean of the others. So they do not
+        count where the step size and the length of trajectories are fitted to a new scale.
+        """
+        if self.n < 2 or not bool(self.moved.any()):
             return None
         variance = self.squares / (self.n - 1)
         shrunk: Tensor = variance * (self.n / (self.n + 5)) + 1e-3 * (5 / (self.n + 5))
-        # A coordinate that did not move must not get a scale of almost 0.
-        return shrunk.clamp(min=1e-20)
+        return torch.where(self.moved, shrunk, shrunk[self.moved].log().mean().exp())
+
+
+def total(v: Tensor) -> Tensor:
+    """The sum over the rows. Its bits do not depend on the number of threads.
+
+    Those of ``v.sum(dim=0)`` do, where it is a single number from more than 32,767.
+    """
+    return torch.stack([part.sum(dim=0) for part in torch.split(v, _ROWS_AT_ONCE)]).sum(dim=0)
+
+
+def tunable(sampler: Any) -> bool:
+    """Whether a warm-up tunes the sampler: it has a target_acceptance, and its step_size is one number."""
+    step_size = sampler.step_size
+    return sampler.target_acceptance is not None and not (isinstance(step_size, Tensor) and step_size.ndim > 0)
 
 
 def windows(steps: int, *, least: int = 25) -> list[int]:
@@ -113,20 +133,18 @@ class WarmUp:
     """The ``Adaptation`` (base.py) of a sampler with a step size and, if it is free, a diagonal scale.
 
     Args:
-        sampler: has the field step_size, a number.
+        sampler: ``tunable``: its step_size is a number, and its target_acceptance a mean acceptance probability.
         steps: of the warm-up.
-        target: mean acceptance probability.
         scaled: maps a sampler and a variance, (dim,), to the sampler with that scale. None: there is no scale to adapt.
         power: step_size is in units of the state to this power.
     """
 
     def __init__(
-        self, sampler: Any, steps: int, target: float, scaled: Callable[[Any, Tensor], Any] | None = None, *,
-        power: int = 2,
-    ) -> None:  # fmt: skip
+        self, sampler: Any, steps: int, scaled: Callable[[Any, Tensor], Any] | None = None, *, power: int = 2
+    ) -> None:
         self.sampler, self.steps, self.scaled, self.power = sampler, steps, scaled, power
         self.log_scale = 0.0  # mean log variance that the scale stands for
-        self.step_size = DualAveraging(float(sampler.step_size), target)
+        self.step_size = DualAveraging(float(sampler.step_size), sampler.target_acceptance)
         self.ends = windows(steps) if scaled is not None else []
         self.first, _ = _edges(steps)
         self.variance, self.t = Variance(), 0
@@ -135,13 +153,13 @@ class WarmUp:
         """Learn from one step."""
         assert info.acceptance is not None
         self.t += 1
-        x, acceptance = new.x, info.acceptance
+        before, x, acceptance = old.x, new.x, info.acceptance
         if active is not None:
-            x, acceptance = x[active], acceptance[active]
+            before, x, acceptance = before[active], x[active], acceptance[active]
         if len(acceptance) > 0:
-            self.step_size.update(float(acceptance.double().mean()))
+            self.step_size.update(float(total(acceptance.double())) / len(acceptance))
         if self.ends and self.first < self.t <= self.ends[-1]:
-            self.variance.update(x)
+            self.variance.update(before, x)
         if self.t in self.ends and self.scaled is not None and (variance := self.variance.regularised()) is not None:
             self.sampler = self.scaled(self.sampler, variance)
             self.variance = Variance()

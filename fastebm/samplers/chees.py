@@ -20,19 +20,19 @@ diverges or ends outside would make the harmonic mean 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..box import Bounds, Box
+from ..box import Bounds
 from ..rng import Noise
+from ..scalars import plain_number
 from ..targets.base import View
-from .adaptation import WarmUp
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
-from .hmc import HMC, HMCState, scaled_step, transition, with_mass
+from .adaptation import WarmUp, total, tunable
+from .base import Info, checked_coefficient, diagonal_at, value_at
+from .hmc import Hamiltonian, HMCState, scaled_step, transition, with_mass
 
 __all__ = ["ChEESHMC"]
 
@@ -44,7 +44,7 @@ _BITS = 33
 
 
 @dataclass(frozen=True, eq=False)
-class ChEESHMC(Sampler):
+class ChEESHMC(Hamiltonian):
     """HMC with varying trajectory lengths, whose scale a warm-up finds from many chains: samples exp(-E) without bias.
 
     Step t has ceil(h_t trajectory_length / step_size) leapfrog steps, at most 1000, with h_t in (0, 1) (Hoffman, Radul
@@ -54,7 +54,7 @@ class ChEESHMC(Sampler):
 
     Args:
         step_size: > 0, in units of the state if the mass is 1. A float, a (steps,) tensor (a schedule) or a
-            (n_chains, 1) tensor (one value per chain). A warm-up adapts a float only.
+            (n_chains, 1) tensor (one value per chain). A warm-up adapts a number only.
         trajectory_length: > 0, the largest length of a trajectory, in units of step_size. The mean is half of it. None:
             a warm-up finds it, so there must be one.
         mass: the diagonal of M: a number, or a tensor of one state's shape, > 0. Best is 1 / the variance of each
@@ -74,31 +74,18 @@ class ChEESHMC(Sampler):
     target_acceptance: float | None = 0.651
     clamp: Bounds | None = None
 
-    exact: ClassVar[bool] = True
-    scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
-    reports: ClassVar[Mapping[str, float]] = HMC.reports
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "step_size", checked_coefficient("step_size", self.step_size, positive=True))
-        if self.trajectory_length is not None:
-            length = checked_coefficient("trajectory_length", self.trajectory_length, positive=True)
-            if isinstance(length, Tensor):
-                raise TypeError(f"trajectory_length must be a number or None, got a tensor {tuple(length.shape)}")
-            object.__setattr__(self, "trajectory_length", length)
-        object.__setattr__(self, "mass", checked_diagonal("mass", self.mass))
-        object.__setattr__(self, "target_acceptance", checked_fraction("target_acceptance", self.target_acceptance))
-        object.__setattr__(self, "clamp", Box.of(self.clamp))
+        super().__post_init__()
+        length = plain_number(self.trajectory_length)
+        if length is not None:
+            length = checked_coefficient("trajectory_length", length, positive=True)
+        if isinstance(length, Tensor):
+            raise TypeError(f"trajectory_length must be a number or None, got a tensor {tuple(length.shape)}")
+        object.__setattr__(self, "trajectory_length", length)
 
     def adaptation(self, steps: int) -> WarmUp | None:
         """Adapt step_size, and the mass and trajectory_length if they are None."""
-        if self.target_acceptance is None or isinstance(self.step_size, Tensor):
-            return None
-        scaled = with_mass if self.mass is None else None
-        return _ChEESWarmUp(self, steps, self.target_acceptance, scaled, power=1)
-
-    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
-        """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return HMCState(x, *target.value_and_gradient(x))
+        return _ChEESWarmUp(self, steps, with_mass if self.mass is None else None, power=1) if tunable(self) else None
 
     def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Follow a trajectory, then accept or reject its end."""
@@ -109,7 +96,7 @@ class ChEESHMC(Sampler):
         if self.trajectory_length is None:
             raise ValueError(
                 "ChEESHMC has no trajectory_length yet: pass one, or a warm-up, as in sample(energy, ChEESHMC(0.1), "
-                "warmup=500, steps=1000), which finds it if step_size is a float and target_acceptance is not None"
+                "warmup=500, steps=1000), which finds it if step_size is a number and target_acceptance is not None"
             )
         ages = noise.first_steps
         step_size = value_at(self.step_size, t, ages.device)
@@ -197,8 +184,9 @@ def _slope(sampler: Any, x: Tensor, info: Info, active: Tensor | None) -> float:
         return 0.0
     root = torch.as_tensor(diagonal_at("mass", sampler.mass, x), dtype=torch.float64) ** 0.5
     z, z_end, v = x[rows] * root, end.x[rows] * root, end.momentum[rows].double()
-    weight = (weight[rows] / weight[rows].sum()).double()[:, None]
-    centred = z_end - (weight * z_end).sum(dim=0)
-    grown = centred.square().sum(dim=1) - (z - z.mean(dim=0)).square().sum(dim=1)
+    weight = weight[rows].double()[:, None]
+    weight = weight / total(weight)
+    centred = z_end - total(weight * z_end)
+    grown = centred.square().sum(dim=1) - (z - total(z) / len(z)).square().sum(dim=1)
     length: float = end.n_leapfrog * float(sampler.step_size)
-    return length * float((weight[:, 0] * grown * (centred * v).sum(dim=1)).sum())
+    return length * float(total(weight[:, 0] * grown * (centred * v).sum(dim=1)))

@@ -30,12 +30,22 @@ from torch import Tensor
 
 from ..box import Bounds, Box
 from ..rng import Noise, Stream
-from ..scalars import plain_number
+from ..scalars import checked_integer
 from ..targets.base import View
-from .adaptation import WarmUp
+from .adaptation import WarmUp, tunable
 from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
 
-__all__ = ["HMC", "HMCState", "Trajectory", "leapfrog", "scaled_step", "step_tensor", "transition", "with_mass"]
+__all__ = [
+    "HMC",
+    "HMCState",
+    "Hamiltonian",
+    "Trajectory",
+    "leapfrog",
+    "scaled_step",
+    "step_tensor",
+    "transition",
+    "with_mass",
+]
 
 # Energy above which a trajectory counts as diverged. Its probability to be accepted would be exp(-1000).
 _TOO_FAR = 1000.0
@@ -68,8 +78,36 @@ class Trajectory(NamedTuple):
     log_accept: Tensor
 
 
+class Hamiltonian(Sampler):
+    """What samplers that follow Hamilton's equations share: settings and their checks, the start, and the warm-up."""
+
+    step_size: float | Tensor
+    mass: float | Tensor | None
+    target_acceptance: float | None
+
+    exact: ClassVar[bool] = True
+    scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
+    reports: ClassVar[Mapping[str, float]] = dict.fromkeys(
+        ("acceptance", "divergences", "gradients", "grad_norm"), math.nan
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step_size", checked_coefficient("step_size", self.step_size, positive=True))
+        object.__setattr__(self, "mass", checked_diagonal("mass", self.mass))
+        object.__setattr__(self, "target_acceptance", checked_fraction("target_acceptance", self.target_acceptance))
+        object.__setattr__(self, "clamp", Box.of(self.clamp))
+
+    def adaptation(self, steps: int) -> WarmUp | None:
+        """Adapt step_size, and the mass if it is None."""
+        return WarmUp(self, steps, with_mass if self.mass is None else None, power=1) if tunable(self) else None
+
+    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
+        """Evaluate energy and gradient at x. Later steps carry them in the state."""
+        return HMCState(x, *target.value_and_gradient(x))
+
+
 @dataclass(frozen=True, eq=False)
-class HMC(Sampler):
+class HMC(Hamiltonian):
     """Hamiltonian Monte Carlo with a fixed number of leapfrog steps: samples exp(-E) without step-size bias.
 
     Each step draws a momentum, follows Hamilton's equations for n_leapfrog steps of size step_size, and accepts the end
@@ -79,7 +117,7 @@ class HMC(Sampler):
 
     Args:
         step_size: > 0, in units of the state if the mass is 1. A float, a (steps,) tensor (a schedule) or a
-            (n_chains, 1) tensor (one value per chain). A warm-up adapts a float only.
+            (n_chains, 1) tensor (one value per chain). A warm-up adapts a number only.
         n_leapfrog: number of leapfrog steps per step, an int >= 1.
         mass: the diagonal of M: a number, or a tensor of one state's shape, > 0. Best is 1 / the variance of each
             coordinate. None: 1, and a warm-up adapts it.
@@ -102,35 +140,12 @@ class HMC(Sampler):
     target_acceptance: float | None = 0.8
     clamp: Bounds | None = None
 
-    exact: ClassVar[bool] = True
     reversible: ClassVar[bool] = True
     power: ClassVar[int] = 1
-    scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
-    reports: ClassVar[Mapping[str, float]] = {
-        "acceptance": math.nan, "divergences": math.nan, "gradients": math.nan, "grad_norm": math.nan,
-    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        n_leapfrog = plain_number(self.n_leapfrog)
-        if isinstance(n_leapfrog, bool) or not isinstance(n_leapfrog, int):
-            raise TypeError(f"n_leapfrog must be an int >= 1, got {n_leapfrog!r}")
-        if n_leapfrog < 1:
-            raise ValueError(f"n_leapfrog must be >= 1, got {n_leapfrog}")
-        object.__setattr__(self, "n_leapfrog", n_leapfrog)
-        object.__setattr__(self, "step_size", checked_coefficient("step_size", self.step_size, positive=True))
-        object.__setattr__(self, "mass", checked_diagonal("mass", self.mass))
-        object.__setattr__(self, "target_acceptance", checked_fraction("target_acceptance", self.target_acceptance))
-        object.__setattr__(self, "clamp", Box.of(self.clamp))
-
-    def adaptation(self, steps: int) -> WarmUp | None:
-        """Adapt step_size, and the mass if it is None."""
-        if self.target_acceptance is None or isinstance(self.step_size, Tensor):
-            return None
-        return WarmUp(self, steps, self.target_acceptance, with_mass if self.mass is None else None, power=1)
-
-    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
-        """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return HMCState(x, *target.value_and_gradient(x))
+        super().__post_init__()
+        object.__setattr__(self, "n_leapfrog", checked_integer("n_leapfrog", self.n_leapfrog, least=1))
 
     def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Follow a trajectory, then accept or reject its end."""
@@ -234,7 +249,7 @@ def _judged(
     if inside is not None:
         possible &= inside
     # An end of probability 0 is rejected whatever else is NaN. Any other end must have finite terms.
-    sound = (end.energy != -math.inf) & ~end.energy.isnan() & end.momentum.isfinite().all(dim=1)
-    started = ~state.energy.isnan() & state.gradient.isfinite().all(dim=1)
+    sound = (end.energy > -math.inf) & end.momentum.isfinite().all(dim=1)
+    started = (state.energy > -math.inf) & state.gradient.isfinite().all(dim=1)
     finite = started & (diverged | (end.x.isfinite().all(dim=1) & (sound | ~possible)))
     return possible & finite & ~diverged, diverged, finite

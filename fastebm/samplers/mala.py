@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..targets.base import View
-from .adaptation import WarmUp
+from .adaptation import WarmUp, tunable
 from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
 from .hmc import HMCState, step_tensor, transition
 
@@ -43,7 +43,7 @@ class MALA(Sampler):
 
     Args:
         step_size: > 0, in squared units of the state. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor
-            (one value per chain). A warm-up adapts a float only.
+            (one value per chain). A warm-up adapts a number only.
         preconditioner: the diagonal of C: a number, or a tensor of one state's shape, > 0. Best is the variance of each
             coordinate. None: 1, and a warm-up adapts it.
         target_acceptance: mean acceptance probability that the warm-up aims at, in (0, 1). None: adapt nothing.
@@ -78,12 +78,8 @@ class MALA(Sampler):
 
     def adaptation(self, steps: int) -> WarmUp | None:
         """Adapt step_size, and the preconditioner if it is None."""
-        if self.target_acceptance is None or isinstance(self.step_size, Tensor):
-            return None
-        scaled = None
-        if self.preconditioner is None:
-            scaled = lambda sampler, variance: replace(sampler, preconditioner=variance)  # noqa: E731
-        return WarmUp(self, steps, self.target_acceptance, scaled)
+        scaled = _with_preconditioner if self.preconditioner is None else None
+        return WarmUp(self, steps, scaled) if tunable(self) else None
 
     def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
         """Evaluate energy and gradient at x. Later steps carry them in the state."""
@@ -94,3 +90,8 @@ class MALA(Sampler):
         c = diagonal_at("preconditioner", self.preconditioner, state.x)
         h = (value_at(self.step_size, t, state.x.device) * (c.double() if isinstance(c, Tensor) else c)) ** 0.5
         return transition(target, state, noise, t, step_tensor(h, state.x), 1, Stream.LANGEVIN)
+
+
+def _with_preconditioner(sampler: Any, variance: Tensor) -> Any:
+    """The sampler with the variance of each coordinate, (dim,), as its preconditioner."""
+    return replace(sampler, preconditioner=variance)

@@ -46,13 +46,12 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..box import Bounds, Box
+from ..box import Bounds
 from ..rng import Noise, Stream
-from ..scalars import plain_number
+from ..scalars import checked_integer
 from ..targets.base import View
-from .adaptation import WarmUp
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
-from .hmc import HMCState, with_mass
+from .base import Info, diagonal_at, value_at
+from .hmc import Hamiltonian, HMCState
 
 __all__ = ["NUTS"]
 
@@ -84,7 +83,7 @@ class _SubTree(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class NUTS(Sampler):
+class NUTS(Hamiltonian):
     """The No-U-Turn Sampler: Hamiltonian Monte Carlo that finds its trajectory length in every step of every chain.
 
     The top of this file states the algorithm: multinomial NUTS (Hoffman & Gelman 2014; Betancourt 2017). It samples
@@ -96,7 +95,7 @@ class NUTS(Sampler):
 
     Args:
         step_size: of the leapfrog, > 0. A float, a (steps,) tensor (a schedule) or a (n_chains, 1) tensor (one value
-            per chain). A warm-up adapts a float only.
+            per chain). A warm-up adapts a number only.
         max_depth: how often a trajectory may double, 1 to 12: a step takes at most 2^max_depth - 1 gradients.
         mass: the diagonal of M: a number, or a tensor of one state's shape, > 0. Best is 1 / the variance of each
             coordinate. None: 1, and a warm-up adapts it.
@@ -109,8 +108,8 @@ class NUTS(Sampler):
     A trajectory also ends where H has grown by more than 1000 or overflows; ``SampleInfo.divergences`` is the fraction
     of such steps. The chain goes on from what it had found before. Many divergences mean that the step size is too
     large, or that some region is never entered. An energy of NaN or -inf, or a NaN in the gradient, in a trajectory
-    that has not diverged stops the chain, and ``on_nonfinite`` decides what follows. A chain that starts at infinite
-    energy stays there.
+    that has not diverged stops the chain, and ``on_nonfinite`` decides what follows. So does an energy or a gradient
+    that is not finite where the chain starts.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
@@ -122,29 +121,11 @@ class NUTS(Sampler):
     target_acceptance: float | None = 0.8
     clamp: Bounds | None = None
 
-    exact: ClassVar[bool] = True
     power: ClassVar[int] = 1
-    scheduled: ClassVar[tuple[str, ...]] = ("step_size",)
-    reports: ClassVar[Mapping[str, float]] = dict.fromkeys(
-        ("acceptance", "divergences", "gradients", "grad_norm"), math.nan
-    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "step_size", checked_coefficient("step_size", self.step_size, positive=True))
-        object.__setattr__(self, "max_depth", _checked_depth(self.max_depth))
-        object.__setattr__(self, "mass", checked_diagonal("mass", self.mass))
-        object.__setattr__(self, "target_acceptance", checked_fraction("target_acceptance", self.target_acceptance))
-        object.__setattr__(self, "clamp", Box.of(self.clamp))
-
-    def adaptation(self, steps: int) -> WarmUp | None:
-        """Adapt step_size, and the mass if it is None."""
-        if self.target_acceptance is None or isinstance(self.step_size, Tensor):
-            return None
-        return WarmUp(self, steps, self.target_acceptance, with_mass if self.mass is None else None, power=1)
-
-    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
-        """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return HMCState(x, *target.value_and_gradient(x))
+        super().__post_init__()
+        object.__setattr__(self, "max_depth", checked_integer("max_depth", self.max_depth, least=1, most=_MOST_DEPTH))
 
     def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Build a trajectory through the state, and draw one of its points."""
@@ -186,16 +167,16 @@ class NUTS(Sampler):
 class _Tree:
     """The trajectories of one step, and what is counted along them: (n_chains,) each.
 
-    finite: whether no energy or gradient was NaN. diverged: whether a point was divergent. leaves: number of points
-    after the first. acceptance: sum over these of min(1, w).
+    finite: whether the energy and the gradient were finite at the start, and not NaN later. diverged: whether a point
+    was divergent. leaves: number of points after the first. acceptance: sum over these of min(1, w).
     """
 
     def __init__(
         self, target: View, state: HMCState, p: Tensor, mass: float | Tensor, step_size: float | Tensor
     ) -> None:
         self.target, self.energy, self.p, self.mass, self.step_size = target, state.energy, p, mass, step_size
-        self.finite = torch.ones_like(state.energy, dtype=torch.bool)
-        self.diverged = ~self.finite
+        self.finite = state.energy.isfinite() & state.gradient.isfinite().all(dim=1)
+        self.diverged = torch.zeros_like(self.finite)
         self.leaves, self.acceptance = torch.zeros_like(state.energy), torch.zeros_like(state.energy)
 
     def grown(self, end: _End, active: Tensor, log_e: Tensor) -> _SubTree:
@@ -286,12 +267,3 @@ def _where(rows: Tensor, a: _Rows, b: _Rows) -> _Rows:
     wide = rows[:, None]
     chosen: _Rows = type(a)(*(torch.where(rows if v.ndim == 1 else wide, v, w) for v, w in zip(a, b, strict=True)))
     return chosen
-
-
-def _checked_depth(value: Any) -> int:
-    value = plain_number(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"max_depth must be an integer, got {value!r}")
-    if not 1 <= value <= _MOST_DEPTH:
-        raise ValueError(f"max_depth must be 1 to {_MOST_DEPTH}, got {value}: a step takes up to 2^max_depth gradients")
-    return value

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..box import Bounds
 from ..rng import Noise, Stream
-from ..scalars import plain_number
+from ..scalars import checked_integer, plain_number
 from ..targets.base import View
 from .adaptation import DualAveraging, windows
 from .base import Info, Sampler, value_at
@@ -110,7 +110,7 @@ class ParallelTempering(Sampler):
     def __post_init__(self) -> None:
         inner, clamp = with_inner("ParallelTempering", self.sampler, self.clamp)
         self._set(sampler=inner, clamp=clamp)
-        self._set(swap_every=_checked_count("swap_every", self.swap_every, least=1))
+        self._set(swap_every=checked_integer("swap_every", self.swap_every, least=1))
         if isinstance(self.temperatures, str):
             self._check_auto()
         else:
@@ -128,7 +128,7 @@ class ParallelTempering(Sampler):
         if self.temperatures != "auto":
             raise ValueError(f'temperatures must be numbers or "auto", got {self.temperatures!r}')
         n = _N_TEMPERATURES if self.n_temperatures is None else self.n_temperatures
-        self._set(n_temperatures=_checked_count("n_temperatures", n, least=2))
+        self._set(n_temperatures=checked_integer("n_temperatures", n, least=2))
         highest = plain_number(self.max_temperature)
         if isinstance(highest, bool) or not isinstance(highest, (int, float)) or not 1 < highest < math.inf:
             raise ValueError(
@@ -366,12 +366,3 @@ def _order(swapped: Tensor) -> Tensor:
 def _reordered(v: Tensor, order: Tensor) -> Tensor:
     """(n, R) or (n, R, dim) with its rungs in this order."""
     return v.flatten(0, 1).index_select(0, order.flatten()).view_as(v)
-
-
-def _checked_count(name: str, value: Any, *, least: int) -> int:
-    value = plain_number(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-    return value

@@ -146,9 +146,10 @@ class UnderdampedLangevin(Sampler):
 
 def _ornstein_uhlenbeck(damping: Any, noise_scale: Any, x: Tensor) -> tuple[Any, Any]:
     """c and sqrt(T (1 - c^2)) of part O with c = exp(-damping), in the dtype of x."""
-    damping = torch.as_tensor(damping, dtype=torch.float64)
-    kept, spread = torch.exp(-damping), (-torch.expm1(-2 * damping)).sqrt() * noise_scale
-    return _in_dtype(kept, x), _in_dtype(spread, x)
+    if isinstance(damping, Tensor):
+        return _in_dtype(torch.exp(-damping), x), _in_dtype((-torch.expm1(-2 * damping)).sqrt() * noise_scale, x)
+    # Numbers: an operation on a tensor of one element takes as long as one on a small batch of chains.
+    return math.exp(-damping), _in_dtype(math.sqrt(-math.expm1(-2 * damping)) * noise_scale, x)
 
 
 def _in_dtype(value: Any, x: Tensor) -> Any:
