@@ -58,9 +58,9 @@ def log_partition(
     back from samples of the energy, which gives an upper bound (Burda, Grosse & Salakhutdinov 2015; Grosse, Ghahramani
     & Adams 2015). Step sizes and temperatures are tuned by pilot runs, whose states are not used otherwise.
 
-    The estimate is only as good as the overlap of base and energy: a mode far outside the base is missed by all chains,
-    and neither error nor bracket then shows it (unless ``samples`` come from it). Warnings report small effective
-    sample sizes, chains that do not move and bounds far apart.
+    The estimate is only as good as the overlap of base and energy: all chains may miss a mode that is far outside the
+    base or far narrower, and neither error nor bracket then shows it (unless ``samples`` come from it). Warnings report
+    small effective sample sizes, chains that do not move and bounds far apart.
 
     Args:
         energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1), such that exp(-E) can be integrated
