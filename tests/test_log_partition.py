@@ -260,6 +260,9 @@ def test_log_likelihood_estimates_log_z():
     result = log_partition(energy, **options)
     assert torch.equal(log_likelihood(energy, x, **options), log_likelihood(energy, x, result))
     torch.testing.assert_close(log_likelihood(energy, x, result), -energy(x).double() - result.log_z)
+    assert log_likelihood(energy, x[:0], result).shape == (0,)
+    with pytest.raises(TypeError, match="x must be floating point"):
+        log_likelihood(energy, x.long(), result)
     with pytest.raises(TypeError, match="log_z is given, so seed would have no effect"):
         log_likelihood(energy, x, result, seed=1)
 
@@ -340,6 +343,14 @@ def test_an_energy_that_is_no_number_raises(number):
         )  # fmt: skip
 
 
+def test_a_pilot_that_is_not_finite_raises():
+    flat = lambda x: 0 * x.sum(dim=1)  # noqa: E731
+    with pytest.raises(
+        NonFiniteError, match=r"64 of 64 chains of the pilot run .* If exp\(-E\) has no finite integral"
+    ):
+        log_partition(flat, input_size=2, n_chains=64, seed=1)
+
+
 G, TWO = GaussianEnergy(), {"input_size": 2}
 
 
@@ -367,7 +378,7 @@ G, TWO = GaussianEnergy(), {"input_size": 2}
             ValueError,
             r"samples must lie within the sampler's clamp \(-1.0, 1.0\), and 1 of 2 do not",
         ),
-        (lambda: log_partition(G, samples=torch.tensor([[0.0], [math.nan]])), ValueError, "init must be finite"),
+        (lambda: log_partition(G, samples=torch.tensor([[0.0], [math.nan]])), ValueError, "samples must be finite"),
         (
             lambda: log_partition(G, **TWO, sampler=MALA(0.1, clamp=(0, math.inf))),
             ValueError,
@@ -378,7 +389,7 @@ G, TWO = GaussianEnergy(), {"input_size": 2}
             ValueError,
             "a Gaussian base must have mass within the clamp",
         ),
-        (lambda: log_partition(G), ValueError, "pass input_size= or init="),
+        (lambda: log_partition(G), ValueError, "pass input_size= or samples="),
         (lambda: log_partition(G, **TWO, labels=torch.tensor([0, 1])), ValueError, "labels must be one class"),
         (lambda: log_partition(G, **TWO, condition=3.0), TypeError, "condition must be a tensor"),
         (

@@ -105,7 +105,7 @@ def test_a_number_is_a_factor_of_the_step_size(backend, make, options):
     frozen = torch.tensor([False, True, False])
     expected, told = langevin_sample(energy, rule=Langevin(0.2 * c, **{"noise_scale": 1.0, **options}), frozen=frozen,
                                      return_info=True, **given)  # fmt: skip
-    for value in (c, torch.full((3,), c)):
+    for value in (c, torch.tensor(c), torch.full((3,), c)):
         rule = Langevin(0.2, preconditioner=value, **options)
         found, info = langevin_sample(energy, rule=rule, frozen=frozen, return_info=True, **given)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

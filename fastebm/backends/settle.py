@@ -25,7 +25,7 @@ class NonFiniteError(RuntimeError):
     """
 
 
-def check_finite(init: Tensor) -> None:
+def check_finite(init: Tensor, name: str = "init") -> None:
     """Raise a ValueError if the start, (n_chains, *shape), is not finite."""
     # Fast path without extra memory: a finite sum proves that all terms are finite. Otherwise test each chain, because
     # a sum of finite terms may overflow.
@@ -35,7 +35,7 @@ def check_finite(init: Tensor) -> None:
     if not bool(finite.all()):
         rows = (~finite).nonzero().flatten()
         raise ValueError(
-            f"init must be finite, got NaN or inf in {len(rows)} of {len(init)} chains (first: {int(rows[0])})"
+            f"{name} must be finite, got NaN or inf in {len(rows)} of {len(init)} chains (first: {int(rows[0])})"
         )
 
 

@@ -137,7 +137,8 @@ def _law(result: SampleResult, draws: Draws, mala_acceptance: float | None) -> I
             "a step size and leave noise_scale at 1, as in Langevin(0.1)"
         )
     sampler = result.sampler
-    if not (sampler.exact or sampler.coupled or isinstance(sampler, (Langevin, AnnealedLangevin))):
+    measured = isinstance(sampler, Langevin) and not sampler.noise_first
+    if not (sampler.exact or measured or sampler.coupled or isinstance(sampler, AnnealedLangevin)):
         yield (
             f"the moves of {type(sampler).__name__} have no accept test, and their bias is not measured: repeat the "
             "call with half the step size and compare"
@@ -173,8 +174,8 @@ def _mixing(draws: Draws, table: Table) -> Iterator[str]:
         where = table["name"][table[name].index(worst)]
         yield (
             f"{words} of {where} is {worst:.3f}, above {_RHAT}: the chains disagree, so each is still too short. Take "
-            "a longer warm-up or more steps. Chains in equilibrium get below it with 100 effective draws each; many "
-            "chains that are shorter can share starts, see superchains="
+            "a longer warm-up or more steps. Chains in equilibrium get below it with a few hundred effective draws "
+            "each; many chains that are shorter can share starts, see superchains="
         )
     if (found := apart(draws)) is not None:
         yield (

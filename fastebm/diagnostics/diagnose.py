@@ -93,9 +93,10 @@ def diagnose(
     It looks at ``result.trajectory``, and changes nothing: not the model, the generators or the result.
 
     Warnings: chains that stopped, never moved or diverged; a temperature other than 1; the step-size bias of
-    ``Langevin`` (from a Metropolis test of its steps; that of other samplers without an accept test is not measured,
-    and a warning says so); clips and clamps; R-hat; chains that stay in separate regions; few effective draws. Chains
-    that all sit in one of several modes look like chains that have explored everything: start them far apart.
+    ``Langevin`` (from a Metropolis test of its steps; that of noise_first and of other samplers without an accept
+    test is not measured, and a warning says so); clips and clamps; R-hat; chains that stay in separate regions; few
+    effective draws. Chains that all sit in one of several modes look like chains that have explored everything: start
+    them far apart.
 
     Args:
         result: of ``sample(..., thin=1)``, or a larger thin.

@@ -39,12 +39,13 @@ _PROPOSALS = 256
 def mala_acceptance(result: SampleResult, rows: Tensor) -> float | None:
     """Mean acceptance probability of Langevin's steps in a Metropolis test, from states of these chains.
 
-    None for another sampler, and without one temperature > 0. With a schedule the last step size counts.
+    None for another sampler or noise_first, and without one temperature > 0. With a schedule the last step size counts.
     """
     sampler: Any = result.sampler
     assert result.trajectory is not None
     temperature = one_number(result.info.temperature, result.trajectory.shape[1])
-    if not isinstance(sampler, Langevin) or not temperature:
+    # With noise_first the stored states lack the noise of the next step, so they are not MALA's.
+    if not isinstance(sampler, Langevin) or sampler.noise_first or not temperature:
         return None
     step = sampler.step_size
     step = step[-1] if isinstance(step, Tensor) and step.ndim == 1 else step

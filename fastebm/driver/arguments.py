@@ -64,7 +64,10 @@ def state_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def shape_of_states(energy: nn.Module, input_size: int | Sequence[int] | None, labels: bool) -> tuple[int, ...]:
+def shape_of_states(
+    energy: nn.Module, input_size: int | Sequence[int] | None, labels: bool, states: str
+) -> tuple[int, ...]:
+    """The shape of one state. states: name of the argument that could tell it too, for the error."""
     if input_size is not None:
         return state_shape(input_size)
     try:
@@ -72,7 +75,9 @@ def shape_of_states(energy: nn.Module, input_size: int | Sequence[int] | None, l
     except NotAnMLP as error:
         if (shape := shape_of(energy)) is not None:
             return shape
-        raise ValueError(f"pass input_size= or init=: the energy does not tell its input's shape ({error})") from None
+        raise ValueError(
+            f"pass input_size= or {states}=: the energy does not tell its input's shape ({error})"
+        ) from None
 
 
 def _short(value: object) -> str:
@@ -80,17 +85,21 @@ def _short(value: object) -> str:
     return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else repr(value)
 
 
-def check_init(init: Tensor, input_size: int | Sequence[int] | None, device: torch.device | str | None) -> None:
+def check_init(
+    init: Tensor, input_size: int | Sequence[int] | None, device: torch.device | str | None, name: str
+) -> None:
     if not isinstance(init, Tensor):
-        raise TypeError(f"init must be a tensor, got {type(init).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(init).__name__}")
     if not init.is_floating_point():
-        raise TypeError(f"init must be floating point (float32, float64 or half), got {init.dtype}: use init.float()")
+        raise TypeError(
+            f"{name} must be floating point (float32, float64 or half), got {init.dtype}: use {name}.float()"
+        )
     if init.ndim < 2 or math.prod(init.shape[1:]) == 0:
-        raise ValueError(f"init must be (n_chains, *shape) with at least one dim, got shape {tuple(init.shape)}")
+        raise ValueError(f"{name} must be (n_chains, *shape) with at least one dim, got shape {tuple(init.shape)}")
     if input_size is not None and state_shape(input_size) != tuple(init.shape[1:]):
-        raise ValueError(f"input_size {input_size!r} and init of shape {tuple(init.shape)} disagree: leave one out")
+        raise ValueError(f"input_size {input_size!r} and {name} of shape {tuple(init.shape)} disagree: leave one out")
     if device is not None and not same_device(named_device(device), init.device):
-        raise ValueError(f"init is on {init.device} and device={device}: move one, or leave device= out")
+        raise ValueError(f"{name} is on {init.device} and device={device}: move one, or leave device= out")
 
 
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -42,6 +42,7 @@ class Start:
     """The arguments of a sampling call that describe its chains. ``fastebm.sample`` documents them.
 
     n_chains: name of the argument, for errors, and its value. Used if there is no init.
+    states: name of the argument that init is, for errors.
     """
 
     energy: nn.Module
@@ -56,6 +57,7 @@ class Start:
     first_chain: int
     first_step: int | Tensor
     device: torch.device | str | None
+    states: str = "init"
 
     def place(self) -> Place:
         """Check the arguments; nothing is drawn yet."""
@@ -64,12 +66,12 @@ class Start:
         parameter = first_tensor(self.energy)
         if self.init is None:
             n_chains = checked_count(*self.n_chains)
-            shape = shape_of_states(self.energy, self.input_size, self.labels is not None)
+            shape = shape_of_states(self.energy, self.input_size, self.labels is not None, self.states)
             known = torch.device("cpu") if parameter is None else parameter.device
             device = known if self.device is None else checked_device(self.device)
             double = parameter is not None and parameter.dtype == torch.float64
         else:
-            check_init(self.init, self.input_size, self.device)
+            check_init(self.init, self.input_size, self.device, self.states)
             n_chains, shape, device = len(self.init), tuple(self.init.shape[1:]), self.init.device
             double = self.init.dtype == torch.float64
         if self.first_chain + n_chains > 2**63:

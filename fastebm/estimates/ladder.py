@@ -83,8 +83,16 @@ class Path:
             start = {"init": x.reshape(len(x), *self.shape)}
         result = sample(
             self.energy, self.sampler, steps=0, warmup=_WARMUP, labels=given.labels,
-            condition=given.condition, seed=self.seed, backend=self.settings.backend, progress=False, **start,
+            condition=given.condition, seed=self.seed, backend=self.settings.backend, progress=False,
+            on_nonfinite="ignore", **start,
         )  # fmt: skip
+        bad = (result.info.first_bad_step >= 0) | ~result.energies.isfinite()
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"{int(bad.sum())} of {len(bad)} chains of the pilot run on the energy are not finite. If exp(-E) has "
+                "no finite integral, bound the states by the sampler's clamp=. If the energy is not finite where "
+                "chains start, pass a base= or samples= where it is. Else the sampler needs a smaller step_size"
+            )
         states = result.x.flatten(1).double()
         return result.sampler, states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
 

@@ -58,9 +58,9 @@ def log_partition(
     back from samples of the energy, which gives an upper bound (Burda, Grosse & Salakhutdinov 2015; Grosse, Ghahramani
     & Adams 2015). Step sizes and temperatures are tuned by pilot runs, whose states are not used otherwise.
 
-    The estimate is only as good as the overlap of base and energy: a mode far outside the base is missed by all chains,
-    and neither error nor bracket then shows it (unless ``samples`` come from it). Warnings report small effective
-    sample sizes, chains that do not move and bounds far apart.
+    The estimate is only as good as the overlap of base and energy: all chains may miss a mode that is far outside the
+    base or far narrower, and neither error nor bracket then shows it (unless ``samples`` come from it). Warnings report
+    small effective sample sizes, chains that do not move and bounds far apart.
 
     Args:
         energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1), such that exp(-E) can be integrated
@@ -93,10 +93,10 @@ def log_partition(
     if input_size is None and samples is None and base is not None:
         input_size = shape_of(base)
     one_label, one_condition = _one_row(labels, condition)
-    start = Start(
-        energy, input_size, ("n_chains", n_chains), samples, one_label, one_condition, None, None, None, 0, 0, device
-    )
-    place = start.place()
+    place = Start(
+        energy, input_size, ("n_chains", n_chains), samples, one_label, one_condition, None, None, None, 0, 0, device,
+        states="samples",
+    ).place()  # fmt: skip
     if samples is not None:
         _check_samples(samples, sampler.box)
     path = Path(
@@ -130,12 +130,14 @@ def log_likelihood(
     """
     energy = as_module(energy)
     one_label, one_condition = _one_row(labels, condition)
-    place = Start(energy, None, ("n", 0), x, None, None, None, None, None, 0, 0, options.get("device")).place()
+    place = Start(
+        energy, None, ("n", 0), x, None, None, None, None, None, 0, 0, options.get("device"), states="x"
+    ).place()
     if log_z is None:
         log_z = log_partition(energy, input_size=place.shape, labels=labels, condition=condition, **options)
     elif options:
         raise TypeError(f"log_z is given, so {', '.join(options)} would have no effect: leave them out")
-    flat = x.detach().reshape(len(x), -1).to(place.dtype)
+    flat = x.detach().flatten(1).to(place.dtype)
     path = Path(energy, place.shape, Sampler(), one_label, one_condition, 0, Settings())
     value = energies_of(
         energy, path.chains(flat, 0), path.sampler, shape=place.shape, settings=path.settings
@@ -252,7 +254,7 @@ def _check_samples(samples: Tensor, box: Box | None) -> None:
     """Check the draws of exp(-E) from which reverse chains start."""
     if len(samples) < 2:
         raise ValueError(f"samples must be (n, *shape) with n >= 2, got shape {tuple(samples.shape)}")
-    check_finite(samples)
+    check_finite(samples, "samples")
     if box is not None:
         flat = samples.detach().flatten(1)
         outside = ~box.on(flat.shape[1], dtype=flat.dtype, device=flat.device).contains(flat)

@@ -35,6 +35,7 @@ __all__ = [
     "diagonal_at",
     "for_chains",
     "for_steps",
+    "plus",
     "settled",
     "value_at",
 ]
@@ -180,6 +181,11 @@ def settled(target: View, x: Tensor, moved: Tensor, box: Box | None) -> tuple[Te
     return torch.where(finite[:, None], moved if box is None else box.clamp(moved), x), finite
 
 
+def plus(x: Tensor, v: Tensor, c: float | Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x + c v in one pass. c: a number, or a tensor that broadcasts with x, (n_chains, dim)."""
+    return torch.addcmul(x, v, c, out=out) if isinstance(c, Tensor) else torch.add(x, v, alpha=c, out=out)
+
+
 # -- settings that vary by step or by chain -----------------------------------------------------------------------
 
 
@@ -228,7 +234,7 @@ def checked_diagonal(name: str, value: Any) -> float | Tensor | None:
     Raises:
         TypeError, ValueError: the message states the requirement and the value received.
     """
-    value = value if value is None or isinstance(value, Tensor) else number_or_tensor(value)
+    value = number_or_tensor(value)
     if value is None:
         return None
     if isinstance(value, Tensor):

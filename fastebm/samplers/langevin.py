@@ -48,6 +48,7 @@ from .base import (
     checked_coefficient,
     checked_diagonal,
     diagonal_at,
+    plus,
     settled,
     value_at,
 )
@@ -258,12 +259,12 @@ class Langevin(Sampler):
             xi = c**0.5 * xi
         noisy = None
         if self.noise_first:
-            x, noisy = settled(target, x, _plus(x, xi, noise_std), target.box if self.clamp_noise else None)
+            x, noisy = settled(target, x, plus(x, xi, noise_std), target.box if self.clamp_noise else None)
         grad = target.gradient(x)
         clipped = self.clip(grad)
-        moved = _plus(x, clipped if self.preconditioner is None else c * clipped, -drift)
+        moved = plus(x, clipped if self.preconditioner is None else c * clipped, -drift)
         if not self.noise_first:
-            moved = _plus(moved, xi, noise_std, out=moved)
+            moved = plus(moved, xi, noise_std, out=moved)
         new, finite = settled(target, x, moved, target.box)
         if noisy is not None:  # a chain whose noisy state was not finite does not move at all
             new, finite = torch.where(noisy[:, None], new, x), noisy if finite is None else noisy & finite
@@ -279,11 +280,6 @@ def _drift_and_noise(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:
     """(step_size / 2, sqrt(step_size) noise_scale) for numbers or float64 tensors."""
     root = step_size.sqrt() if isinstance(step_size, Tensor) else math.sqrt(step_size)
     return step_size / 2, root * noise_scale
-
-
-def _plus(x: Tensor, v: Tensor, c: float | Tensor, *, out: Tensor | None = None) -> Tensor:
-    """x + c v in one pass. c: a number, or a tensor of shape () or (n_chains, 1)."""
-    return torch.addcmul(x, v, c, out=out) if isinstance(c, Tensor) else torch.add(x, v, alpha=c, out=out)
 
 
 def checked_langevin(sampler: object) -> Langevin:

@@ -130,15 +130,16 @@ def _direction(x: Tensor, gradient: Tensor, bandwidth: float | None) -> Tensor:
     """phi at each of the particles x, (n, dim)."""
     n = len(x)
     # By differences: with products, distances between close particles far from 0 would cancel.
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    width = _median(distance) ** 2 / math.log(max(n, 2)) if bandwidth is None else bandwidth
-    kernel = torch.exp(-((distance / width**0.5) ** 2))
+    width = _median(torch.pdist(x)) ** 2 / math.log(max(n, 2)) if bandwidth is None else bandwidth
+    # In place, because these matrices are the largest.
+    kernel = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    kernel.div_(width**0.5).square_().neg_().exp_()
     centred = x - x.mean(dim=0)
     repulsion = (2 / width) * (kernel.sum(dim=1, keepdim=True) * centred - kernel @ centred)
     return (repulsion - kernel @ gradient) / n
 
 
 def _median(distance: Tensor) -> float:
-    """The median distance of two particles in different places; 1 if there are none. distance: (n, n)."""
-    apart = distance[distance.triu(1) > 0]
+    """The median distance of two particles in different places; 1 if there are none. distance: of each pair."""
+    apart = distance[distance > 0]
     return float(apart.median()) if len(apart) > 0 else 1.0

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..targets.base import View
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, diagonal_at, settled, value_at
+from .base import Info, Sampler, checked_coefficient, checked_diagonal, diagonal_at, plus, settled, value_at
 
 __all__ = ["UnderdampedLangevin", "UnderdampedState"]
 
@@ -120,19 +120,19 @@ class UnderdampedLangevin(Sampler):
         at_x, draws = True, 0  # whether the gradient is that of x; how many O have been applied
         for part in self.splitting:
             if part == "A":
-                moved = x + drift / mass * p
-                inside, here = settled(target, x, moved, target.box)
+                moved, at_x = target.held(x, plus(x, p, drift / mass)), False
                 if target.box is not None:
-                    p = torch.where(inside != target.held(x, moved), -p, p)
-                x, finite, at_x = inside, _both(finite, here), False
+                    inside, here = settled(target, x, moved, target.box)
+                    p, moved, finite = torch.where(inside != moved, -p, p), inside, _both(finite, here)
+                x = moved
             elif part == "B":
                 gradient, at_x = gradient if at_x else target.gradient(x), True
-                p = p - kick * gradient
+                p = plus(p, gradient, -kick)
             else:
-                p = kept * p + spread * mass**0.5 * noise.part(draws, n["O"]).normal(Stream.LANGEVIN, t)
-                draws += 1
-        # After the last kick, a momentum that is not finite would show in x only in the next step.
-        p, here = settled(target, state.momentum, p, None)
+                xi = noise.part(draws, n["O"]).normal(Stream.LANGEVIN, t)
+                p, draws = plus(kept * p, xi, spread * mass**0.5), draws + 1
+        # A momentum that is not finite would show in x only in the next step.
+        _, here = settled(target, state.x, x + p, None)
         finite = _both(finite, here)
         new = UnderdampedState(x, gradient, p)
         if finite is not None:
@@ -146,10 +146,10 @@ class UnderdampedLangevin(Sampler):
 
 def _ornstein_uhlenbeck(damping: Any, noise_scale: Any, x: Tensor) -> tuple[Any, Any]:
     """c and sqrt(T (1 - c^2)) of part O with c = exp(-damping), in the dtype of x."""
-    if not isinstance(damping, Tensor):
-        damping = torch.tensor(damping, dtype=torch.float64, device="cpu")
-    kept, spread = torch.exp(-damping), (-torch.expm1(-2 * damping)).sqrt() * noise_scale
-    return _in_dtype(kept, x), _in_dtype(spread, x)
+    if isinstance(damping, Tensor):
+        return _in_dtype(torch.exp(-damping), x), _in_dtype((-torch.expm1(-2 * damping)).sqrt() * noise_scale, x)
+    # Numbers: an operation on a tensor of one element takes as long as one on a small batch of chains.
+    return math.exp(-damping), _in_dtype(math.sqrt(-math.expm1(-2 * damping)) * noise_scale, x)
 
 
 def _in_dtype(value: Any, x: Tensor) -> Any:
