@@ -201,8 +201,8 @@ def test_what_is_given_is_not_adapted():
     [
         (lambda: ChEESHMC(0.0), ValueError, "step_size must be finite and > 0, got 0.0"),
         (lambda: ChEESHMC(0.1, 0.0), ValueError, "trajectory_length must be finite and > 0, got 0.0"),
-        (lambda: ChEESHMC(0.1, torch.ones(3)), TypeError, "trajectory_length must be a number or None, got a tensor"),
-        (lambda: ChEESHMC(0.1, "long"), TypeError, "trajectory_length must be a float"),
+        (lambda: ChEESHMC(0.1, torch.ones(3)), TypeError, "trajectory_length must be a number or None, got Tensor"),
+        (lambda: ChEESHMC(0.1, "long"), TypeError, "trajectory_length must be a number or None, got str"),
         (lambda: ChEESHMC(0.1, mass=-1.0), ValueError, "mass must be finite and > 0, got -1"),
         (lambda: ChEESHMC(0.1, target_acceptance=0.0), ValueError, r"target_acceptance must be in \(0, 1\), got 0"),
         (lambda: ChEESHMC(0.1, clamp=(1.0, 0.0)), ValueError, r"clamp needs lo < hi, got \(1.0, 0.0\)"),
