@@ -159,7 +159,7 @@ def test_the_gradient_is_that_of_the_criterion():
     ((sizes[0] - sizes[1]).square().mean() / 4).backward()
     z, v_end = (of.detach() for of in end(log_length.exp()))
     sampler = ChEESHMC(math.exp(-0.1) / 2, 1.0, mass)
-    trajectory = hmc.Trajectory(z / mass.sqrt(), None, None, v_end, None, 2, None)
+    trajectory = hmc.Trajectory(z / mass.sqrt(), None, None, v_end, 2, None)
     info = Info(None, None, torch.full((400,), 0.7), trajectory)
     found = chees._slope(sampler, x / mass.sqrt(), info, None)
     assert found == pytest.approx(float(log_length.grad), rel=1e-6)

@@ -220,6 +220,16 @@ def test_without_noise_it_is_damped_descent():
     assert torch.equal(b.x, c.x)
 
 
+def test_a_schedule_of_no_steps():
+    """The momenta are drawn with the temperature of the first step, which comes later."""
+    options = {"init": torch.randn(5, 2), "seed": 3}
+    none, noise_scale = torch.ones(0), torch.tensor([2.0, 1.0])
+    start = sample(GaussianEnergy(), UnderdampedLangevin(0.1, noise_scale=none), steps=0, **options)
+    then = sample(GaussianEnergy(), UnderdampedLangevin(0.1, noise_scale=noise_scale), init=start, steps=2)
+    at_once = sample(GaussianEnergy(), UnderdampedLangevin(0.1, noise_scale=noise_scale), steps=2, **options)
+    assert torch.equal(then.x, at_once.x)
+
+
 def test_at_a_bound_the_momentum_is_reversed():
     """Free flight in [-1, 1]: a coordinate that leaves is put on the bound and flies back."""
     free = lambda x: 0.0 * x.sum(dim=1)  # noqa: E731

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..backends import Chains
 from ..backends.settle import check_finite
 from ..box import Box
-from ..driver.arguments import checked_count
 from ..driver.run import energies_of
 from ..driver.settings import Settings
 from ..driver.start import Place, Start
@@ -21,6 +20,7 @@ from ..energies.functions import as_module
 from ..rng import Stream, draw_seed, uniform
 from ..samplers.base import Sampler, checked_sampler
 from ..samplers.mala import MALA
+from ..scalars import checked_integer
 from .ais import AIS
 from .ladder import LADDER_STEP, PILOT_CHAINS, PILOT_STEPS, WIDER, Path
 from .normal import Normal
@@ -86,8 +86,8 @@ def log_partition(
         NonFiniteError: the energy of some chains is NaN or -inf. Without them the estimate would be biased.
     """
     energy, sampler = as_module(energy), _checked(MALA(0.1) if sampler is None else sampler)
-    n_temperatures = _checked_at_least_2("n_temperatures", n_temperatures)
-    n_chains = _checked_at_least_2("n_chains", n_chains)
+    n_temperatures = checked_integer("n_temperatures", n_temperatures, least=2)
+    n_chains = checked_integer("n_chains", n_chains, least=2)
     if base is not None and not isinstance(base, GaussianEnergy):
         raise TypeError(f"base must be a GaussianEnergy, whose log Z is known, or None, got {type(base).__name__}")
     if input_size is None and samples is None and base is not None:
@@ -227,12 +227,6 @@ def _checked(sampler: Any) -> Any:
     if tensors := [name for name in sampler.scheduled if isinstance(getattr(sampler, name), Tensor)]:
         raise ValueError(f"{', '.join(tensors)} must be a number in log_partition, which adapts it to each temperature")
     return sampler
-
-
-def _checked_at_least_2(name: str, value: int) -> int:
-    if checked_count(name, value) < 2:
-        raise ValueError(f"{name} must be >= 2, got {value}")
-    return int(value)
 
 
 def _one_row(labels: Tensor | int | None, condition: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..box import Bounds, Box
 from ..rng import Noise
-from ..scalars import number_or_tensor, plain_number
+from ..scalars import checked_integer, number_or_tensor, plain_number
 from ..targets.base import View
 from .base import Info, Sampler
 from .langevin import Langevin, LangevinState
@@ -70,9 +70,7 @@ class AnnealedLangevin(Sampler):
         if rising := [(a, b) for a, b in pairwise(sigmas) if a <= b]:
             raise ValueError(f"sigmas must decrease, got {rising[0][1]:g} after {rising[0][0]:g}")
         object.__setattr__(self, "sigmas", sigmas)
-        n = plain_number(self.steps_per_level)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"steps_per_level must be an int >= 1, got {n!r}")
+        n = checked_integer("steps_per_level", self.steps_per_level, least=1)
         object.__setattr__(self, "steps_per_level", n)
         step_size = plain_number(self.step_size)
         if not _is_positive(step_size):

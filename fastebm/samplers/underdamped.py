@@ -103,7 +103,9 @@ class UnderdampedLangevin(Sampler):
 
     def init(self, target: View, x: Tensor, noise: Noise, momentum: Tensor | None = None) -> UnderdampedState:
         """Take the gradient at x. A fresh start draws momenta from N(0, T M), with T of the first step."""
-        if momentum is None:
+        if momentum is None and isinstance(self.noise_scale, Tensor) and self.noise_scale.shape == (0,):
+            momentum = torch.full_like(x, math.nan)  # no step, so no T: the next part starts afresh
+        elif momentum is None:
             scale = _in_dtype(value_at(self.noise_scale, 0, x.device), x)
             momentum = scale * diagonal_at("mass", self.mass, x) ** 0.5 * noise.normal(Stream.MOMENTUM, 0)
         return UnderdampedState(x, target.gradient(x), momentum)
