@@ -77,7 +77,7 @@ def after_warmup(n=6000):
 def test_after_a_warmup_the_law_is_exact():
     result = after_warmup()
     assert fits_gaussian(result.x, STD, ALPHA)
-    assert 0.55 < float(result.info.acceptance.mean()) < 0.8
+    assert 0.55 < float(result.info.acceptance.mean()) < 0.85
 
 
 MUTANTS = {
@@ -86,7 +86,7 @@ MUTANTS = {
     ),
     "more steps where the energy is high": lambda patch: patch.setattr(
         chees, "transition",
-        lambda target, state, noise, t, h, n: hmc.transition(target, state, noise, t, h, 1 + 3 * (state.energy > 3)),
+        lambda target, state, noise, t, h, n: hmc.transition(target, state, noise, t, h, 1 + 2 * (state.energy > 3)),
     ),
 }  # fmt: skip
 
@@ -115,8 +115,8 @@ def test_a_warmup_finds_the_length(mass, start):
     """A quarter of the period of the slowest coordinate, 2 pi std, or somewhat more: h_t shortens trajectories."""
     std = torch.logspace(-1.5, 0, 8)
     result = sample(GaussianEnergy(0.0, std), ChEESHMC(start, mass=mass), 8, n_chains=100, warmup=300, steps=31, seed=1)
-    assert 0.9 < result.sampler.trajectory_length / (math.pi / 2) < 1.6
-    assert 0.55 < float(result.info.acceptance.mean()) < 0.8
+    assert 0.7 < result.sampler.trajectory_length / (math.pi / 2) < 1.4
+    assert 0.55 < float(result.info.acceptance.mean()) < 0.85
     if mass is None:
         assert float((result.sampler.mass.rsqrt() / std).log().abs().max()) < 0.15
     n = (halton(torch.arange(300, 331)) * result.sampler.trajectory_length / result.sampler.step_size).ceil()
@@ -156,7 +156,8 @@ def test_the_gradient_is_that_of_the_criterion():
 
     z, _ = end(log_length.exp())
     sizes = [(of - of.mean(dim=0)).square().sum(dim=1) for of in (z, x)]
-    ((sizes[0] - sizes[1]).square().mean() / 4).backward()
+    criterion = (sizes[0] - sizes[1]).square().mean() / 4 / (log_length / 2).exp()
+    (criterion * math.exp(-0.1 / 2)).backward()
     z, v_end = (of.detach() for of in end(log_length.exp()))
     sampler = ChEESHMC(math.exp(-0.1) / 2, 1.0, mass)
     trajectory = hmc.Trajectory(z / mass.sqrt(), None, None, v_end, 2, None)

@@ -3,17 +3,20 @@
 n_t = ceil(h_t trajectory_length / step_size)                   leapfrog steps of step t, the same for all chains
 h_t = 1/2, 1/4, 3/4, 1/8, ...                                   base-2 Halton numbers, so the mean of h_t is 1/2
 
-The warm-up maximises the change in the estimator of the expected square (Hoffman, Radul & Sountsov 2021):
+The warm-up maximises ChEES / sqrt(trajectory_length), where ChEES is the change in the estimator of the expected
+square (Hoffman, Radul & Sountsov 2021):
 
-ChEES = E[(|z' - E z'|^2 - |z - E z|^2)^2] / 4,                 z = M^(1/2) x at the start, z' at the end
+ChEES = E[d^2] / 4,   d = |z' - E z'|^2 - |z - E z|^2,          z = M^(1/2) x at the start, z' at the end
 
-It does so by Adam on log(trajectory_length). The gradient is estimated by the mean of
+It does so by Adam on log(trajectory_length). The gradient is estimated by the mean over the chains of
 
-l (|z' - E z'|^2 - |z - E z|^2) (z' - E z') . v',               l = n_t step_size,   v' = M^(-1/2) p at the end
+l d (z' - E z') . v' - d^2 / 8,                                 l = n_t step_size,   v' = M^(-1/2) p at the end
 
-over the chains. In it and in E z', ends are weighted by their acceptance probabilities. Step size and mass are adapted
-as in HMC. The length shrinks while too many trajectories end outside of the bounds. The paper has no mass and no
-bounds, and aims at a harmonic mean of acceptance probabilities. Here it is the mean, because one trajectory that
+In it and in E z', ends are weighted by their acceptance probabilities. The paper maximises ChEES itself. ChEES hardly
+changes once trajectories are long, so with heavy tails the length grew for as long as the warm-up lasted. (Sountsov &
+Hoffman 2021 divide by the length. That gave lengths below the best.) Step size and mass are adapted as in HMC. The
+length shrinks while too many trajectories end outside of the bounds. The paper has no mass and no bounds,
+and aims at a harmonic mean of acceptance probabilities. Here it is the mean, because one trajectory that
 diverges or ends outside would make the harmonic mean 0.
 """
 
@@ -140,7 +143,7 @@ class _ChEESWarmUp(WarmUp):
             self._adapt_length(slope, _inside(info, active), *masses)
 
     def _adapt_length(self, slope: float, inside: float, before: float | Tensor, mass: float | Tensor) -> None:
-        """slope: derivative of ChEES. inside: fraction of ends within the bounds. before: the mass in this step."""
+        """slope: of the criterion. inside: fraction of ends within the bounds. before: the mass in this step."""
         step_size = float(self.sampler.step_size)
         if self.t <= self.first:
             self.log_length = math.log(step_size)
@@ -172,7 +175,7 @@ def _inside(info: Info, active: Tensor | None) -> float:
 
 
 def _slope(sampler: Any, x: Tensor, info: Info, active: Tensor | None) -> float:
-    """The derivative of ChEES by log(trajectory_length), from one step of ``sampler`` from x: (n_chains, dim)."""
+    """The criterion's derivative by log(trajectory_length), from one step of ``sampler`` from x: (n_chains, dim)."""
     if len(x) < 2:
         raise ValueError("ChEESHMC finds its trajectory_length from several chains, got 1: pass trajectory_length=")
     end, weight = info.proposal, info.acceptance
@@ -189,4 +192,5 @@ def _slope(sampler: Any, x: Tensor, info: Info, active: Tensor | None) -> float:
     centred = z_end - total(weight * z_end)
     grown = centred.square().sum(dim=1) - (z - total(z) / len(z)).square().sum(dim=1)
     length: float = end.n_leapfrog * float(sampler.step_size)
-    return length * float(total(weight[:, 0] * grown * (centred * v).sum(dim=1)))
+    slopes = length * grown * (centred * v).sum(dim=1) - grown.square() / 8
+    return float(total(weight[:, 0] * slopes))
