@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import warnings
 
 import matplotlib.image
 import numpy as np
@@ -501,6 +502,9 @@ def test_arviz():
     for name in found.table["name"][:-1]:
         for theirs, ours in (("mean", "mean"), ("ess_bulk", "ess_bulk"), ("r_hat", "rhat")):
             assert table[theirs][name] == pytest.approx(column(found, ours)[name], rel=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result_of(torch.randn(30, 4, 2)).to_arviz()  # more chains than draws
     before = result.trajectory.clone()
     tree["posterior"]["x"].values[:] = 0.0
     assert torch.equal(result.trajectory, before)

@@ -91,7 +91,8 @@ class SampleResult:
         lp = -self.trajectory_energies()
         assert self.trajectory is not None  # trajectory_energies raised
         x = self.trajectory.detach().cpu().clone()  # a copy: who changes the tree does not change the result
-        tree = from_dict({"posterior": {"x": x.numpy()}, "sample_stats": {"lp": lp.cpu().numpy()}})
+        groups = {"posterior": {"x": x.numpy()}, "sample_stats": {"lp": lp.cpu().numpy()}}
+        tree = from_dict(groups, check_conventions=False)  # which would warn of more chains than draws
         for report, name in _ARVIZ_NAMES.items():
             value = getattr(self.info, report)
             if value is not None:
