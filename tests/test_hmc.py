@@ -167,14 +167,17 @@ def test_chains_with_other_numbers_of_steps():
             assert torch.equal(found[i], expected[i])
 
 
-def test_one_gradient_per_leapfrog_step():
+@pytest.mark.parametrize("wall", [math.inf, 0.5])
+def test_one_gradient_per_leapfrog_step(wall):
+    """Also if some trajectories end behind a wall."""
     counts = {"value": 0, "gradient": 0}
 
     def energy(x):
         counts["gradient" if torch.is_grad_enabled() else "value"] += 1
-        return x.square().sum(dim=1)
+        return x.square().sum(dim=1) + torch.where(x[:, 0] > wall, math.inf, 0.0)
 
-    sample(energy, HMC(0.1, 7), 3, n_chains=2, steps=4, seed=1)
+    result = sample(energy, HMC(0.1, 7), init=torch.zeros(20, 3), steps=4, seed=1)
+    assert float(result.info.divergences.max()) == 0
     assert counts == {"value": 0, "gradient": 1 + 4 * 7}
 
 
