@@ -44,7 +44,7 @@ def test_a_gaussian_stays_what_it_is(step_size, least, most):
     assert result.info.gradients.tolist() == [3.0] * N
 
 
-def euler(target, state, momentum, h, n_leapfrog):
+def euler(target, state, momentum, h, n_leapfrog, speeds=None):
     """The leapfrog without its half steps."""
     x, v = state.x, momentum
     for _ in range(n_leapfrog):
@@ -52,11 +52,13 @@ def euler(target, state, momentum, h, n_leapfrog):
         x = x + h * v
     energy, gradient = target.value_and_gradient(x)
     log_accept = state.energy - energy + (momentum.square() - v.square()).sum(dim=1) / 2
-    return Trajectory(x, energy, gradient, v, v.norm(dim=1), n_leapfrog, log_accept)
+    if speeds is not None:
+        speeds.append(v.norm(dim=1))
+    return Trajectory(x, energy, gradient, v, n_leapfrog, log_accept)
 
 
-def without_kinetic_energy(target, state, momentum, h, n_leapfrog):
-    end = leapfrog(target, state, momentum, h, n_leapfrog)
+def without_kinetic_energy(target, state, momentum, h, n_leapfrog, speeds=None):
+    end = leapfrog(target, state, momentum, h, n_leapfrog, speeds)
     return end._replace(log_accept=state.energy - end.energy)
 
 
@@ -161,7 +163,7 @@ def test_chains_with_other_numbers_of_steps():
     together = leapfrog(target, state, momentum, h, numbers)
     for i, number in enumerate(numbers.tolist()):
         alone = leapfrog(target, state, momentum, h, number)
-        for found, expected in zip((*together[:5], together[6]), (*alone[:5], alone[6]), strict=True):
+        for found, expected in zip((*together[:4], together.log_accept), (*alone[:4], alone.log_accept), strict=True):
             assert torch.equal(found[i], expected[i])
 
 

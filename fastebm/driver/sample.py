@@ -187,8 +187,8 @@ def _warn_of_rejections(info: SampleInfo, steps: int) -> None:
         first = ", ".join(str(int(row)) for row in rows[:5])
         warnings.warn(
             f"{len(rows)} of {len(info.acceptance)} chains accepted next to none of {steps} proposals (chains "
-            f"{first}{', ...' if len(rows) > 5 else ''}), so they did not move: use a smaller step_size, or a warm-up, "
-            "which finds one",
+            f"{first}{', ...' if len(rows) > 5 else ''}), so they did not move: use a smaller step_size, or a longer "
+            "warm-up, which finds one",
             stacklevel=4,
         )
 

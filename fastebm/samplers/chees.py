@@ -77,10 +77,10 @@ class ChEESHMC(Hamiltonian):
     def __post_init__(self) -> None:
         super().__post_init__()
         length = plain_number(self.trajectory_length)
+        if length is not None and not isinstance(length, (int, float)):
+            raise TypeError(f"trajectory_length must be a number or None, got {type(length).__name__}")
         if length is not None:
-            length = checked_coefficient("trajectory_length", length, positive=True)
-        if isinstance(length, Tensor):
-            raise TypeError(f"trajectory_length must be a number or None, got a tensor {tuple(length.shape)}")
+            checked_coefficient("trajectory_length", length, positive=True)
         object.__setattr__(self, "trajectory_length", length)
 
     def adaptation(self, steps: int) -> WarmUp | None:

@@ -64,7 +64,6 @@ class Trajectory(NamedTuple):
 
     x, energy, gradient: as in ``HMCState``.
     momentum: (n_chains, dim) v = M^(-1/2) p.
-    fastest: (n_chains,) the largest |v| on the way that is a number.
     n_leapfrog: number of leapfrog steps, or (n_chains,) int64 numbers.
     log_accept: (n_chains,) log a, the loss of total energy. It knows of no bounds.
     """
@@ -73,7 +72,6 @@ class Trajectory(NamedTuple):
     energy: Tensor
     gradient: Tensor
     momentum: Tensor
-    fastest: Tensor
     n_leapfrog: int | Tensor
     log_accept: Tensor
 
@@ -170,7 +168,10 @@ def step_tensor(h: float | Tensor, x: Tensor) -> Tensor:
     return h.to(x.dtype) if isinstance(h, Tensor) else x.new_full((), h)
 
 
-def leapfrog(target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapfrog: int | Tensor) -> Trajectory:
+def leapfrog(
+    target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapfrog: int | Tensor,
+    speeds: list[Tensor] | None = None,
+) -> Trajectory:  # fmt: skip
     """Leapfrog steps from a state.
 
     Args:
@@ -178,10 +179,12 @@ def leapfrog(target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapf
         h: step_size M^(-1/2), a tensor that broadcasts with x. Negative: backwards in time.
         n_leapfrog: number of steps >= 1, or (n_chains,) int64 numbers. A chain that has arrived stays where it is while
             others move on.
+        speeds: gets |v| after each kick, (n_chains,), if it is a list.
     """
     v = torch.addcmul(momentum, state.gradient, h, value=-0.5)
     x = torch.addcmul(state.x, v, h)
-    fastest = torch.linalg.vector_norm(v, dim=1)
+    if speeds is not None:
+        speeds.append(torch.linalg.vector_norm(v, dim=1))
     kick = drift = last = h
     most = n_leapfrog if isinstance(n_leapfrog, int) else int(n_leapfrog.max())
     for i in range(1, most):
@@ -192,15 +195,17 @@ def leapfrog(target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapf
             kick = drift + h * (left == 0) / 2
         v.addcmul_(gradient, kick, value=-1)
         x.addcmul_(v, drift)
-        torch.fmax(fastest, torch.linalg.vector_norm(v, dim=1), out=fastest)  # fmax ignores NaN
+        if speeds is not None:
+            speeds.append(torch.linalg.vector_norm(v, dim=1))
     energy, gradient = target.value_and_gradient(x)
     if isinstance(n_leapfrog, Tensor):
         last = h * (n_leapfrog == most)[:, None]
     v.addcmul_(gradient, last, value=-0.5)
-    torch.fmax(fastest, torch.linalg.vector_norm(v, dim=1), out=fastest)
+    if speeds is not None:
+        speeds.append(torch.linalg.vector_norm(v, dim=1))
     slower = ((momentum - v) * (momentum + v)).sum(dim=1)  # |v_0|^2 - |v_L|^2
     log_accept = torch.add(state.energy - energy, slower, alpha=0.5)
-    return Trajectory(target.held(state.x, x), energy, gradient, v, fastest, n_leapfrog, log_accept)
+    return Trajectory(target.held(state.x, x), energy, gradient, v, n_leapfrog, log_accept)
 
 
 def transition(
@@ -211,7 +216,7 @@ def transition(
     x, energy, gradient = state
     momentum = noise.normal(stream, t)
     end = leapfrog(target, state, momentum, h, n_leapfrog)
-    possible, diverged, finite = _judged(target, state, momentum, end)
+    possible, diverged, finite = _judged(target, state, momentum, h, end)
     accepted = noise.uniform(Stream.METROPOLIS, t).log() <= end.log_accept
     chance = end.log_accept.clamp(max=0.0).exp_()
     if possible is not None:
@@ -232,7 +237,7 @@ def transition(
 
 
 def _judged(
-    target: View, state: HMCState, momentum: Tensor, end: Trajectory
+    target: View, state: HMCState, momentum: Tensor, h: Tensor, end: Trajectory
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
 
@@ -243,7 +248,11 @@ def _judged(
         least, most = map(float, log_accept.aminmax())
         if -_TOO_FAR <= least and most < math.inf and math.isfinite(float(end.x.sum())):
             return inside, torch.zeros_like(log_accept, dtype=torch.bool), None
-    grown = (end.fastest.square() - momentum.square().sum(dim=1)) / 2 > _TOO_FAR
+    # Rare, so the trajectory is followed once more, rather than watched each time.
+    speeds: list[Tensor] = []
+    leapfrog(target, state, momentum, h, end.n_leapfrog, speeds)
+    fastest = torch.stack(speeds).nan_to_num(nan=0.0, posinf=math.inf).amax(dim=0)
+    grown = (fastest.square() - momentum.square().sum(dim=1)) / 2 > _TOO_FAR
     diverged = grown & ~(log_accept >= -_TOO_FAR)
     possible = end.energy != math.inf
     if inside is not None:
