@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import warnings
 
 import matplotlib.image
 import numpy as np
@@ -486,28 +485,6 @@ def test_the_picture(tmp_path):
     labels = [axes.get_ylabel() for axes in figure.axes if axes.lines and axes.get_ylabel()]
     assert labels[0] == "x[2]"  # the lowest ESS first
     assert len(labels) == 3
-
-
-def test_arviz():
-    from arviz_stats import summary
-
-    result = sample(GaussianEnergy(torch.zeros(2, 3)), MALA(0.5), n_chains=4, steps=100, thin=2, seed=0)
-    tree = result.to_arviz()
-    assert tree["posterior"]["x"].dims[:2] == ("chain", "draw")
-    np.testing.assert_array_equal(tree["posterior"]["x"].values, result.trajectory.numpy())
-    np.testing.assert_array_equal(tree["sample_stats"]["lp"].values, -result.trajectory_energies().numpy())
-    np.testing.assert_array_equal(tree["sample_stats"]["acceptance_rate"].values, result.info.acceptance.numpy())
-    assert "n_gradients" not in tree["sample_stats"]
-    table, found = summary(tree, round_to="none"), diagnose(result)
-    for name in found.table["name"][:-1]:
-        for theirs, ours in (("mean", "mean"), ("ess_bulk", "ess_bulk"), ("r_hat", "rhat")):
-            assert table[theirs][name] == pytest.approx(column(found, ours)[name], rel=1e-4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        result_of(torch.randn(30, 4, 2)).to_arviz()  # more chains than draws
-    before = result.trajectory.clone()
-    tree["posterior"]["x"].values[:] = 0.0
-    assert torch.equal(result.trajectory, before)
 
 
 def test_it_is_public():
