@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -274,6 +275,12 @@ class Noise:
         # By kind, stream and first block: a first step, and the numbers of some steps from there.
         self._ahead: dict[tuple[int, Stream, int], tuple[int, Tensor]] = {}
         self._parts: dict[tuple[int, ...], Noise] = {}
+
+    @cached_property
+    def age(self) -> int | None:
+        """The chains' lifetime step at step 0 of this call. None if they differ, or if there are no chains."""
+        ages = self.first_steps
+        return int(ages[0]) if len(ages) > 0 and bool((ages == ages[0]).all()) else None
 
     def part(self, k: int, of: int) -> Noise:
         """The k-th of ``of`` sets of numbers for each step, 0 <= k < of. Parts of parts are different sets too.

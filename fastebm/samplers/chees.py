@@ -42,9 +42,6 @@ __all__ = ["ChEESHMC"]
 # Most leapfrog steps of a step, as in the authors' code.
 _MOST_LEAPFROG = 1000
 
-# Halton numbers of 32-bit step numbers + 1 have 33 bits.
-_BITS = 33
-
 
 @dataclass(frozen=True, eq=False)
 class ChEESHMC(Hamiltonian):
@@ -101,20 +98,22 @@ class ChEESHMC(Hamiltonian):
                 "ChEESHMC has no trajectory_length yet: pass one, or a warm-up, as in sample(energy, ChEESHMC(0.1), "
                 "warmup=500, steps=1000), which finds it if step_size is a number and target_acceptance is not None"
             )
-        ages = noise.first_steps
-        step_size = value_at(self.step_size, t, ages.device)
-        if not isinstance(step_size, Tensor) and bool((ages == ages[0]).all()):
-            ages = ages[:1]
-        most = self.trajectory_length / step_size
-        lengths = halton(ages + t) * (most.flatten() if isinstance(most, Tensor) else most)
-        n = lengths.ceil().clamp(1, _MOST_LEAPFROG).long()
-        return int(n) if len(n) == 1 else n
+        step_size = value_at(self.step_size, t, noise.first_steps.device)
+        if noise.age is not None and not isinstance(step_size, Tensor):
+            n = math.ceil(halton(noise.age + t) * self.trajectory_length / step_size)
+            return min(max(n, 1), _MOST_LEAPFROG)
+        ages, where = torch.unique(noise.first_steps + t, return_inverse=True)
+        h = torch.tensor([halton(age) for age in ages.tolist()], dtype=torch.float64, device=ages.device)
+        lengths = (
+            h[where] * self.trajectory_length / (step_size.flatten() if isinstance(step_size, Tensor) else step_size)
+        )
+        return lengths.ceil().clamp(1, _MOST_LEAPFROG).long()
 
 
-def halton(steps: Tensor) -> Tensor:
-    """The base-2 Halton numbers of steps 0, 1, ..., (n,) int64: 1/2, 1/4, 3/4, ... in (0, 1), float64."""
-    bits = torch.arange(_BITS, device=steps.device)
-    return (((steps[:, None] + 1) >> bits & 1) * 0.5 ** (bits + 1).double()).sum(dim=1)
+def halton(step: int) -> float:
+    """The base-2 Halton number of step 0, 1, ...: 1/2, 1/4, 3/4, ... in (0, 1)."""
+    digits = f"{step + 1:b}"
+    return int(digits[::-1], 2) / (1 << len(digits))
 
 
 class _ChEESWarmUp(WarmUp):
