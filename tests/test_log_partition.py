@@ -123,8 +123,8 @@ def at_temperature(shift):
     """AIS whose transition at step t has the temperature of step t + shift."""
 
     def step(self, target, state, noise, t, step=AIS.step):
-        def build(start, end, b, known):
-            return Mixed(start, end, self.betas[min(t + 1 + shift, len(self.betas) - 1)], known)
+        def build(start, end, b):
+            return Mixed(start, end, self.betas[min(t + 1 + shift, len(self.betas) - 1)])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ais_module, "Mixed", build)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from laws import fits_gaussian
 from scipy import stats
+from small_energies import Beyond
 from torch import nn
 
 from fastebm import MALA, ChainPool, GaussianEnergy, MLPEnergy, NonFiniteError, SumEnergy, sample
@@ -124,17 +125,6 @@ def test_pools_take_it():
 
 
 # -- energies that are not numbers ---------------------------------------------------------------------------------
-
-
-class Beyond(nn.Module):
-    """A Gaussian whose energy is this number beyond 1."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def forward(self, x):
-        return torch.where((x > 1.0).any(dim=1), x.sum(dim=1) * 0 + self.number, x.square().sum(dim=1) / 2)
 
 
 def test_infinite_energy_is_never_entered():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from laws import cells_of_box, fits_cells, fits_gaussian
 from scipy import stats
-from torch import nn
+from small_energies import Beyond
 
 from fastebm import NUTS, GaussianEnergy, MLPEnergy, NonFiniteError, SumEnergy, sample
 from fastebm.rng import Noise, Stream
@@ -266,17 +266,6 @@ def test_frozen_coordinates_give_the_conditional_law():
 
 
 # -- energies that are not numbers ---------------------------------------------------------------------------------
-
-
-class Beyond(nn.Module):
-    """A Gaussian whose energy is this number beyond 1."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def forward(self, x):
-        return torch.where((x > 1.0).any(dim=1), x.sum(dim=1) * 0 + self.number, x.square().sum(dim=1) / 2)
 
 
 def test_infinite_energy_is_never_entered():

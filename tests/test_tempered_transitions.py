@@ -9,6 +9,7 @@ import pytest
 import torch
 from laws import fits_gaussian
 from scipy import stats
+from small_energies import Beyond
 from torch import nn
 
 from fastebm import HMC, MALA, GaussianEnergy, Langevin, MLPEnergy, ParallelTempering, TemperedTransitions, sample
@@ -147,17 +148,6 @@ def test_a_warmup_adapts_the_inner_sampler():
 
 
 # -- energies that are not numbers ---------------------------------------------------------------------------------
-
-
-class Beyond(nn.Module):
-    """A Gaussian whose energy is this number beyond 1."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def forward(self, x):
-        return torch.where((x > 1.0).any(dim=1), x.sum(dim=1) * 0 + self.number, x.square().sum(dim=1) / 2)
 
 
 def test_infinite_energy_is_never_entered():

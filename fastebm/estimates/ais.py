@@ -24,7 +24,8 @@ from ..box import Bounds
 from ..rng import Noise
 from ..samplers.base import Info, Sampler
 from ..targets.base import View
-from ..targets.mixed import Mixed, Point
+from ..targets.mixed import Mixed
+from ..targets.remembered import Point, Remembered
 from .normal import Normal
 
 __all__ = ["AIS", "AISState"]
@@ -81,11 +82,11 @@ class AIS(Sampler):
         b, change = self.betas[t + 1], self.betas[t + 1] - self.betas[t]
         if change != 0:  # 0 inf is NaN
             log_weight = log_weight + change * (self.base.value(x).double() - energy.double())
-        mixed = Mixed(self.base, target.target, b, Point(x, energy, gradient))
-        view, sampler = replace(target, target=mixed), self.samplers[t + 1]
+        end_energy = Remembered(target.target, Point(x, energy, gradient))
+        view, sampler = replace(target, target=Mixed(self.base, end_energy, b)), self.samplers[t + 1]
         moved, info = sampler.step(view, sampler.init(view, x, noise), noise, t)
         without = log_weight == -math.inf  # chains of weight 0
-        end = mixed.end_at(torch.where(without[:, None], x, moved.x))
+        end = end_energy.after(torch.where(without[:, None], x, moved.x))
         sound = ~energy.isnan() & (energy != -math.inf)
         finite = without | (sound if info.finite is None else sound & info.finite)
         acceptance = torch.ones_like(energy) if info.acceptance is None else info.acceptance

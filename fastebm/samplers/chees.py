@@ -48,7 +48,7 @@ class ChEESHMC(Hamiltonian):
     """HMC with varying trajectory lengths, whose scale a warm-up finds from many chains: samples exp(-E) without bias.
 
     Step t has ceil(h_t trajectory_length / step_size) leapfrog steps, at most 1000, with h_t in (0, 1) (Hoffman, Radul
-    & Sountsov 2021). t counts the steps in a chain's life. A warm-up adapts step size, mass and trajectory length:
+    & Sountsov 2021). t is the chain's lifetime step number. A warm-up adapts step size, mass and trajectory length:
     ``sample(energy, ChEESHMC(0.1), n_chains=100, warmup=500, steps=1000)``. The values are in ``SampleInfo.sampler``.
     ``SampleInfo.gradients`` is the mean number of gradients per step. The more chains, the better the length.
 

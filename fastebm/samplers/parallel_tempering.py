@@ -31,6 +31,7 @@ from ..box import Bounds
 from ..rng import Noise, Stream
 from ..scalars import checked_integer, plain_number
 from ..targets.base import View
+from ..targets.remembered import Point
 from .adaptation import DualAveraging, windows
 from .base import Info, Sampler, value_at
 from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
@@ -227,14 +228,12 @@ class ParallelTempering(Sampler):
         rungs, energies = state.rungs, state.energies
         n, k, dim = rungs.shape
         beta = 1 / torch.tensor(self.temperatures, dtype=torch.float64, device=rungs.device)
-        view, known = tempered(
-            target.repeated(k), beta.to(rungs.dtype).repeat(n), rungs.flatten(0, 1), energies.flatten(),
-            state.gradients.flatten(0, 1),
-        )  # fmt: skip
+        start = Point(rungs.flatten(0, 1), energies.flatten(), state.gradients.flatten(0, 1))
+        view, known = tempered(target.repeated(k), beta.to(rungs.dtype).repeat(n), start)
         inner = for_temperatures(self.sampler, self._factors(), n, t, rungs.device)
         noises = noise.copies(k)
-        moved, info = inner.step(view, inner.init(view, known.first[0], noises), noises, t)
-        energy, gradient = known.after(moved.x)
+        moved, info = inner.step(view, inner.init(view, start.x, noises), noises, t)
+        _, energy, gradient = known.after(moved.x)
         moved_rungs, energies = moved.x.view(n, k, dim), energy.view(n, k)
 
         finite = (energies > -math.inf).all(dim=1)  # False for NaN too

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,18 +30,11 @@ from torch import Tensor
 from ..box import Bounds
 from ..rng import Noise, Stream
 from ..targets.base import View
+from ..targets.remembered import Point
 from .base import Info, Sampler
 from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
 
-__all__ = ["TemperedTransitions", "TemperedTransitionsState"]
-
-
-class TemperedTransitionsState(NamedTuple):
-    """x: (n_chains, dim). energy: (n_chains,) E(x). gradient: (n_chains, dim) dE/dx(x)."""
-
-    x: Tensor
-    energy: Tensor
-    gradient: Tensor
+__all__ = ["TemperedTransitions"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +95,11 @@ class TemperedTransitions(Sampler):
         inner = self.sampler.adaptation(steps)
         return None if inner is None else _WarmUp(self, inner)
 
-    def init(self, target: View, x: Tensor, noise: Noise) -> TemperedTransitionsState:
+    def init(self, target: View, x: Tensor, noise: Noise) -> Point:
         """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return TemperedTransitionsState(x, *target.value_and_gradient(x))
+        return Point(x, *target.value_and_gradient(x))
 
-    def step(
-        self, target: View, state: TemperedTransitionsState, noise: Noise, t: int
-    ) -> tuple[TemperedTransitionsState, Info]:
+    def step(self, target: View, state: Point, noise: Noise, t: int) -> tuple[Point, Info]:
         """One inner step at temperature 1, then one tempered transition."""
         ladder = tuple(self.temperatures)
         top, n = len(ladder) - 1, 2 * len(ladder) - 1
@@ -139,15 +130,13 @@ class TemperedTransitions(Sampler):
 
         return new, Info(finite, telemetry, info.acceptance)
 
-    def _moved(
-        self, target: View, state: TemperedTransitionsState, level: int, noise: Noise, t: int
-    ) -> tuple[TemperedTransitionsState, Info]:
+    def _moved(self, target: View, state: Point, level: int, noise: Noise, t: int) -> tuple[Point, Info]:
         """One inner step at a temperature."""
         factor = step_factors(self.sampler, tuple(self.temperatures))[level]
         inner = for_temperatures(self.sampler, (factor,), len(state.x), t, state.x.device)
-        view, known = tempered(target, 1 / self.temperatures[level], *state)
+        view, known = tempered(target, 1 / self.temperatures[level], state)
         new, info = inner.step(view, inner.init(view, state.x, noise), noise, t)
-        return TemperedTransitionsState(new.x, *known.after(new.x)), info
+        return known.after(new.x), info
 
 
 class _WarmUp:
@@ -171,10 +160,10 @@ def _log_accept(ladder: Sequence[float], up: Sequence[Tensor], down: Sequence[Te
     return log_accept
 
 
-def _where(rows: Tensor, a: TemperedTransitionsState, b: TemperedTransitionsState) -> TemperedTransitionsState:
+def _where(rows: Tensor, a: Point, b: Point) -> Point:
     """a at these rows, b at the others."""
     column = rows[:, None]
-    return TemperedTransitionsState(
+    return Point(
         torch.where(column, a.x, b.x), torch.where(rows, a.energy, b.energy),
         torch.where(column, a.gradient, b.gradient),
     )  # fmt: skip

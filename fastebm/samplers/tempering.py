@@ -17,6 +17,7 @@ from torch import Tensor
 from ..box import Bounds, Box
 from ..scalars import plain_number
 from ..targets.base import Target, View
+from ..targets.remembered import Point, Remembered
 from .base import Info, Sampler, checked_sampler, value_at
 
 __all__ = [
@@ -96,21 +97,16 @@ def for_temperatures(sampler: Sampler, factors: tuple[float, ...], n_chains: int
 
 
 class Tempered:
-    """The ``Target`` E / T (targets/base.py) for one step, from states x with known E(x) and dE/dx.
-
-    It does not evaluate x again, and remembers the last E and dE/dx that it computed. So a step that computes both at
-    its proposal, such as MALA's, is one evaluation. An energy of +inf stays +inf, and NaN stays NaN.
+    """The ``Target`` E / T (targets/base.py). An energy of +inf stays +inf, and NaN stays NaN.
 
     Args:
         target: E.
         beta: 1 / T, (n,) or one number.
-        x, energy, gradient: the states from which the step starts, (n, dim), and E and dE/dx there.
     """
 
-    def __init__(self, target: Target, beta: float | Tensor, x: Tensor, energy: Tensor, gradient: Tensor) -> None:
+    def __init__(self, target: Target, beta: float | Tensor) -> None:
         self.target, self.beta = target, beta
         self.column = beta[:, None] if isinstance(beta, Tensor) else beta
-        self.first = self.last = x, energy, gradient
 
     def value(self, x: Tensor) -> Tensor:
         """E(x) / T, (n,)."""
@@ -118,28 +114,16 @@ class Tempered:
 
     def gradient(self, x: Tensor) -> Tensor:
         """dE/dx / T, (n, dim)."""
-        return (self.first[2] if x is self.first[0] else self.target.gradient(x)) * self.column
+        return self.target.gradient(x) * self.column
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E(x) / T and dE/dx / T."""
-        if x is not self.first[0]:
-            # A copy, because a sampler may write to its own x afterwards.
-            self.last = x.clone(), *self.target.value_and_gradient(x)
-        _, energy, gradient = self.first if x is self.first[0] else self.last
+        energy, gradient = self.target.value_and_gradient(x)
         return energy * self.beta, gradient * self.column
 
     def repeated(self, k: int) -> Target:
         """No sampler within a ladder asks for copies."""
         raise NotImplementedError
-
-    def after(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """E and dE/dx, not divided by T, at the states x after the step: (n,) and (n, dim)."""
-        (start, energy, gradient), (end, new_energy, new_gradient) = self.first, self.last
-        stayed = (x - start).abs().amax(dim=1) == 0  # much faster on a CPU than (x == start).all(dim=1)
-        rows = stayed[:, None]
-        if not torch.equal(x, torch.where(rows, start, end)):
-            return self.target.value_and_gradient(x)
-        return torch.where(stayed, energy, new_energy), torch.where(rows, gradient, new_gradient)
 
 
 def gradients_of(info: Info, energy: Tensor) -> Tensor:
@@ -148,7 +132,10 @@ def gradients_of(info: Info, energy: Tensor) -> Tensor:
     return counted["gradients"] if "gradients" in counted else torch.ones_like(energy)
 
 
-def tempered(view: View, beta: float | Tensor, x: Tensor, energy: Tensor, gradient: Tensor) -> tuple[View, Tempered]:
-    """The view of E / T, and its target. The arguments are those of ``Tempered``."""
-    target = Tempered(view.target, beta, x, energy, gradient)
-    return replace(view, target=target), target
+def tempered(view: View, beta: float | Tensor, start: Point) -> tuple[View, Remembered]:
+    """The view of E / T for a step, and E itself, which remembers where the step evaluated it.
+
+    beta: 1 / T, (n,) or one number. start: the states from which the step starts, and E there.
+    """
+    remembered = Remembered(view.target, start)
+    return replace(view, target=Tempered(remembered, beta)), remembered
