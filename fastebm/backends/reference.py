@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..rng import Noise
-from ..samplers.base import Adaptation
+from ..samplers.base import Adaptation, rows_of, where_rows
 from ..targets.base import Target, View
 from . import Advanced, Chains
 
@@ -63,7 +63,7 @@ def run(
             sampler = adaptation.sampler
         moved, info = sampler.step(view, state, noise, t)
         # A stopped chain stays at its last finite state. In the step that stops it, ``moved`` already holds that state.
-        old, state = state, moved if stopped is None else _held(stopped, state, moved)
+        old, state = state, moved if stopped is None else rows_of(stopped, state, moved)
         if info.finite is not None:
             first_bad[~info.finite & (first_bad < 0)] = t
             stopped = first_bad >= 0
@@ -71,10 +71,12 @@ def run(
             adaptation.update(old, state, info, None if stopped is None else ~stopped)
         if telemetry:
             counted, latest = info.telemetry()
-            last = latest if before is None or not last else {k: _where(before, last[k], v) for k, v in latest.items()}
+            last = (
+                latest if before is None or not last else {k: where_rows(before, last[k], v) for k, v in latest.items()}
+            )
             for name, value in counted.items():
                 value = value.to(x.dtype)
-                value = value if stopped is None else _where(stopped, torch.zeros_like(value), value)
+                value = value if stopped is None else where_rows(stopped, torch.zeros_like(value), value)
                 sums[name] = sums[name] + value if name in sums else value
         if done.trajectory is not None and (t + 1) % thin == 0:
             done.trajectory[:, t // thin] = state.x
@@ -95,7 +97,7 @@ def _started(sampler: Any, view: View, x: Tensor, noise: Noise, carried: Mapping
         rows |= value.isnan().reshape(len(x), math.prod(value.shape[1:])).any(dim=1)
     if bool(rows.any()):
         fresh = sampler.init(view, x, noise)
-        carried = {name: _where(rows, getattr(fresh, name), value) for name, value in carried.items()}
+        carried = {name: where_rows(rows, getattr(fresh, name), value) for name, value in carried.items()}
     return sampler.init(view, x, noise, **carried)
 
 
@@ -103,13 +105,3 @@ def blank(empty: float | Tensor, x: Tensor) -> Tensor:
     """Telemetry after no step, one row per chain. empty: of one chain, as in the sampler's ``reports``."""
     value = torch.as_tensor(empty, dtype=x.dtype, device=x.device)
     return value.expand(len(x), *value.shape).clone()
-
-
-def _held(stopped: Tensor, old: Any, new: Any) -> Any:
-    """The new state, with the old rows of stopped chains."""
-    return type(new)(*(_where(stopped, before, after) for before, after in zip(old, new, strict=True)))
-
-
-def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a at these rows, b at the others. rows: (n,) bool."""
-    return torch.where(rows.view(-1, *[1] * (b.ndim - 1)), a, b)

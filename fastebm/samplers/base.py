@@ -36,8 +36,10 @@ __all__ = [
     "for_chains",
     "for_steps",
     "plus",
+    "rows_of",
     "settled",
     "value_at",
+    "where_rows",
 ]
 
 
@@ -150,6 +152,7 @@ class Sampler:
 
 
 _Sampler = TypeVar("_Sampler", bound=Any)
+_State = TypeVar("_State", bound=Any)
 
 
 def checked_sampler(sampler: object) -> Any:
@@ -179,6 +182,17 @@ def settled(target: View, x: Tensor, moved: Tensor, box: Box | None) -> tuple[Te
         return (moved if box is None else box.clamp(moved)), None
     finite = moved.isfinite().all(dim=1)
     return torch.where(finite[:, None], moved if box is None else box.clamp(moved), x), finite
+
+
+def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a at these rows, b at the others. rows: (n,) bool."""
+    return torch.where(rows.view(-1, *[1] * (b.ndim - 1)), a, b)
+
+
+def rows_of(rows: Tensor, a: _State, b: _State) -> _State:
+    """The state with these rows of a, and the others of b. rows: (n,) bool."""
+    chosen: _State = type(b)(*(where_rows(rows, v, w) for v, w in zip(a, b, strict=True)))
+    return chosen
 
 
 def plus(x: Tensor, v: Tensor, c: float | Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ from ..rng import Noise, Stream
 from ..scalars import checked_integer
 from ..targets.base import View
 from .adaptation import WarmUp, tunable
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
+from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, rows_of, value_at
 
 __all__ = [
     "HMC",
@@ -213,7 +213,6 @@ def transition(
     stream: Stream = Stream.MOMENTUM,
 ) -> tuple[HMCState, Info]:  # fmt: skip
     """One step of HMC: draw a momentum, follow the trajectory, accept or reject its end (``Info.proposal``)."""
-    x, energy, gradient = state
     momentum = noise.normal(stream, t)
     end = leapfrog(target, state, momentum, h, n_leapfrog)
     possible, diverged, finite = _judged(target, state, momentum, h, end)
@@ -221,15 +220,10 @@ def transition(
     chance = end.log_accept.clamp(max=0.0).exp_()
     if possible is not None:
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
-    rows = accepted[:, None]
-    new = HMCState(
-        torch.where(rows, end.x, x),
-        torch.where(accepted, end.energy, energy),
-        torch.where(rows, end.gradient, gradient),
-    )
+    new = rows_of(accepted, HMCState(end.x, end.energy, end.gradient), state)
 
     def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        n_gradients = n_leapfrog if isinstance(n_leapfrog, Tensor) else energy.new_full(energy.shape, n_leapfrog)
+        n_gradients = n_leapfrog if isinstance(n_leapfrog, Tensor) else chance.new_full(chance.shape, n_leapfrog)
         counted = {"acceptance": chance, "divergences": diverged, "gradients": n_gradients}
         return counted, {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
 

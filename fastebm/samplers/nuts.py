@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ from ..box import Bounds
 from ..rng import Noise, Stream
 from ..scalars import checked_integer
 from ..targets.base import View
-from .base import Info, diagonal_at, value_at
+from .base import Info, diagonal_at, rows_of, value_at
 from .hmc import Hamiltonian, HMCState
 
 __all__ = ["NUTS"]
@@ -141,20 +141,20 @@ class NUTS(Hamiltonian):
         for depth in range(self.max_depth):
             before, forward = forward, (coins * 2**depth).frac() < 0.5
             same = forward == before
-            end, other = _where(same, end, other), _where(same, other, end)
+            end, other = rows_of(same, end, other), rows_of(same, other, end)
             numbers = noise.copies(2**depth + 1, first=2**depth + depth, of=of)
             log_u = numbers.uniform(Stream.METROPOLIS, t).log().view(len(p), -1)
             new = tree.grown(end, active, log_u[:, 1:].neg().log())
 
             joined = new.whole & (log_u[:, 0] <= new.log_weight - log_weight)
-            sample, log_weight = _where(joined, new.drawn, sample), _log_add(log_weight, new.log_weight)
+            sample, log_weight = rows_of(joined, new.drawn, sample), _log_add(log_weight, new.log_weight)
             active = new.whole & _goes_on(other._replace(p=-other.p), end, new.first, new.last)
             end = new.last
             if not bool(active.any()):
                 break
         if not bool(sample.x.isfinite().all()):  # a position that overflowed, on a flat and finite energy
             overflown = ~sample.x.isfinite().all(dim=1)
-            sample, tree.diverged = _where(overflown, state, sample), tree.diverged | overflown
+            sample, tree.diverged = rows_of(overflown, state, sample), tree.diverged | overflown
         acceptance = tree.acceptance / tree.leaves
 
         def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -201,7 +201,7 @@ class _Tree:
             if i == 0:
                 drawn, most = leaf, lead
             else:
-                drawn, most = _where(lead > most, leaf, drawn), torch.maximum(most, lead)
+                drawn, most = rows_of(lead > most, leaf, drawn), torch.maximum(most, lead)
             firsts[i.bit_count()] = end
             size = 2
             while (i + 1) % size == 0:  # this leaf ends a part of so many leaves
@@ -257,13 +257,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _log_add(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) + exp(b)). The bits of torch.logaddexp depend on the place in the batch."""
     return torch.maximum(a, b) + (a - b).abs().neg().exp().log1p()
-
-
-_Rows = TypeVar("_Rows", bound=Any)
-
-
-def _where(rows: Tensor, a: _Rows, b: _Rows) -> _Rows:
-    """a at these rows, b at the others. rows: (n,) bool."""
-    wide = rows[:, None]
-    chosen: _Rows = type(a)(*(torch.where(rows if v.ndim == 1 else wide, v, w) for v, w in zip(a, b, strict=True)))
-    return chosen

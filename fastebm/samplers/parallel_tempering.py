@@ -33,7 +33,7 @@ from ..scalars import checked_integer, plain_number
 from ..targets.base import View
 from ..targets.remembered import Point
 from .adaptation import DualAveraging, windows
-from .base import Info, Sampler, value_at
+from .base import Info, Sampler, rows_of, value_at
 from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
 
 __all__ = ["ParallelTempering", "ParallelTemperingState"]
@@ -246,9 +246,7 @@ class ParallelTempering(Sampler):
         order = _order(swapped)
         new = _state(*(_reordered(v, order) for v in (moved_rungs, energies, gradient.view(n, k, dim))))
         if not bool(finite.all()):
-            new = ParallelTemperingState(
-                *(torch.where(finite.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(state, new, strict=True))
-            )
+            new = rows_of(finite, new, state)
         chance = torch.where(swaps & ~log_accept.isnan(), log_accept.clamp(max=0.0).exp(), 0.0)
 
         def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -31,7 +31,7 @@ from ..box import Bounds
 from ..rng import Noise, Stream
 from ..targets.base import View
 from ..targets.remembered import Point
-from .base import Info, Sampler
+from .base import Info, Sampler, rows_of
 from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
 
 __all__ = ["TemperedTransitions"]
@@ -118,8 +118,8 @@ class TemperedTransitions(Sampler):
         log_accept = _log_accept(ladder, up, down[::-1])
         # Never for NaN, the difference of two energies of +inf.
         accepted = noise.uniform(Stream.TEMPERING, t).log() <= log_accept
-        new = _where(accepted, new, plain)
-        new = new if finite is None else _where(finite, new, state)
+        new = rows_of(accepted, new, plain)
+        new = new if finite is None else rows_of(finite, new, state)
         chance = torch.where(log_accept.isnan(), 0.0, log_accept.clamp(max=0.0).exp())
         chance = chance if finite is None else torch.where(finite, chance, 0.0)
 
@@ -158,12 +158,3 @@ def _log_accept(ladder: Sequence[float], up: Sequence[Tensor], down: Sequence[Te
     for j, (before, after) in enumerate(zip(up, down, strict=True)):
         log_accept = log_accept + (b[j] - b[j + 1]) * (before - after)
     return log_accept
-
-
-def _where(rows: Tensor, a: Point, b: Point) -> Point:
-    """a at these rows, b at the others."""
-    column = rows[:, None]
-    return Point(
-        torch.where(column, a.x, b.x), torch.where(rows, a.energy, b.energy),
-        torch.where(column, a.gradient, b.gradient),
-    )  # fmt: skip

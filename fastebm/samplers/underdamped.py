@@ -28,7 +28,7 @@ from torch import Tensor
 from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..targets.base import View
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, diagonal_at, plus, settled, value_at
+from .base import Info, Sampler, checked_coefficient, checked_diagonal, diagonal_at, plus, rows_of, settled, value_at
 
 __all__ = ["UnderdampedLangevin", "UnderdampedState"]
 
@@ -138,7 +138,7 @@ class UnderdampedLangevin(Sampler):
         finite = _both(finite, here)
         new = UnderdampedState(x, gradient, p)
         if finite is not None:
-            new = UnderdampedState(*(torch.where(finite[:, None], b, a) for a, b in zip(state, new, strict=True)))
+            new = rows_of(finite, new, state)
 
         def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
             return {}, {"grad_norm": gradient.square().sum(dim=1).sqrt()}
