@@ -22,6 +22,7 @@ from fastebm import (
     MLPEnergy,
     NonFiniteError,
     SumEnergy,
+    langevin_sample,
     log_likelihood,
     log_partition,
 )
@@ -170,11 +171,32 @@ def test_mutants_are_rejected(mutant, monkeypatch):
     assert reverse == (mutant == "draws that are not the base's")
 
 
-def test_an_mlp_in_a_box_by_quadrature():
+def scaled():
     energy = MLPEnergy(2, (16, 16), "tanh")
     with torch.no_grad():
         for p in energy.parameters():
             p.mul_(3.0)
+    return energy
+
+
+def trained():
+    """By contrastive divergence on a ring: 60 Langevin steps from each batch."""
+    energy, angle = MLPEnergy(2, (32, 32)), 2 * math.pi * torch.rand(2000)
+    data = torch.stack([angle.cos(), angle.sin()], dim=1) + 0.1 * torch.randn(2000, 2)
+    optimizer = torch.optim.Adam(energy.parameters(), 5e-3)
+    for step in range(300):
+        batch = data[torch.randint(len(data), (256,))]
+        samples = langevin_sample(energy, rule=Langevin(0.02, clamp=(-2.0, 2.0)), init=batch, steps=60, seed=step)
+        optimizer.zero_grad()
+        real, fake = energy(batch), energy(samples)
+        (real.mean() - fake.mean() + 0.1 * (real.square() + fake.square()).mean()).backward()
+        optimizer.step()
+    return energy
+
+
+@pytest.mark.parametrize("make", [scaled, trained])
+def test_an_mlp_in_a_box_by_quadrature(make):
+    energy = make()
     lo, hi, n = -2.0, 2.0, 400
     axis = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
     with torch.no_grad():

@@ -129,7 +129,7 @@ def fits_two_modes(x):
     return stats.kstest(x[:, 0].numpy(), cdf).pvalue > ALPHA
 
 
-def test_it_crosses_a_barrier_that_mala_does_not():
+def test_it_crosses_a_barrier_that_langevin_and_mala_do_not():
     ladder = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     options = {"init": torch.full((1000, 1), -4.0), "seed": 1}
     result = sample(TwoModes(), ParallelTempering(MALA(0.3), ladder), steps=250, **options)
@@ -138,6 +138,9 @@ def test_it_crosses_a_barrier_that_mala_does_not():
     assert float(alone.x.max()) < 0
     assert not fits_two_modes(alone.x)
     assert 0.5 < float(alone.info.acceptance.mean())  # it does move
+    unadjusted = sample(TwoModes(), Langevin(0.1), steps=250 * len(ladder), **options)
+    assert float(unadjusted.x.max()) < 0
+    assert 0.4 < float(unadjusted.x.std()) < 0.7  # so does Langevin
 
 
 # -- cost and telemetry --------------------------------------------------------------------------------------------
