@@ -14,6 +14,7 @@ sampling.py     effective samples per second of samplers: sampling_contestants.p
 pool.py         draws, write-backs and memory of large pools
 compilation.py  first calls, and those of a second process  micro.py       single operations (pytest-benchmark)
 breakdown.py    where the time of the default call goes
+partition.py    errors of log_partition, where log Z is known
 run.py          the command: cases -> contestants -> clock -> rows
 rows.py         result files, --out
 tables.py       tables from result files, with tables_cpu.py, tables_gpu.py and markdown.py; plot.py: figures

@@ -61,6 +61,30 @@ def recipes() -> str:
     return f"{table_of(headings, body)}\n\n{source_of(rows, 'python bench/recipes.py', 'recipes.csv')}"
 
 
+# -- bench/partition.py ------------------------------------------------------------------------------------------
+
+
+def partition() -> str:
+    rows = rows_of("partition.csv")
+    if not rows:
+        return none_yet("partition.py")
+    first = rows[0]
+    columns = ("near", "covered", "bracketed")
+    errors = ("mean_error", "max_error", "standard_error")
+    body = [
+        [row["law"], row["dim"], *(row[name] for name in columns), *(f"{float(row[name]):.3f}" for name in errors)]
+        + [f"{float(row['ess']):.0f}", f"{float(row['seconds']):.1f}"]
+        for row in rows
+    ]
+    headings = ["law", "dims", "within 0.05 nats", "within its 95 % interval", "truth between the bounds"]
+    headings += ["mean error", "largest", "standard error", "ESS", "seconds"]
+    return (
+        f"{table_of(headings, body)}\n\nOf {first['seeds']} seeds; {int(first['chains']):,} chains, "
+        f"{int(first['temperatures']):,} temperatures, one thread. "
+        f"{source_of(rows, 'python bench/partition.py', 'partition.csv')}"
+    )
+
+
 # -- the command -------------------------------------------------------------------------------------------------
 
 # file, marker, and what stands between <!-- marker --> and <!-- /marker -->
@@ -83,6 +107,7 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "compilation", tables_cpu.compilation),
     ("docs/samplers.md", "bias", tables_cpu.bias),
     ("docs/samplers.md", "sampling", tables_cpu.sampling),
+    ("docs/samplers.md", "partition", partition),
     ("docs/performance.md", "gpu-kernels", tables_gpu.gpu_kernels),
     ("docs/performance.md", "gpu-race", tables_gpu.gpu_race),
     ("docs/performance.md", "gpu-sweep", tables_gpu.gpu_sweep),

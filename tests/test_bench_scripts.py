@@ -81,6 +81,7 @@ def test_the_same_in_a_process_of_its_own(option, elsewhere):
         ("recipes", ("run",)),
         ("resources", ("compile_rows",)),
         ("pool", ("race",)),
+        ("partition", ("measure",)),
     ],
 )
 def test_rows_go_to_runs_unless_told(name, work, elsewhere, monkeypatch):
@@ -88,7 +89,7 @@ def test_rows_go_to_runs_unless_told(name, work, elsewhere, monkeypatch):
     about = {"n_chains": 3, "contestant": "", "steps": 2, "device": "cpu", "status": "missing", "note": "not here"}
     row = {"data": "moons", "seed": 0, "two_sample_accuracy": 0.5, "wall_seconds": 1.0, **about}
     for function in work:
-        monkeypatch.setattr(module, function, lambda *_: row if name == "recipes" else [row])
+        monkeypatch.setattr(module, function, lambda *_: row if name in ("recipes", "partition") else [row])
     assert module.main([]) == 0
     assert module.main(["--out", "there"]) == 0
     assert module.main(["--out", "there"]) == 0  # the same rows again
