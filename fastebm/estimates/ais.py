@@ -85,10 +85,13 @@ class AIS(Sampler):
         end_energy = Remembered(target.target, Point(x, energy, gradient))
         view, sampler = replace(target, target=Mixed(self.base, end_energy, b)), self.samplers[t + 1]
         moved, info = sampler.step(view, sampler.init(view, x, noise), noise, t)
-        without = log_weight == -math.inf  # chains of weight 0
-        end = end_energy.after(torch.where(without[:, None], x, moved.x))
-        sound = ~energy.isnan() & (energy != -math.inf)
-        finite = without | (sound if info.finite is None else sound & info.finite)
+        if bool((log_weight + energy).sum().isfinite()):  # then all terms are, which saves masks
+            end, finite = end_energy.after(moved.x), info.finite
+        else:
+            without = log_weight == -math.inf  # chains of weight 0
+            end = end_energy.after(torch.where(without[:, None], x, moved.x))
+            sound = ~energy.isnan() & (energy != -math.inf)
+            finite = without | (sound if info.finite is None else sound & info.finite)
         acceptance = torch.ones_like(energy) if info.acceptance is None else info.acceptance
 
         def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
