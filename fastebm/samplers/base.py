@@ -48,14 +48,17 @@ class Info(NamedTuple):
 
     finite: (n,) bool, False for chains that computed a non-finite state, tested before any clamp. For those chains the
     step returns the last finite state. None means that all chains were finite.
-    telemetry: returns two dicts of tensors with one row per chain, by name: values to average over the steps, and
-    values of which the last step's is reported (``LAST``). Called only if the caller wants telemetry.
+    averaged: returns telemetry by name, whose mean over the steps is reported: tensors with one row per chain, or
+    numbers that hold for all chains.
+    last: likewise, tensors of which each chain's last step is reported (``LAST``).
+    Both are called only if the caller wants telemetry, and ``last`` only where a step may be a chain's last.
     acceptance: (n,) probability with which each proposal was accepted, for adaptation. None without an accept test.
     proposal: what the sampler's own adaptation needs besides, or None.
     """
 
     finite: Tensor | None
-    telemetry: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+    averaged: Callable[[], Mapping[str, Tensor | float]] = dict
+    last: Callable[[], Mapping[str, Tensor]] = dict
     acceptance: Tensor | None = None
     proposal: Any = None
 

@@ -222,12 +222,13 @@ def transition(
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
     new = rows_of(accepted, HMCState(end.x, end.energy, end.gradient), state)
 
-    def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        n_gradients = n_leapfrog if isinstance(n_leapfrog, Tensor) else chance.new_full(chance.shape, n_leapfrog)
-        counted = {"acceptance": chance, "divergences": diverged, "gradients": n_gradients}
-        return counted, {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
+    def averaged() -> Mapping[str, Tensor | float]:
+        return {"acceptance": chance, "divergences": diverged, "gradients": n_leapfrog}
 
-    return new, Info(finite, telemetry, chance, end)
+    def last() -> Mapping[str, Tensor]:
+        return {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
+
+    return new, Info(finite, averaged, last, chance, end)
 
 
 def _judged(

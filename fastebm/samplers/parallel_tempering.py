@@ -249,14 +249,17 @@ class ParallelTempering(Sampler):
             new = rows_of(finite, new, state)
         chance = torch.where(swaps & ~log_accept.isnan(), log_accept.clamp(max=0.0).exp(), 0.0)
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        def averaged() -> Mapping[str, Tensor | float]:
             gradients = gradients_of(info, energy).view(n, k).sum(dim=1)
-            counted, last = ({name: v.view(n, k)[:, 0] for name, v in d.items()} for d in info.telemetry())
-            return {**counted, "gradients": gradients, "swap_acceptance": chance, "swaps": swaps}, last
+            cold = {name: v.view(n, k)[:, 0] if isinstance(v, Tensor) else v for name, v in info.averaged().items()}
+            return {**cold, "gradients": gradients, "swap_acceptance": chance, "swaps": swaps}
+
+        def last() -> Mapping[str, Tensor]:
+            return {name: v.view(n, k)[:, 0] for name, v in info.last().items()}
 
         acceptance = None if info.acceptance is None else info.acceptance.view(n, k)
         cold = None if acceptance is None else acceptance[:, 0]
-        return new, Info(finite, telemetry, cold, _Proposal(acceptance, chance, swaps))
+        return new, Info(finite, averaged, last, cold, _Proposal(acceptance, chance, swaps))
 
     def _tried(self, steps: Tensor) -> Tensor:
         """Which pairs each chain tries to swap after these lifetime steps: (n, R - 1) bool."""

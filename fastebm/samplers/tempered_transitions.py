@@ -123,12 +123,11 @@ class TemperedTransitions(Sampler):
         chance = torch.where(log_accept.isnan(), 0.0, log_accept.clamp(max=0.0).exp())
         chance = chance if finite is None else torch.where(finite, chance, 0.0)
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            counted, last = info.telemetry()
+        def averaged() -> Mapping[str, Tensor | float]:
             gradients = torch.stack([gradients_of(of, chance) for of in infos]).sum(dim=0)
-            return {**counted, "acceptance": chance, "gradients": gradients}, last
+            return {**info.averaged(), "acceptance": chance, "gradients": gradients}
 
-        return new, Info(finite, telemetry, info.acceptance)
+        return new, Info(finite, averaged, info.last, info.acceptance)
 
     def _moved(self, target: View, state: Point, level: int, noise: Noise, t: int) -> tuple[Point, Info]:
         """One inner step at a temperature."""

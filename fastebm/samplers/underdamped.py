@@ -140,10 +140,10 @@ class UnderdampedLangevin(Sampler):
         if finite is not None:
             new = rows_of(finite, new, state)
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            return {}, {"grad_norm": gradient.square().sum(dim=1).sqrt()}
+        def last() -> Mapping[str, Tensor]:
+            return {"grad_norm": gradient.square().sum(dim=1).sqrt()}
 
-        return new, Info(finite, telemetry)
+        return new, Info(finite, last=last)
 
 
 def _ornstein_uhlenbeck(damping: Any, noise_scale: Any, x: Tensor) -> tuple[Any, Any]:
