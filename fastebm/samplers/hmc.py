@@ -33,7 +33,17 @@ from ..rng import Noise, Stream
 from ..scalars import checked_integer
 from ..targets.base import View
 from .adaptation import WarmUp, tunable
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, rows_of, value_at
+from .base import (
+    Info,
+    Sampler,
+    checked_coefficient,
+    checked_diagonal,
+    checked_fraction,
+    diagonal_at,
+    once,
+    rows_of,
+    value_at,
+)
 
 __all__ = [
     "HMC",
@@ -147,7 +157,8 @@ class HMC(Hamiltonian):
 
     def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Follow a trajectory, then accept or reject its end."""
-        return transition(target, state, noise, t, scaled_step(self, t, state.x), self.n_leapfrog)
+        h = once(target, "h", self, lambda: scaled_step(self, t, state.x))
+        return transition(target, state, noise, t, h, self.n_leapfrog)
 
 
 def with_mass(sampler: Any, variance: Tensor) -> Any:
