@@ -272,8 +272,8 @@ class Noise:
                 self._runs[-1] = self._runs[-1][0], self._runs[-1][1] + 1
             else:
                 self._runs.append((i, 1))
-        # By kind, stream and first block: a first step, and the numbers of some steps from there.
-        self._ahead: dict[tuple[int, Stream, int], tuple[int, Tensor]] = {}
+        # By kind and stream: a first step, and the numbers of each step from there on.
+        self._ahead: dict[tuple[int, Stream], tuple[int, tuple[Tensor, ...]]] = {}
         self._parts: dict[tuple[int, ...], Noise] = {}
 
     @cached_property
@@ -301,15 +301,11 @@ class Noise:
 
     def normal(self, stream: Stream, t: int) -> Tensor:
         """Standard normal numbers for step t of the call, (n, dim); 0 at frozen coordinates."""
-        size = _n_blocks(self.dim)
-        runs = [self._blocks(kernels.NORMAL, stream, t, first * size, count * size) for first, count in self._runs]
-        noise = (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)).view(-1, 4 * size)[:, : self.dim]
-        return noise if self.frozen is None else noise.masked_fill(self.frozen, 0.0)
+        return self._at(kernels.NORMAL, stream, t)
 
     def uniform(self, stream: Stream, t: int) -> Tensor:
         """One uniform number in (0, 1] per chain for step t of the call, (n,)."""
-        runs = [self._blocks(kernels.UNIFORM, stream, t, first, count)[..., 0] for first, count in self._runs]
-        return (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)).flatten()
+        return self._at(kernels.UNIFORM, stream, t)
 
     def _with(self, indices: tuple[int, ...], frozen: Tensor | None) -> Noise:
         if indices not in self._parts:
@@ -322,32 +318,43 @@ class Noise:
     def _kernels(self) -> bool:
         return not self.by_definition and self.dtype == torch.float32 and _has_kernels(self.seed, self.chains)
 
-    def _blocks(self, kind: int, stream: Stream, t: int, first_block: int, n_blocks: int) -> Tensor:
-        """The numbers of these blocks for step t, (n, n_blocks, 4). kind: NORMAL or UNIFORM."""
-        if first_block + n_blocks > 1 << 24:
-            raise ValueError(f"a step has 2**24 blocks of random numbers: too few for {max(self.indices) + 1} parts")
-        first, ahead = self._ahead.get((kind, stream, first_block), (0, self.first_steps[:0]))
+    def _at(self, kind: int, stream: Stream, t: int) -> Tensor:
+        """The numbers for step t: (n, dim) if kind is NORMAL, (n,) if it is UNIFORM."""
+        first, ahead = self._ahead.get((kind, stream), (0, ()))
         if not first <= t < first + len(ahead):
-            first, ahead = t, self._drawn(kind, stream, t, first_block, n_blocks)
-            self._ahead[kind, stream, first_block] = first, ahead
+            first, ahead = t, self._drawn_ahead(kind, stream, t)
+            self._ahead[kind, stream] = first, ahead
         return ahead[t - first]
 
-    def _drawn(self, kind: int, stream: Stream, first: int, first_block: int, n_blocks: int) -> Tensor:
-        """The numbers of some steps from ``first`` on, (steps, n, n_blocks, 4)."""
-        n, device = len(self.chains), self.chains.device
-        by_kernel = self._kernels()
-        most = min(_COUNTERS_PER_THREAD, _AHEAD * n * n_blocks) if by_kernel else _blocks_at_once(device)
-        last = max(first + 1, min(first + max(1, most // max(1, n * n_blocks)), self.steps))
+    def _drawn_ahead(self, kind: int, stream: Stream, first: int) -> tuple[Tensor, ...]:
+        """The numbers for some steps from ``first`` on."""
+        size = _n_blocks(self.dim) if kind == kernels.NORMAL else 1
+        if (max(self.indices) + 1) * size > 1 << 24:
+            raise ValueError(f"a step has 2**24 blocks of random numbers: too few for {max(self.indices) + 1} parts")
+        rows = len(self.chains) * len(self.indices)
+        n_blocks = max(1, rows * size)
+        most = min(_COUNTERS_PER_THREAD, _AHEAD * n_blocks) if self._kernels() else _blocks_at_once(self.chains.device)
+        steps = max(1, min(most // n_blocks, self.steps - first))
+        runs = [self._drawn(kind, stream, first, steps, start * size, count * size) for start, count in self._runs]
+        numbers = runs[0] if len(runs) == 1 else torch.cat(runs, dim=2)
+        if kind == kernels.UNIFORM:
+            return numbers[..., 0].reshape(steps, rows).unbind()
+        numbers = numbers.view(steps, rows, 4 * size)[..., : self.dim]
+        return (numbers if self.frozen is None else numbers.masked_fill(self.frozen, 0.0)).unbind()
+
+    def _drawn(self, kind: int, stream: Stream, first: int, n_steps: int, first_block: int, n_blocks: int) -> Tensor:
+        """The numbers of these blocks for the steps from ``first`` on, (n_steps, n, n_blocks, 4)."""
+        n, device, by_kernel = len(self.chains), self.chains.device, self._kernels()
         chains, steps = self.chains, self.first_steps + first
-        if last > first + 1:
-            chains = chains.repeat(last - first)
-            steps = (self.first_steps + torch.arange(first, last, device=device)[:, None]).flatten()
+        if n_steps > 1:
+            chains = chains.repeat(n_steps)
+            steps = (self.first_steps + torch.arange(first, first + n_steps, device=device)[:, None]).flatten()
         out = torch.empty(len(chains), n_blocks, 4, dtype=self.dtype, device=device)
         if by_kernel:
             _draw(kind, self.seed, stream, chains, steps, first_block, n_blocks, out)
         else:
             (_normal if kind == kernels.NORMAL else _uniform)(self.seed, stream, chains, steps, out, first_block)
-        return out.view(last - first, n, n_blocks, 4)
+        return out.view(n_steps, n, n_blocks, 4)
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:

@@ -194,7 +194,7 @@ def test_trees_are_those_of_the_recursion(by_momenta):
         p = noise.normal(Stream.MOMENTUM, t) * torch.tensor(mass).sqrt()
         numbers = noise.copies(2**max_depth + max_depth).uniform(Stream.METROPOLIS, t).view(n, -1)
         new, info = sampler.step(view, state, noise, t)
-        leaves = info.telemetry()[0]["gradients"]
+        leaves = info.averaged()["gradients"]
         for i in range(n):
             tree = Recursive(std, h, mass, state.x[i].numpy(), p[i].numpy(), by_momenta=by_momenta)
             x, steps, depth = tree.step(numbers[i].tolist(), max_depth)

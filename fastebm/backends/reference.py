@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..rng import Noise
-from ..samplers.base import Adaptation, rows_of, where_rows
+from ..samplers.base import Adaptation, Info, rows_of, where_rows
 from ..targets.base import Target, View
 from . import Advanced, Chains
 
@@ -46,8 +46,7 @@ def run(
     stopped = chains.stopped  # (n_chains,) bool, chains that are no longer finite; None if none are
     if stopped is not None:
         first_bad[stopped] = 0
-    sums: dict[str, Tensor] = {}
-    last: Mapping[str, Tensor] = {}
+    reported = _Telemetry(x) if telemetry else None
 
     state = _started(sampler, view, x, noise, chains.carried)
     if lost := set(state._fields) - {*sampler.carries, *sampler.recomputes}:
@@ -69,23 +68,15 @@ def run(
             stopped = first_bad >= 0
         if adaptation is not None:
             adaptation.update(old, state, info, None if stopped is None else ~stopped)
-        if telemetry:
-            counted, latest = info.telemetry()
-            last = (
-                latest if before is None or not last else {k: where_rows(before, last[k], v) for k, v in latest.items()}
-            )
-            for name, value in counted.items():
-                value = value.to(x.dtype)
-                value = value if stopped is None else where_rows(stopped, torch.zeros_like(value), value)
-                sums[name] = sums[name] + value if name in sums else value
+        if reported is not None:
+            reported.add(info, before, stopped, is_last=t == steps - 1)
         if done.trajectory is not None and (t + 1) % thin == 0:
             done.trajectory[:, t // thin] = state.x
     energy = getattr(state, "energy", None)  # MALA's state carries it, for example
     energy = target.value(state.x) if energy is None else energy
-    reported = {**{name: value / steps for name, value in sums.items()}, **last}
-    named = {name: reported.get(name, blank(empty, x)) for name, empty in sampler.reports.items()}
+    named = None if reported is None else reported.named(sampler.reports, steps)
     carried = {name: getattr(state, name) for name in sampler.carries} or None
-    return done._replace(x=state.x, energy=energy, telemetry=named if telemetry else None, carried=carried)
+    return done._replace(x=state.x, energy=energy, telemetry=named, carried=carried)
 
 
 def _started(sampler: Any, view: View, x: Tensor, noise: Noise, carried: Mapping[str, Tensor] | None) -> Any:
@@ -99,6 +90,38 @@ def _started(sampler: Any, view: View, x: Tensor, noise: Noise, carried: Mapping
         fresh = sampler.init(view, x, noise)
         carried = {name: where_rows(rows, getattr(fresh, name), value) for name, value in carried.items()}
     return sampler.init(view, x, noise, **carried)
+
+
+class _Telemetry:
+    """What the steps report. x: (n_chains, dim), for the form of the result."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.sums: dict[str, Tensor | float] = {}
+        self.last: Mapping[str, Tensor] = {}
+
+    def add(self, info: Info, before: Tensor | None, stopped: Tensor | None, *, is_last: bool) -> None:
+        """Add a step. before, stopped: (n_chains,) bool, chains that stopped before it, or not later than in it."""
+        for name, value in info.averaged().items():
+            if stopped is not None and not isinstance(value, Tensor):
+                value = self.x.new_full((len(self.x),), value)
+            if isinstance(value, Tensor):
+                value = value.to(self.x.dtype)
+                value = value if stopped is None else where_rows(stopped, torch.zeros_like(value), value)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if is_last or info.finite is not None:  # otherwise no chain stops in this step
+            new, old = info.last(), self.last
+            self.last = (
+                {k: where_rows(before, old[k], v) for k, v in new.items()} if before is not None and old else new
+            )
+
+    def named(self, reports: Mapping[str, float | Tensor], steps: int) -> dict[str, Tensor]:
+        """Means over the steps, and values of the last one, by name. reports: names, and values without a step."""
+        means = {name: value / steps for name, value in self.sums.items()}
+        of_chains = {k: v for k, v in {**means, **self.last}.items() if isinstance(v, Tensor)}
+        return {
+            k: of_chains[k] if k in of_chains else blank(means.get(k, empty), self.x) for k, empty in reports.items()
+        }
 
 
 def blank(empty: float | Tensor, x: Tensor) -> Tensor:

@@ -94,7 +94,6 @@ class AIS(Sampler):
             finite = without | (sound if info.finite is None else sound & info.finite)
         acceptance = torch.ones_like(energy) if info.acceptance is None else info.acceptance
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            return {"acceptance": acceptance}, {}
-
-        return AISState(end.x, log_weight, end.energy, end.gradient), Info(finite, telemetry, acceptance)
+        return AISState(end.x, log_weight, end.energy, end.gradient), Info(
+            finite, lambda: {"acceptance": acceptance}, acceptance=acceptance
+        )

@@ -33,8 +33,10 @@ __all__ = [
     "checked_fraction",
     "checked_sampler",
     "diagonal_at",
+    "finite_rows",
     "for_chains",
     "for_steps",
+    "once",
     "plus",
     "rows_of",
     "settled",
@@ -48,14 +50,17 @@ class Info(NamedTuple):
 
     finite: (n,) bool, False for chains that computed a non-finite state, tested before any clamp. For those chains the
     step returns the last finite state. None means that all chains were finite.
-    telemetry: returns two dicts of tensors with one row per chain, by name: values to average over the steps, and
-    values of which the last step's is reported (``LAST``). Called only if the caller wants telemetry.
+    averaged: returns telemetry by name, whose mean over the steps is reported: tensors with one row per chain, or
+    numbers that hold for all chains.
+    last: likewise, tensors of which each chain's last step is reported (``LAST``).
+    Both are called only if the caller wants telemetry, and ``last`` only where a step may be a chain's last.
     acceptance: (n,) probability with which each proposal was accepted, for adaptation. None without an accept test.
     proposal: what the sampler's own adaptation needs besides, or None.
     """
 
     finite: Tensor | None
-    telemetry: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+    averaged: Callable[[], Mapping[str, Tensor | float]] = dict
+    last: Callable[[], Mapping[str, Tensor]] = dict
     acceptance: Tensor | None = None
     proposal: Any = None
 
@@ -153,6 +158,7 @@ class Sampler:
 
 _Sampler = TypeVar("_Sampler", bound=Any)
 _State = TypeVar("_State", bound=Any)
+_Made = TypeVar("_Made")
 
 
 def checked_sampler(sampler: object) -> Any:
@@ -176,12 +182,18 @@ def settled(target: View, x: Tensor, moved: Tensor, box: Box | None) -> tuple[Te
     Finiteness is tested before the clamp, which would turn an infinity into a bound.
     """
     moved = target.held(x, moved)
+    finite = finite_rows(moved)
+    moved = moved if box is None else box.clamp(moved)
+    return (moved if finite is None else torch.where(finite[:, None], moved, x)), finite
+
+
+def finite_rows(v: Tensor) -> Tensor | None:
+    """A (n,) mask of the rows that are finite, or None if all are known to be. v: (n, dim)."""
     # Fast path on a CPU: a finite sum proves that all terms are finite. (A sum of finite terms may overflow, so an
     # infinite one proves nothing.)
-    if moved.device.type == "cpu" and bool(moved.sum().isfinite()):
-        return (moved if box is None else box.clamp(moved)), None
-    finite = moved.isfinite().all(dim=1)
-    return torch.where(finite[:, None], moved if box is None else box.clamp(moved), x), finite
+    if v.device.type == "cpu" and math.isfinite(v.sum().item()):
+        return None
+    return v.isfinite().all(dim=1)
 
 
 def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -232,6 +244,19 @@ def checked_coefficient(name: str, value: Any, *, positive: bool) -> float | Ten
         raise ValueError(f"{requirement}, got {value}")
     checked: float | Tensor = value
     return checked
+
+
+def once(target: View, name: str, sampler: Sampler, make: Callable[[], _Made]) -> _Made:
+    """make(), which depends on the settings of a sampler at a step: made once per call, unless one is a schedule."""
+    return make() if _has_schedule(sampler) else target.once(name, sampler, make)
+
+
+def _has_schedule(sampler: Sampler) -> bool:
+    for name in sampler.scheduled:
+        value = getattr(sampler, name)
+        if _has_schedule(value) if isinstance(value, Sampler) else isinstance(value, Tensor) and value.ndim == 1:
+            return True
+    return False
 
 
 def value_at(value: float | Tensor, t: int, device: torch.device) -> float | Tensor:

@@ -34,7 +34,7 @@ from ..rng import Noise
 from ..scalars import plain_number
 from ..targets.base import View
 from .adaptation import WarmUp, total, tunable
-from .base import Info, checked_coefficient, diagonal_at, value_at
+from .base import Info, checked_coefficient, diagonal_at, once, value_at
 from .hmc import Hamiltonian, HMCState, scaled_step, transition, with_mass
 
 __all__ = ["ChEESHMC"]
@@ -89,7 +89,8 @@ class ChEESHMC(Hamiltonian):
 
     def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Follow a trajectory, then accept or reject its end."""
-        return transition(target, state, noise, t, scaled_step(self, t, state.x), self._n_leapfrog(noise, t))
+        h = once(target, "h", self, lambda: scaled_step(self, t, state.x))
+        return transition(target, state, noise, t, h, self._n_leapfrog(noise, t))
 
     def _n_leapfrog(self, noise: Noise, t: int) -> int | Tensor:
         """Leapfrog steps at step t: a number if all chains have the same, or else (n_chains,) int64."""

@@ -33,7 +33,17 @@ from ..rng import Noise, Stream
 from ..scalars import checked_integer
 from ..targets.base import View
 from .adaptation import WarmUp, tunable
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, rows_of, value_at
+from .base import (
+    Info,
+    Sampler,
+    checked_coefficient,
+    checked_diagonal,
+    checked_fraction,
+    diagonal_at,
+    once,
+    rows_of,
+    value_at,
+)
 
 __all__ = [
     "HMC",
@@ -147,7 +157,8 @@ class HMC(Hamiltonian):
 
     def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Follow a trajectory, then accept or reject its end."""
-        return transition(target, state, noise, t, scaled_step(self, t, state.x), self.n_leapfrog)
+        h = once(target, "h", self, lambda: scaled_step(self, t, state.x))
+        return transition(target, state, noise, t, h, self.n_leapfrog)
 
 
 def with_mass(sampler: Any, variance: Tensor) -> Any:
@@ -222,27 +233,28 @@ def transition(
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
     new = rows_of(accepted, HMCState(end.x, end.energy, end.gradient), state)
 
-    def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        n_gradients = n_leapfrog if isinstance(n_leapfrog, Tensor) else chance.new_full(chance.shape, n_leapfrog)
-        counted = {"acceptance": chance, "divergences": diverged, "gradients": n_gradients}
-        return counted, {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
+    def averaged() -> Mapping[str, Tensor | float]:
+        return {"acceptance": chance, "divergences": 0.0 if diverged is None else diverged, "gradients": n_leapfrog}
 
-    return new, Info(finite, telemetry, chance, end)
+    def last() -> Mapping[str, Tensor]:
+        return {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
+
+    return new, Info(finite, averaged, last, chance, end)
 
 
 def _judged(
     target: View, state: HMCState, momentum: Tensor, h: Tensor, end: Trajectory
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
 
-    Three (n_chains,) bool. None in place of the first or the last means all.
+    Three (n_chains,) bool. None in place of the first or the last means all, and in place of the second none.
     """
     inside, log_accept = None if target.box is None else target.box.contains(end.x), end.log_accept
     # Fast path. NaN fails the comparison, and a finite sum proves that all terms are finite. (On a GPU, waiting for
     # these three numbers takes less than a second trajectory.)
     least, most, total = torch.stack([*log_accept.aminmax(), end.x.sum()]).tolist()
     if -_TOO_FAR <= least and most < math.inf and math.isfinite(total):
-        return inside, torch.zeros_like(log_accept, dtype=torch.bool), None
+        return inside, None, None
     possible = end.energy != math.inf
     # An end of infinite energy is a wall, not a divergence, if it is as slow as others.
     before = momentum.square().sum(dim=1)

@@ -269,11 +269,16 @@ class Langevin(Sampler):
         if noisy is not None:  # a chain whose noisy state was not finite does not move at all
             new, finite = torch.where(noisy[:, None], new, x), noisy if finite is None else noisy & finite
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            counted = {"clipped": (clipped != grad).any(dim=1), "clamped": (new != target.held(x, moved)).any(dim=1)}
-            return counted, {"grad_norm": grad.square().sum(dim=1).sqrt()}
+        def averaged() -> Mapping[str, Tensor | float]:
+            return {
+                "clipped": 0.0 if clipped is grad else (clipped != grad).any(dim=1),
+                "clamped": 0.0 if target.box is None else (new != target.held(x, moved)).any(dim=1),
+            }
 
-        return LangevinState(new), Info(finite, telemetry)
+        def last() -> Mapping[str, Tensor]:
+            return {"grad_norm": grad.square().sum(dim=1).sqrt()}
+
+        return LangevinState(new), Info(finite, averaged, last)
 
 
 def _drift_and_noise(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..targets.base import View
 from .adaptation import WarmUp, tunable
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, value_at
+from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, once, value_at
 from .hmc import HMCState, step_tensor, transition
 
 __all__ = ["MALA"]
@@ -87,9 +87,14 @@ class MALA(Sampler):
 
     def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
         """Propose y, then accept or reject it."""
-        c = diagonal_at("preconditioner", self.preconditioner, state.x)
-        h = (value_at(self.step_size, t, state.x.device) * (c.double() if isinstance(c, Tensor) else c)) ** 0.5
-        return transition(target, state, noise, t, step_tensor(h, state.x), 1, Stream.LANGEVIN)
+        h = once(target, "h", self, lambda: self._scaled_step(t, state.x))
+        return transition(target, state, noise, t, h, 1, Stream.LANGEVIN)
+
+    def _scaled_step(self, t: int, x: Tensor) -> Tensor:
+        """sqrt(step_size C) at step t, the step of HMC, which broadcasts with x: (n_chains, dim)."""
+        c = diagonal_at("preconditioner", self.preconditioner, x)
+        h = (value_at(self.step_size, t, x.device) * (c.double() if isinstance(c, Tensor) else c)) ** 0.5
+        return step_tensor(h, x)
 
 
 def _with_preconditioner(sampler: Any, variance: Tensor) -> Any:

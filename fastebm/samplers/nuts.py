@@ -157,11 +157,13 @@ class NUTS(Hamiltonian):
             sample, tree.diverged = rows_of(overflown, state, sample), tree.diverged | overflown
         acceptance = tree.acceptance / tree.leaves
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            counted = {"acceptance": acceptance, "divergences": tree.diverged, "gradients": tree.leaves}
-            return counted, {"grad_norm": sample.gradient.square().sum(dim=1).sqrt()}
+        def averaged() -> Mapping[str, Tensor | float]:
+            return {"acceptance": acceptance, "divergences": tree.diverged, "gradients": tree.leaves}
 
-        return sample, Info(tree.finite, telemetry, acceptance)
+        def last() -> Mapping[str, Tensor]:
+            return {"grad_norm": sample.gradient.square().sum(dim=1).sqrt()}
+
+        return sample, Info(tree.finite, averaged, last, acceptance)
 
 
 class _Tree:

@@ -33,7 +33,7 @@ from ..scalars import checked_integer, plain_number
 from ..targets.base import View
 from ..targets.remembered import Point
 from .adaptation import DualAveraging, windows
-from .base import Info, Sampler, rows_of, value_at
+from .base import Info, Sampler, once, rows_of, value_at
 from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
 
 __all__ = ["ParallelTempering", "ParallelTemperingState"]
@@ -227,10 +227,11 @@ class ParallelTempering(Sampler):
             )
         rungs, energies = state.rungs, state.energies
         n, k, dim = rungs.shape
-        beta = 1 / torch.tensor(self.temperatures, dtype=torch.float64, device=rungs.device)
+        beta = once(target, "beta", self, lambda: _inverse(self.ladder, rungs))
+        betas = once(target, "betas", self, lambda: beta.repeat(n))
+        inner = once(target, "inner", self, lambda: for_temperatures(self.sampler, self._factors(), n, t, rungs.device))
         start = Point(rungs.flatten(0, 1), energies.flatten(), state.gradients.flatten(0, 1))
-        view, known = tempered(target.repeated(k), beta.to(rungs.dtype).repeat(n), start)
-        inner = for_temperatures(self.sampler, self._factors(), n, t, rungs.device)
+        view, known = tempered(target.repeated(k), betas, start)
         noises = noise.copies(k)
         moved, info = inner.step(view, inner.init(view, start.x, noises), noises, t)
         _, energy, gradient = known.after(moved.x)
@@ -239,7 +240,7 @@ class ParallelTempering(Sampler):
         finite = (energies > -math.inf).all(dim=1)  # False for NaN too
         if info.finite is not None:
             finite &= info.finite.view(n, k).all(dim=1)
-        log_accept = _log_accept(beta.to(rungs.dtype), energies) / value_at(self.temperature, t, rungs.device)
+        log_accept = _log_accept(beta, energies) / value_at(self.temperature, t, rungs.device)
         swaps = self._tried(noise.first_steps + t)
         u = noises.uniform(Stream.TEMPERING, t).view(n, k)[:, :-1]
         swapped = swaps & (u.log() <= log_accept)  # never for NaN, the difference of two energies of +inf
@@ -249,14 +250,17 @@ class ParallelTempering(Sampler):
             new = rows_of(finite, new, state)
         chance = torch.where(swaps & ~log_accept.isnan(), log_accept.clamp(max=0.0).exp(), 0.0)
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        def averaged() -> Mapping[str, Tensor | float]:
             gradients = gradients_of(info, energy).view(n, k).sum(dim=1)
-            counted, last = ({name: v.view(n, k)[:, 0] for name, v in d.items()} for d in info.telemetry())
-            return {**counted, "gradients": gradients, "swap_acceptance": chance, "swaps": swaps}, last
+            cold = {name: v.view(n, k)[:, 0] if isinstance(v, Tensor) else v for name, v in info.averaged().items()}
+            return {**cold, "gradients": gradients, "swap_acceptance": chance, "swaps": swaps}
+
+        def last() -> Mapping[str, Tensor]:
+            return {name: v.view(n, k)[:, 0] for name, v in info.last().items()}
 
         acceptance = None if info.acceptance is None else info.acceptance.view(n, k)
         cold = None if acceptance is None else acceptance[:, 0]
-        return new, Info(finite, telemetry, cold, _Proposal(acceptance, chance, swaps))
+        return new, Info(finite, averaged, last, cold, _Proposal(acceptance, chance, swaps))
 
     def _tried(self, steps: Tensor) -> Tensor:
         """Which pairs each chain tries to swap after these lifetime steps: (n, R - 1) bool."""
@@ -340,6 +344,11 @@ class _WarmUp:
 def _state(rungs: Tensor, energies: Tensor, gradients: Tensor) -> ParallelTemperingState:
     # Copies, not views: the driver writes to the states of chains that start again.
     return ParallelTemperingState(rungs[:, 0].clone(), energies[:, 0].clone(), rungs, energies, gradients)
+
+
+def _inverse(temperatures: tuple[float, ...], x: Tensor) -> Tensor:
+    """(R,) 1 / T in the dtype of x, rounded once."""
+    return (1 / torch.tensor(temperatures, dtype=torch.float64, device=x.device)).to(x.dtype)
 
 
 def _log_accept(beta: Tensor, energies: Tensor) -> Tensor:

@@ -103,10 +103,10 @@ class SVGD(Sampler):
         step_size = step_size.to(x.dtype) if isinstance(step_size, Tensor) else step_size
         new, finite = settled(target, x, x + step_size * direction, target.box)
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            return {}, {"grad_norm": gradient.square().sum(dim=1).sqrt()}
+        def last() -> Mapping[str, Tensor]:
+            return {"grad_norm": gradient.square().sum(dim=1).sqrt()}
 
-        return SVGDState(new, group), Info(finite, telemetry)
+        return SVGDState(new, group), Info(finite, last=last)
 
 
 def _groups(target: View, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from ..box import Bounds
 from ..rng import Noise, Stream
 from ..targets.base import View
 from ..targets.remembered import Point
-from .base import Info, Sampler, rows_of
+from .base import Info, Sampler, once, rows_of
 from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
 
 __all__ = ["TemperedTransitions"]
@@ -123,20 +123,23 @@ class TemperedTransitions(Sampler):
         chance = torch.where(log_accept.isnan(), 0.0, log_accept.clamp(max=0.0).exp())
         chance = chance if finite is None else torch.where(finite, chance, 0.0)
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            counted, last = info.telemetry()
+        def averaged() -> Mapping[str, Tensor | float]:
             gradients = torch.stack([gradients_of(of, chance) for of in infos]).sum(dim=0)
-            return {**counted, "acceptance": chance, "gradients": gradients}, last
+            return {**info.averaged(), "acceptance": chance, "gradients": gradients}
 
-        return new, Info(finite, telemetry, info.acceptance)
+        return new, Info(finite, averaged, info.last, info.acceptance)
 
     def _moved(self, target: View, state: Point, level: int, noise: Noise, t: int) -> tuple[Point, Info]:
         """One inner step at a temperature."""
-        factor = step_factors(self.sampler, tuple(self.temperatures))[level]
-        inner = for_temperatures(self.sampler, (factor,), len(state.x), t, state.x.device)
+        inner = once(target, f"inner {level}", self, lambda: self._inner(level, t, state.x))
         view, known = tempered(target, 1 / self.temperatures[level], state)
         new, info = inner.step(view, inner.init(view, state.x, noise), noise, t)
         return known.after(new.x), info
+
+    def _inner(self, level: int, t: int, x: Tensor) -> Any:
+        """The inner sampler at a temperature and step."""
+        factor = step_factors(self.sampler, tuple(self.temperatures))[level]
+        return for_temperatures(self.sampler, (factor,), len(x), t, x.device)
 
 
 class _WarmUp:

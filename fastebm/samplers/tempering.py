@@ -128,8 +128,8 @@ class Tempered:
 
 def gradients_of(info: Info, energy: Tensor) -> Tensor:
     """How many gradients an inner step took for each row, (n,): what it reports, or one. energy: (n,), for the form."""
-    counted, _ = info.telemetry()
-    return counted["gradients"] if "gradients" in counted else torch.ones_like(energy)
+    n = info.averaged().get("gradients", 1)
+    return n if isinstance(n, Tensor) else torch.full_like(energy, n)
 
 
 def tempered(view: View, beta: float | Tensor, start: Point) -> tuple[View, Remembered]:

@@ -28,7 +28,19 @@ from torch import Tensor
 from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..targets.base import View
-from .base import Info, Sampler, checked_coefficient, checked_diagonal, diagonal_at, plus, rows_of, settled, value_at
+from .base import (
+    Info,
+    Sampler,
+    checked_coefficient,
+    checked_diagonal,
+    diagonal_at,
+    finite_rows,
+    once,
+    plus,
+    rows_of,
+    settled,
+    value_at,
+)
 
 __all__ = ["UnderdampedLangevin", "UnderdampedState"]
 
@@ -113,16 +125,13 @@ class UnderdampedLangevin(Sampler):
     def step(self, target: View, state: UnderdampedState, noise: Noise, t: int) -> tuple[UnderdampedState, Info]:
         """Apply the parts of the splitting in turn."""
         x, gradient, p = state
-        step_size, friction, noise_scale = (value_at(getattr(self, name), t, x.device) for name in self.scheduled)
-        mass = diagonal_at("mass", self.mass, x)
-        n = {part: self.splitting.count(part) for part in "ABO"}
-        kept, spread = _ornstein_uhlenbeck(friction * (step_size / n["O"]), noise_scale, x)
-        drift, kick = (_in_dtype(step_size / n[part], x) for part in "AB")
+        drift, kick, kept, spread = once(target, "coefficients", self, lambda: self._coefficients(t, x))
+        of = self.splitting.count("O")
         finite: Tensor | None = None
         at_x, draws = True, 0  # whether the gradient is that of x; how many O have been applied
         for part in self.splitting:
             if part == "A":
-                moved, at_x = target.held(x, plus(x, p, drift / mass)), False
+                moved, at_x = target.held(x, plus(x, p, drift)), False
                 if target.box is not None:
                     inside, here = settled(target, x, moved, target.box)
                     p, moved, finite = torch.where(inside != moved, -p, p), inside, _both(finite, here)
@@ -131,19 +140,26 @@ class UnderdampedLangevin(Sampler):
                 gradient, at_x = gradient if at_x else target.gradient(x), True
                 p = plus(p, gradient, -kick)
             else:
-                xi = noise.part(draws, n["O"]).normal(Stream.LANGEVIN, t)
-                p, draws = plus(kept * p, xi, spread * mass**0.5), draws + 1
+                xi = noise.part(draws, of).normal(Stream.LANGEVIN, t)
+                p, draws = plus(kept * p, xi, spread), draws + 1
         # A momentum that is not finite would show in x only in the next step.
-        _, here = settled(target, state.x, x + p, None)
-        finite = _both(finite, here)
+        finite = _both(finite, finite_rows(target.held(state.x, x + p)))
         new = UnderdampedState(x, gradient, p)
         if finite is not None:
             new = rows_of(finite, new, state)
 
-        def telemetry() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-            return {}, {"grad_norm": gradient.square().sum(dim=1).sqrt()}
+        def last() -> Mapping[str, Tensor]:
+            return {"grad_norm": gradient.square().sum(dim=1).sqrt()}
 
-        return new, Info(finite, telemetry)
+        return new, Info(finite, last=last)
+
+    def _coefficients(self, t: int, x: Tensor) -> tuple[Any, Any, Any, Any]:
+        """At step t: s / M of a part A, s of a part B, and c and sqrt(T (1 - c^2) M) of a part O."""
+        step_size, friction, noise_scale = (value_at(getattr(self, name), t, x.device) for name in self.scheduled)
+        mass = diagonal_at("mass", self.mass, x)
+        times = {part: step_size / self.splitting.count(part) for part in "ABO"}
+        kept, spread = _ornstein_uhlenbeck(friction * times["O"], noise_scale, x)
+        return _in_dtype(times["A"], x) / mass, _in_dtype(times["B"], x), kept, spread * mass**0.5
 
 
 def _ornstein_uhlenbeck(damping: Any, noise_scale: Any, x: Tensor) -> tuple[Any, Any]:

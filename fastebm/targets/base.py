@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch import Tensor
 from ..box import Box
 
 __all__ = ["Conditional", "Target", "View"]
+
+_T = TypeVar("_T")
 
 
 class Target(Protocol):
@@ -58,6 +62,8 @@ class View:
     frozen: Tensor | None = None
     condition: Tensor | None = None
     _copies: dict[int, View] = field(default_factory=dict, init=False, repr=False)
+    # What ``once`` has made, by owner. Views of other energies, made by ``replace``, share it.
+    _made: WeakKeyDictionary[object, dict[str, Any]] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def value(self, x: Tensor) -> Tensor:
         """E(x), (n,)."""
@@ -82,6 +88,17 @@ class View:
             )
             self._copies[k] = View(self.target.repeated(k), box, frozen, condition)
         return self._copies[k]
+
+    def once(self, name: str, owner: object, make: Callable[[], _T]) -> _T:
+        """make(), which is the same in all steps of a call because it depends on ``owner`` alone, such as a sampler.
+
+        It is kept until the call ends, or the owner does: in a warm-up each step has another sampler.
+        """
+        made = self._made.setdefault(owner, {})
+        if name not in made:
+            made[name] = make()
+        found: _T = made[name]
+        return found
 
     def at(self, number: float) -> View:
         """The view of the energy at this condition for all chains. For a sampler with a ``condition`` of its own."""
