@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastebm import MALA, sample
+from fastebm import HMC, MALA, NUTS, GaussianEnergy, sample
 from fastebm.samplers.adaptation import Variance, total
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -60,3 +60,15 @@ def test_nothing_is_learnt_from_chains_that_have_stopped():
     assert sample(nan_beyond_3, init=other, **given).sampler.step_size == (
         sample(nan_beyond_3, init=plain, **given).sampler.step_size
     )
+
+
+@pytest.mark.parametrize("make", [MALA, HMC, NUTS])
+def test_a_short_warmup_adapts_the_step_size_alone(make):
+    """As ``sample`` documents. It may be longer than the call that follows, and have a single step."""
+    energy, scale = GaussianEnergy(0.0, torch.tensor([0.5, 2.0])), "preconditioner" if make is MALA else "mass"
+    for warmup in (1, 3, 45):
+        found = sample(energy, make(0.1), n_chains=4, warmup=warmup, steps=0, seed=1).sampler
+        assert found.step_size != 0.1
+        assert getattr(found, scale) is None
+    found = sample(energy, make(0.1), n_chains=4, warmup=60, steps=0, seed=1).sampler
+    assert getattr(found, scale) is not None

@@ -144,6 +144,8 @@ def test_the_caller_keeps_what_it_had():
     [
         ({"steps": -1}, ValueError, "steps must be >= 0, got -1"),
         ({"warmup": 1.5}, TypeError, "warmup must be an int, got 1.5"),
+        ({"warmup": True}, TypeError, "warmup must be an int, got True"),
+        ({"warmup": -1}, ValueError, "warmup must be >= 0, got -1"),
         ({"thin": 4}, ValueError, "thin must divide steps"),
         ({"thin": 2, "on_nonfinite": "reinit"}, ValueError, "a trajectory shows where chains exploded"),
         ({"on_nonfinite": "stop"}, ValueError, "on_nonfinite must be one of raise, reinit, ignore, got 'stop'"),

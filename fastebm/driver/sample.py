@@ -77,8 +77,10 @@ def sample(
             or a ``GaussianEnergy`` with a mean of that shape.
         n_chains: number of chains, >= 0. Ignored with ``init``.
         steps: number of steps after the warm-up, >= 0.
-        warmup: number of steps before them, >= 0. Their states are not stored. Samplers with an accept test adapt their
-            step size and scale in these steps, from all chains together, and then keep them: see the sampler.
+        warmup: number of steps before them, >= 0, on top of ``steps``, and possibly more than these. 0: none. Their
+            states are not stored. Samplers with an accept test adapt their step size and scale in these steps, from
+            all chains together, and then keep them: see the sampler. Below about 50 steps only the step size is
+            adapted. If ``info.acceptance`` is far below target_acceptance afterwards, or is 1, take more steps.
         thin: store the state after every thin-th step; must divide ``steps``. 0: return the last states only.
         init: (n_chains, *shape) floating-point start. float64 is computed in float64, every other dtype in float32.
             A ``SampleResult`` continues its chains, with the same bits as one longer call. None: uniform on the
