@@ -234,7 +234,7 @@ def transition(
     new = rows_of(accepted, HMCState(end.x, end.energy, end.gradient), state)
 
     def averaged() -> Mapping[str, Tensor | float]:
-        return {"acceptance": chance, "divergences": diverged, "gradients": n_leapfrog}
+        return {"acceptance": chance, "divergences": 0.0 if diverged is None else diverged, "gradients": n_leapfrog}
 
     def last() -> Mapping[str, Tensor]:
         return {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
@@ -244,17 +244,17 @@ def transition(
 
 def _judged(
     target: View, state: HMCState, momentum: Tensor, h: Tensor, end: Trajectory
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
 
-    Three (n_chains,) bool. None in place of the first or the last means all.
+    Three (n_chains,) bool. None in place of the first or the last means all, and in place of the second none.
     """
     inside, log_accept = None if target.box is None else target.box.contains(end.x), end.log_accept
     # Fast path. NaN fails the comparison, and a finite sum proves that all terms are finite. (On a GPU, waiting for
     # these three numbers takes less than a second trajectory.)
     least, most, total = torch.stack([*log_accept.aminmax(), end.x.sum()]).tolist()
     if -_TOO_FAR <= least and most < math.inf and math.isfinite(total):
-        return inside, torch.zeros_like(log_accept, dtype=torch.bool), None
+        return inside, None, None
     possible = end.energy != math.inf
     # An end of infinite energy is a wall, not a divergence, if it is as slow as others.
     before = momentum.square().sum(dim=1)

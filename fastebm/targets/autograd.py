@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
 import torch
@@ -21,6 +21,12 @@ def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
     if value.is_cpu and x.is_cpu and type(value) is Tensor and (engine := _engine()) is not None:
         return engine(value, x, ones)
     return torch.autograd.grad(value, x, ones, allow_unused=True)[0]
+
+
+@contextmanager
+def _out_of_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @cache
@@ -97,17 +103,12 @@ class Energy:
             return value.detach().reshape(len(x)).to(x.dtype), gradient
 
     @staticmethod
-    @contextmanager
-    def differentiating() -> Iterator[None]:
+    def differentiating() -> AbstractContextManager[None]:
         """Enable autograd, also inside the caller's torch.inference_mode or torch.no_grad.
 
-        A loop of many gradients enters it once: entering takes a tenth of the time of a small energy's gradient.
+        A loop of many gradients enters it once, because entering takes as long as an operation on a few numbers.
         """
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            yield
-            return
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        return _out_of_inference_mode() if torch.is_inference_mode_enabled() else torch.enable_grad()
 
     def pulled_back(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """``gradient`` for loops that enter ``differentiating`` once themselves. x: a leaf that requires grad."""
