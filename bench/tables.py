@@ -74,7 +74,7 @@ def partition() -> str:
     body = [
         [row["law"], row["dim"], *(row[name] for name in columns), *(f"{float(row[name]):.3f}" for name in errors)]
         + [f"{float(row['ess']):.0f}", f"{float(row['seconds']):.1f}"]
-        for row in rows
+        for row in sorted(rows, key=lambda row: (int(row["dim"]), row["law"]))
     ]
     headings = ["law", "dims", "within 0.05 nats", "within its 95 % interval", "truth between the bounds"]
     headings += ["mean error", "largest", "standard error", "ESS", "seconds"]

@@ -34,7 +34,7 @@ def test_rows_count_what_they_say(tmp_path, monkeypatch):
         found(truth, 0.06, 0.06),  # none of these
     ]
     monkeypatch.setattr(partition, "log_partition", lambda energy, input_size, seed: results[seed])
-    monkeypatch.setattr(partition, "CASES", [("gaussian", 2), ("mixture", 3)])
+    monkeypatch.setattr(partition, "LAWS", {"gaussian": partition.gaussian})
     assert partition.main(["2", "--seeds", "6", "--out", str(tmp_path)]) == 0
     (row,) = rows.read(tmp_path / "partition.csv")
     counts = {name: row[name] for name in ("chains", "temperatures", "seeds", "near", "covered", "bracketed")}
