@@ -11,6 +11,7 @@ limits.py       the most that the machine could do, measured in the same rounds
 race.py         gate, clock, rows: the steps of chains
 training.py     a training step with persistent chains      efficiency.py  effective samples per second
 sampling.py     effective samples per second of samplers: sampling_contestants.py on sampling_targets.py
+sampling_parts.py  where the time of their steps goes
 pool.py         draws, write-backs and memory of large pools
 compilation.py  first calls, and those of a second process  micro.py       single operations (pytest-benchmark)
 breakdown.py    where the time of the default call goes

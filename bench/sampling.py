@@ -69,7 +69,7 @@ def race(
         except Exception as error:
             rows[c] |= {"status": "error", "note": f"{type(error).__name__}: {error}"[:500]}
             traceback.print_exc()
-    times: dict[Any, list[float]] = interleaved({**runs, None: lambda: _gradients(p)}, seconds, CPU)
+    times: dict[Any, list[float]] = interleaved({**runs, None: lambda: eager_gradients(p, p.x0)}, seconds, CPU)
     gradient = statistics.median(times.pop(None)) / GRADIENTS
     for c, t in times.items():
         rows[c] |= summary(p, c, drawn[c], t, bulk, of_mean)
@@ -96,9 +96,10 @@ def _kept(drawn: list[Drawn], draw: Draw) -> Callable[[], object]:
     return lambda: drawn.append(draw())
 
 
-def _gradients(p: Target) -> None:
+def eager_gradients(p: Target, x: torch.Tensor) -> None:
+    """GRADIENTS gradients at x, as a loop in PyTorch takes them."""
     for _ in range(GRADIENTS):
-        x = p.x0.detach().requires_grad_()
+        x = x.detach().requires_grad_()
         torch.autograd.grad(p.values(x).sum(), x)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from fastebm.bench.cases import SamplingCase
 from fastebm.bench.problem import SEED, Missing
 from fastebm.bench.sampling_targets import Target
 from torch import Tensor
@@ -65,17 +66,24 @@ def tuned(acceptance: Callable[[float], float], start: float, target: float) -> 
 # -- fastebm -------------------------------------------------------------------------------------------------
 
 
-def fastebm_at(make: Callable[[float], Any], warms_up: bool = True) -> Callable[[Target, int], Draw]:
-    """``fastebm.sample``, whole calls. make: step length -> sampler."""
+@dataclass(frozen=True)
+class Ours:
+    """``fastebm.sample``, whole calls. make: case -> sampler."""
 
-    def prepare(p: Target, thin: int) -> Draw:
-        case = p.case
-        sampler, warmup = make(case.length), case.warmup if warms_up else 0
-        result = fastebm.sample(p.energy, sampler, init=p.x0, warmup=warmup, steps=0, seed=SEED)
+    make: Callable[[SamplingCase], Any]
+    warms_up: bool = True
+
+    def started(self, p: Target) -> fastebm.SampleResult:
+        """The chains after the warm-up."""
+        warmup = p.case.warmup if self.warms_up else 0
+        return fastebm.sample(p.energy, self.make(p.case), init=p.x0, warmup=warmup, steps=0, seed=SEED)
+
+    def __call__(self, p: Target, thin: int) -> Draw:
+        result, steps = self.started(p), p.case.draws * thin
 
         def draw() -> Drawn:
             nonlocal result
-            result = fastebm.sample(p.energy, init=result, steps=case.draws * thin, thin=thin)
+            result = fastebm.sample(p.energy, init=result, steps=steps, thin=thin)
             info = result.info
             gradients = 1.0 if info.gradients is None else float(info.gradients.mean())
             acceptance = None if info.acceptance is None else float(info.acceptance.mean())
@@ -83,12 +91,6 @@ def fastebm_at(make: Callable[[float], Any], warms_up: bool = True) -> Callable[
             return Drawn(result.trajectory, gradients * thin, acceptance, float(inner.step_size))
 
         return draw
-
-    return prepare
-
-
-def fastebm_hmc(p: Target, thin: int) -> Draw:
-    return fastebm_at(lambda length: fastebm.HMC(length, n_leapfrog=p.case.n_leapfrog))(p, thin)
 
 
 # -- ebmkit --------------------------------------------------------------------------------------------------
@@ -284,27 +286,27 @@ def _blackjax_scan(kernel: Callable[[Any], Any], draws: int, thin: int) -> Any:
 THIN = 10
 
 CONTESTANTS = (
-    Contestant("fastebm", "Langevin", fastebm_at(lambda h: fastebm.Langevin(h**2), False), THIN, exact=False),
-    Contestant("fastebm", "MALA", fastebm_at(lambda h: fastebm.MALA(h**2)), THIN),
+    Contestant("fastebm", "Langevin", Ours(lambda case: fastebm.Langevin(case.length**2), False), THIN, exact=False),
+    Contestant("fastebm", "MALA", Ours(lambda case: fastebm.MALA(case.length**2)), THIN),
     Contestant("ebmkit", "MALA", ebmkit("MALA"), THIN),
     Contestant("blackjax", "MALA", blackjax_at("MALA"), THIN),
-    Contestant("fastebm", "HMC", fastebm_hmc),
+    Contestant("fastebm", "HMC", Ours(lambda case: fastebm.HMC(case.length, n_leapfrog=case.n_leapfrog))),
     Contestant("ebmkit", "HMC", ebmkit("HMC")),
     Contestant("blackjax", "HMC", blackjax_at("HMC")),
     Contestant("torchebm", "HMC", torchebm_hmc),
-    Contestant("fastebm", "NUTS", fastebm_at(lambda h: fastebm.NUTS(h))),
+    Contestant("fastebm", "NUTS", Ours(lambda case: fastebm.NUTS(case.length))),
     Contestant("ebmkit", "NUTS", ebmkit("NUTS")),
     Contestant("blackjax", "NUTS", blackjax_at("NUTS")),
-    Contestant("fastebm", "ChEESHMC", fastebm_at(lambda h: fastebm.ChEESHMC(h))),
+    Contestant("fastebm", "ChEESHMC", Ours(lambda case: fastebm.ChEESHMC(case.length))),
     Contestant("blackjax", "ChEESHMC", blackjax_at("ChEESHMC")),
     Contestant(
         "fastebm", "UnderdampedLangevin",
-        fastebm_at(lambda h: fastebm.UnderdampedLangevin(h, friction=FRICTION), False), THIN, exact=False,
+        Ours(lambda case: fastebm.UnderdampedLangevin(case.length, friction=FRICTION), False), THIN, exact=False,
     ),
     Contestant("ebmkit", "UnderdampedLangevin", ebmkit("UnderdampedLangevin"), THIN, exact=False),
     Contestant(
         "fastebm", "ParallelTempering",
-        fastebm_at(lambda h: fastebm.ParallelTempering(fastebm.MALA(h**2), TEMPERATURES)), THIN,
+        Ours(lambda case: fastebm.ParallelTempering(fastebm.MALA(case.length**2), TEMPERATURES)), THIN,
     ),
     Contestant("ebmkit", "ParallelTempering", ebmkit("ParallelTempering"), THIN),
 )  # fmt: skip

@@ -83,6 +83,7 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "compilation", tables_cpu.compilation),
     ("docs/samplers.md", "bias", tables_cpu.bias),
     ("docs/samplers.md", "sampling", tables_cpu.sampling),
+    ("docs/samplers.md", "sampling-parts", tables_cpu.sampling_parts),
     ("docs/performance.md", "gpu-kernels", tables_gpu.gpu_kernels),
     ("docs/performance.md", "gpu-race", tables_gpu.gpu_race),
     ("docs/performance.md", "gpu-sweep", tables_gpu.gpu_sweep),

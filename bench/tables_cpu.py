@@ -1,4 +1,4 @@
-"""Tables of what bench/run.py, pool.py and breakdown.py timed."""
+"""Tables of what bench/run.py, sampling_parts.py, pool.py and breakdown.py timed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from fastebm.bench.rows import most_threads
 # -- bench/run.py ------------------------------------------------------------------------------------------------
 
 
-def runs_of(rows: list[dict[str, str]], name: str) -> str:
+def runs_of(rows: list[dict[str, str]], name: str, command: str = "run.py") -> str:
     """Where and when the rows were measured: one entry per machine, version and commit."""
     lines = dict.fromkeys(
-        f"{row['gpu'] if row['device'] == 'cuda' else threads_of(row)}, {versions(row)}, {row['date']}, commit "
+        f"{row['gpu'] if row.get('device') == 'cuda' else threads_of(row)}, {versions(row)}, {row['date']}, commit "
         f"{row['commit']}"
         for row in rows
     )
-    return f"Measured by `python bench/run.py` on {'; '.join(lines)} (`bench/results/{name}`)."
+    return f"Measured by `python bench/{command}` on {'; '.join(lines)} (`bench/results/{name}`)."
 
 
 def _timings(name: str, columns: list[tuple[str, str, Callable[[str], str]]], figures: str = "") -> str:
@@ -170,6 +170,35 @@ def compilation() -> str:
         ("in a second process, more", "second_process_more", number),
     ]
     return _timings("compilation.csv", columns)
+
+
+# -- bench/sampling_parts.py -------------------------------------------------------------------------------------
+
+# Columns of the parts of fastebm's step, and of those of its peers that the table shows.
+_OURS = ("seconds", "gradients_seconds", "numbers_seconds", "own_seconds", "loop_seconds", "eager_seconds")
+_PEERS = {"ebmkit": ("seconds", "eager_seconds"), "blackjax": ("seconds",)}
+
+
+def sampling_parts() -> str:
+    """Microseconds of a step, by part, and of the steps of peers."""
+    rows = rows_of("sampling_parts.csv")
+    if not rows:
+        return none_yet("sampling_parts.py")
+    found = {(row["case"], row["sampler"], row["library"]): row for row in rows}
+
+    def cells(key: tuple[str, str, str], columns: tuple[str, ...]) -> list[str]:
+        row = found.get(key, {})
+        return [f"{1e6 * float(row[name]):,.0f}" if row.get(name) else "" for name in columns]
+
+    body = [
+        [row["energy"], row["sampler"], f"{float(row['gradients']):.1f}", *cells((case, sampler, library), _OURS)]
+        + [cell for peer, columns in _PEERS.items() for cell in cells((case, sampler, peer), columns)]
+        for (case, sampler, library), row in found.items()
+        if library == "fastebm"
+    ]
+    headings = ["law", "sampler", "gradients per step", "step, µs", "gradients", "random numbers", "the sampler's own"]
+    headings += ["loop and call", "eager gradients", "ebmkit's step, µs", "its eager gradients", "BlackJAX's step, µs"]
+    return f"{table_of(headings, body)}\n\n{runs_of(rows, 'sampling_parts.csv', 'sampling_parts.py')}"
 
 
 # -- bench/breakdown.py ------------------------------------------------------------------------------------------

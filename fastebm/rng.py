@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import cached_property
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -266,12 +267,9 @@ class Noise:
         self.seed, self.chains, self.first_steps, self.dim, self.dtype = seed, chains, first_steps, dim, dtype
         self.steps, self.frozen, self.by_definition, self.indices = steps, frozen, by_definition, tuple(indices)
         # Runs of consecutive parts, each drawn at once: (first part, number of parts).
-        self._runs: list[tuple[int, int]] = []
-        for i in self.indices:
-            if self._runs and i == sum(self._runs[-1]):
-                self._runs[-1] = self._runs[-1][0], self._runs[-1][1] + 1
-            else:
-                self._runs.append((i, 1))
+        place = count()
+        runs = [list(run) for _, run in groupby(self.indices, lambda i: i - next(place))]
+        self._runs = [(run[0], len(run)) for run in runs]
         # By kind and stream: a first step, and the numbers of each step from there on.
         self._ahead: dict[tuple[int, Stream], tuple[int, tuple[Tensor, ...]]] = {}
         self._parts: dict[tuple[int, ...], Noise] = {}
@@ -335,7 +333,7 @@ class Noise:
         n_blocks = max(1, rows * size)
         most = min(_COUNTERS_PER_THREAD, _AHEAD * n_blocks) if self._kernels() else _blocks_at_once(self.chains.device)
         steps = max(1, min(most // n_blocks, self.steps - first))
-        runs = [self._drawn(kind, stream, first, steps, start * size, count * size) for start, count in self._runs]
+        runs = [self._drawn(kind, stream, first, steps, start * size, n * size) for start, n in self._runs]
         numbers = runs[0] if len(runs) == 1 else torch.cat(runs, dim=2)
         if kind == kernels.UNIFORM:
             return numbers[..., 0].reshape(steps, rows).unbind()
@@ -344,17 +342,14 @@ class Noise:
 
     def _drawn(self, kind: int, stream: Stream, first: int, n_steps: int, first_block: int, n_blocks: int) -> Tensor:
         """The numbers of these blocks for the steps from ``first`` on, (n_steps, n, n_blocks, 4)."""
-        n, device, by_kernel = len(self.chains), self.chains.device, self._kernels()
-        chains, steps = self.chains, self.first_steps + first
-        if n_steps > 1:
-            chains = chains.repeat(n_steps)
-            steps = (self.first_steps + torch.arange(first, first + n_steps, device=device)[:, None]).flatten()
-        out = torch.empty(len(chains), n_blocks, 4, dtype=self.dtype, device=device)
-        if by_kernel:
+        later = torch.arange(first, first + n_steps, device=self.chains.device)[:, None]
+        chains, steps = self.chains.repeat(n_steps), (self.first_steps + later).flatten()
+        out = torch.empty(len(chains), n_blocks, 4, dtype=self.dtype, device=chains.device)
+        if self._kernels():
             _draw(kind, self.seed, stream, chains, steps, first_block, n_blocks, out)
         else:
             (_normal if kind == kernels.NORMAL else _uniform)(self.seed, stream, chains, steps, out, first_block)
-        return out.view(n_steps, n, n_blocks, 4)
+        return out.view(n_steps, len(self.chains), n_blocks, 4)
 
 
 def draw_seed(seed: int | None, generator: torch.Generator | None = None) -> int:

@@ -4,14 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from fastebm.bench import markdown, rows, run, sampling, sampling_targets, tables_cpu, trajectories
+from fastebm.bench import markdown, rows, run, sampling, sampling_parts, sampling_targets, tables_cpu, trajectories
 from fastebm.bench.cases import SAMPLING, SamplingCase
 from fastebm.bench.efficiency import DEVIATION, deviations
-from fastebm.bench.problem import gradient_of
+from fastebm.bench.problem import Missing, gradient_of
 from fastebm.bench.sampling_contestants import CONTESTANTS, Contestant, Drawn, tuned
 from fastebm.bench.sampling_targets import Target
 
 import fastebm
+from fastebm.rng import Noise
+from fastebm.threads import threads
 
 SMALL = {
     "gaussian": SamplingCase("gaussian", 3, 40, 0.06, 4, 20, warmup=30),
@@ -151,6 +153,104 @@ def test_run_writes_rows_from_which_the_tables_follow(tmp_path, monkeypatch):
     assert f"| gaussian 3 | Langevin | no | {float(found[0]['bias']):.3g} |" in tables_cpu.bias()
     monkeypatch.setattr(markdown, "RESULTS", tmp_path / "none")
     assert tables_cpu.bias() == tables_cpu.sampling() == markdown.none_yet("run.py")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "banana"])
+@pytest.mark.parametrize("contestant", [c for c in OURS if c.sampler != "Langevin"], ids=lambda c: c.name)
+def test_clocks_count_gradients_and_change_no_bits(contestant, kind):
+    p = Target(SMALL[kind])
+    result = contestant.prepare.started(p)
+    plain = sampling_parts.continued(result, 6, 2)
+    parts, clocked = sampling_parts.clocked(result, 6, 2)
+    assert torch.equal(clocked.trajectory, plain.trajectory)
+    assert min(parts.values()) > 0
+    if kind == "banana":  # autograd calls the module
+        calls = []
+        with p.energy.register_forward_hook(lambda *_: calls.append(1)):
+            sampling_parts.continued(result, 0, 2)
+            outside = len(calls)
+            sampling_parts.continued(result, 6, 2)
+        assert 6 * parts["gradients"] == pytest.approx(len(calls) - 2 * outside)
+
+
+def test_clocks_of_tiles_that_run_side_by_side():
+    ladder = next(c for c in OURS if c.sampler == "ParallelTempering")
+    result = ladder.prepare.started(Target(dataclasses.replace(SMALL["mlp"], n_chains=64)))
+    with threads(2):
+        parts, _ = sampling_parts.clocked(result, 100, 100)
+    assert parts["loop_seconds"] > 0  # two threads spend more than the time of the call within steps
+
+
+def test_clocks_tell_the_parts_of_a_step_apart(monkeypatch):
+    now = 0.0
+
+    def takes(seconds, method):
+        def call(*arguments, **options):
+            nonlocal now
+            now += seconds
+            return method(*arguments, **options)
+
+        return call
+
+    class Slow(fastebm.MALA):
+        def step(self, *arguments):
+            new, info = takes(100.0, super().step)(*arguments)
+            return new, info._replace(averaged=takes(1000.0, info.averaged))
+
+    monkeypatch.setattr(sampling_parts, "perf_counter", lambda: now)
+    for draw in ("normal", "uniform"):
+        monkeypatch.setattr(Noise, draw, takes(10.0, getattr(Noise, draw)))
+    energy = takes(1.0, lambda x: x.square().sum(dim=1) / 2)
+    result = fastebm.sample(energy, Slow(0.1), 2, n_chains=5, steps=0, seed=1)
+    parts, _ = sampling_parts.clocked(result, 8, 0)
+    # the start takes a gradient too
+    assert parts == {"gradients": 1.0, "gradients_seconds": 1.0, "numbers_seconds": 20.0, "loop_seconds": 1000 + 1 / 8}
+
+
+def test_the_parts_of_a_step_add_up_and_become_a_table(tmp_path, monkeypatch):
+    def peer(p, thin):
+        return lambda: Drawn(p.x0[:, None], 2.0 * thin, None, 1.0)
+
+    def absent(p, thin):
+        raise Missing("not here")
+
+    peers = [
+        Contestant("ebmkit", "MALA", peer),
+        Contestant("blackjax", "MALA", peer),
+        Contestant("ebmkit", "NUTS", absent),
+    ]
+    monkeypatch.setattr(sampling_parts, "CONTESTANTS", (*OURS, *peers))
+    tiny = dataclasses.replace(SMALL["banana"], draws=3)
+    found = [
+        row
+        for sampler in ("Langevin", "MALA", "NUTS")
+        for row in sampling_parts.rows_of("sampling-tiny", tiny, sampler, seconds=0.0)
+    ]
+    assert [(row["sampler"], row["library"], row["gradients"]) for row in found[:4]] == [
+        ("Langevin", "fastebm", "1"),
+        ("MALA", "fastebm", "1"),
+        ("MALA", "ebmkit", "2"),
+        ("MALA", "blackjax", "2"),
+    ]
+    langevin, mala, ebmkit, blackjax, nuts = found
+    for row in (mala, nuts):
+        parts = [float(row[f"{part}_seconds"]) for part in ("gradients", "numbers", "own", "loop")]
+        assert sum(parts) == pytest.approx(float(row["seconds"]), rel=1e-4)
+    assert "own_seconds" not in langevin  # a fused run
+    assert float(ebmkit["eager_seconds"]) > 0
+    assert "eager_seconds" not in blackjax
+
+    rows.write(tmp_path / "sampling_parts.csv", found)
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
+    lines = tables_cpu.sampling_parts().splitlines()[:5]
+    header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = {name: [line[header.index(name)] for line in body] for name in header}
+    assert cells["sampler"] == ["Langevin", "MALA", "NUTS"]
+    assert cells["step, µs"] == [f"{1e6 * float(row['seconds']):,.0f}" for row in (langevin, mala, nuts)]
+    assert cells["the sampler's own"][1] == f"{1e6 * float(mala['own_seconds']):,.0f}"
+    assert cells["ebmkit's step, µs"] == ["", f"{1e6 * float(ebmkit['seconds']):,.0f}", ""]
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path / "none")
+    assert tables_cpu.sampling_parts() == markdown.none_yet("sampling_parts.py")
 
 
 def test_the_figure_of_trajectories_has_paths_of_as_many_gradients(tmp_path):

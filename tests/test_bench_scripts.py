@@ -81,6 +81,7 @@ def test_the_same_in_a_process_of_its_own(option, elsewhere):
         ("recipes", ("run",)),
         ("resources", ("compile_rows",)),
         ("pool", ("race",)),
+        ("sampling_parts", ("rows_of",)),
     ],
 )
 def test_rows_go_to_runs_unless_told(name, work, elsewhere, monkeypatch):

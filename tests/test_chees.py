@@ -162,14 +162,14 @@ def test_the_gradient_is_that_of_the_criterion():
     z, v_end = (of.detach() for of in end(log_length.exp()))
     sampler = ChEESHMC(math.exp(-0.1) / 2, 1.0, mass)
     trajectory = hmc.Trajectory(z / mass.sqrt(), None, None, v_end, 2, None)
-    info = Info(None, None, torch.full((400,), 0.7), trajectory)
+    info = Info(None, acceptance=torch.full((400,), 0.7), proposal=trajectory)
     found = chees._slope(sampler, x / mass.sqrt(), info, None)
     assert found == pytest.approx(float(log_length.grad), rel=1e-6)
     # chains that stopped, or were rejected for sure, do not count, even if they are NaN
     ends = torch.cat([trajectory.x, torch.full((9, 3), math.nan)])
     trajectory = trajectory._replace(x=ends, momentum=torch.cat([v_end, v_end[:9]]))
     chance = torch.cat([torch.full((400,), 0.7), torch.tensor([0.0] * 4 + [1.0] * 5)])
-    info, active = Info(None, None, chance, trajectory), torch.arange(409) < 404
+    info, active = Info(None, acceptance=chance, proposal=trajectory), torch.arange(409) < 404
     assert chees._slope(sampler, torch.cat([x, x[:9]]) / mass.sqrt(), info, active) == pytest.approx(found, rel=1e-6)
 
 

@@ -195,7 +195,7 @@ class Shift(Sampler):
     def step(self, target, state, noise, t):
         moved = state.x + noise.uniform(Stream.METROPOLIS, t)[:, None]
         new, finite = settled(target, state.x, moved, target.box)
-        return Position(new), Info(finite, lambda: ({}, {}))
+        return Position(new), Info(finite)
 
 
 def test_stopped_chains_when_the_call_that_goes_on_may_not_ignore_them():
@@ -284,7 +284,7 @@ class Kick(Shift):
 
     def step(self, target, state, noise, t):
         momentum = state.momentum + noise.normal(Stream.MOMENTUM, t)
-        return Moving(state.x + 0.01 * momentum, momentum), Info(None, lambda: ({}, {}))
+        return Moving(state.x + 0.01 * momentum, momentum), Info(None)
 
 
 class Carrying(Kick):
@@ -323,7 +323,7 @@ class Together(Carrying):
 
     def step(self, target, state, noise, t):
         x = state.x - 0.1 * target.gradient(state.x).mean(dim=0)
-        return Moving(x, state.momentum), Info(None, lambda: ({}, {}))
+        return Moving(x, state.momentum), Info(None)
 
 
 @every_energy
@@ -343,7 +343,7 @@ def test_a_class_that_is_no_sampler_is_refused():
     @dataclasses.dataclass(frozen=True)
     class Half:
         def step(self, target, state, noise, t):
-            return state, Info(None, dict)
+            return state, Info(None)
 
     with pytest.raises(TypeError, match=r"a sampler of your own is .* a subclass of fastebm.samplers.base.Sampler"):
         sample(MLPEnergy(3, (8,)), Half(), steps=1)

@@ -163,7 +163,8 @@ class NUTS(Hamiltonian):
         def last() -> Mapping[str, Tensor]:
             return {"grad_norm": sample.gradient.square().sum(dim=1).sqrt()}
 
-        return sample, Info(tree.finite, averaged, last, acceptance)
+        finite = None if bool(tree.finite.all()) else tree.finite
+        return sample, Info(finite, averaged, last, acceptance)
 
 
 class _Tree:

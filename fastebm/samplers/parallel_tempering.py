@@ -34,7 +34,7 @@ from ..targets.base import View
 from ..targets.remembered import Point
 from .adaptation import DualAveraging, windows
 from .base import Info, Sampler, once, rows_of, value_at
-from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
+from .tempering import checked_temperatures, for_temperatures, step_factors, tempered, with_inner
 
 __all__ = ["ParallelTempering", "ParallelTemperingState"]
 
@@ -237,22 +237,24 @@ class ParallelTempering(Sampler):
         _, energy, gradient = known.after(moved.x)
         moved_rungs, energies = moved.x.view(n, k, dim), energy.view(n, k)
 
-        finite = (energies > -math.inf).all(dim=1)  # False for NaN too
-        if info.finite is not None:
-            finite &= info.finite.view(n, k).all(dim=1)
+        finite = info.finite if info.finite is None else info.finite.view(n, k).all(dim=1)
+        if not float(energies.min()) > -math.inf:  # also if one is NaN
+            sound = (energies > -math.inf).all(dim=1)
+            finite = sound if finite is None else finite & sound
         log_accept = _log_accept(beta, energies) / value_at(self.temperature, t, rungs.device)
         swaps = self._tried(noise.first_steps + t)
         u = noises.uniform(Stream.TEMPERING, t).view(n, k)[:, :-1]
         swapped = swaps & (u.log() <= log_accept)  # never for NaN, the difference of two energies of +inf
         order = _order(swapped)
         new = _state(*(_reordered(v, order) for v in (moved_rungs, energies, gradient.view(n, k, dim))))
-        if not bool(finite.all()):
-            new = rows_of(finite, new, state)
+        new = new if finite is None else rows_of(finite, new, state)
         chance = torch.where(swaps & ~log_accept.isnan(), log_accept.clamp(max=0.0).exp(), 0.0)
 
         def averaged() -> Mapping[str, Tensor | float]:
-            gradients = gradients_of(info, energy).view(n, k).sum(dim=1)
-            cold = {name: v.view(n, k)[:, 0] if isinstance(v, Tensor) else v for name, v in info.averaged().items()}
+            counted = info.averaged()
+            cold = {name: v.view(n, k)[:, 0] if isinstance(v, Tensor) else v for name, v in counted.items()}
+            each = counted.get("gradients", 1)
+            gradients = each.view(n, k).sum(dim=1) if isinstance(each, Tensor) else each * k
             return {**cold, "gradients": gradients, "swap_acceptance": chance, "swaps": swaps}
 
         def last() -> Mapping[str, Tensor]:

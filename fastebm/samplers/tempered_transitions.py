@@ -32,7 +32,7 @@ from ..rng import Noise, Stream
 from ..targets.base import View
 from ..targets.remembered import Point
 from .base import Info, Sampler, once, rows_of
-from .tempering import checked_temperatures, for_temperatures, gradients_of, step_factors, tempered, with_inner
+from .tempering import checked_temperatures, for_temperatures, step_factors, tempered, with_inner
 
 __all__ = ["TemperedTransitions"]
 
@@ -124,7 +124,7 @@ class TemperedTransitions(Sampler):
         chance = chance if finite is None else torch.where(finite, chance, 0.0)
 
         def averaged() -> Mapping[str, Tensor | float]:
-            gradients = torch.stack([gradients_of(of, chance) for of in infos]).sum(dim=0)
+            gradients = sum(of.averaged().get("gradients", 1) for of in infos)
             return {**info.averaged(), "acceptance": chance, "gradients": gradients}
 
         return new, Info(finite, averaged, info.last, info.acceptance)

@@ -18,13 +18,12 @@ from ..box import Bounds, Box
 from ..scalars import plain_number
 from ..targets.base import Target, View
 from ..targets.remembered import Point, Remembered
-from .base import Info, Sampler, checked_sampler, value_at
+from .base import Sampler, checked_sampler, value_at
 
 __all__ = [
     "Tempered",
     "checked_temperatures",
     "for_temperatures",
-    "gradients_of",
     "step_factors",
     "tempered",
     "with_inner",
@@ -124,12 +123,6 @@ class Tempered:
     def repeated(self, k: int) -> Target:
         """No sampler within a ladder asks for copies."""
         raise NotImplementedError
-
-
-def gradients_of(info: Info, energy: Tensor) -> Tensor:
-    """How many gradients an inner step took for each row, (n,): what it reports, or one. energy: (n,), for the form."""
-    n = info.averaged().get("gradients", 1)
-    return n if isinstance(n, Tensor) else torch.full_like(energy, n)
 
 
 def tempered(view: View, beta: float | Tensor, start: Point) -> tuple[View, Remembered]:
