@@ -10,6 +10,8 @@ sampler without an accept test is biased by its step size: it may deviate by BIA
 PyTorch's gradient of the energy, for all chains at once, is timed in the same rounds. ``of_gradients`` is its time,
 times the gradients of a round, over that of the round: what an eager loop would spend on gradients alone. BlackJAX has
 gradients of its own.
+
+A case with several seeds is repeated, and each contestant has the row of its median speed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from fastebm.bench.cases import SamplingCase
 from fastebm.bench.clock import MIN_ROUNDS, interleaved, past_share, quartiles, seconds_of
 from fastebm.bench.efficiency import DEVIATION, deviations, effective_sizes
-from fastebm.bench.problem import NOISE_SEED, Missing
+from fastebm.bench.problem import NOISE_SEED, SEED, Missing
 from fastebm.bench.sampling_contestants import Contestant, Draw, Drawn
 from fastebm.bench.sampling_targets import Target
 
@@ -44,15 +46,31 @@ def race(
     """One row per contestant that takes part in the case.
 
     Args:
-        seconds: for the timed rounds of all.
+        seconds: for the timed rounds of all, for each seed.
         budget: seconds that the minimum number of rounds of one contestant may take.
     """
-    p = Target(case)
     contestants = [c for c in contestants if not case.only or c.sampler in case.only]
-    rows = {c: row_of(case, c) for c in contestants}
+    found = [_race(Target(case, SEED + i), contestants, seconds, budget) for i in range(case.seeds)]
+    rows = {c: typical([of_seed[c] for of_seed in found]) for c in contestants}
+    speeds = {c: row["ess_per_s"] for c, row in rows.items() if row["status"] == "ok"}
+    for c, speed in speeds.items():
+        for other, theirs in speeds.items():
+            if other.sampler == c.sampler and other.library in ("ebmkit", "blackjax"):
+                rows[c][f"times_{other.library}"] = speed / theirs
+    return list(rows.values())
+
+
+def typical(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the median speed, of one contestant's rows with several seeds. One that failed counts for all."""
+    failed = [row for row in rows if row["status"] != "ok"]
+    return failed[0] if failed else sorted(rows, key=lambda row: row["ess_per_s"])[len(rows) // 2]
+
+
+def _race(p: Target, contestants: list[Contestant], seconds: float, budget: float) -> dict[Contestant, dict[str, Any]]:
+    case, rows = p.case, {c: row_of(p.case, c) for c in contestants}
     drawn: dict[Contestant, list[Drawn]] = {}
     runs: dict[Contestant, Callable[[], object]] = {}
-    torch.manual_seed(NOISE_SEED)
+    torch.manual_seed(NOISE_SEED + p.seed)
     for c in contestants:
         try:
             bulk, of_mean = effective_sizes()
@@ -75,12 +93,7 @@ def race(
         rows[c] |= summary(p, c, drawn[c], t, bulk, of_mean)
         if rows[c]["status"] == "ok" and c.library != "blackjax":
             rows[c]["of_gradients"] = rows[c]["gradients_per_draw"] * case.draws * gradient / rows[c]["seconds"]
-    speeds = {c: row["ess_per_s"] for c, row in rows.items() if row["status"] == "ok"}
-    for c, speed in speeds.items():
-        for other, theirs in speeds.items():
-            if other.sampler == c.sampler and other.library in ("ebmkit", "blackjax"):
-                rows[c][f"times_{other.library}"] = speed / theirs
-    return list(rows.values())
+    return rows
 
 
 def row_of(case: SamplingCase, c: Contestant) -> dict[str, Any]:
@@ -88,7 +101,7 @@ def row_of(case: SamplingCase, c: Contestant) -> dict[str, Any]:
     return {
         "energy": case.energy, "kind": case.kind, "dim": case.dim, "n_chains": case.n_chains, "device": "cpu",
         "contestant": c.name, "library": c.library, "sampler": c.sampler, "exact": "yes" if c.exact else "no",
-        "thin": c.thin,
+        "thin": c.thin, "seeds": case.seeds,
     } | dict.fromkeys(COLUMNS, "") | {"status": "ok"}  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fastebm.bench.cases import SamplingCase
-from fastebm.bench.problem import SEED, Missing
+from fastebm.bench.problem import Missing
 from fastebm.bench.sampling_targets import Target
 from torch import Tensor
 
@@ -76,7 +76,7 @@ class Ours:
     def started(self, p: Target) -> fastebm.SampleResult:
         """The chains after the warm-up."""
         warmup = p.case.warmup if self.warms_up else 0
-        return fastebm.sample(p.energy, self.make(p.case), init=p.x0, warmup=warmup, steps=0, seed=SEED)
+        return fastebm.sample(p.energy, self.make(p.case), init=p.x0, warmup=warmup, steps=0, seed=p.seed)
 
     def __call__(self, p: Target, thin: int) -> Draw:
         result, steps = self.started(p), p.case.draws * thin
@@ -220,7 +220,7 @@ def blackjax_at(name: str) -> Callable[[Target, int], Draw]:
 
         total, case = jax_energy(p.energy, "highest"), p.case
         log_density = lambda x: -total(x[None])  # noqa: E731
-        keys = iter(jax.random.split(jax.random.key(SEED), 1_000))
+        keys = iter(jax.random.split(jax.random.key(p.seed), 1_000))
         x0 = jax.numpy.asarray(p.x0.numpy())
         if name == "MALA":
             states = jax.vmap(blackjax.mala(log_density, case.length**2 / 2).init)(x0)

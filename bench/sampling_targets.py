@@ -18,11 +18,14 @@ BASE_STD = 2.0  # of the Gaussian term, which makes the trained energy proper
 
 
 class Target:
-    """A law exp(-E) on a CPU, in float32. x0: (n_chains, dim), the start of every contestant's chains."""
+    """A law exp(-E) on a CPU, in float32. x0: (n_chains, dim), the start of every contestant's chains.
 
-    def __init__(self, case: SamplingCase) -> None:
-        self.case, self.energy = case, energy_of(case.kind, case.dim, case.widths)
-        self.x0 = self.start(case.n_chains, torch.Generator().manual_seed(SEED))
+    seed: of the start, and of the contestants.
+    """
+
+    def __init__(self, case: SamplingCase, seed: int = SEED) -> None:
+        self.case, self.seed, self.energy = case, seed, energy_of(case.kind, case.dim, case.widths)
+        self.x0 = self.start(case.n_chains, torch.Generator().manual_seed(seed))
 
     def start(self, n: int, generator: torch.Generator) -> Tensor:
         """(n, dim) draws of the law, by which the chains need no burn-in. "mlp": of its training data, close to it."""

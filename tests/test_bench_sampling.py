@@ -123,6 +123,33 @@ def test_contestants_that_draw_another_law_have_no_speed():
     assert found["a"]["ess"] == pytest.approx(case.n_chains * found["a"]["draws"], rel=0.15)
 
 
+def test_the_median_of_several_seeds_counts():
+    pytest.importorskip("arviz_stats", reason="a package of the extra [bench]")
+    case, step_sizes, starts = dataclasses.replace(SMALL["banana"], seeds=3), [0.3, 0.1, 0.2], []
+
+    def prepare(p, thin):
+        starts.append(p.x0)
+        generator, slow = torch.Generator().manual_seed(p.seed), (1, 8, 3)[p.seed - 1]  # so many equal draws
+
+        def draw():
+            x = p.start(case.n_chains * case.draws, generator).reshape(case.n_chains, case.draws, -1)
+            x = x[:, : -(-case.draws // slow)].repeat_interleave(slow, dim=1)[:, : case.draws]
+            return Drawn(x, 1.0, None, step_sizes[p.seed - 1])
+
+        return draw
+
+    (row,) = sampling.race(case, [Contestant("a", "X", prepare)], seconds=0.0)
+    assert row["step_size"] == 0.2
+    assert row["seeds"] == 3
+    assert len({float(x.sum()) for x in starts}) == 3
+    one_wrong = [
+        {"status": "ok", "ess_per_s": 3.0},
+        {"status": "FAILED", "ess_per_s": ""},
+        {"status": "ok", "ess_per_s": 1.0},
+    ]
+    assert sampling.typical(one_wrong)["status"] == "FAILED"
+
+
 def test_what_breaks_or_takes_too_long_is_a_row_too():
     pytest.importorskip("arviz_stats", reason="a package of the extra [bench]")
 

@@ -1,8 +1,19 @@
 """Warm-up: adapt the step size and a diagonal scale of a sampler, from all chains together.
 
 The step size follows Nesterov's dual averaging of the acceptance rate (Hoffman & Gelman 2014, section 3.2). The scale
-is the variance of each coordinate, over chains and steps, in windows that double in length, as in Stan (Stan Reference
-Manual, "HMC algorithm parameters"). The first and the last steps adapt the step size alone.
+s_i of coordinate i is learnt in windows that double in length, as in Stan (Stan Reference Manual, "HMC algorithm
+parameters"). The first and the last steps adapt the step size alone. At the end of a window, over its chains and steps,
+
+s_i^2 = min(var(x_i), sqrt(var(x_i) / var(dE/dx_i)))            in all windows but the last two
+s_i^2 = var(x_i)                                                in the last two
+
+The root minimises the Fisher divergence between the law of x_i / s_i and N(m, 1) (Seyboldt, Carlson & Carpenter 2026,
+arXiv:2603.18845). For a Gaussian with a diagonal covariance it is exact for any states, since dE/dx_i is then
+(x_i - m_i) / s_i^2. So it helps before chains have their law. Chains that are stuck where E is steep make it smaller,
+and the variance larger. For the law itself, var(x_i) var(dE/dx_i) >= 1 (by parts, E[(x_i - m_i) dE/dx_i] = 1; then
+Cauchy and Schwarz), so the root is at most the variance. The minimum is for states that break the inequality, as
+those of a flat energy within bounds do. Once chains have their law, the variance is the better scale for some that are
+no Gaussians, such as a mixture. It has two windows, so that the last one tunes everything else to such a scale.
 """
 
 from __future__ import annotations
@@ -17,7 +28,7 @@ from torch import Tensor
 
 from .base import Info
 
-__all__ = ["DualAveraging", "Variance", "WarmUp", "total", "tunable", "windows"]
+__all__ = ["DualAveraging", "Scale", "WarmUp", "total", "tunable", "windows"]
 
 _ROWS_AT_ONCE = 16384
 
@@ -66,35 +77,57 @@ class DualAveraging:
 
 
 class Variance:
-    """The variance of each coordinate over the states seen so far, in float64 (Chan, Golub & LeVeque 1983)."""
+    """The variance of each coordinate over the rows seen so far, in float64 (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self) -> None:
         self.n, self.mean, self.squares = 0, torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
+
+    def update(self, v: Tensor) -> None:
+        """Add these rows, (n, dim) with n >= 1."""
+        v = v.double()
+        mean = total(v) / len(v)
+        squares = total((v - mean).square())
+        n, delta = self.n + len(v), mean - self.mean
+        self.squares = self.squares + squares + delta.square() * (self.n * len(v) / n)
+        self.mean = self.mean + delta * (len(v) / n)
+        self.n = n
+
+    @property
+    def value(self) -> Tensor:
+        """(dim,) float64, of two rows or more."""
+        return self.squares / (self.n - 1)
+
+
+class Scale:
+    """The squared scale of each coordinate, from the states seen so far and the gradients there."""
+
+    def __init__(self) -> None:
+        self.states, self.gradients = Variance(), Variance()
         self.moved = torch.zeros((), dtype=torch.bool, device="cpu")
 
-    def update(self, old: Tensor, x: Tensor) -> None:
-        """Add the states x to which chains moved from the states ``old``, (n, dim) each."""
+    def update(self, old: Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Add the states x to which chains moved from the states ``old``, and dE/dx there, (n, dim) each."""
         if len(x) == 0:
             return
         self.moved = self.moved | (old != x).any(dim=0)
-        x = x.double()
-        mean = total(x) / len(x)
-        squares = total((x - mean).square())
-        n, delta = self.n + len(x), mean - self.mean
-        self.squares = self.squares + squares + delta.square() * (self.n * len(x) / n)
-        self.mean = self.mean + delta * (len(x) / n)
-        self.n = n
+        self.states.update(x)
+        self.gradients.update(gradient)
 
-    def regularised(self) -> Tensor | None:
-        """The variance, (dim,) float64, shrunk towards 1e-3 as in Stan. None before two states, or if nothing moved.
+    def squared(self, *, by_gradients: bool) -> Tensor | None:
+        """s^2, (dim,) float64, shrunk towards 1e-3 as in Stan. None before two states, or if nothing moved.
+
+        by_gradients: by the minimum at the top of this file, or else the variance.
 
         Coordinates that never moved, because they are frozen, get the geometric mean of the others. So they do not
         count where the step size and the length of trajectories are fitted to a new scale.
         """
-        if self.n < 2 or not bool(self.moved.any()):
+        n = self.states.n
+        if n < 2 or not bool(self.moved.any()):
             return None
-        variance = self.squares / (self.n - 1)
-        shrunk: Tensor = variance * (self.n / (self.n + 5)) + 1e-3 * (5 / (self.n + 5))
+        squared = self.states.value
+        if by_gradients:
+            squared = squared / (squared * self.gradients.value).sqrt().clamp(min=1.0)  # the minimum, never x / 0
+        shrunk: Tensor = squared * (n / (n + 5)) + 1e-3 * (5 / (n + 5))
         return torch.where(self.moved, shrunk, shrunk[self.moved].log().mean().exp())
 
 
@@ -136,7 +169,8 @@ class WarmUp:
     Args:
         sampler: ``tunable``: its step_size is a number, and its target_acceptance a mean acceptance probability.
         steps: of the warm-up.
-        scaled: maps a sampler and a variance, (dim,), to the sampler with that scale. None: there is no scale to adapt.
+        scaled: maps a sampler and s^2, (dim,), to the sampler with that scale. None: there is no scale to adapt. Else
+            states have a field gradient, (n, dim) dE/dx.
         power: step_size is in units of the state to this power.
     """
 
@@ -144,30 +178,30 @@ class WarmUp:
         self, sampler: Any, steps: int, scaled: Callable[[Any, Tensor], Any] | None = None, *, power: int = 2
     ) -> None:
         self.sampler, self.steps, self.scaled, self.power = sampler, steps, scaled, power
-        self.log_scale = 0.0  # mean log variance that the scale stands for
+        self.log_scale = 0.0  # mean log s^2
         self.step_size = DualAveraging(float(sampler.step_size), sampler.target_acceptance)
         self.ends = windows(steps) if scaled is not None else []
         self.first, _ = _edges(steps)
-        self.variance, self.t = Variance(), 0
+        self.scale, self.t = Scale(), 0
 
     def update(self, old: Any, new: Any, info: Info, active: Tensor | None) -> None:
         """Learn from one step."""
         assert info.acceptance is not None
         self.t += 1
-        before, x, acceptance = old.x, new.x, info.acceptance
-        if active is not None:
-            before, x, acceptance = before[active], x[active], acceptance[active]
+        kept: Any = slice(None) if active is None else active
+        acceptance = info.acceptance[kept]
         if len(acceptance) > 0:
             self.step_size.update(float(total(acceptance.double())) / len(acceptance))
-        if self.ends and self.first < self.t <= self.ends[-1]:
-            self.variance.update(before, x)
-        if self.t in self.ends and self.scaled is not None and (variance := self.variance.regularised()) is not None:
-            self.sampler = self.scaled(self.sampler, variance)
-            self.variance = Variance()
-            # Start from steps of the same length in the state's units, in the geometric mean over the coordinates.
-            log_scale = float(variance.log().mean())
-            factor = math.exp((self.log_scale - log_scale) * self.power / 2)
-            self.log_scale = log_scale
-            self.step_size.restart(self.step_size.final * factor)
+        if self.scaled is not None and self.ends and self.first < self.t <= self.ends[-1]:
+            self.scale.update(old.x[kept], new.x[kept], new.gradient[kept])
+            by_gradients = self.t in self.ends[:-2]
+            if self.t in self.ends and (squared := self.scale.squared(by_gradients=by_gradients)) is not None:
+                self.sampler = self.scaled(self.sampler, squared)
+                self.scale = Scale()
+                # Start from steps of the same length in the state's units, in the geometric mean over the coordinates.
+                log_scale = float(squared.log().mean())
+                factor = math.exp((self.log_scale - log_scale) * self.power / 2)
+                self.log_scale = log_scale
+                self.step_size.restart(self.step_size.final * factor)
         step = self.step_size.final if self.t >= self.steps else self.step_size.step_size
         self.sampler = replace(self.sampler, step_size=step)

@@ -161,9 +161,9 @@ class HMC(Hamiltonian):
         return transition(target, state, noise, t, h, self.n_leapfrog)
 
 
-def with_mass(sampler: Any, variance: Tensor) -> Any:
-    """The sampler whose mass fits the variance of each coordinate, (dim,)."""
-    return replace(sampler, mass=1 / variance)
+def with_mass(sampler: Any, squared_scale: Tensor) -> Any:
+    """The sampler whose mass fits the squared scale of each coordinate, (dim,)."""
+    return replace(sampler, mass=1 / squared_scale)
 
 
 def scaled_step(sampler: Any, t: int, x: Tensor) -> Tensor:

@@ -97,6 +97,6 @@ class MALA(Sampler):
         return step_tensor(h, x)
 
 
-def _with_preconditioner(sampler: Any, variance: Tensor) -> Any:
-    """The sampler with the variance of each coordinate, (dim,), as its preconditioner."""
-    return replace(sampler, preconditioner=variance)
+def _with_preconditioner(sampler: Any, squared_scale: Tensor) -> Any:
+    """The sampler with the squared scale of each coordinate, (dim,), as its preconditioner."""
+    return replace(sampler, preconditioner=squared_scale)

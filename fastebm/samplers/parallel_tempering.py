@@ -312,7 +312,7 @@ class _WarmUp:
             proposal = type(proposal)(*(None if v is None else v[active] for v in proposal))
         last = self.t >= self.steps
         if self.inner is not None:
-            self.inner.update(old, new, info, active)
+            self.inner.update(old, Point(new.x, new.energy, new.gradients[:, 0]), info, active)
             if len(proposal.acceptance) > 0:
                 means = proposal.acceptance.double().mean(dim=0).tolist()
                 for factor, mean in zip(self.factors, means[1:], strict=True):
