@@ -147,9 +147,10 @@ def run(job: Job) -> Advanced:
         make_target: Callable[[int, Tensor | None], Target] = partial(ClosedForm, description)
         if choice.kernels == "numba":
             make_target = cpu.closed_form(description, choice.precision)
+        n_weights = sum(weight.numel() for mlp in description.mlps for weight in mlp.weights)
         if job.adaptation is None and not sampler.coupled:
-            return tiles.run(chains, sampler, job.steps, make_target=make_target, **job.options)
-        target = tiles.Together(len(chains.x), chains.labels, chains.x.device, make_target)
+            return tiles.run(chains, sampler, job.steps, make_target=make_target, n_weights=n_weights, **job.options)
+        target = tiles.Together(len(chains.x), chains.labels, chains.x.device, make_target, n_weights)
         mode: AbstractContextManager[None] = nullcontext()
     else:
         assert job.energy is not None

@@ -29,12 +29,19 @@ _TILE_ROWS = 512
 # Fixed cost of a tile, in units of the cost of a row.
 _TILE_COST = 16
 
+# A step in Python holds its lock between small operations, so the steps of tiles on several threads wait for each
+# other. It holds it about as long as the products of a gradient take with so many weights times rows (Zen 4).
+_HELD = 3_500_000
+
 
 def run(
-    chains: Chains, sampler: Any, steps: int, *, make_target: Callable[[int, Tensor | None], Target], thin: int = 0,
-    telemetry: bool = False,
+    chains: Chains, sampler: Any, steps: int, *, make_target: Callable[[int, Tensor | None], Target],
+    n_weights: int | None = None, thin: int = 0, telemetry: bool = False,
 ) -> Advanced:  # fmt: skip
-    """Run the steps. chains.x is modified in place. make_target: (n_chains, labels) -> the target of these chains."""
+    """Run the steps. chains.x is modified in place.
+
+    make_target: (n_chains, labels) -> the target of these chains. n_weights: of the energy, or None.
+    """
     x, n_chains = chains.x, len(chains.x)
     done = Advanced.blank(x, steps, thin)
     reported: dict[int, dict[str, Tensor]] = {}
@@ -53,7 +60,7 @@ def run(
                 done.trajectory[rows] = part.trajectory
             reported[rows.start] = dict(part.telemetry or {})
 
-    _each_tile(x, move, sampler.rows_per_chain)
+    _each_tile(x, move, sampler.rows_per_chain, n_weights)
     if sampler.carries and carried:
         joined = {name: torch.cat([carried[first][name] for first in sorted(carried)]) for name in sampler.carries}
         done = done._replace(carried=joined)
@@ -70,25 +77,25 @@ def run(
 class Together:
     """A ``Target`` (targets/base.py) for all chains at once, evaluated tile by tile on all threads.
 
-    For samplers whose chains move together. make_target: (n_chains, labels) -> the target of a tile.
+    For samplers whose chains move together. make_target, n_weights: as for ``run``.
     """
 
     def __init__(
         self, n_chains: int, labels: Tensor | None, device: torch.device,
-        make_target: Callable[[int, Tensor | None], Target],
+        make_target: Callable[[int, Tensor | None], Target], n_weights: int,
     ) -> None:  # fmt: skip
         self.n_threads = torch.get_num_threads()
-        self.parts = _parts(n_chains, device)
+        self.parts = _parts(n_chains, device, 1, n_weights)
         self.targets = {
             rows.start: make_target(rows.stop - rows.start, None if labels is None else labels[rows])
             for rows in self.parts
         }
-        self._built_from = n_chains, labels, device, make_target
+        self._built_from = n_chains, labels, device, make_target, n_weights
 
     def repeated(self, k: int) -> Together:
         """The energy of k copies of each chain."""
-        n_chains, labels, device, make_target = self._built_from
-        return Together(k * n_chains, repeated_labels(labels, k), device, make_target)
+        n_chains, labels, device, make_target, n_weights = self._built_from
+        return Together(k * n_chains, repeated_labels(labels, k), device, make_target, n_weights)
 
     def value(self, x: Tensor) -> Tensor:
         """E(x), (n,)."""
@@ -145,9 +152,11 @@ def energies(description: Description, x: Tensor, labels: Tensor | None) -> Tens
     return out
 
 
-def _each_tile(x: Tensor, work: Callable[[slice, Callable[[], bool]], None], rows_per_chain: int = 1) -> None:
+def _each_tile(
+    x: Tensor, work: Callable[[slice, Callable[[], bool]], None], rows_per_chain: int = 1, n_weights: int | None = None
+) -> None:
     """Call ``work(rows, interrupted)`` for every tile. ``interrupted()`` tells it to stop early, after an error."""
-    parts = _parts(len(x), x.device, rows_per_chain)
+    parts = _parts(len(x), x.device, rows_per_chain, n_weights)
     if x.device.type == "cpu":
         share(parts, work, torch.get_num_threads())
     else:
@@ -155,21 +164,30 @@ def _each_tile(x: Tensor, work: Callable[[slice, Callable[[], bool]], None], row
             work(rows, lambda: False)
 
 
-def _parts(n_chains: int, device: torch.device, rows_per_chain: int = 1) -> list[slice]:
+def _parts(n_chains: int, device: torch.device, rows_per_chain: int, n_weights: int | None) -> list[slice]:
+    """The tiles. n_weights: of the energy, if the steps are a sampler's. None: one evaluation."""
     if device.type == "cpu":
-        return tiles(n_chains, torch.get_num_threads(), rows_per_chain)
+        held = 0.0 if n_weights is None else _HELD / n_weights
+        return tiles(n_chains, torch.get_num_threads(), rows_per_chain, held)
     size = max(1, DEVICE_ROWS // rows_per_chain)
     return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]
 
 
-def tiles(n_chains: int, n_threads: int, rows_per_chain: int = 1) -> list[slice]:
+def tiles(n_chains: int, n_threads: int, rows_per_chain: int = 1, held: float = 0.0) -> list[slice]:
     """Split the chains into tiles for a CPU, of the size with which all threads finish earliest.
 
     Sizes are powers of two times PRODUCT_ROWS; with several rows per chain, they are smaller by this factor.
+
+    held: time of each tile that no other tile can use, in units of the cost of a row.
     """
+
+    def cost(size: int) -> float:
+        at_once, rounds = min(n_threads, -(-n_chains // size)), -(-n_chains // (size * n_threads))
+        return rounds * (min(size, n_chains) * rows_per_chain + _TILE_COST + held * at_once)
+
     sizes, size = [], _TILE_ROWS
     while size >= PRODUCT_ROWS:
         sizes.append(max(1, size // rows_per_chain))
         size //= 2
-    size = min(sizes, key=lambda size: -(-n_chains // (size * n_threads)) * (min(size, n_chains) + _TILE_COST))
+    size = min(sizes, key=cost)
     return [slice(first, min(first + size, n_chains)) for first in range(0, n_chains, size)]
