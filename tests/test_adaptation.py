@@ -98,6 +98,20 @@ def test_it_learns_from_the_gradients_at_the_states(sampler, monkeypatch):
         torch.testing.assert_close(gradient, x / std**2)
 
 
+def test_the_last_two_windows_use_the_variance(monkeypatch):
+    """After the first of them the step size, and the length of trajectories, are tuned to such a scale."""
+    seen, squared = [], Scale.squared
+    monkeypatch.setattr(
+        Scale,
+        "squared",
+        lambda self, by_gradients: (seen.append(by_gradients), squared(self, by_gradients=by_gradients))[1],
+    )
+    for warmup, n_early in ((200, 0), (400, 1), (1500, 3)):
+        seen.clear()
+        sample(GaussianEnergy(), MALA(0.1), 3, n_chains=10, warmup=warmup, steps=1, seed=1)
+        assert seen == [True] * n_early + [False] * 2
+
+
 def far_from_a_quartic():
     """After a warm-up from where a quartic energy is very steep: least acceptance, and error of the log variances."""
     std = torch.logspace(-1, 1, 8)

@@ -184,6 +184,22 @@ def test_chains_that_are_not_finite(case):
     assert not torch.equal(again.x[lost], result.x[lost])
 
 
+@per_chain
+def test_telemetry_ends_where_a_chain_stops(case):
+    init = torch.zeros(300, 2)
+    init[::2] = 1.1
+    options = {"init": init, "seed": 4, "on_nonfinite": "ignore"}
+    whole, seen = sample(NaNBeyond(), case.make(), steps=3, **options).info, 0
+    for k in (0, 1):
+        cut = sample(NaNBeyond(), case.make(), steps=k + 1, **options).info
+        stops = whole.first_bad_step == k
+        seen += int(stops.sum())
+        torch.testing.assert_close(whole.grad_norm[stops], cut.grad_norm[stops], rtol=0, atol=0, equal_nan=True)
+        if whole.acceptance is not None:  # that of the step in which it stops, and later ones, counts as 0
+            torch.testing.assert_close(whole.acceptance[stops] * 3, cut.acceptance[stops] * (k + 1))
+    assert seen > 5
+
+
 class NaNGradient(nn.Module):
     """A Gaussian whose gradient is NaN everywhere: backwards, 0 times NaN is NaN."""
 
