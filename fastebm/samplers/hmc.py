@@ -258,10 +258,16 @@ def _judged(
     possible = end.energy != math.inf
     # An end of infinite energy is a wall, not a divergence, if it is as slow as others.
     before = momentum.square().sum(dim=1)
-    walled = ~possible & ((end.momentum.square().sum(dim=1) - before) / 2 <= _TOO_FAR)
-    diverged = ~(log_accept >= -_TOO_FAR) & ~walled
-    if bool(diverged.any()):
-        diverged &= (_fastest(target, state, momentum, h, end).square() - before) / 2 > _TOO_FAR
+    gained = (end.momentum.square().sum(dim=1) - before) / 2
+    walled = ~possible & (gained <= _TOO_FAR)
+    diverged, fast = ~(log_accept >= -_TOO_FAR) & ~walled, gained > _TOO_FAR
+    if bool((diverged & ~fast).any()):
+        # Most are fastest at their end. For the others, all are followed once more, rather than watched each time.
+        speeds: list[Tensor] = []
+        leapfrog(target, state, momentum, h, end.n_leapfrog, speeds)
+        fastest = torch.stack(speeds).nan_to_num(nan=0.0, posinf=math.inf).amax(dim=0)
+        fast = fast | ((fastest.square() - before) / 2 > _TOO_FAR)
+    diverged &= fast
     if inside is not None:
         possible &= inside
     # An end of probability 0 is rejected whatever else is NaN. Any other end must have finite terms.
@@ -269,14 +275,3 @@ def _judged(
     started = (state.energy > -math.inf) & state.gradient.isfinite().all(dim=1)
     finite = started & (diverged | (end.x.isfinite().all(dim=1) & (sound | ~possible)))
     return possible & finite & ~diverged, diverged, finite
-
-
-def _fastest(target: View, state: HMCState, momentum: Tensor, h: Tensor, end: Trajectory) -> Tensor:
-    """The largest |v| after a kick of each trajectory, (n_chains,)."""
-    if isinstance(end.n_leapfrog, int) and end.n_leapfrog == 1:
-        kicked = torch.addcmul(momentum, state.gradient, h, value=-0.5)
-        speeds = [torch.linalg.vector_norm(v, dim=1) for v in (kicked, end.momentum)]
-    else:  # rare, so the trajectory is followed once more, rather than watched each time
-        speeds = []
-        leapfrog(target, state, momentum, h, end.n_leapfrog, speeds)
-    return torch.stack(speeds).nan_to_num(nan=0.0, posinf=math.inf).amax(dim=0)
