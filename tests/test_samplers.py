@@ -22,6 +22,7 @@ from fastebm import (
     SumEnergy,
     sample,
 )
+from fastebm.backends import tiles
 from fastebm.samplers.base import Sampler
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -115,6 +116,30 @@ def test_other_chains_change_no_bits(case, name):
         )  # fmt: skip
         assert torch.equal(part.x, whole.x[rows])
         assert torch.equal(part.energies, whole.energies[rows])
+
+
+@per_chain
+def test_tiles_change_no_bits(case, monkeypatch):
+    """Few chains are one tile, and many are tiles on several threads."""
+    energy, _ = ENERGIES["mlp"]()
+    options = {"n_chains": CHAINS, "steps": 6, "thin": 2, "seed": 7}
+    whole = sample(energy, case.make(), DIM, **options)
+    parts = [slice(0, 64), slice(64, 128), slice(128, CHAINS)]
+    monkeypatch.setattr(tiles, "tiles", lambda *_: parts)
+    split = sample(energy, case.make(), DIM, **options)
+    for name in ("x", "energies", "trajectory"):
+        assert torch.equal(getattr(split, name), getattr(whole, name))
+    assert torch.equal(split.info.grad_norm, whole.info.grad_norm)
+
+
+def test_few_chains_are_one_tile_and_many_use_all_threads():
+    assert len(tiles.tiles(128, 2, held=140)) == 1
+    assert len(tiles.tiles(128, 2)) == 2
+    assert len(tiles.tiles(1024, 2, held=140)) == 2
+    assert len(tiles.tiles(100_000, 8, held=140)) >= 8
+    ladder = tiles.tiles(128, 2, rows_per_chain=8, held=140)  # 1,024 rows
+    assert len(ladder) == 2
+    assert sum(rows.stop - rows.start for rows in ladder) == 128
 
 
 @every_energy

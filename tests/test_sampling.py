@@ -74,7 +74,7 @@ def test_threads_and_modes_with_many_tiles(backend, home, untouched):
     model, before = mlp().to(home), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        init = torch.randn(600, DIM, device=home)  # three tiles of the torch path
+        init = torch.randn(600, DIM, device=home)  # more than one tile of the torch path
         with untouched(model):
             two = langevin_sample(model, init=init, steps=2, seed=3, backend=backend)
         assert torch.get_num_threads() == 2

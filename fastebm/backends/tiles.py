@@ -29,8 +29,8 @@ _TILE_ROWS = 512
 # Fixed cost of a tile, in units of the cost of a row.
 _TILE_COST = 16
 
-# A step in Python holds its lock between small operations, so the steps of tiles on several threads wait for each
-# other. It holds it about as long as the products of a gradient take with so many weights times rows (Zen 4).
+# A sampler's step holds Python's lock between its small operations, so steps on several threads wait for each other. In
+# that time, the products of a gradient could be computed for so many rows times weights (Zen 4).
 _HELD = 3_500_000
 
 
