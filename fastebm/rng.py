@@ -343,7 +343,8 @@ class Noise:
     def _drawn(self, kind: int, stream: Stream, first: int, n_steps: int, first_block: int, n_blocks: int) -> Tensor:
         """The numbers of these blocks for the steps from ``first`` on, (n_steps, n, n_blocks, 4)."""
         later = torch.arange(first, first + n_steps, device=self.chains.device)[:, None]
-        chains, steps = self.chains.repeat(n_steps), (self.first_steps + later).flatten()
+        # For one step the chain numbers are a view, not a copy: a pool may have millions.
+        chains, steps = self.chains.expand(n_steps, -1).flatten(), (self.first_steps + later).flatten()
         out = torch.empty(len(chains), n_blocks, 4, dtype=self.dtype, device=chains.device)
         if self._kernels():
             _draw(kind, self.seed, stream, chains, steps, first_block, n_blocks, out)

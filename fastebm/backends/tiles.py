@@ -40,7 +40,8 @@ def run(
 ) -> Advanced:  # fmt: skip
     """Run the steps. chains.x is modified in place.
 
-    make_target: (n_chains, labels) -> the target of these chains. n_weights: of the energy, or None.
+    make_target: (n_chains, labels) -> the target of these chains. n_weights: of the energy. None: as if
+    no step made another one wait.
     """
     x, n_chains = chains.x, len(chains.x)
     done = Advanced.blank(x, steps, thin)
@@ -178,7 +179,7 @@ def tiles(n_chains: int, n_threads: int, rows_per_chain: int = 1, held: float = 
 
     Sizes are powers of two times PRODUCT_ROWS; with several rows per chain, they are smaller by this factor.
 
-    held: time of each tile that no other tile can use, in units of the cost of a row.
+    held: for how long each tile makes all others wait, in units of the cost of a row.
     """
 
     def cost(size: int) -> float:
