@@ -13,9 +13,10 @@ from torch import nn
 from fastebm import HMC, GaussianEnergy, MLPEnergy, NonFiniteError, sample
 from fastebm.rng import Noise
 from fastebm.samplers import hmc
-from fastebm.samplers.hmc import HMCState, Trajectory, leapfrog
+from fastebm.samplers.hmc import Trajectory, leapfrog
 from fastebm.targets.autograd import Autograd, Energy
 from fastebm.targets.base import View
+from fastebm.targets.remembered import Point
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -121,7 +122,7 @@ def double_well(x):
 def started(energy=double_well, n=50):
     target = View(Autograd(Energy(as_module(energy), (2,), torch.float64)))
     x = torch.randn(n, 2, dtype=torch.float64)
-    return target, HMCState(x, *target.value_and_gradient(x)), torch.randn(n, 2, dtype=torch.float64)
+    return target, Point(x, *target.value_and_gradient(x)), torch.randn(n, 2, dtype=torch.float64)
 
 
 def as_module(energy):
@@ -150,8 +151,8 @@ def test_a_trajectory_runs_backwards():
     end = leapfrog(target, state, momentum, h, 12)
     assert float((end.x - state.x).abs().mean()) > 0.3
     for turned in (
-        leapfrog(target, HMCState(*end[:3]), -end.momentum, h, 12),
-        leapfrog(target, HMCState(*end[:3]), end.momentum, -h, 12),
+        leapfrog(target, Point(*end[:3]), -end.momentum, h, 12),
+        leapfrog(target, Point(*end[:3]), end.momentum, -h, 12),
     ):
         torch.testing.assert_close(turned.x, state.x, rtol=0, atol=1e-11)
         torch.testing.assert_close(turned.momentum.abs(), momentum.abs(), rtol=0, atol=1e-11)

@@ -33,9 +33,10 @@ from ..box import Bounds
 from ..rng import Noise
 from ..scalars import plain_number
 from ..targets.base import View
+from ..targets.remembered import Point
 from .adaptation import WarmUp, total, tunable
 from .base import Info, checked_coefficient, diagonal_at, once, value_at
-from .hmc import Hamiltonian, HMCState, scaled_step, transition, with_mass
+from .hmc import Hamiltonian, scaled_step, transition, with_mass
 
 __all__ = ["ChEESHMC"]
 
@@ -87,7 +88,7 @@ class ChEESHMC(Hamiltonian):
         """Adapt step_size, and the mass and trajectory_length if they are None."""
         return _ChEESWarmUp(self, steps, with_mass if self.mass is None else None, power=1) if tunable(self) else None
 
-    def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
+    def step(self, target: View, state: Point, noise: Noise, t: int) -> tuple[Point, Info]:
         """Follow a trajectory, then accept or reject its end."""
         h = once(target, "h", self, lambda: scaled_step(self, t, state.x))
         return transition(target, state, noise, t, h, self._n_leapfrog(noise, t))

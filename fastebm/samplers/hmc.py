@@ -32,6 +32,7 @@ from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..scalars import checked_integer
 from ..targets.base import View
+from ..targets.remembered import Point
 from .adaptation import WarmUp, tunable
 from .base import (
     Info,
@@ -47,7 +48,6 @@ from .base import (
 
 __all__ = [
     "HMC",
-    "HMCState",
     "Hamiltonian",
     "Trajectory",
     "leapfrog",
@@ -61,18 +61,10 @@ __all__ = [
 _TOO_FAR = 1000.0
 
 
-class HMCState(NamedTuple):
-    """x: (n_chains, dim). energy: (n_chains,) E(x). gradient: (n_chains, dim) dE/dx(x)."""
-
-    x: Tensor
-    energy: Tensor
-    gradient: Tensor
-
-
 class Trajectory(NamedTuple):
     """The end of a trajectory.
 
-    x, energy, gradient: as in ``HMCState``.
+    x, energy, gradient: as in ``Point`` (targets/remembered.py).
     momentum: (n_chains, dim) v = M^(-1/2) p.
     n_leapfrog: number of leapfrog steps, or (n_chains,) int64 numbers.
     log_accept: (n_chains,) log a, the loss of total energy. It knows of no bounds.
@@ -109,9 +101,9 @@ class Hamiltonian(Sampler):
         """Adapt step_size, and the mass if it is None."""
         return WarmUp(self, steps, with_mass if self.mass is None else None, power=1) if tunable(self) else None
 
-    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
+    def init(self, target: View, x: Tensor, noise: Noise) -> Point:
         """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return HMCState(x, *target.value_and_gradient(x))
+        return Point(x, *target.value_and_gradient(x))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +147,7 @@ class HMC(Hamiltonian):
         super().__post_init__()
         object.__setattr__(self, "n_leapfrog", checked_integer("n_leapfrog", self.n_leapfrog, least=1))
 
-    def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
+    def step(self, target: View, state: Point, noise: Noise, t: int) -> tuple[Point, Info]:
         """Follow a trajectory, then accept or reject its end."""
         h = once(target, "h", self, lambda: scaled_step(self, t, state.x))
         return transition(target, state, noise, t, h, self.n_leapfrog)
@@ -180,7 +172,7 @@ def step_tensor(h: float | Tensor, x: Tensor) -> Tensor:
 
 
 def leapfrog(
-    target: View, state: HMCState, momentum: Tensor, h: Tensor, n_leapfrog: int | Tensor,
+    target: View, state: Point, momentum: Tensor, h: Tensor, n_leapfrog: int | Tensor,
     speeds: list[Tensor] | None = None,
 ) -> Trajectory:  # fmt: skip
     """Leapfrog steps from a state.
@@ -220,9 +212,9 @@ def leapfrog(
 
 
 def transition(
-    target: View, state: HMCState, noise: Noise, t: int, h: Tensor, n_leapfrog: int | Tensor,
+    target: View, state: Point, noise: Noise, t: int, h: Tensor, n_leapfrog: int | Tensor,
     stream: Stream = Stream.MOMENTUM,
-) -> tuple[HMCState, Info]:  # fmt: skip
+) -> tuple[Point, Info]:  # fmt: skip
     """One step of HMC: draw a momentum, follow the trajectory, accept or reject its end (``Info.proposal``)."""
     momentum = noise.normal(stream, t)
     end = leapfrog(target, state, momentum, h, n_leapfrog)
@@ -231,7 +223,7 @@ def transition(
     chance = end.log_accept.clamp(max=0.0).exp_()
     if possible is not None:
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
-    new = rows_of(accepted, HMCState(end.x, end.energy, end.gradient), state)
+    new = rows_of(accepted, Point(end.x, end.energy, end.gradient), state)
 
     def averaged() -> Mapping[str, Tensor | float]:
         return {"acceptance": chance, "divergences": 0.0 if diverged is None else diverged, "gradients": n_leapfrog}
@@ -243,7 +235,7 @@ def transition(
 
 
 def _judged(
-    target: View, state: HMCState, momentum: Tensor, h: Tensor, end: Trajectory
+    target: View, state: Point, momentum: Tensor, h: Tensor, end: Trajectory
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
 

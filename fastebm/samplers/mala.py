@@ -23,9 +23,10 @@ from torch import Tensor
 from ..box import Bounds, Box
 from ..rng import Noise, Stream
 from ..targets.base import View
+from ..targets.remembered import Point
 from .adaptation import WarmUp, tunable
 from .base import Info, Sampler, checked_coefficient, checked_diagonal, checked_fraction, diagonal_at, once, value_at
-from .hmc import HMCState, step_tensor, transition
+from .hmc import step_tensor, transition
 
 __all__ = ["MALA"]
 
@@ -81,11 +82,11 @@ class MALA(Sampler):
         scaled = _with_preconditioner if self.preconditioner is None else None
         return WarmUp(self, steps, scaled) if tunable(self) else None
 
-    def init(self, target: View, x: Tensor, noise: Noise) -> HMCState:
+    def init(self, target: View, x: Tensor, noise: Noise) -> Point:
         """Evaluate energy and gradient at x. Later steps carry them in the state."""
-        return HMCState(x, *target.value_and_gradient(x))
+        return Point(x, *target.value_and_gradient(x))
 
-    def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
+    def step(self, target: View, state: Point, noise: Noise, t: int) -> tuple[Point, Info]:
         """Propose y, then accept or reject it."""
         h = once(target, "h", self, lambda: self._scaled_step(t, state.x))
         return transition(target, state, noise, t, h, 1, Stream.LANGEVIN)

@@ -50,8 +50,9 @@ from ..box import Bounds
 from ..rng import Noise, Stream
 from ..scalars import checked_integer
 from ..targets.base import View
+from ..targets.remembered import Point
 from .base import Info, diagonal_at, rows_of, value_at
-from .hmc import Hamiltonian, HMCState
+from .hmc import Hamiltonian
 
 __all__ = ["NUTS"]
 
@@ -77,7 +78,7 @@ class _SubTree(NamedTuple):
 
     first: _End
     last: _End
-    drawn: HMCState
+    drawn: Point
     log_weight: Tensor
     whole: Tensor
 
@@ -127,7 +128,7 @@ class NUTS(Hamiltonian):
         super().__post_init__()
         object.__setattr__(self, "max_depth", checked_integer("max_depth", self.max_depth, least=1, most=_MOST_DEPTH))
 
-    def step(self, target: View, state: HMCState, noise: Noise, t: int) -> tuple[HMCState, Info]:
+    def step(self, target: View, state: Point, noise: Noise, t: int) -> tuple[Point, Info]:
         """Build a trajectory through the state, and draw one of its points."""
         mass = diagonal_at("mass", self.mass, state.x)
         p = noise.normal(Stream.MOMENTUM, t) * mass**0.5
@@ -174,9 +175,7 @@ class _Tree:
     was divergent. leaves: number of points after the first. acceptance: sum over these of min(1, w).
     """
 
-    def __init__(
-        self, target: View, state: HMCState, p: Tensor, mass: float | Tensor, step_size: float | Tensor
-    ) -> None:
+    def __init__(self, target: View, state: Point, p: Tensor, mass: float | Tensor, step_size: float | Tensor) -> None:
         self.target, self.energy, self.p, self.mass, self.step_size = target, state.energy, p, mass, step_size
         self.finite = state.energy.isfinite() & state.gradient.isfinite().all(dim=1)
         self.diverged = torch.zeros_like(self.finite)
@@ -200,7 +199,7 @@ class _Tree:
             weights.append(log_w)
             weighing.append(active)
 
-            leaf, lead = HMCState(end.x, energy, end.gradient), log_w - log_e[:, i]
+            leaf, lead = Point(end.x, energy, end.gradient), log_w - log_e[:, i]
             if i == 0:
                 drawn, most = leaf, lead
             else:
