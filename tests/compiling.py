@@ -7,9 +7,9 @@ It compiles exactly what a launch would: the backend's entry points run on CPU t
 be a GPU of the given capability, and launching is replaced by compiling.
 
 Fields of a case; those after precision are optional:
-    kernel ("mlp" or "update"), capability, dim, widths, precision
+    kernel ("mlp", "update", "hmc" or "mala"), capability, dim, widths, precision
     activations     one per layer; default: silu
-    rule            keywords of ``Langevin``, with lists for tensors
+    rule            keywords of the sampler, with lists for tensors
     head            "scalar"; "logsumexp" or "class", of 10 classes
     sum             true: with a second MLP, a Gaussian and a linear term
     recorded        true: with frozen coordinates, a trajectory and telemetry
@@ -35,13 +35,21 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastebm import ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, SumEnergy
+from fastebm import HMC, MALA, ClassifierEnergy, GaussianEnergy, Langevin, MLPEnergy, SumEnergy
 from fastebm.backends import Chains
 from fastebm.energies import ACTIVATIONS
 from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
 
 N_CHAINS = 64
+
+# By kernel, the sampler and its settings.
+SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "mlp": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
+    "update": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
+    "hmc": (HMC, {"step_size": 0.1, "n_leapfrog": 10}),
+    "mala": (MALA, {"step_size": 0.1}),
+}
 
 
 class PretendedGPU:
@@ -103,8 +111,9 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     capability, dim, precision = case["capability"], case["dim"], case["precision"]
     triton.runtime.driver.set_active(PretendedGPU(capability))
     energy = energy_of(case)
-    tensors = ("step_size", "noise_scale", "clamp")
-    options = {"step_size": 0.1, "noise_scale": 1.0, **case.get("rule", {})}
+    tensors = ("step_size", "noise_scale", "clamp", "mass", "preconditioner")
+    kind, defaults = SAMPLERS[case["kernel"]]
+    options = {**defaults, **case.get("rule", {})}
     options = {k: torch.tensor(v) if k in tensors and v is not None else v for k, v in options.items()}
     if options.get("clamp") is not None:  # two numbers, or two lists of one a dim
         options["clamp"] = tuple(options["clamp"])
@@ -118,21 +127,21 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         labels,
         torch.zeros(N_CHAINS, dim, dtype=torch.bool) if recorded else None,
     )
-    arguments = (chains, Langevin(**options), 1)
+    arguments = (chains, kind(**options), 1)
     recording = {"thin": int(recorded), "telemetry": recorded}
     estimate, launch = None, None
     if case["kernel"] == "update":
         kernel = compiled_by(runs.fused_module, Energy(energy, (dim,), torch.float32), *arguments, **recording)
     else:
         description = describe(energy, labels=labels is not None)
-        launch = choose_launch(dim, description.networks, precision, capability)
+        exact = case["kernel"] != "mlp"
+        run = runs.fused_hmc if exact else runs.fused_mlp
+        launch = choose_launch(dim, description.networks, precision, capability, exact=exact)
         if isinstance(launch, str):
             return {**case, "refused": launch}
-        estimate = shared_bytes(launch, dim, description.networks, precision, capability)
+        estimate = shared_bytes(launch, dim, description.networks, precision, capability, exact=exact)
         with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
-            kernel = compiled_by(
-                runs.fused_mlp, description, *arguments, precision=precision, launch=launch, **recording
-            )
+            kernel = compiled_by(run, description, *arguments, precision=precision, launch=launch, **recording)
     if "cubin" in case:
         Path(case["cubin"]).write_bytes(kernel.asm["cubin"])
     return {

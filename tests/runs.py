@@ -46,6 +46,13 @@ def fused_mlp(*arguments, **asked) -> Advanced:
     return fused.run_mlp(*arguments, **asked)
 
 
+def fused_hmc(*arguments, **asked) -> Advanced:
+    """The fused Triton kernel of HMC and MALA."""
+    from fastebm.backends import fused_hmc
+
+    return fused_hmc.run_hmc(*arguments, **asked)
+
+
 def fused_module(*arguments, **asked) -> Advanced:
     """Any module: autograd's gradient, and the Triton kernel of the update."""
     from fastebm.backends import fused

@@ -103,6 +103,7 @@ def choose(
     condition: str | None = None,
     sampler: str = "Langevin",
     triton_paths: Collection[str] = TRITON_PATHS,
+    exact: bool = False,
 ) -> Choice:
     """Choose the backend for an energy and states of ``dtype`` on ``device``.
 
@@ -110,6 +111,7 @@ def choose(
         backend, precision: what the caller asked for.
         condition: the energy's argument besides x: "labels", "condition" (anything else), or None.
         sampler, triton_paths: the sampler's name, and the paths on which a Triton kernel runs it (table.py).
+        exact: whether the sampler has an accept test, whose energies its kernel computes at bf16x3 at least.
 
     Raises:
         ValueError: an unknown name, or backend="triton" where it can't run.
@@ -134,11 +136,11 @@ def choose(
     no_triton = _why_not_triton(device, dtype, asked=backend == "triton") if triton_paths else None
     wanted = precision or default_precision()
     if no_triton is None and triton_paths and description is not None:
-        launch = launch_for(description, wanted, device)
+        launch = launch_for(description, wanted, device, exact=exact)
         if isinstance(launch, str):
             launch, why_not = None, launch
     path = launch.regime if launch is not None else "autograd" if description is None else "products"
-    if path not in triton_paths:
+    if no_triton is None and path not in triton_paths:
         no_triton = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
     if backend == "triton" and no_triton is not None:
         raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
@@ -180,12 +182,12 @@ def multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def launch_for(description: Description, precision: str, device: torch.device) -> Any:
-    """The configuration of the fused kernel, or a str that says why there is none."""
+def launch_for(description: Description, precision: str, device: torch.device, *, exact: bool = False) -> Any:
+    """The configuration of the fused kernel, or a str that says why there is none. exact: see ``choose``."""
     from ..kernels.triton.launch import choose_launch  # imported here, because only this path needs it
 
     capability = None if interpreted() else _capability(device)
-    return choose_launch(description.dim, description.networks, precision, capability)
+    return choose_launch(description.dim, description.networks, precision, capability, exact=exact)
 
 
 def default_precision() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..box import Box
 from ..kernels.triton import resident, streaming, update, weights
 from ..kernels.triton.launch import Launch, block
 from ..kernels.triton.mlp import Layers
@@ -25,7 +26,19 @@ from . import LANGEVIN_TELEMETRY, Advanced, Chains, averaged
 from .choose import interpreted
 from .graphs import Recorder, run_steps
 
-__all__ = ["run_mlp", "run_module", "run_products"]
+__all__ = [
+    "CHAINS_AT_ONCE",
+    "aligned",
+    "bounds_arguments",
+    "coefficient_arguments",
+    "compiled_for",
+    "frozen_arguments",
+    "layers_of",
+    "prepare",
+    "run_mlp",
+    "run_module",
+    "run_products",
+]
 
 # triton 3.10 turns fused multiply-add off by default; the interpreter takes no such option.
 _OPTIONS = {} if interpreted() else {"enable_fp_fusion": True}
@@ -72,10 +85,10 @@ def run_mlp(
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
         kernel = resident.langevin_resident
-    layers, frozen = _layers(description, launch, precision), _frozen_arguments(chains)
+    constants, frozen = compiled_for(description, launch, precision), frozen_arguments(chains)
     # Triton launches on the current device, which may not be x's.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        prepared, places = _prepare(description, chains.seed, precision, launch, device)
+        prepared, places = prepare(description, chains.seed, precision, launch, device)
         state = x, energy, first_bad, trajectory, thin, table, chains.numbers, chains.first_steps, chains.labels
         for first_tile in range(0, n_tiles, tiles_at_once):
             kernel[(min(tiles_at_once, n_tiles - first_tile),)](
@@ -89,16 +102,9 @@ def run_mlp(
                 first_tile,
                 *extra,
                 **places,
-                LAYERS=layers,
-                DIM=dim,
-                BLOCK_DIM=launch.block_dim,
-                BLOCK_CHAINS=launch.block_chains,
+                **constants,
                 **flags,
                 IN_MEMORY=launch.in_memory,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                **_OPTIONS,
-                **(_LEAN_OPTIONS if launch.lean else {}),
             )
     report = prepared[weights.REPORT.value]
     return Advanced(x, energy, first_bad, trajectory, _named(table), report=report)
@@ -124,8 +130,22 @@ def _regime(
     return tiles_at_once, [tuple(slopes)], {"OWN_CHAINS": launch.own_chains, "LEAN": launch.lean}
 
 
-def _layers(description: Description, launch: Launch, precision: str) -> Layers:
-    """The networks as compile-time constants."""
+def compiled_for(description: Description, launch: Launch, precision: str) -> dict[str, Any]:
+    """What every kernel of an MLP energy is compiled for: the networks, the tile, and the compiler's options."""
+    return {
+        "LAYERS": layers_of(description, launch, precision, halved=precision == "bf16"),
+        "DIM": description.dim,
+        "BLOCK_DIM": launch.block_dim,
+        "BLOCK_CHAINS": launch.block_chains,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **_OPTIONS,
+        **(_LEAN_OPTIONS if launch.lean else {}),
+    }
+
+
+def layers_of(description: Description, launch: Launch, precision: str, *, halved: bool) -> Layers:
+    """The networks as compile-time constants. halved: as for ``prepare``."""
     mlps = description.mlps
     return Layers(
         FIRSTS=tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
@@ -135,20 +155,26 @@ def _layers(description: Description, launch: Launch, precision: str) -> Layers:
         PRECISION=precision,
         FAST=_fast(precision),
         TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
+        HALVED=halved,
     )
 
 
-def _prepare(
-    description: Description, seed: int | Tensor, precision: str, launch: Launch, device: torch.device
-) -> tuple[Tensor, dict[str, Any]]:
-    """A buffer with the seed and the weights, and the offsets in it as compile-time constants of the kernel."""
+def prepare(
+    description: Description, seed: int | Tensor, precision: str, launch: Launch, device: torch.device,
+    *, halved: bool | None = None,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """A buffer with the seed and the weights, and the offsets in it as compile-time constants of the kernel.
+
+    halved: halve the layers below a silu, which is exact. The kernel's silu takes z/2 at bf16 (activations.py). None:
+    if the precision is bf16.
+    """
     mlps = description.mlps
-    # At bf16 the kernel's silu takes z/2 (kernels/triton/mlp.py), so the layers below one are halved, which is exact.
+    halved = precision == "bf16" if halved is None else halved
     networks = tuple(
         weights.Network(
             tuple(map(len, mlp.weights)),
             mlp.head,
-            (*(precision == "bf16" and a.name == "silu" for a in mlp.activations), False),
+            (*(halved and a.name == "silu" for a in mlp.activations), False),
         )
         for mlp in mlps
     )
@@ -202,7 +228,7 @@ def run_module(
     """
 
     def gradient(x: Tensor) -> Tensor:
-        return _aligned(energy.gradient(x, chains.labels_or_condition))
+        return aligned(energy.gradient(x, chains.labels_or_condition))
 
     done = _run_by_gradient(gradient, chains, sampler, steps, thin, telemetry, recorder)
     return done._replace(energy=energy(chains.x, chains.labels_or_condition))
@@ -278,7 +304,7 @@ def _run_by_gradient(
                 chains.numbers,
                 chains.first_steps,
                 seed,
-                *_frozen_arguments(chains),
+                *frozen_arguments(chains),
                 *arguments,
                 n_chains,
                 at,
@@ -322,34 +348,43 @@ def _sampler_arguments(
     arguments: list[Any] = []
     flags: dict[str, Any] = {}
     for name, c in zip(("DRIFT", "NOISE_STD"), sampler.drift_and_noise(n_chains, steps, device=device), strict=True):
-        if not isinstance(c, Tensor):
-            arguments += [float(c), None, None]
-            flags[f"{name}_PER_CHAIN"] = False
-            continue
-        c = c.to(torch.float32).contiguous()
-        per_chain = c.shape[0] > 1
-        arguments += [c, c.stride(0) if per_chain else 0, 1 if c.shape[1] > 1 else 0]
-        flags[f"{name}_PER_CHAIN"] = per_chain
-    bounds = None if sampler.box is None else sampler.box.on(dim, device=device)
-    lo, hi = bounds or (None, None)
-    rows = isinstance(lo, Tensor)
+        coefficient, flags[f"{name}_PER_CHAIN"] = coefficient_arguments(c)
+        arguments += coefficient
     # Floats, because Triton specialises on an int of 1 and would recompile.
     arguments += [None if clip is None else float(clip) for clip in (sampler.grad_clip, sampler.grad_norm_clip)]
-    arguments += [_aligned(bound) if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
-    flags["CLAMP"] = "" if bounds is None else "rows" if rows else "numbers"
-    return arguments, flags
+    bounds, flags["CLAMP"] = bounds_arguments(sampler.box, dim, device)
+    return [*arguments, *bounds], flags
 
 
-def _aligned(v: Tensor) -> Tensor:
+def coefficient_arguments(c: float | Tensor) -> tuple[list[Any], bool]:
+    """A number or (1 or n_chains, 1 or steps) as a ``Coefficient`` of the kernels, and whether it is per chain."""
+    if not isinstance(c, Tensor):
+        return [float(c), None, None], False
+    c = c.to(torch.float32).contiguous()
+    per_chain = c.shape[0] > 1
+    return [c, c.stride(0) if per_chain else 0, 1 if c.shape[1] > 1 else 0], per_chain
+
+
+def bounds_arguments(box: Box | None, dim: int, device: torch.device) -> tuple[list[Any], str]:
+    """lo and hi, each a number, (dim,) or None, and the kernels' constant CLAMP."""
+    if box is None:
+        return [None, None], ""
+    bounds = box.on(dim, device=device)
+    if isinstance(bounds.lo, Tensor) and isinstance(bounds.hi, Tensor):
+        return [aligned(bounds.lo), aligned(bounds.hi)], "rows"
+    return [*bounds], "numbers"
+
+
+def aligned(v: Tensor) -> Tensor:
     """The tensor, contiguous and 16-byte aligned. For other pointers Triton recompiles, which takes seconds."""
     v = v.contiguous()
     return v if v.data_ptr() % 16 == 0 else v.clone()
 
 
-def _frozen_arguments(chains: Chains) -> tuple[Tensor | None, int]:
+def frozen_arguments(chains: Chains) -> tuple[Tensor | None, int]:
     if chains.frozen is None:
         return None, 0
-    return _aligned(chains.frozen).view(torch.uint8), chains.x.shape[1] if len(chains.frozen) > 1 else 0
+    return aligned(chains.frozen).view(torch.uint8), chains.x.shape[1] if len(chains.frozen) > 1 else 0
 
 
 def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from ..samplers.base import Adaptation
+from ..samplers.hmc import HMC
 from ..samplers.langevin import Langevin
+from ..samplers.mala import MALA
 from ..targets.autograd import Autograd, Energy
 from ..targets.base import Target
 from ..targets.closed_form import ClosedForm
@@ -100,6 +102,19 @@ def _cpu_module(job: Job) -> Advanced:
     return cpu.run_module(job.energy, job.chains, job.sampler, job.steps, **job.options)
 
 
+# -- HMC and MALA --------------------------------------------------------------------------------------------------
+
+
+def _fused_hmc(job: Job) -> Advanced:
+    from . import fused_hmc
+
+    description, choice = job.choice.description, job.choice
+    assert description is not None
+    return fused_hmc.run_hmc(
+        description, job.chains, job.sampler, job.steps, precision=choice.precision, launch=choice.launch, **job.options
+    )
+
+
 # By sampler, path and kernels (``Choice``).
 FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
     (Langevin, "resident", "triton"): _fused_mlp,
@@ -108,6 +123,8 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
     (Langevin, "autograd", "triton"): _fused_module,
     (Langevin, "tiles", "numba"): _cpu_mlp,
     (Langevin, "autograd", "numba"): _cpu_module,
+    (HMC, "resident", "triton"): _fused_hmc,
+    (MALA, "resident", "triton"): _fused_hmc,
 }
 
 
@@ -123,13 +140,16 @@ def _preconditioned(sampler: Any) -> bool:
     return isinstance(sampler, Langevin) and sampler.preconditioner is not None
 
 
-def name_of(sampler: Any) -> str:
+def name_of(sampler: Any, adaptation: Adaptation | None = None) -> str:
     """The sampler in words, for the reason why no kernel runs it."""
-    return f"{type(sampler).__name__}{' with a preconditioner' if _preconditioned(sampler) else ''}"
+    with_it = " with a preconditioner" if _preconditioned(sampler) else ""
+    return f"{type(sampler).__name__}{with_it}{'' if adaptation is None else ' in a warm-up'}"
 
 
-def triton_paths(sampler: Any) -> list[str]:
-    """The paths on which a Triton kernel runs this sampler."""
+def triton_paths(sampler: Any, adaptation: Adaptation | None = None) -> list[str]:
+    """The paths on which a Triton kernel runs this sampler. In a warm-up none: its settings change in each step."""
+    if adaptation is not None:
+        return []
     return [path for path in TRITON_PATHS if _fused_run(sampler, path, "triton") is not None]
 
 

@@ -83,9 +83,11 @@ def run_chains(
         condition = None if chains.labels_or_condition is None else chains.kind
         choice = choose(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
-            sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
+            sampler=table.name_of(sampler, adaptation), triton_paths=table.triton_paths(sampler, adaptation),
+            exact=sampler.exact,
         )  # fmt: skip
-        if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
+        # A rounded energy would be another target. The fused kernel of an exact sampler rounds gradients only.
+        if sampler.exact and choice.precision == "bf16" and choice.path not in FUSED:
             choice = replace(choice, precision="ieee")
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)

@@ -40,6 +40,8 @@ def activation_and_slope(z, LAYER: tl.constexpr, LAYERS: tl.constexpr):
             t = tanh(z, LAYERS)
             return z * t + z, (1.0 + t) + z * (1.0 - t * t)
         else:
+            if LAYERS.HALVED:
+                z = z + z
             s = sigmoid(z, LAYERS.FAST)
             a = z * s
             return a, a + s * (1.0 - a)

@@ -64,12 +64,16 @@ def block(n: int) -> int:
 Networks = tuple[tuple[int, ...], ...]
 
 
-def shared_bytes(launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90) -> int:
+def shared_bytes(
+    launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90, *, exact: bool = False
+) -> int:
     """An upper bound of the shared memory that a configuration takes (tests compare it with compiled kernels)."""
+    precision = _held(precision, exact)
     # bf16x3 keeps two bf16 halves. wgmma (9.x) and tcgen05 (10.x) transpose 16-bit operands only, so 4-byte ones lie in
     # both orders.
     weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 in (9, 10) else 4)
-    if launch.both_orders:
+    # Without wgmma, the two places in hmc.py that multiply by a weight may take it in different orders.
+    if launch.both_orders or (exact and capability // 10 not in (9, 10)):
         weight_bytes *= 2
     chains_of_sizes = [[launch.block_dim, *(block(w) for w in widths)] for widths in networks]
     weights = sum(n_in * n_out for sizes in chains_of_sizes for n_in, n_out in pairwise(sizes)) * weight_bytes
@@ -99,19 +103,28 @@ def wide_descriptors() -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) < (3, 9)
 
 
-def choose_launch(dim: int, networks: Networks, precision: str, capability: int | None) -> Launch | str:
+def _held(precision: str, exact: bool) -> str:
+    """The precision of the weights that a kernel holds: with an accept test it computes energies at bf16x3 at least."""
+    return "bf16x3" if exact and precision == "bf16" else precision
+
+
+def choose_launch(
+    dim: int, networks: Networks, precision: str, capability: int | None, *, exact: bool = False
+) -> Launch | str:
     """The configuration for an architecture, or the reason why there is none.
 
     networks: the widths of each MLP's layers, from the first hidden one up.
     capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
+    exact: of a sampler with an accept test (hmc.py).
     """
+    precision = _held(precision, exact)
     candidates = _candidates(dim, networks, precision, capability)
     if capability is None:
         return candidates[0]
     limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def need(launch: Launch, precision: str) -> int:
-        return shared_bytes(launch, dim, networks, precision, capability)
+        return shared_bytes(launch, dim, networks, precision, capability, exact=exact)
 
     for launch in candidates:
         if need(launch, precision) <= limit:

@@ -22,6 +22,7 @@ class Layers(NamedTuple):
     "logsumexp"), and the activation's parameter.
     FAST: approximate special functions.
     TARGET: "interpreter", "wgmma" (sm_90 where registers are short) or "gpu", for the few lines that differ.
+    HALVED: the weights below a silu are halved, as they always are at bf16 (activations.py).
     """
 
     FIRSTS: tuple[int, ...]
@@ -31,6 +32,7 @@ class Layers(NamedTuple):
     PRECISION: str
     FAST: bool
     TARGET: str
+    HALVED: bool
 
 
 class Terms(NamedTuple):
@@ -80,6 +82,18 @@ def load_weights(ptrs, LAYERS: tl.constexpr, BLOCK_DIM: tl.constexpr, BOTH_ORDER
                 )  # fmt: skip
             weights = weights + (w,)
     return weights
+
+
+@triton.jit
+def high_halves(weights):
+    """Of weights for bf16x3, those for bf16."""
+    highs = ()
+    for layer in tl.static_range(len(weights)):
+        if len(weights[layer]) == 4:
+            highs = highs + ((weights[layer][0], weights[layer][2]),)
+        else:
+            highs = highs + ((weights[layer][0],),)
+    return highs
 
 
 @triton.jit

@@ -114,3 +114,11 @@ def normals(
         if LANES:
             noise = to_lanes(noise)
         return noise
+
+
+@triton.jit
+def uniforms(key0, key1, chain, step, STREAM: tl.constexpr, FAST: tl.constexpr):
+    """(BLOCK_CHAINS,): one number in (0, 1] per chain, the first of its block 0. Arguments as for `normals`."""
+    c3 = tl.full(chain.shape, STREAM << 24, tl.uint32)
+    w, _, _, _ = philox4x32(chain.to(tl.uint32), (chain >> 32).to(tl.uint32), step, c3, key0, key1, FAST=FAST)
+    return unit(w)

@@ -1,4 +1,4 @@
-"""Parts of a Langevin step that all kernels share. `updated` is the update itself.
+"""Parts of a step that kernels share. `updated` is the update of Langevin dynamics itself.
 
 An option that is None takes no code: passing None removes it at compile time.
 """
@@ -130,18 +130,41 @@ def clip(grad, grad_clip, shrink):
 
 
 @triton.jit
+def load_row_of_dims(ptr, tile, SHAPE: tl.constexpr):
+    """One number per dim, (DIM,) in memory, for the columns of a tile: (1, BLOCK_DIM); 0 in padding."""
+    return tl.load(ptr + tile.shift + tile.dims, mask=tile.dims < SHAPE.DIM, other=0.0)[None, :]
+
+
+@triton.jit
+def load_bounds(bounds, tile, SHAPE: tl.constexpr, CLAMP: tl.constexpr):
+    """Two numbers, or two rows (1, BLOCK_DIM)."""
+    if CLAMP == "rows":
+        return load_row_of_dims(bounds.lo, tile, SHAPE), load_row_of_dims(bounds.hi, tile, SHAPE)
+    else:
+        return bounds.lo, bounds.hi
+
+
+@triton.jit
 def clamp(x, bounds, tile, SHAPE: tl.constexpr, CLAMP: tl.constexpr):
     """CLAMP: "" for none, "numbers", or "rows" for a bound per dim."""
     # min and max may swallow NaN: only states that were found finite are kept
-    if CLAMP == "numbers":
-        return tl.minimum(tl.maximum(x, bounds.lo), bounds.hi)
-    elif CLAMP == "rows":
-        exist = tile.dims < SHAPE.DIM
-        low = tl.load(bounds.lo + tile.shift + tile.dims, mask=exist, other=0.0)[None, :]
-        high = tl.load(bounds.hi + tile.shift + tile.dims, mask=exist, other=0.0)[None, :]
+    if CLAMP != "":
+        low, high = load_bounds(bounds, tile, SHAPE, CLAMP)
         return tl.minimum(tl.maximum(x, low), high)
     else:
         return x
+
+
+@triton.jit
+def within(x, bounds, frozen, tile, SHAPE: tl.constexpr, CLAMP: tl.constexpr):
+    """(BLOCK_CHAINS,) bool: whether all coordinates that are not frozen lie within the bounds. NaN is outside."""
+    if CLAMP != "":
+        low, high = load_bounds(bounds, tile, SHAPE, CLAMP)
+        fits = (x >= low) & (x <= high)
+        fits = hold(fits | (tile.dims >= SHAPE.DIM)[None, :], True, frozen, tile, SHAPE)
+        return tl.min(fits.to(tl.int32), axis=1) > 0
+    else:
+        return tl.full((SHAPE.BLOCK_CHAINS,), 1, tl.int1)
 
 
 @triton.jit
@@ -202,13 +225,16 @@ def store_trajectory(ptr, x, t, thin, steps, tile, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def store_telemetry(ptr, tile, square_norm, n_clipped, n_clamped, steps):
-    """Rows of a (3, n_chains) table: gradient norm, fraction of steps clipped, fraction of steps clamped."""
+def store_telemetry(ptr, tile, square_norm, first_sum, second_sum, steps):
+    """Rows of a (3, n_chains) table: the gradient's norm, and the means over the steps of what two sums are of.
+
+    For Langevin these are whether a step was clipped, and whether it was clamped.
+    """
     share = 1.0 / tl.maximum(steps, 1).to(tl.float32)
     at = tile.n_chains.to(tl.int64) + tile.chains
     tl.store(ptr + tile.chains, tl.sqrt(square_norm), mask=tile.inside)
-    tl.store(ptr + at, n_clipped.to(tl.float32) * share, mask=tile.inside)
-    tl.store(ptr + tile.n_chains.to(tl.int64) + at, n_clamped.to(tl.float32) * share, mask=tile.inside)
+    tl.store(ptr + at, first_sum.to(tl.float32) * share, mask=tile.inside)
+    tl.store(ptr + tile.n_chains.to(tl.int64) + at, second_sum.to(tl.float32) * share, mask=tile.inside)
 
 
 @triton.jit
