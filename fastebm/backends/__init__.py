@@ -5,6 +5,7 @@ tiles.py        any sampler on an MLP energy, on tiles of chains, one CPU thread
 cpu.py          the fast path on a CPU: matrix products or autograd for gradients, Numba kernels for the rest
 blas.py         matrix products as calls of BLAS, for cpu.py
 fused.py        the Triton kernels: all steps in one launch for MLP energies, a fused update for other energies
+evaluation.py   any sampler on an MLP energy that a Triton kernel evaluates
 table.py        runs a sampler on a target by the fastest of these
 choose.py       chooses the backend, and explains why the fused kernel does not run
 settle.py       raises for chains that are not finite, or reinitialises them

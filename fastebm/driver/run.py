@@ -8,14 +8,13 @@ It puts the energy in eval mode, chooses the backend, runs the steps, and handle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import Advanced, Chains, settle, table
-from ..backends.choose import FUSED, Choice, choose
+from ..backends.choose import FUSED, Choice, choose, default_precision
 from ..backends.graphs import CudaRecorder
 from ..energies import EnergyLike, first_tensor, n_classes
 from ..energies.conditions import are_labels
@@ -81,19 +80,22 @@ def run_chains(
     start = x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
         condition = None if chains.labels_or_condition is None else chains.kind
+        precision = settings.precision
+        if sampler.exact and (precision or default_precision()) == "bf16":
+            # A rounded energy would be another target. For kernels not "ieee", which has no tensor cores and is for
+            # tests; PyTorch's own products are in full float32 all the same.
+            precision = "bf16x3"
         choice = choose(
-            energy, device, dtype, settings.backend, settings.precision, condition=condition,
+            energy, device, dtype, settings.backend, precision, condition=condition,
             sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
         )  # fmt: skip
-        if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
-            choice = replace(choice, precision="ieee")
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)
             start = None
         # A private, contiguous copy: runs may move it in place.
         x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         chains = chains._replace(x=x)
-        if capturing(device) and choice.backend != "triton":
+        if capturing(device) and not choice.on_device:
             only = "while a CUDA graph is captured only kernels can run, and this call would wait"
             raise ValueError(f"{only}: {choice.why_not_fused}")
         _check_bounds(sampler, chains)
@@ -197,7 +199,7 @@ def _check_energy(energy: nn.Module, module: Energy, choice: Choice, chains: Cha
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
     if choice.path in FUSED:
         return "all steps are one launch of the fused kernel"
-    if choice.backend != "triton":
+    if not choice.on_device:
         return "steps in plain PyTorch wait for the device"
     if device.type != "cuda":
         return "CUDA graphs need a CUDA device"
