@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,9 @@ class Choice:
     """The backend of a call.
 
     backend: "triton", "torch" or "reference".
-    path: "resident" or "streaming" (the fused kernel), "tiles" (closed-form gradient on tiles), "products" (closed-form
-    gradient by library products, for MLPs too wide for the fused kernel) or "autograd". With backend "triton", the last
-    two use the fused update kernel.
+    path: "resident" or "streaming" (the fused kernel), "tiles" (closed-form gradient on tiles), "collapsed" (the same,
+    with steps in the first layer of the MLP), "products" (closed-form gradient by library products, for MLPs too wide
+    for the fused kernel) or "autograd". With backend "triton", the last two use the fused update kernel.
     description: the MLP energy, or None if it could not be read as an MLP.
     launch: configuration of the fused kernel, or None.
     precision: of the matrix products.
@@ -103,6 +103,7 @@ def choose(
     condition: str | None = None,
     sampler: str = "Langevin",
     triton_paths: Collection[str] = TRITON_PATHS,
+    collapses: Callable[[Description], bool] = lambda _: False,
 ) -> Choice:
     """Choose the backend for an energy and states of ``dtype`` on ``device``.
 
@@ -110,6 +111,7 @@ def choose(
         backend, precision: what the caller asked for.
         condition: the energy's argument besides x: "labels", "condition" (anything else), or None.
         sampler, triton_paths: the sampler's name, and the paths on which a Triton kernel runs it (table.py).
+        collapses: whether the sampler's steps on this energy are faster in its first layer (targets/collapsed.py).
 
     Raises:
         ValueError: an unknown name, or backend="triton" where it can't run.
@@ -150,6 +152,8 @@ def choose(
     elif no_triton is None:
         return Choice("triton", path, description, None, full, f"{why_not}; {_INSTEAD[path, 'triton']}")
     path = "autograd" if description is None else "tiles"
+    if description is not None and device.type == "cpu" and collapses(description):
+        path = "collapsed"
     no_numba = cpu.why_not(device, dtype)
     by = "numba" if no_numba is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
@@ -163,6 +167,8 @@ def choose(
 # What runs instead of the fused kernel, by path and kernels.
 _INSTEAD = {
     ("tiles", "numba"): "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU",
+    ("collapsed", "numba"): "its steps run in the first layer instead, by Numba's kernels: the fastest path on a CPU",
+    ("collapsed", "torch"): "its steps run in the first layer instead, in plain PyTorch",
     ("tiles", "torch"): "the closed-form gradient runs instead, in plain PyTorch",
     ("products", "triton"): "the closed-form gradient runs instead, by library products (cuda_graph=True records them)",
     ("autograd", "numba"): (

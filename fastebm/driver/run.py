@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def run_chains(
         choice = choose(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
             sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
+            collapses=partial(table.collapses, sampler, chains, adaptation),
         )  # fmt: skip
         if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
             choice = replace(choice, precision="ieee")

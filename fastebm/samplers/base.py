@@ -95,9 +95,10 @@ class Sampler:
     clamp is a field, (lo, hi) or None: pools put theirs in its place. ``__post_init__`` sets it to ``Box.of(clamp)``.
     A setting that may vary by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
     ``checked_coefficient`` and ``value_at``. scheduled names these fields, and a field that holds another sampler.
-    A state is a NamedTuple of tensors with one row per chain. It has the positions x, (n, dim), and may have energy,
-    (n,) E(x), and more. A call has parts (warm-up, progress, resumption), each of which starts with ``init`` at x. So
-    ``init`` must compute each field from x (``recomputes`` names these), or get it as a keyword (``carries``).
+    A state is a NamedTuple of tensors with one row per chain. It has the positions x, (n, dim), unless ``positions``
+    computes them, and may have energy, (n,) E(x), and more. A call has parts (warm-up, progress, resumption), each of
+    which starts with ``init`` at x. So ``init`` must compute each field from x (``recomputes`` names these), or get it
+    as a keyword (``carries``).
 
     exact: whether each step leaves exp(-E) invariant, thanks to an accept test. Such a sampler rejects proposals
     outside the bounds. A sampler without the test projects them onto the bounds.
@@ -150,6 +151,11 @@ class Sampler:
         t: index of the step in this part of the call, from 0. Schedules are cut to the part.
         """
         raise NotImplementedError
+
+    def positions(self, target: View, state: Any) -> Tensor:
+        """The positions of a state, (n, dim)."""
+        x: Tensor = state.x
+        return x
 
     def adaptation(self, steps: int) -> Adaptation | None:
         """What tunes this sampler in a warm-up of so many steps, or None."""
