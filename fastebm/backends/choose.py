@@ -152,12 +152,12 @@ def choose(
     elif no_triton is None:
         return Choice("triton", path, description, None, full, f"{why_not}; {_INSTEAD[path, 'triton']}")
     path = "autograd" if description is None else "tiles"
-    if description is not None and device.type == "cpu" and collapses(description):
-        path = "collapsed"
     no_numba = cpu.why_not(device, dtype)
     by = "numba" if no_numba is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
         full = "bf16"
+    if path == "tiles" and device.type == "cpu" and full != "bf16" and description is not None:
+        path = "collapsed" if collapses(description) else path
     if device.type != "cuda" or _capability(device) > 0:  # without a CUDA device nothing runs instead
         why_not = f"{why_not}; {_INSTEAD[path, by]}"
         why_not += f" ({no_numba})" if device.type == "cpu" and no_numba is not None else ""

@@ -36,7 +36,7 @@ from . import Advanced, Chains, averaged
 from .cpu_mlp import NetworkCalls, Program, Weights, weights_of
 from .tiles import tiles
 
-__all__ = ["parts_of_update", "run_mlp", "run_module", "why_not"]
+__all__ = ["Scratch", "Update", "parts_of_update", "run_mlp", "run_module", "why_not"]
 
 # Numbers per thread below which a second thread does not pay off.
 _NUMBERS_PER_THREAD = 16_384
@@ -58,7 +58,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 # -- the update ----------------------------------------------------------------------------------------------------
 
 
-class _Update:
+class Update:
     """Noise, update and clamp of some chains, with the kernel arguments that are the same in every step.
 
     coefficients: drift and noise_std. t: (1,) int64, the current step. kind: LANGEVIN, or DRIFT for the drift alone.
@@ -93,9 +93,7 @@ class _Update:
             self.back = [first_bad, self.table, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
             self.back += [*both, *clips, lo, int(lo.numel() > 1), hi, int(hi.numel() > 1)]
 
-    def call(
-        self, new: Tensor | None, x: Tensor, grad: Tensor | None, first: int, last: int, scratch: _Scratch
-    ) -> Call:
+    def call(self, new: Tensor | None, x: Tensor, grad: Tensor | None, first: int, last: int, scratch: Scratch) -> Call:
         """The call that updates chains first to last - 1 from x to new. None: set later by the call's ``aim``."""
         states = [new, x, grad, self.dim, x.stride(0)]
         if self.plain:
@@ -107,21 +105,21 @@ class _Update:
 
 def _updates(
     chains: Chains, sampler: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
-) -> list[_Update]:
+) -> list[Update]:
     """The update of a step or, with noise_first, its two parts: first the noise, with a drift of 0, then the drift.
     The first part multiplies its gradient by 0, so callers pass x in place of one."""
     t = torch.zeros(1, dtype=torch.int64, device="cpu")
     if not sampler.noise_first:
-        return [_Update(chains, sampler, coefficients, first_bad, telemetry, t)]
+        return [Update(chains, sampler, coefficients, first_bad, telemetry, t)]
     (drift, noise_std), zero = coefficients, torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     noise = Langevin(clamp=sampler.clamp if sampler.clamp_noise else None)
     return [
-        _Update(chains, noise, (zero, noise_std), first_bad, False, t),
-        _Update(chains, sampler, (drift, zero), first_bad, telemetry, t, kernels.DRIFT),
+        Update(chains, noise, (zero, noise_std), first_bad, False, t),
+        Update(chains, sampler, (drift, zero), first_bad, telemetry, t, kernels.DRIFT),
     ]
 
 
-class _Scratch:
+class Scratch:
     """Work buffers of an update, one object per thread."""
 
     def __init__(self, dim: int) -> None:
@@ -185,7 +183,7 @@ class _Tile:
         self.x, self.new, self.grad = (matrix(n_rows, dim, like) for _ in range(3))
         self.labels = torch.empty(n_rows, dtype=torch.int64, device=like.device) if with_labels else None
         self.evaluator = Evaluator(description, n_rows, [weights.mlp for weights in mlps])
-        self.scratch = _Scratch(dim)
+        self.scratch = Scratch(dim)
         pairs = zip(mlps, self.evaluator.networks, strict=True)
         networks = [NetworkCalls(weights, evaluated, self.labels) for weights, evaluated in pairs]
         d, grad = description, self.grad
@@ -199,7 +197,7 @@ class _Tile:
         # the gradients at x and at new
         self.gradients = [[call for part in parts for call in part[k]] for k in range(2)]
 
-    def begin(self, chains: Chains, updates: list[_Update]) -> None:
+    def begin(self, chains: Chains, updates: list[Update]) -> None:
         """Load these chains and their updates, before ``run``."""
         self.n_chains, self.update = len(chains.x), updates[-1]
         self.x.copy_(padded_rows(chains.x, self.n_rows))
@@ -301,7 +299,7 @@ def run_module(
         x = chains.x.clone()
         done = Advanced.blank(x, steps, thin)
         updates = _updates(chains, sampler, sampler.coefficients(n, steps), done.first_bad, telemetry)
-        parts = [(part.start, part.stop, _Scratch(dim)) for part in parts_of_update(n, dim, n_threads)]
+        parts = [(part.start, part.stop, Scratch(dim)) for part in parts_of_update(n, dim, n_threads)]
         calls = [[update.call(None, x, None, *part) for part in parts] for update in updates]
         teams = [Team(of_update, n_threads) for of_update in calls]
 

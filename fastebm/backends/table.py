@@ -15,19 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from ..samplers.base import Adaptation
-from ..samplers.collapsed import collapsed, scale_of
 from ..samplers.langevin import Langevin
 from ..targets.autograd import Autograd, Energy
 from ..targets.base import Target
 from ..targets.closed_form import ClosedForm
-from ..targets.collapsed import Collapsed, FirstLayer
 from ..targets.description import Description
 from ..threads import survives_fork
-from . import Advanced, Chains, cpu, cpu_collapsed, reference, tiles
+from . import Advanced, Chains, collapsed, cpu, reference, tiles
 from .choose import FUSED, TRITON_PATHS, Choice
 from .graphs import Recorder
 
-__all__ = ["FUSED_RUNS", "Job", "collapses", "energy_of", "name_of", "reports_bad_starts", "run", "triton_paths"]
+__all__ = ["FUSED_RUNS", "Job", "energy_of", "name_of", "reports_bad_starts", "run", "triton_paths"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,25 +111,6 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
 }
 
 
-# -- HMC in the first layer ------------------------------------------------------------------------------------------
-
-
-def collapses(sampler: Any, chains: Chains, adaptation: Adaptation | None, description: Description) -> bool:
-    """Whether a run takes its steps in the first layer. A warm-up does not, since it changes the mass."""
-    return adaptation is None and chains.frozen is None and collapsed(sampler, description) is not None
-
-
-def _collapsed(job: Job) -> Advanced:
-    description = job.description
-    sampler = collapsed(job.sampler, description)
-    assert sampler is not None  # or the path would be another one
-    layer = FirstLayer(description, scale_of(job.sampler, description))
-    make_target: Callable[[int, Tensor | None], Target] = partial(Collapsed, layer)
-    if job.choice.kernels == "numba":
-        make_target = cpu_collapsed.collapsed(layer)
-    return tiles.run(job.chains, sampler, job.steps, make_target=make_target, **job.options)
-
-
 # -- all samplers --------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +141,7 @@ def run(job: Job) -> Advanced:
     if fused is not None and choice.backend != "reference" and job.adaptation is None:
         return fused(job)
     if choice.path == "collapsed":
-        return _collapsed(job)
+        return collapsed.run(job.description, chains, sampler, job.steps, kernels=choice.kernels, **job.options)
     by_definition = choice.backend == "reference"
     target: Target
     if choice.path == "tiles":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..backends import Advanced, Chains, settle, table
 from ..backends.choose import FUSED, Choice, choose
+from ..backends.collapsed import collapses
 from ..backends.graphs import CudaRecorder
 from ..energies import EnergyLike, first_tensor, n_classes
 from ..energies.conditions import are_labels
@@ -85,7 +85,7 @@ def run_chains(
         choice = choose(
             energy, device, dtype, settings.backend, settings.precision, condition=condition,
             sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
-            collapses=partial(table.collapses, sampler, chains, adaptation),
+            collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
         )  # fmt: skip
         if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
             choice = replace(choice, precision="ieee")

@@ -27,6 +27,7 @@ __all__ = [
     "Adaptation",
     "Info",
     "Sampler",
+    "both",
     "check_settings",
     "checked_coefficient",
     "checked_diagonal",
@@ -200,6 +201,11 @@ def finite_rows(v: Tensor) -> Tensor | None:
     if v.device.type == "cpu" and math.isfinite(v.sum().item()):
         return None
     return v.isfinite().all(dim=1)
+
+
+def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a & b, where None means that all are True."""
+    return b if a is None else a if b is None else a & b
 
 
 def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:

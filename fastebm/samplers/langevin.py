@@ -53,7 +53,7 @@ from .base import (
     value_at,
 )
 
-__all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin"]
+__all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin", "drift_and_noise_of"]
 
 # The defaults of Edifice, which suit networks on images: their gradients are small.
 STEP_SIZE, NOISE_SCALE = 10.0, 0.005
@@ -230,9 +230,9 @@ class Langevin(Sampler):
     def drift_and_noise(self, n_chains: int, steps: int, *, device: Any) -> tuple[float | Tensor, float | Tensor]:
         """``coefficients`` in float64, or two plain numbers if they are the same for all chains and steps."""
         if not isinstance(self.step_size, Tensor) and not isinstance(self.noise_scale, Tensor):
-            return _drift_and_noise(self.step_size, self.noise_scale)
+            return drift_and_noise_of(self.step_size, self.noise_scale)
         check_settings(self, n_chains, steps)
-        return _drift_and_noise(*(_as_matrix(value, device) for value in (self.step_size, self.noise_scale)))
+        return drift_and_noise_of(*(_as_matrix(value, device) for value in (self.step_size, self.noise_scale)))
 
     def clip(self, grad: Tensor) -> Tensor:
         """Apply grad_clip, then grad_norm_clip, to a gradient of shape (n_chains, dim)."""
@@ -253,7 +253,7 @@ class Langevin(Sampler):
         """One update, as defined at the top of this file."""
         x, xi = state.x, noise.normal(Stream.LANGEVIN, t)
         at_t = (value_at(c, t, x.device) for c in (self.step_size, self.noise_scale))
-        drift, noise_std = (c.to(x.dtype) if isinstance(c, Tensor) else c for c in _drift_and_noise(*at_t))
+        drift, noise_std = (c.to(x.dtype) if isinstance(c, Tensor) else c for c in drift_and_noise_of(*at_t))
         c = diagonal_at("preconditioner", self.preconditioner, x)
         if self.preconditioner is not None:
             xi = c**0.5 * xi
@@ -281,7 +281,7 @@ class Langevin(Sampler):
         return LangevinState(new), Info(finite, averaged, last)
 
 
-def _drift_and_noise(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:
+def drift_and_noise_of(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:
     """(step_size / 2, sqrt(step_size) noise_scale) for numbers or float64 tensors."""
     root = step_size.sqrt() if isinstance(step_size, Tensor) else math.sqrt(step_size)
     return step_size / 2, root * noise_scale

@@ -12,10 +12,11 @@ kick of size k    B = B - k (s + c A),   gamma = gamma - k c alpha,   delta = de
 drift of size h   A = A + h B,           alpha = alpha + h gamma,     beta = beta + h delta
 where s is at     u = alpha u_0 + beta q_0 + A G,   u_0 = y_0 W^T,   q_0 = v_0 W^T,   G = W W^T
 
-z is u plus the bias at y = 0. A step takes one product with G in place of two with W. The kinetic energy that a
-trajectory has gained takes one more, by v_L = v_0 + d:
+z is u plus the bias at y = 0. A step takes one product with G in place of two with W. The same numbers give the kinetic
+energy, by v_L = v_0 + d, and the Gaussian term:
 
 |v_L|^2 - |v_0|^2 = 2 v_0 . d + |d|^2,   d = gamma y_0 + (delta - 1) v_0 + B W
+|y|^2 = alpha^2 |y_0|^2 + 2 alpha beta y_0 . v_0 + beta^2 |v_0|^2 + A . (u + alpha u_0 + beta q_0)
 
 With a scale r of each coordinate (h r in place of h, as a diagonal mass has it), the same holds for y / r and W diag(r)
 if c = 0.
@@ -30,43 +31,45 @@ import torch
 from torch import Tensor
 
 from ..energies.activations import Activation
+from ..rng import Noise, Stream
 from ..threads import threads
 from .closed_form import ClosedForm, Network, matrix, padded_rows, product, rows_of_products
 from .description import Description
 from .mlp import MLP
 
-__all__ = ["Collapsed", "End", "FirstLayer", "Leaps"]
+__all__ = ["Collapsed", "Drift", "End", "FirstLayer", "Leaps"]
 
 
 class Leaps(NamedTuple):
     """The leapfrog steps of a trajectory. Each tensor has one row, or one per chain.
 
-    kicks, drifts, alpha, beta: (n_leapfrog + 1, rows), by step: kick, drift, and then alpha and beta. The last kick has
-    no drift.
-    gamma, delta: (rows, 1), at the end.
+    kicks, drifts, alpha_1, beta: (n_leapfrog + 1, rows), by step: kick, drift, and then alpha - 1 and beta. The last
+    kick has no drift.
+    gamma, delta_1: (rows, 1) gamma and delta - 1 at the end.
+    (With alpha itself, its rounding would shrink y in the same way in every step.)
     """
 
     kicks: Tensor
     drifts: Tensor
-    alpha: Tensor
+    alpha_1: Tensor
     beta: Tensor
     gamma: Tensor
-    delta: Tensor
+    delta_1: Tensor
 
     @classmethod
     def of(cls, h: float | Tensor, n_leapfrog: int, curvature: float, like: Tensor) -> Leaps:
         """h: the step, a number or a (n, 1) float64 tensor. curvature: c. like: a tensor of the dtype and device."""
         h = torch.as_tensor(h, dtype=torch.float64, device=like.device).reshape(-1, 1)
-        alpha, beta, gamma, delta = torch.ones_like(h), torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(h)
+        alpha_1, beta, gamma, delta_1 = (torch.zeros_like(h) for _ in range(4))
         rows: list[tuple[Tensor, ...]] = []
         for t in range(n_leapfrog + 1):
             kick, drift = (h / 2 if t in (0, n_leapfrog) else h), (h if t < n_leapfrog else torch.zeros_like(h))
-            gamma, delta = gamma - kick * curvature * alpha, delta - kick * curvature * beta
-            alpha, beta = alpha + drift * gamma, beta + drift * delta
-            rows.append((kick, drift, alpha, beta))
+            gamma, delta_1 = gamma - kick * curvature * (1 + alpha_1), delta_1 - kick * curvature * beta
+            alpha_1, beta = alpha_1 + drift * gamma, beta + drift * (1 + delta_1)
+            rows.append((kick, drift, alpha_1, beta))
         steps = (torch.stack(column).squeeze(2).to(like.dtype) for column in zip(*rows, strict=True))
         kicks, drifts, alphas, betas = steps
-        return cls(kicks, drifts, alphas, betas, gamma.to(like.dtype), delta.to(like.dtype))
+        return cls(kicks, drifts, alphas, betas, gamma.to(like.dtype), delta_1.to(like.dtype))
 
     @property
     def n_leapfrog(self) -> int:
@@ -85,6 +88,14 @@ class End(NamedTuple):
     u: Tensor
     value: Tensor
     slopes: Tensor
+
+
+class Drift(NamedTuple):
+    """Coefficients of a step of Langevin dynamics, (1 or n, 1) each: drift, noise_std, and shrunk = -drift c."""
+
+    drift: Tensor
+    noise_std: Tensor
+    shrunk: Tensor
 
 
 class FirstLayer:
@@ -187,9 +198,13 @@ class Collapsed:
 
     # -- to the first layer and back ----------------------------------------------------------------------
 
-    def projected(self, x: Tensor) -> Tensor:
-        """u = (x - m) W^T, (n, width)."""
-        return self._product(self.away(x), self.layer.weight.t())
+    def away(self, x: Tensor) -> Tensor:
+        """y = x - m, (n, dim)."""
+        return x if self.layer.mean is None else x - self.layer.mean
+
+    def projected(self, y: Tensor) -> Tensor:
+        """u = y W^T, (n, width)."""
+        return self._product(y, self.layer.weight.t())
 
     def projected_momentum(self, v: Tensor) -> Tensor:
         """q = v (W diag(r))^T, (n, width)."""
@@ -199,55 +214,42 @@ class Collapsed:
         """b G, (n, width)."""
         return self._product(b, self.layer.gram)
 
-    def away(self, x: Tensor) -> Tensor:
-        """x - m."""
-        return x if self.layer.mean is None else x - self.layer.mean
+    def moved(self, alpha_1: Tensor, y: Tensor, beta: Tensor, v: Tensor) -> Tensor:
+        """alpha y + r beta v, (n, dim). alpha_1, beta: (1 or n, 1), alpha - 1 and beta."""
+        y = y if self.curvature == 0.0 else torch.addcmul(y, y, alpha_1)  # without curvature alpha is 1
+        return torch.addcmul(y, v, beta if self.layer.scale is None else beta * self.layer.scale)
 
     def put_together(self, base: Tensor, a: Tensor) -> Tensor:
-        """base + r a W diag(r), (n, dim)."""
-        if self.layer.scale is None:
-            return self._sum(base, a)
-        return base + self.layer.scale * self._sum(torch.zeros_like(base), a)
+        """y = base + r a W diag(r), (n, dim)."""
+        out = matrix(self.n_rows, base.shape[1], base)
+        if self.layer.scale is not None:
+            product(self._padded(a, self.b), self.layer.scaled, None, out)
+            return torch.addcmul(base, out[: len(base)], self.layer.scale)
+        out[len(base) :] = 0.0
+        out[: len(base)] = base
+        return product(self._padded(a, self.b), self.layer.weight, None, out, add=True)[: len(base)]
 
-    def drifted(self, x: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-        """x + r beta v, (n, dim). beta: (1 or n, 1)."""
-        return torch.addcmul(x, v, beta if self.layer.scale is None else beta * self.layer.scale)
+    def positions(self, base: Tensor, a: Tensor) -> Tensor:
+        """x, (n, dim)."""
+        y = self.put_together(base, a)
+        return y if self.layer.mean is None else y + self.layer.mean
 
-    def combined(self, alpha: Tensor, x: Tensor, beta: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        """m + alpha (x - m) + r (beta v + a W diag(r)), (n, dim). alpha, beta: (1 or n, 1)."""
-        if self.curvature == 0.0:  # then alpha = 1
-            return self.put_together(self.drifted(x, v, beta), a)
-        out = self._sum(v * beta, a).addcmul_(self.away(x), alpha)
-        return out if self.layer.mean is None else out.add_(self.layer.mean)
+    def momentum(self, leaps: Leaps, y: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        """gamma y + delta v + b W diag(r), (n, dim)."""
+        return v + leaps.gamma * y + leaps.delta_1 * v + self._product(b, self.layer.scaled)
 
-    def combined_momentum(self, gamma: Tensor, x: Tensor, delta: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        """gamma (x - m) + delta v + b W diag(r), (n, dim). gamma, delta: (1 or n, 1)."""
-        out = self._sum(v * delta, b)
-        return out if self.curvature == 0.0 else out.addcmul_(self.away(x), gamma)
-
-    def _sum(self, v: Tensor, a: Tensor) -> Tensor:
-        """v + a W diag(r)."""
-        out = matrix(self.n_rows, v.shape[1], v)
-        out[len(v) :] = 0.0
-        out[: len(v)] = v
-        return product(self._padded(a, self.h), self.layer.scaled, None, out, add=True)[: len(v)]
-
-    def gradient_from(self, x: Tensor, slopes: Tensor) -> Tensor:
+    def gradient_from(self, y: Tensor, slopes: Tensor) -> Tensor:
         """dE/dx, (n, dim), from s."""
-        out = matrix(self.n_rows, x.shape[1], x)
-        product(self._padded(slopes, self.h), self.layer.weight, None, out)
-        return out[: len(x)].add_(self.away(x), alpha=self.curvature)
+        return self._product(slopes, self.layer.weight).add_(y, alpha=self.curvature)
 
-    def energy(self, x: Tensor, value: Tensor) -> Tensor:
-        """E(x), (n,), from its part that the first layer determines."""
+    def energy(self, value: Tensor, square: Tensor) -> Tensor:
+        """E, (n,), from its part that the first layer determines, and |y|^2 in float64."""
         assert self.layer.description.constant is not None
         value = value + self.layer.description.constant
-        if self.curvature == 0.0:
-            return value
-        return value + self.away(x).square().sum(dim=1) * (self.curvature / 2)
+        return value if self.curvature == 0.0 else (value + square * (self.curvature / 2)).to(value.dtype)
 
     def _product(self, v: Tensor, w: Tensor) -> Tensor:
-        padded = self._padded(v, self.x if v.shape[1] == self.x.shape[1] else self.h)
+        padded = self._padded(v, self.x if v.shape[1] == self.x.shape[1] else self.b)
         return product(padded, w, None, matrix(self.n_rows, w.shape[1], v))[: len(v)]
 
     def _padded(self, v: Tensor, room: Tensor) -> Tensor:
@@ -264,6 +266,27 @@ class Collapsed:
         self.z[: len(u)] = u
         value = self._evaluate()
         return value[: len(u)], self._slopes()[: len(u)]
+
+    def stepped(self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int) -> tuple[Tensor, Tensor]:
+        """A step of Langevin dynamics from y = base + r a W diag(r): the next base and a."""
+        drift, noise_std, shrunk = coefficients
+        self._differentiate_at(base, a)
+        xi = noise.normal(Stream.LANGEVIN, t)
+        return self.moved(shrunk, base, noise_std, xi), self._pushed(a, drift, shrunk)
+
+    def slopes(self) -> Tensor:
+        """A copy of s, (n_rows, width), at the states of the last step."""
+        return self._slopes()
+
+    def _differentiate_at(self, base: Tensor, a: Tensor) -> None:
+        product(self._padded(base, self.x), self.layer.weight.t(), None, self.z)
+        product(self._padded(a, self.a), self.layer.gram, None, self.z, add=True)
+        self._differentiate()
+
+    def _pushed(self, a: Tensor, drift: Tensor, shrunk: Tensor) -> Tensor:
+        """a + shrunk a - drift s, (n, width)."""
+        new = torch.addcmul(a, self.h[: len(a)], drift, value=-1)
+        return new if self.curvature == 0.0 else new.addcmul_(a, shrunk)
 
     def followed(self, u: Tensor, q: Tensor, slopes: Tensor, leaps: Leaps) -> End:
         """Follow a trajectory. u, q, slopes: (n, width) u_0, q_0 and s there."""
@@ -292,7 +315,8 @@ class Collapsed:
                 self._evaluate()
             self._kick(leaps, t)
             self.a.addcmul_(self.b, self._at(leaps.drifts[t]))
-            torch.mul(self.u, self._at(leaps.alpha[t]), out=self.z).addcmul_(self.q, self._at(leaps.beta[t]))
+            torch.addcmul(self.u, self.u, self._at(leaps.alpha_1[t]), out=self.z)
+            self.z.addcmul_(self.q, self._at(leaps.beta[t]))
             product(self.a, self.layer.gram, None, self.z, add=True)
 
     def _kick(self, leaps: Leaps, t: int = -1) -> None:
@@ -300,6 +324,10 @@ class Collapsed:
         self.b.addcmul_(self.h, kick, value=-1)
         if self.curvature != 0.0:
             self.b.addcmul_(self.a, kick, value=-self.curvature)
+
+    def _differentiate(self) -> None:
+        """s to ``h``, at u in ``z``, which it overwrites."""
+        self._evaluate()
 
     def _at(self, rows: Tensor) -> Tensor:
         return padded_rows(rows[:, None], self.n_rows)
