@@ -106,7 +106,7 @@ class CollapsedHMC(Form):
 
     def saved(self, dim: int, width: int) -> float:
         """A leapfrog step takes one product with G in place of two with W. A trajectory takes one with each."""
-        n = self.sampler.n_leapfrog
+        n: int = self.sampler.n_leapfrog
         return n * 2 * dim * width - n * width * (width + _LEAP) - width * (width + _ONCE * dim)
 
     def init(self, target: View, x: Tensor, noise: Noise, **carried: Tensor) -> CollapsedPoint:
