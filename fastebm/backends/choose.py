@@ -45,8 +45,9 @@ class Choice:
 
     backend: "triton", "torch" or "reference".
     path: "resident" or "streaming" (the fused kernel), "tiles" (closed-form gradient on tiles), "collapsed" (the same,
-    with steps in the first layer of the MLP), "products" (closed-form gradient by library products, for MLPs too wide
-    for the fused kernel) or "autograd". With backend "triton", the last two use the fused update kernel.
+    with steps in the first layer of the MLP), "marginal" (with noise there too, see marginal.py), "products"
+    (closed-form gradient by library products, for MLPs too wide for the fused kernel) or "autograd". With backend
+    "triton", the last two use the fused update kernel.
     description: the MLP energy, or None if it could not be read as an MLP.
     launch: configuration of the fused kernel, or None.
     precision: of the matrix products.

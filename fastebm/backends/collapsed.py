@@ -14,7 +14,7 @@ from ..samplers.hmc import HMC
 from ..samplers.langevin import Langevin
 from ..samplers.mala import MALA
 from ..targets.base import Target
-from ..targets.collapsed import Collapsed, FirstLayer
+from ..targets.collapsed import Collapsed, FirstLayer, is_isotropic, width_of
 from ..targets.description import Description
 from . import Advanced, Chains, cpu_collapsed, tiles
 
@@ -32,12 +32,12 @@ def collapses(sampler: Any, chains: Chains, description: Description) -> bool:
     """
     if type(sampler) not in FORMS or chains.frozen is not None:
         return False
-    form, curvature = FORMS[type(sampler)](sampler), description.curvature
-    scaled = isinstance(form.scale(chains.x), Tensor)
-    if not form.possible or (curvature is not None and (scaled or bool((curvature != curvature[0]).any()))):
+    form = FORMS[type(sampler)](sampler)
+    if not form.possible or not is_isotropic(description):
         return False
-    width = sum(mlp.widths[0] for mlp in description.mlps) + (description.linear is not None)
-    return form.saved(description.dim, width) > 0
+    if description.curvature is not None and isinstance(form.scale(chains.x), Tensor):
+        return False
+    return form.saved(description.dim, width_of(description)) > 0
 
 
 def run(

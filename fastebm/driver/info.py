@@ -22,7 +22,7 @@ class SampleInfo:
         backend: "triton", "torch" or "reference".
         path: how gradients were computed: "resident" or "streaming" (inside the fused kernel), "tiles" or "products"
             (closed form, by matrix products), "collapsed" (closed form, with the sampler's steps in the first layer of
-            the MLP), or "autograd".
+            the MLP), "marginal" (the same with its noise there: ``Langevin(..., marginal_noise=True)``), or "autograd".
         kernels: what computed noise, update and activations: "triton", "numba" or "torch" (plain PyTorch).
         why_not_fused: why the fused kernel did not run, and what ran instead. None if it ran.
         precision: of the matrix products: "bf16x3", "tf32", "bf16", "ieee" (full float32) or "float64".

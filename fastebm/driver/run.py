@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import Advanced, Chains, settle, table
+from ..backends import Advanced, Chains, marginal, settle, table
 from ..backends.choose import FUSED, Choice, choose
 from ..backends.collapsed import collapses
 from ..backends.graphs import CudaRecorder
@@ -87,6 +87,12 @@ def run_chains(
             sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
             collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
         )  # fmt: skip
+        if (
+            choice.description is not None
+            and adaptation is None
+            and marginal.applies(sampler, chains, choice.description)
+        ):
+            choice = replace(choice, path="marginal")
         if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
             choice = replace(choice, precision="ieee")
         if start is not None and not table.reports_bad_starts(choice.path, steps):

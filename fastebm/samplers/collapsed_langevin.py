@@ -52,9 +52,8 @@ class CollapsedLangevin(Form):
 
     @property
     def possible(self) -> bool:
-        """No clips and no bounds; and the gradient is taken first."""
-        s = self.sampler
-        return s.clamp is None and s.grad_clip is None and s.grad_norm_clip is None and not s.noise_first
+        """See ``Langevin.unbounded``."""
+        return bool(self.sampler.unbounded)
 
     def scale(self, x: Tensor) -> float | Tensor:
         """C^(1/2)."""

@@ -94,6 +94,11 @@ class Langevin(Sampler):
         clamp_noise: with noise_first, clamp y too.
         preconditioner: the diagonal of C: a number, or a tensor of one state's shape, > 0. Best is the variance of each
             coordinate. The drift is multiplied by C and the noise by sqrt(C). None: 1. No fused kernel has it.
+        marginal_noise: draw the noise where an MLP energy feels it, in the space of its first layer, and complete the
+            states that are kept by one draw of all dims. They have the same law as with noise in each step, and other
+            numbers, which depend on which states are kept. A step costs the same for any number of dims. It has no
+            effect where bounds, clips, noise_first, a preconditioner, frozen coordinates or another kind of energy
+            need each step's state: ``SampleInfo.path`` is "marginal" where it has.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
@@ -107,6 +112,7 @@ class Langevin(Sampler):
     noise_first: bool = False
     clamp_noise: bool = False
     preconditioner: float | Tensor | None = None
+    marginal_noise: bool = False
 
     exact: ClassVar[bool] = False
     power: ClassVar[int] = 2
@@ -127,7 +133,7 @@ class Langevin(Sampler):
                 raise ValueError(f"{name} must be a number > 0 or None, got {bound!r}")
         object.__setattr__(self, "clamp", Box.of(self.clamp))
         object.__setattr__(self, "preconditioner", checked_diagonal("preconditioner", self.preconditioner))
-        for name in ("noise_first", "clamp_noise"):
+        for name in ("noise_first", "clamp_noise", "marginal_noise"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -194,6 +200,11 @@ class Langevin(Sampler):
     def temperature(self) -> float | Tensor:
         """The implied temperature T = noise_scale^2, in the shape of noise_scale."""
         return self.noise_scale**2
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether there are no clips and no bounds, and the gradient is taken before the noise."""
+        return self.clamp is None and self.grad_clip is None and self.grad_norm_clip is None and not self.noise_first
 
     @property
     def advice(self) -> str:

@@ -25,6 +25,7 @@ if c = 0.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ from .closed_form import ClosedForm, Network, matrix, padded_rows, product, rows
 from .description import Description
 from .mlp import MLP
 
-__all__ = ["Collapsed", "Drift", "End", "FirstLayer", "Leaps"]
+__all__ = ["Collapsed", "Drift", "End", "FirstLayer", "Leaps", "centred", "is_isotropic", "width_of"]
 
 
 class Leaps(NamedTuple):
@@ -107,33 +108,47 @@ class FirstLayer:
     """
 
     def __init__(self, description: Description, scale: Tensor | None = None) -> None:
-        assert description.scales is not None  # the description is not bare
         self.description, self.scale = description, scale
-        mlps, scales = list(description.scaled_heads()), list(description.scales)
-        like = mlps[0].weights[0]
-        if description.linear is not None:  # one more MLP: b x is a layer of one unit
-            one = like.new_ones(1, 1)
-            mlps.append(MLP((description.linear[None], one), (None, None), (Activation("identity"),)))
-            scales.append(one[0, 0])
+        centre = centred(description)
+        assert centre.scales is not None
+        self.mlps, self.scales = centre.scaled_heads(), list(centre.scales)
+        like = self.mlps[0].weights[0]
         # Blocks start at multiples of four columns, as rows do (closed_form.py). Columns in between are 0.
         self.blocks: list[slice] = []
-        width = 0
-        for mlp in mlps:
-            self.blocks.append(slice(width, width + mlp.widths[0]))
-            width += -(-mlp.widths[0] // 4) * 4
-        self.width = width
-        self.weight = matrix(width, description.dim, like).zero_()
-        for block, mlp in zip(self.blocks, mlps, strict=True):
+        self.width = 0
+        for mlp in self.mlps:
+            self.blocks.append(slice(self.width, self.width + mlp.widths[0]))
+            self.width += -(-mlp.widths[0] // 4) * 4
+        self.weight = matrix(self.width, description.dim, like).zero_()
+        for block, mlp in zip(self.blocks, self.mlps, strict=True):
             self.weight[block] = mlp.weights[0]
         self.mean = None if description.mean is None or not bool(description.mean.any()) else description.mean
-        self.mlps = [mlp if self.mean is None else _shifted(mlp, self.mean) for mlp in mlps]
-        self.scales = scales
         self.curvature = 0.0 if description.curvature is None else float(description.curvature[0])
-        self.scaled = self.weight if scale is None else matrix(width, description.dim, like)
+        self.scaled = self.weight if scale is None else matrix(self.width, description.dim, like)
         if scale is not None:
             torch.mul(self.weight, scale, out=self.scaled)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """G, (width, width)."""
         with threads(1):  # so that its bits do not depend on the number of threads
-            self.gram = torch.mm(self.scaled, self.scaled.t())
+            return torch.mm(self.scaled, self.scaled.t())
+
+
+def centred(description: Description) -> Description:
+    """The energy as a function of x - m, with its linear term as one more MLP: b x is a layer of one unit."""
+    assert description.scales is not None  # the description is not bare
+    mlps, scales = description.mlps, description.scales
+    if description.linear is not None:
+        one = description.linear.new_ones(1, 1)
+        mlps = (*mlps, MLP((description.linear[None], one), (None, None), (Activation("identity"),)))
+        scales = torch.cat([scales, one[0]])
+    mean = description.mean
+    if mean is not None and bool(mean.any()):
+        mlps = tuple(_shifted(mlp, mean) for mlp in mlps)
+    return replace(
+        description, mlps=mlps, scales=scales, mean=None if mean is None else torch.zeros_like(mean), linear=None
+    )
 
 
 def _shifted(mlp: MLP, mean: Tensor) -> MLP:
@@ -141,6 +156,17 @@ def _shifted(mlp: MLP, mean: Tensor) -> MLP:
     bias = torch.mv(mlp.weights[0], mean)
     bias = bias if mlp.biases[0] is None else mlp.biases[0] + bias
     return replace(mlp, biases=(bias, *mlp.biases[1:]))
+
+
+def width_of(description: Description) -> int:
+    """The number of units that see x."""
+    return sum(mlp.widths[0] for mlp in description.mlps) + (description.linear is not None)
+
+
+def is_isotropic(description: Description) -> bool:
+    """Whether the curvature of the energy's Gaussian term is the same for all dims."""
+    c = description.curvature
+    return c is None or bool((c == c[0]).all())
 
 
 class Collapsed:
