@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class Choice:
 
     backend: "triton", "torch" or "reference".
     path: "resident" or "streaming" (the fused kernel), "evaluation" (the sampler's own steps, and a kernel that
-    evaluates the energy), "tiles" (closed-form gradient on tiles), "products" (closed-form gradient by library
+    evaluates the energy), "tiles" (closed-form gradient on tiles), "collapsed" (the same, with steps in the first layer
+    of the MLP), "marginal" (with noise there too, see marginal.py), "products" (closed-form gradient by library
     products, for MLPs too wide for the fused kernel) or "autograd". With backend "triton", the last two use the fused
     update kernel.
     description: the MLP energy, or None if it could not be read as an MLP.
@@ -111,6 +112,7 @@ def choose(
     condition: str | None = None,
     sampler: str = "Langevin",
     triton_paths: Collection[str] = TRITON_PATHS,
+    collapses: Callable[[Description], bool] = lambda _: False,
 ) -> Choice:
     """Choose the backend for an energy and states of ``dtype`` on ``device``.
 
@@ -118,6 +120,7 @@ def choose(
         backend, precision: what the caller asked for.
         condition: the energy's argument besides x: "labels", "condition" (anything else), or None.
         sampler, triton_paths: the sampler's name, and the paths on which a Triton kernel runs it (table.py).
+        collapses: whether the sampler's steps on this energy are faster in its first layer (targets/collapsed.py).
 
     Raises:
         ValueError: an unknown name, or backend="triton" where it can't run.
@@ -167,6 +170,8 @@ def choose(
     by = "numba" if no_numba is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
         full = "bf16"
+    if path == "tiles" and device.type == "cpu" and full != "bf16" and description is not None:
+        path = "collapsed" if collapses(description) else path
     if device.type != "cuda" or _capability(device) > 0:  # without a CUDA device nothing runs instead
         why_not = f"{why_not}; {_INSTEAD[path, by]}"
         why_not += f" ({no_numba})" if device.type == "cpu" and no_numba is not None else ""
@@ -177,6 +182,8 @@ def choose(
 _INSTEAD = {
     ("evaluation", "triton"): "its own steps run in PyTorch, and one launch computes energy and gradient of all chains",
     ("tiles", "numba"): "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU",
+    ("collapsed", "numba"): "its steps run in the first layer instead, by Numba's kernels: the fastest path on a CPU",
+    ("collapsed", "torch"): "its steps run in the first layer instead, in plain PyTorch",
     ("tiles", "torch"): "the closed-form gradient runs instead, in plain PyTorch",
     ("products", "triton"): "the closed-form gradient runs instead, by library products (cuda_graph=True records them)",
     ("autograd", "numba"): (

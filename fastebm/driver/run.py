@@ -8,13 +8,15 @@ It puts the energy in eval mode, chooses the backend, runs the steps, and handle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import Advanced, Chains, settle, table
+from ..backends import Advanced, Chains, marginal, settle, table
 from ..backends.choose import FUSED, Choice, choose, default_precision
+from ..backends.collapsed import collapses
 from ..backends.graphs import CudaRecorder
 from ..energies import EnergyLike, first_tensor, n_classes
 from ..energies.conditions import are_labels
@@ -79,16 +81,7 @@ def run_chains(
     device = x.device
     start = x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        condition = None if chains.labels_or_condition is None else chains.kind
-        precision = settings.precision
-        if sampler.exact and (precision or default_precision()) == "bf16":
-            # A rounded energy would be another target. For kernels not "ieee", which has no tensor cores and is for
-            # tests; PyTorch's own products are in full float32 all the same.
-            precision = "bf16x3"
-        choice = choose(
-            energy, device, dtype, settings.backend, precision, condition=condition,
-            sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
-        )  # fmt: skip
+        choice = _chosen(energy, chains, sampler, settings, dtype, adaptation)
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)
             start = None
@@ -113,6 +106,28 @@ def run_chains(
             start, part or (0, steps),
         )  # fmt: skip
     return done, choice
+
+
+def _chosen(
+    energy: nn.Module, chains: Chains, sampler: Any, settings: Settings, dtype: torch.dtype,
+    adaptation: Adaptation | None,
+) -> Choice:  # fmt: skip
+    """The backend of the call."""
+    precision = settings.precision
+    if sampler.exact and (precision or default_precision()) == "bf16":
+        # A rounded energy would be another target. For kernels not "ieee", which has no tensor cores and is for tests;
+        # PyTorch's own products are in full float32 all the same.
+        precision = "bf16x3"
+    choice = choose(
+        energy, chains.x.device, dtype, settings.backend, precision,
+        condition=None if chains.labels_or_condition is None else chains.kind, sampler=table.name_of(sampler),
+        triton_paths=table.triton_paths(sampler),
+        collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
+    )  # fmt: skip
+    description = choice.description
+    if description is not None and adaptation is None and marginal.applies(sampler, chains, description):
+        choice = replace(choice, path="marginal")
+    return choice
 
 
 def _run_compiled(

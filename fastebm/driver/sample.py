@@ -151,8 +151,10 @@ def sample(
     run = Parts(energy, shape, settings, thin, warmup + steps, check_start=isinstance(init, Tensor))
     many = len(chains.x) * chains.x.shape[1] * (warmup + steps) > _MANY
     shown = (sys.stderr.isatty() and many) if progress is None else progress
-    # Parts must not change the result: "reinit" acts at the end of a part, and a CUDA graph needs many steps.
-    in_parts = shown and not cuda_graph and on_nonfinite != "reinit"
+    # Parts must not change the result: "reinit" acts at the end of a part, where marginal noise completes the states.
+    # And a CUDA graph needs many steps.
+    whole = cuda_graph or on_nonfinite == "reinit" or getattr(sampler, "marginal_noise", False)
+    in_parts = shown and not whole
     size = max(thin, -(-max(steps, warmup) // (_PARTS * max(thin, 1))) * max(thin, 1)) if in_parts else 0
     with tqdm(total=warmup + steps, unit=" steps", disable=not shown, dynamic_ncols=True) as bar:
         if warmup > 0:
