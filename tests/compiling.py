@@ -7,12 +7,13 @@ It compiles exactly what a launch would: the backend's entry points run on CPU t
 be a GPU of the given capability, and launching is replaced by compiling.
 
 Fields of a case; those after precision are optional:
-    kernel ("mlp", "update", "hmc" or "mala"), capability, dim, widths, precision
+    kernel ("mlp", "evaluate", "hmc", "mala" or "update"), capability, dim, widths, precision
     activations     one per layer; default: silu
     rule            keywords of the sampler, with lists for tensors
     head            "scalar"; "logsumexp" or "class", of 10 classes
     sum             true: with a second MLP, a Gaussian and a linear term
     recorded        true: with frozen coordinates, a trajectory and telemetry
+    wanted          of "evaluate", a method of ``Target``; default: "value_and_gradient"
     silent          true: with zeros instead of normal numbers; the same for all cases of a process
     cubin           a path to write the machine code to
 A result is the case with what was compiled, or with "refused", the message of ``choose_launch``.
@@ -30,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from fastebm.kernels.triton import step
-from fastebm.kernels.triton.launch import SHARED_MEMORY, choose_launch, shared_bytes
+from fastebm.kernels.triton.launch import SHARED_MEMORY, choose_launch, shared_bytes, why_no_accept_test
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -46,6 +47,7 @@ N_CHAINS = 64
 # By kernel, the sampler and its settings.
 SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "mlp": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
+    "evaluate": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
     "update": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
     "hmc": (HMC, {"step_size": 0.1, "n_leapfrog": 10}),
     "mala": (MALA, {"step_size": 0.1}),
@@ -69,7 +71,7 @@ class PretendedGPU:
 
 
 def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """The kernel that moves chains, among those that a call launches: all are compiled, none run."""
+    """The last kernel, among those that a call launches: all are compiled, none run."""
     kernels: list[Any] = []
 
     def instead_of_launching(kernel: JITFunction, grid: Any) -> Any:
@@ -134,14 +136,25 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         kernel = compiled_by(runs.fused_module, Energy(energy, (dim,), torch.float32), *arguments, **recording)
     else:
         description = describe(energy, labels=labels is not None)
-        exact = case["kernel"] != "mlp"
-        run = runs.fused_hmc if exact else runs.fused_mlp
-        launch = choose_launch(dim, description.networks, precision, capability, exact=exact)
+        exact = case["kernel"] in ("hmc", "mala")
+        held = "bf16x3" if exact and precision == "bf16" else precision  # of the weights
+        networks = description.networks
+        launch = choose_launch(dim, networks, held, capability)
+        if not isinstance(launch, str) and exact:
+            resident = launch.regime == "resident"
+            why_not = why_no_accept_test(launch, dim, networks, held, capability) if resident else "W_1 is streamed"
+            launch = why_not or launch
         if isinstance(launch, str):
             return {**case, "refused": launch}
-        estimate = shared_bytes(launch, dim, description.networks, precision, capability, exact=exact)
-        with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
-            kernel = compiled_by(run, description, *arguments, precision=precision, launch=launch, **recording)
+        estimate = shared_bytes(launch, dim, networks, held, capability, exact=exact)
+        options = {"precision": precision, "launch": launch}
+        if case["kernel"] == "evaluate":
+            wanted = case.get("wanted", "value_and_gradient")
+            kernel = compiled_by(lambda: getattr(runs.evaluation(description, chains, **options), wanted)(chains.x))
+        else:
+            run = runs.fused_hmc if exact else runs.fused_mlp
+            with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
+                kernel = compiled_by(run, description, *arguments, **options, **recording)
     if "cubin" in case:
         Path(case["cubin"]).write_bytes(kernel.asm["cubin"])
     return {

@@ -39,6 +39,22 @@ def mlp(capability, dim, precision, widths=None, **options):
     }
 
 
+def hmc(*arguments, **options):
+    return {**mlp(*arguments, **options), "kernel": "hmc"}
+
+
+def mala(*arguments, **options):
+    return {**mlp(*arguments, **options), "kernel": "mala"}
+
+
+def hmc_options(dim):
+    return {"step_size": [[0.1]] * 64, "mass": [1.0] * dim, "clamp": [[-1.0] * dim, [1.0] * dim]}
+
+
+def evaluate(*arguments, **options):
+    return {**mlp(*arguments, **options), "kernel": "evaluate"}
+
+
 def update(capability, dim, **options):
     return {**mlp(capability, dim, "ieee", [16], **options), "kernel": "update"}
 
@@ -61,6 +77,15 @@ QUICK = [
     # the noise before the gradient
     mlp(90, 3, "bf16", [20], rule={**ALL_OPTIONS, **NOISE_FIRST}),
     update(90, 63, rule={**ALL_OPTIONS, **NOISE_FIRST}),
+    # both regimes, each result alone and both
+    evaluate(80, 5, "bf16x3", [20], head="class", sum=True),
+    evaluate(90, 200, "bf16", [20, 16], head="logsumexp", sum=True),
+    evaluate(90, 63, "bf16x3", [33], wanted="value"),
+    evaluate(90, 200, "bf16x3", [33], wanted="gradient"),
+    # an accept test: weights of one precision and of two, and every option
+    hmc(90, 5, "bf16x3", [20]),
+    hmc(80, 63, "bf16", [20], head="class", rule=hmc_options(63), **SUM),
+    mala(90, 4, "tf32", [20]),
 ]
 SLOW = [
     *[
@@ -92,6 +117,35 @@ SLOW = [
     mlp(90, 784, "bf16x3", rule=all_options(784), recorded=True),
     mlp(90, 783, "bf16x3", [256, 128], rule=all_options(783), recorded=True),
     *[mlp(capability, 200, "bf16x3", [64, 64], rule=all_options(200), recorded=True) for capability in (80, 90)],
+    *[
+        evaluate(capability, dim, precision, wanted=wanted)
+        for capability in (80, 90)
+        for dim in ARCHITECTURES
+        for precision in ("bf16", "bf16x3", "tf32")
+        for wanted in ("value", "gradient", "value_and_gradient")
+    ],
+    evaluate(90, 5, "bf16x3", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
+    *[
+        kernel(capability, dim, precision)
+        for kernel in (hmc, mala)
+        for capability in (80, 90)
+        for dim in ARCHITECTURES
+        for precision in ("bf16", "bf16x3", "tf32")
+    ],
+    *[
+        hmc(capability, dim, precision, [20, 16], head=head, rule=hmc_options(dim), **SUM)
+        for capability, precision in ((80, "bf16x3"), (90, "bf16"), (90, "bf16x3"))
+        for dim in (5, 128)
+        for head in ("scalar", "logsumexp", "class")
+    ],
+    hmc(90, 5, "bf16", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
+    *[
+        case
+        for capability, precision in ((80, "bf16x3"), (90, "bf16"), (90, "bf16x3"))
+        for dim in (5, 128, 200)
+        for head in ("scalar", "logsumexp", "class")
+        if (case := evaluate(capability, dim, precision, [20, 16], head=head, sum=True)) not in QUICK
+    ],
 ]
 
 
@@ -100,6 +154,7 @@ def name(case):
     options += f"-{case['head']}" if "head" in case else ""
     options += "-bounds" if isinstance(case.get("rule", {}).get("clamp", [0])[0], list) else ""
     options += "".join(f"-{key}" for key in NOISE_FIRST if case.get("rule", {}).get(key))
+    options += f"-{case['wanted']}" if "wanted" in case else ""
     options += "-norm" if "grad_norm_clip" in case.get("rule", {}) else ""
     return f"{case['kernel']}-sm_{case['capability']}-{case['dim']}-{case['widths']}-{case['precision']}{options}"
 
@@ -118,15 +173,18 @@ def slow():
     return compile_all(SLOW)
 
 
+KERNELS = {"mlp": "langevin_", "evaluate": "evaluate_", "hmc": "hmc_", "mala": "hmc_"}
+
+
 def check(case, result):
     if result["refused"] is not None:  # correct if the reason is too little shared memory
-        assert "shared memory" in result["refused"]
+        assert "shared memory" in result["refused"] or "W_1 is streamed" in result["refused"]
         return
     assert result["target"] == case["capability"]
     assert result["cubin_bytes"] > 0
     assert result["shared"] <= result["limit"]
-    if case["kernel"] == "mlp":
-        assert result["name"].startswith("langevin_")
+    if case["kernel"] != "update":
+        assert result["name"].startswith(KERNELS[case["kernel"]])
         assert result["tensor_cores"] == (case["precision"] != "ieee")
         assert result["shared"] <= result["estimate"], "launch.shared_bytes must not underestimate"
 
@@ -142,9 +200,12 @@ def test_the_rest_compiles_and_fits(slow, case):
     check(case, slow[name(case)])
 
 
-def test_both_regimes_and_the_update_are_compiled(quick):
+def test_all_kernels_are_compiled(quick):
     compiled = {result["name"] for result in quick.values() if result["refused"] is None}
-    assert compiled == {"langevin_resident", "langevin_streaming", "langevin_update"}
+    assert compiled == {
+        "langevin_resident", "langevin_streaming", "langevin_update", "evaluate_resident", "evaluate_streaming",
+        "hmc_resident",
+    }  # fmt: skip
     refused = [result for result in quick.values() if result["refused"] is not None]
     assert not refused
 

@@ -3,9 +3,14 @@
 reference.py    the definition of correct: any sampler on any target, in plain PyTorch
 tiles.py        any sampler on an MLP energy, on tiles of chains, one CPU thread per tile
 cpu.py          the fast path on a CPU: matrix products or autograd for gradients, Numba kernels for the rest
-blas.py         matrix products as calls of BLAS, for cpu.py
+collapsed.py    HMC, MALA and Langevin in the first layer of an MLP energy
+cpu_collapsed.py  the same on a CPU, by Numba kernels
+marginal.py     Langevin with its noise in the first layer
+cpu_mlp.py      the calls of an MLP's gradient, for cpu.py
+blas.py         matrix products as calls of BLAS, for cpu_mlp.py
 fused.py        the Triton kernels: all steps in one launch for MLP energies, a fused update for other energies
 fused_hmc.py    HMC and MALA of an MLP energy by a Triton kernel, all steps in one launch
+evaluation.py   any sampler on an MLP energy that a Triton kernel evaluates
 table.py        runs a sampler on a target by the fastest of these
 choose.py       chooses the backend, and explains why the fused kernel does not run
 settle.py       raises for chains that are not finite, or reinitialises them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "TRITON_PATHS",
     "Choice",
     "choose",
+    "default_precision",
     "interpreted",
     "launch_for",
     "multiplies_bf16",
@@ -44,14 +45,17 @@ class Choice:
     """The backend of a call.
 
     backend: "triton", "torch" or "reference".
-    path: "resident" or "streaming" (the fused kernel), "tiles" (closed-form gradient on tiles), "products" (closed-form
-    gradient by library products, for MLPs too wide for the fused kernel) or "autograd". With backend "triton", the last
-    two use the fused update kernel.
+    path: "resident" or "streaming" (the fused kernel), "evaluation" (the sampler's own steps, and a kernel that
+    evaluates the energy), "tiles" (closed-form gradient on tiles), "collapsed" (the same, with steps in the first layer
+    of the MLP), "marginal" (with noise there too, see marginal.py), "products" (closed-form gradient by library
+    products, for MLPs too wide for the fused kernel) or "autograd". With backend "triton", the last two use the fused
+    update kernel.
     description: the MLP energy, or None if it could not be read as an MLP.
-    launch: configuration of the fused kernel, or None.
+    launch: configuration of the fused kernel, or of the one that evaluates the energy; or None.
     precision: of the matrix products.
     why_not_fused: why the fused kernel does not run, and what runs instead. None if it runs.
-    kernels: what computes noise, update and activations: "triton", "numba" (on a CPU, in float32) or "torch".
+    kernels: what computes noise, update and activations: "triton" (on the path "evaluation" the activations only),
+    "numba" (on a CPU, in float32) or "torch".
     """
 
     backend: str
@@ -61,6 +65,11 @@ class Choice:
     precision: str
     why_not_fused: str | None
     kernels: str = "triton"
+
+    @property
+    def on_device(self) -> bool:
+        """Whether kernels compute whole steps, none of which waits for the device."""
+        return self.backend == "triton" and self.path != "evaluation"
 
 
 def interpreted() -> bool:
@@ -104,6 +113,7 @@ def choose(
     sampler: str = "Langevin",
     triton_paths: Collection[str] = TRITON_PATHS,
     exact: bool = False,
+    collapses: Callable[[Description], bool] = lambda _: False,
 ) -> Choice:
     """Choose the backend for an energy and states of ``dtype`` on ``device``.
 
@@ -111,7 +121,8 @@ def choose(
         backend, precision: what the caller asked for.
         condition: the energy's argument besides x: "labels", "condition" (anything else), or None.
         sampler, triton_paths: the sampler's name, and the paths on which a Triton kernel runs it (table.py).
-        exact: whether the sampler has an accept test, whose energies its kernel computes at bf16x3 at least.
+        exact: whether the sampler has an accept test.
+        collapses: whether the sampler's steps on this energy are faster in its first layer (targets/collapsed.py).
 
     Raises:
         ValueError: an unknown name, or backend="triton" where it can't run.
@@ -133,17 +144,24 @@ def choose(
         description = describe(energy, labels=condition == "labels", bare=True)
     except NotAnMLP as error:
         why_not = f"not an MLP that can be read: {error}"
-    no_triton = _why_not_triton(device, dtype, asked=backend == "triton") if triton_paths else None
+    no_triton = _why_not_triton(device, dtype, asked=backend == "triton")
     wanted = precision or default_precision()
-    if no_triton is None and triton_paths and description is not None:
-        launch = launch_for(description, wanted, device, exact=exact)
+    if no_triton is None and description is not None:
+        launch = launch_for(description, wanted, device)
         if isinstance(launch, str):
             launch, why_not = None, launch
     path = launch.regime if launch is not None else "autograd" if description is None else "products"
-    if no_triton is None and path not in triton_paths:
-        no_triton = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
-    if backend == "triton" and no_triton is not None:
-        raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
+    no_kernel = None
+    if path not in triton_paths:
+        no_kernel = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
+    elif exact and launch is not None and description is not None:
+        no_kernel = why_no_accept_test(description, launch, wanted, device)
+    if launch is not None and no_kernel is not None and backend != "torch":
+        why_not = f"{no_kernel}; {_INSTEAD['evaluation', 'triton']}"
+        return Choice("triton", "evaluation", description, launch, wanted, why_not)
+    if backend == "triton" and (no_triton or no_kernel) is not None:
+        raise ValueError(f'backend="triton" can\'t run: {no_triton or no_kernel}. Use backend="auto" or "torch"')
+    no_triton = no_kernel or no_triton
     why_not = why_not or no_triton
     if backend == "torch":
         why_not = 'backend="torch" was asked for'
@@ -156,6 +174,8 @@ def choose(
     by = "numba" if no_numba is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
         full = "bf16"
+    if path == "tiles" and device.type == "cpu" and full != "bf16" and description is not None:
+        path = "collapsed" if collapses(description) else path
     if device.type != "cuda" or _capability(device) > 0:  # without a CUDA device nothing runs instead
         why_not = f"{why_not}; {_INSTEAD[path, by]}"
         why_not += f" ({no_numba})" if device.type == "cpu" and no_numba is not None else ""
@@ -164,7 +184,10 @@ def choose(
 
 # What runs instead of the fused kernel, by path and kernels.
 _INSTEAD = {
+    ("evaluation", "triton"): "its own steps run in PyTorch, and one launch computes energy and gradient of all chains",
     ("tiles", "numba"): "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU",
+    ("collapsed", "numba"): "its steps run in the first layer instead, by Numba's kernels: the fastest path on a CPU",
+    ("collapsed", "torch"): "its steps run in the first layer instead, in plain PyTorch",
     ("tiles", "torch"): "the closed-form gradient runs instead, in plain PyTorch",
     ("products", "triton"): "the closed-form gradient runs instead, by library products (cuda_graph=True records them)",
     ("autograd", "numba"): (
@@ -182,12 +205,21 @@ def multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def launch_for(description: Description, precision: str, device: torch.device, *, exact: bool = False) -> Any:
-    """The configuration of the fused kernel, or a str that says why there is none. exact: see ``choose``."""
+def launch_for(description: Description, precision: str, device: torch.device) -> Any:
+    """The configuration of the fused kernel, or a str that says why there is none."""
     from ..kernels.triton.launch import choose_launch  # imported here, because only this path needs it
 
     capability = None if interpreted() else _capability(device)
-    return choose_launch(description.dim, description.networks, precision, capability, exact=exact)
+    return choose_launch(description.dim, description.networks, precision, capability)
+
+
+def why_no_accept_test(description: Description, launch: Any, precision: str, device: torch.device) -> str | None:
+    """Why that configuration does not fit for samplers with an accept test, or None."""
+    from ..kernels.triton import launch as of  # imported here, because only this path needs it
+
+    capability = None if interpreted() else _capability(device)
+    why: str | None = of.why_no_accept_test(launch, description.dim, description.networks, precision, capability)
+    return why
 
 
 def default_precision() -> str:

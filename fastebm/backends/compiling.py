@@ -39,7 +39,7 @@ def can_compile(
     Args:
         rules: the arguments that may be the sampler, unchecked.
     """
-    if any(isinstance(rule, Langevin) and rule.preconditioner is not None for rule in rules):
+    if any(isinstance(rule, Langevin) and (rule.preconditioner is not None or rule.marginal_noise) for rule in rules):
         return False
     if not isinstance(energy, nn.Module) or backend == "reference" or condition is not None or generator is not None:
         return False

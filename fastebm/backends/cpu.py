@@ -9,7 +9,7 @@ Other energies: autograd's gradient of all chains at once, then one pass for noi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,25 +24,19 @@ from ..samplers.langevin import Langevin
 from ..targets.autograd import Energy
 from ..targets.base import Target
 from ..targets.closed_form import (
-    NARROW,
     Evaluator,
-    Network,
     matrix,
     padded_rows,
     repeated_labels,
     rows_of_products,
 )
 from ..targets.description import Description
-from ..targets.mlp import MLP
 from ..threads import Spares, Team, share
 from . import Advanced, Chains, averaged
-from .blas import matrix_product
+from .cpu_mlp import NetworkCalls, Program, Weights, weights_of
 from .tiles import tiles
 
-__all__ = ["FEW_DIMS", "parts_of_update", "run_mlp", "run_module", "why_not"]
-
-# Up to this many dims, the activation loops compute the products with the first weight, for which BLAS is slow.
-FEW_DIMS = 4
+__all__ = ["Scratch", "Update", "parts_of_update", "run_mlp", "run_module", "why_not"]
 
 # Numbers per thread below which a second thread does not pay off.
 _NUMBERS_PER_THREAD = 16_384
@@ -64,7 +58,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 # -- the update ----------------------------------------------------------------------------------------------------
 
 
-class _Update:
+class Update:
     """Noise, update and clamp of some chains, with the kernel arguments that are the same in every step.
 
     coefficients: drift and noise_std. t: (1,) int64, the current step. kind: LANGEVIN, or DRIFT for the drift alone.
@@ -99,9 +93,7 @@ class _Update:
             self.back = [first_bad, self.table, frozen, -1 if frozen is None else self.dim if len(frozen) > 1 else 0]
             self.back += [*both, *clips, lo, int(lo.numel() > 1), hi, int(hi.numel() > 1)]
 
-    def call(
-        self, new: Tensor | None, x: Tensor, grad: Tensor | None, first: int, last: int, scratch: _Scratch
-    ) -> Call:
+    def call(self, new: Tensor | None, x: Tensor, grad: Tensor | None, first: int, last: int, scratch: Scratch) -> Call:
         """The call that updates chains first to last - 1 from x to new. None: set later by the call's ``aim``."""
         states = [new, x, grad, self.dim, x.stride(0)]
         if self.plain:
@@ -113,21 +105,21 @@ class _Update:
 
 def _updates(
     chains: Chains, sampler: Langevin, coefficients: tuple[Tensor, Tensor], first_bad: Tensor, telemetry: bool
-) -> list[_Update]:
+) -> list[Update]:
     """The update of a step or, with noise_first, its two parts: first the noise, with a drift of 0, then the drift.
     The first part multiplies its gradient by 0, so callers pass x in place of one."""
     t = torch.zeros(1, dtype=torch.int64, device="cpu")
     if not sampler.noise_first:
-        return [_Update(chains, sampler, coefficients, first_bad, telemetry, t)]
+        return [Update(chains, sampler, coefficients, first_bad, telemetry, t)]
     (drift, noise_std), zero = coefficients, torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     noise = Langevin(clamp=sampler.clamp if sampler.clamp_noise else None)
     return [
-        _Update(chains, noise, (zero, noise_std), first_bad, False, t),
-        _Update(chains, sampler, (drift, zero), first_bad, telemetry, t, kernels.DRIFT),
+        Update(chains, noise, (zero, noise_std), first_bad, False, t),
+        Update(chains, sampler, (drift, zero), first_bad, telemetry, t, kernels.DRIFT),
     ]
 
 
-class _Scratch:
+class Scratch:
     """Work buffers of an update, one object per thread."""
 
     def __init__(self, dim: int) -> None:
@@ -153,7 +145,7 @@ def run_mlp(
     coefficients = sampler.coefficients(len(x), steps)
     done = Advanced.blank(x, steps, thin)
     table = x.new_zeros(3, len(x)) if telemetry else None
-    mlps = _weights(description, precision)
+    mlps = weights_of(description, precision)
 
     few = rows_of_products(x.device)
     idle: dict[int, Spares[_Tile]] = {}  # tiles that no thread uses at the moment, by number of rows
@@ -185,15 +177,15 @@ def run_mlp(
 class _Tile:
     """Buffers for n_rows chains and the calls of the gradient. Reused for one tile after another."""
 
-    def __init__(self, description: Description, mlps: list[_Weights], n_rows: int, with_labels: bool) -> None:
+    def __init__(self, description: Description, mlps: list[Weights], n_rows: int, with_labels: bool) -> None:
         dim, like = description.dim, mlps[0].heads[0]
         self.n_rows = n_rows
         self.x, self.new, self.grad = (matrix(n_rows, dim, like) for _ in range(3))
         self.labels = torch.empty(n_rows, dtype=torch.int64, device=like.device) if with_labels else None
         self.evaluator = Evaluator(description, n_rows, [weights.mlp for weights in mlps])
-        self.scratch = _Scratch(dim)
+        self.scratch = Scratch(dim)
         pairs = zip(mlps, self.evaluator.networks, strict=True)
-        networks = [_Network(weights, evaluated, self.labels) for weights, evaluated in pairs]
+        networks = [NetworkCalls(weights, evaluated, self.labels) for weights, evaluated in pairs]
         d, grad = description, self.grad
         curvature, mean, linear = (None if v is None else v.contiguous() for v in (d.curvature, d.mean, d.linear))
         terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
@@ -205,7 +197,7 @@ class _Tile:
         # the gradients at x and at new
         self.gradients = [[call for part in parts for call in part[k]] for k in range(2)]
 
-    def begin(self, chains: Chains, updates: list[_Update]) -> None:
+    def begin(self, chains: Chains, updates: list[Update]) -> None:
         """Load these chains and their updates, before ``run``."""
         self.n_chains, self.update = len(chains.x), updates[-1]
         self.x.copy_(padded_rows(chains.x, self.n_rows))
@@ -222,7 +214,7 @@ class _Tile:
             noise = updates[0].call(self.new, self.x, self.x, *rows)
             even = odd = [noise, *self.gradients[1], self.update.call(self.x, self.new, self.grad, *rows)]
             self.ends = self.x, self.x
-        self.program = _Program(even, odd, self.update.t)
+        self.program = Program(even, odd, self.update.t)
 
     def run(
         self, steps: int, thin: int, done: Advanced, table: Tensor | None, rows: slice, interrupted: Callable[[], bool]
@@ -244,114 +236,10 @@ class _Tile:
             table[:, rows] = self.update.table
 
 
-class _Program:
-    """A loop over steps, each a list of calls: even steps go from x to new, odd ones back. t: (1,) int64, the step."""
-
-    def __init__(self, even: Sequence[Callable[[], object]], odd: Sequence[Callable[[], object]], t: Tensor) -> None:
-        self.steps, self.t = (even, odd), t
-        self.lists: list[Any] = []
-        for calls in self.steps:
-            self.lists.append(kernels.listed([call for call in calls if isinstance(call, Call)]))
-        self.compiled = all(len(pairs) == 2 * len(calls) for pairs, calls in zip(self.lists, self.steps, strict=True))
-
-    def run(self, first: int, last: int) -> None:
-        if self.compiled:
-            kernels.load("program.run")(*self.lists, len(self.steps[0]), self.t, first, last)
-            return
-        for t in range(first, last):  # some calls are PyTorch products, not kernels
-            self.t.fill_(t)
-            for call in self.steps[t % 2]:
-                call()
-
-
-class _Weights:
-    """The weights of one MLP of the energy's sum, in the layouts that the kernels read. Shared by all tiles."""
-
-    def __init__(self, mlp: MLP, scale: float, operand: torch.dtype) -> None:
-        self.mlp, self.scale = mlp, scale
-        self.few = mlp.dim if mlp.dim <= FEW_DIMS else 0
-        first = mlp.weights[0]
-        self.first = first.t().contiguous() if mlp.dim <= NARROW else None  # (dim, width)
-        self.down = [w.contiguous().to(operand) for w in mlp.weights]
-        self.up = [w.t() for w in self.down]
-        if self.first is not None:
-            self.down[0] = self.first.to(operand).t()
-        self.biases = [
-            first.new_zeros(len(w)) if bias is None else bias.contiguous()
-            for w, bias in zip(mlp.weights, mlp.biases, strict=True)
-        ]
-        # Factors of the slopes of each layer: 1, and the head's weights for the last layer.
-        self.heads = [first.new_ones(1, width) for width in mlp.widths]
-        if mlp.head != "logsumexp":
-            self.heads[-1] = mlp.weights[-1].contiguous()
-
-
-def _weights(description: Description, precision: str) -> list[_Weights]:
-    """The weights of all MLPs. precision: "ieee", or "bf16" for bf16 operands."""
-    assert description.scales is not None  # only a bare description has none
-    operand = torch.bfloat16 if precision == "bf16" else torch.float32
-    return [
-        _Weights(mlp, float(scale), operand)
-        for mlp, scale in zip(description.scaled_heads(), description.scales, strict=True)
-    ]
-
-
-class _Network:
-    """The calls of one MLP's gradient on a tile. ``evaluated`` owns the buffers and computes the energy.
-
-    z: the layers' preactivations, overwritten by the slopes. h: activations, overwritten by gradients.
-    """
-
-    def __init__(self, weights: _Weights, evaluated: Network, labels: Tensor | None) -> None:
-        self.weights, self.n_rows = weights, len(evaluated.z[0])
-        self.labels = labels if weights.mlp.head == "class" else None
-        self.z, self.h, self.logits = evaluated.z, evaluated.h, evaluated.top
-
-    def gradients(self, states: Sequence[Tensor], out: Tensor, *, add: bool) -> list[list[Callable[[], object]]]:
-        """For each tensor x in ``states``, the calls that compute out (+)= dE_k/dx."""
-        rest = [call for i in range(1, len(self.z)) for call in self._up(i, self.h[i - 1])] + self._down(out, add)
-        return [[*self._up(0, x), *rest] for x in states]
-
-    def _up(self, i: int, below: Tensor) -> list[Callable[[], object]]:
-        """The calls of the forward pass of layer i from its input ``below``."""
-        w, activation, z = self.weights, self.weights.mlp.activations[i], self.z[i]
-        few = w.few if i == 0 else 0
-        labels = self.labels if i == len(self.z) - 1 else None
-        layer = [z, self.h[i], self.n_rows, z.shape[1], z.stride(0), w.biases[i], activation.parameter, w.heads[i]]
-        up = kernels.load(f"mlp.up_{activation.name}")
-        call = up.prepared(*layer, labels, int(labels is not None), below, below.stride(0), few, w.first)
-        return [call] if few > 0 else [*matrix_product(below, w.up[i], z), call]
-
-    def _down(self, out: Tensor, add: bool) -> list[Callable[[], object]]:
-        """The calls of the backward pass from the head to ``out``."""
-        w, n = self.weights, self.n_rows
-        above, slope = self.z[-1], None
-        calls: list[Callable[[], object]] = []
-        if w.mlp.head == "logsumexp":
-            assert self.logits is not None
-            shape = n, self.logits.shape[1], self.logits.stride(0)
-            calls += matrix_product(self.h[-1], w.up[-1], self.logits)
-            calls.append(kernels.load("mlp.softmax").prepared(self.logits, *shape, w.biases[-1], -w.scale))
-            calls += matrix_product(self.logits, w.down[-1], self.h[-1])
-            above, slope = self.h[-1], self.z[-1]
-        for i in reversed(range(len(self.z))):
-            few = w.few if i == 0 else 0
-            if slope is not None or few > 0:
-                shape = n, above.shape[1], above.stride(0)
-                slopes, dims = (slope, int(slope is not None)), (out, out.stride(0), few, w.first, int(add))
-                calls.append(kernels.load("mlp.down").prepared(above, *slopes, *shape, *dims))
-            if i > 0:
-                calls += matrix_product(above, w.down[i], self.h[i - 1])
-                above, slope = self.h[i - 1], self.z[i - 1]
-            elif few == 0:
-                calls += matrix_product(above, w.down[0], out, add=add)
-        return calls
-
-
 class _ClosedForm:
     """A ``Target`` (targets/base.py) for an MLP energy and at most one tile of chains, by Numba kernels."""
 
-    def __init__(self, description: Description, mlps: list[_Weights], n_chains: int, labels: Tensor | None) -> None:
+    def __init__(self, description: Description, mlps: list[Weights], n_chains: int, labels: Tensor | None) -> None:
         few = rows_of_products(torch.device("cpu"))
         self.tile = _Tile(description, mlps, -(-n_chains // few) * few, labels is not None)
         self.tile.x.zero_()
@@ -388,7 +276,7 @@ class _ClosedForm:
 
 def closed_form(description: Description, precision: str) -> Callable[[int, Tensor | None], Target]:
     """A function (n_chains, labels) -> the target of these chains."""
-    mlps = _weights(description, precision)
+    mlps = weights_of(description, precision)
     return lambda n_chains, labels: _ClosedForm(description, mlps, n_chains, labels)
 
 
@@ -411,7 +299,7 @@ def run_module(
         x = chains.x.clone()
         done = Advanced.blank(x, steps, thin)
         updates = _updates(chains, sampler, sampler.coefficients(n, steps), done.first_bad, telemetry)
-        parts = [(part.start, part.stop, _Scratch(dim)) for part in parts_of_update(n, dim, n_threads)]
+        parts = [(part.start, part.stop, Scratch(dim)) for part in parts_of_update(n, dim, n_threads)]
         calls = [[update.call(None, x, None, *part) for part in parts] for update in updates]
         teams = [Team(of_update, n_threads) for of_update in calls]
 

@@ -38,6 +38,7 @@ __all__ = [
     "run_mlp",
     "run_module",
     "run_products",
+    "slopes_scratch",
 ]
 
 # triton 3.10 turns fused multiply-add off by default; the interpreter takes no such option.
@@ -122,12 +123,20 @@ def _regime(
     if launch.regime == "resident":
         scratch = [x.new_empty(rows, launch.block_dim) if padded else None]
         return tiles_at_once, scratch, {"BOTH_ORDERS": launch.both_orders}
+    return tiles_at_once, [slopes_scratch(description, launch, precision, x.device, rows)], {
+        "OWN_CHAINS": launch.own_chains, "LEAN": launch.lean,
+    }  # fmt: skip
+
+
+def slopes_scratch(
+    description: Description, launch: Launch, precision: str, device: torch.device, rows: int
+) -> tuple[Tensor, ...]:
+    """Memory for the first layers' slopes in the streaming regime, of each network."""
     halves = (2 if launch.own_chains else 0) if precision == "bf16x3" else 1
     operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
-    slopes = (
-        torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=x.device) for mlp in description.mlps
+    return tuple(
+        torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in description.mlps
     )
-    return tiles_at_once, [tuple(slopes)], {"OWN_CHAINS": launch.own_chains, "LEAN": launch.lean}
 
 
 def compiled_for(description: Description, launch: Launch, precision: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..targets.mlp import MLP
 from ..tracing import capturing, operator
 from . import LANGEVIN_TELEMETRY, Advanced, Chains, cpu, settle, table
 from .choose import FUSED, Choice, launch_for
+from .collapsed import collapses
 
 __all__ = ["encode_networks", "encode_sampler", "run"]
 
@@ -128,6 +129,9 @@ def langevin(  # type: ignore[no-untyped-def]
         moving = Chains(x, seed, chains, first_steps, labels, frozen)
         launch = launch_for(description, precision, device) if path in FUSED else None
         kernels = "triton" if path != "tiles" else "numba" if cpu.why_not(device, dtype) is None else "torch"
+        # As choose.py has it, which can't read the energy's curvature while a call is traced.
+        if path == "tiles" and device.type == "cpu" and precision != "bf16" and collapses(sampler, moving, description):
+            path = "collapsed"
         choice = Choice("auto", path, description, launch, precision, None, kernels)
         done = table.run(table.Job(choice, None, moving, sampler, steps, thin, telemetry))
         named = {f"{kind} {i}": v for kind, vs in (("weight", weights), ("bias", biases)) for i, v in enumerate(vs)}

@@ -71,17 +71,20 @@ def run(
         if reported is not None:
             reported.add(info, before, stopped, is_last=t == steps - 1)
         if done.trajectory is not None and (t + 1) % thin == 0:
-            done.trajectory[:, t // thin] = state.x
-    energy = getattr(state, "energy", None)  # MALA's state carries it, for example
-    energy = target.value(state.x) if energy is None else energy
+            done.trajectory[:, t // thin] = sampler.positions(view, state)
+    x, energy = sampler.positions(view, state), getattr(state, "energy", None)  # MALA's state has it, for example
+    energy = target.value(x) if energy is None else energy
     named = None if reported is None else reported.named(sampler.reports, steps)
     carried = {name: getattr(state, name) for name in sampler.carries} or None
-    return done._replace(x=state.x, energy=energy, telemetry=named, carried=carried)
+    return done._replace(x=x, energy=energy, telemetry=named, carried=carried)
 
 
 def _started(sampler: Any, view: View, x: Tensor, noise: Noise, carried: Mapping[str, Tensor] | None) -> Any:
-    """The state at x. Chains that start again have NaN in what they carried, and take the values of a fresh start."""
-    if not carried:
+    """The state at x. Chains that start again have NaN in what they carried, and take the values of a fresh start.
+
+    All do if another run of the same sampler carried something else (table.py).
+    """
+    if not carried or carried.keys() != set(sampler.carries):
         return sampler.init(view, x, noise)
     rows = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for value in carried.values():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,8 @@ from ..targets.base import Target
 from ..targets.closed_form import ClosedForm
 from ..targets.description import Description
 from ..threads import survives_fork
-from . import Advanced, Chains, cpu, reference, tiles
-from .choose import FUSED, TRITON_PATHS, Choice
+from . import Advanced, Chains, collapsed, cpu, marginal, reference, tiles
+from .choose import FUSED, TRITON_PATHS, Choice, launch_for
 from .graphs import Recorder
 
 __all__ = ["FUSED_RUNS", "Job", "energy_of", "name_of", "reports_bad_starts", "run", "triton_paths"]
@@ -128,6 +128,19 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
 }
 
 
+def _marginal(job: Job) -> Advanced:
+    def inner(description: Description, chains: Chains) -> Advanced:
+        choice = job.choice
+        path, launch = "tiles", None
+        if choice.backend == "triton":
+            launch = launch_for(description, choice.precision, chains.x.device)
+            path, launch = ("products", None) if isinstance(launch, str) else (launch.regime, launch)
+        choice = replace(choice, description=description, path=path, launch=launch)
+        return run(replace(job, choice=choice, chains=chains, sampler=replace(job.sampler, marginal_noise=False)))
+
+    return marginal.run(job.description, job.chains, job.sampler, job.steps, inner=inner, **job.options)
+
+
 # -- all samplers --------------------------------------------------------------------------------------------------
 
 
@@ -157,12 +170,22 @@ def triton_paths(sampler: Any, adaptation: Adaptation | None = None) -> list[str
 def run(job: Job) -> Advanced:
     """Run a job by its fused run, or else by the sampler's own steps on the fastest target."""
     choice, chains, sampler = job.choice, job.chains, job.sampler
+    if choice.path == "marginal":
+        return _marginal(job)
     fused = _fused_run(sampler, choice.path, choice.kernels)
     if fused is not None and choice.backend != "reference" and job.adaptation is None:
         return fused(job)
+    if choice.path == "collapsed":
+        return collapsed.run(job.description, chains, sampler, job.steps, kernels=choice.kernels, **job.options)
     by_definition = choice.backend == "reference"
     target: Target
-    if choice.path == "tiles":
+    mode: AbstractContextManager[None] = nullcontext()
+    if choice.launch is not None:
+        from .evaluation import Evaluation  # imported here, because it imports triton
+
+        assert choice.description is not None
+        target = Evaluation(choice.description, chains, precision=choice.precision, launch=choice.launch)
+    elif choice.path == "tiles":
         description = job.description
         make_target: Callable[[int, Tensor | None], Target] = partial(ClosedForm, description)
         if choice.kernels == "numba":
@@ -171,7 +194,6 @@ def run(job: Job) -> Advanced:
         if job.adaptation is None and not sampler.coupled:
             return tiles.run(chains, sampler, job.steps, make_target=make_target, n_weights=n_weights, **job.options)
         target = tiles.Together(len(chains.x), chains.labels, chains.x.device, make_target, n_weights)
-        mode: AbstractContextManager[None] = nullcontext()
     else:
         assert job.energy is not None
         target = Autograd(job.energy, chains.labels_or_condition)

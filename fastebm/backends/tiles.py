@@ -15,12 +15,20 @@ from torch import Tensor
 
 from ..samplers.base import for_chains
 from ..targets.base import Target
-from ..targets.closed_form import DEVICE_ROWS, PRODUCT_ROWS, ClosedForm, repeated_labels
+from ..targets.closed_form import (
+    DEVICE_ROWS,
+    PRODUCT_ROWS,
+    ClosedForm,
+    matrix,
+    product,
+    repeated_labels,
+    rows_of_products,
+)
 from ..targets.description import Description
 from ..threads import share
 from . import Advanced, Chains, reference
 
-__all__ = ["Together", "energies", "run", "tiles"]
+__all__ = ["Together", "energies", "multiplied", "run", "tiles"]
 
 # Largest tile on a CPU, in rows: large enough to amortise PyTorch's cost per operation, small enough for the buffers to
 # stay in cache. A power of two times PRODUCT_ROWS.
@@ -150,6 +158,22 @@ def energies(description: Description, x: Tensor, labels: Tensor | None) -> Tens
             out[rows] = ClosedForm(description, len(part), None if labels is None else labels[rows]).value(part)
 
     _each_tile(x, evaluate)
+    return out
+
+
+def multiplied(v: Tensor, w: Tensor) -> Tensor:
+    """v @ w, (n, columns of w), with bits per row that do not depend on the other rows."""
+    out = v.new_empty(len(v), w.shape[1])
+
+    def multiply(rows: slice, interrupted: Callable[[], bool]) -> None:
+        few, n = rows_of_products(v.device), rows.stop - rows.start
+        n_rows = -(-n // few) * few
+        part = matrix(n_rows, v.shape[1], v)
+        part[n:] = 0.0
+        part[:n] = v[rows]
+        out[rows] = product(part, w, None, matrix(n_rows, w.shape[1], v))[:n]
+
+    _each_tile(v, multiply)
     return out
 
 

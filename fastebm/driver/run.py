@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import Advanced, Chains, settle, table
-from ..backends.choose import FUSED, Choice, choose
+from ..backends import Advanced, Chains, marginal, settle, table
+from ..backends.choose import FUSED, Choice, choose, default_precision
+from ..backends.collapsed import collapses
 from ..backends.graphs import CudaRecorder
 from ..energies import EnergyLike, first_tensor, n_classes
 from ..energies.conditions import are_labels
@@ -80,22 +81,14 @@ def run_chains(
     device = x.device
     start = x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        condition = None if chains.labels_or_condition is None else chains.kind
-        choice = choose(
-            energy, device, dtype, settings.backend, settings.precision, condition=condition,
-            sampler=table.name_of(sampler, adaptation), triton_paths=table.triton_paths(sampler, adaptation),
-            exact=sampler.exact,
-        )  # fmt: skip
-        # A rounded energy would be another target. The fused kernel of an exact sampler rounds gradients only.
-        if sampler.exact and choice.precision == "bf16" and choice.path not in FUSED:
-            choice = replace(choice, precision="ieee")
+        choice = _chosen(energy, chains, sampler, settings, dtype, adaptation)
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)
             start = None
         # A private, contiguous copy: runs may move it in place.
         x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         chains = chains._replace(x=x)
-        if capturing(device) and choice.backend != "triton":
+        if capturing(device) and not choice.on_device:
             only = "while a CUDA graph is captured only kernels can run, and this call would wait"
             raise ValueError(f"{only}: {choice.why_not_fused}")
         _check_bounds(sampler, chains)
@@ -113,6 +106,32 @@ def run_chains(
             start, part or (0, steps),
         )  # fmt: skip
     return done, choice
+
+
+def _chosen(
+    energy: nn.Module, chains: Chains, sampler: Any, settings: Settings, dtype: torch.dtype,
+    adaptation: Adaptation | None,
+) -> Choice:  # fmt: skip
+    """The backend of the call."""
+    precision = settings.precision
+    rounded = sampler.exact and (precision or default_precision()) == "bf16"
+    if rounded:
+        # A rounded energy would be another target. For kernels not "ieee", which has no tensor cores and is for tests;
+        # PyTorch's own products are in full float32 all the same.
+        precision = "bf16x3"
+    choice = choose(
+        energy, chains.x.device, dtype, settings.backend, precision,
+        condition=None if chains.labels_or_condition is None else chains.kind,
+        sampler=table.name_of(sampler, adaptation), triton_paths=table.triton_paths(sampler, adaptation),
+        exact=sampler.exact,
+        collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
+    )  # fmt: skip
+    if rounded and choice.path in FUSED:  # the fused kernel computes energies at bf16x3, and rounds gradients only
+        choice = replace(choice, precision="bf16")
+    description = choice.description
+    if description is not None and adaptation is None and marginal.applies(sampler, chains, description):
+        choice = replace(choice, path="marginal")
+    return choice
 
 
 def _run_compiled(
@@ -199,7 +218,7 @@ def _check_energy(energy: nn.Module, module: Energy, choice: Choice, chains: Cha
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
     if choice.path in FUSED:
         return "all steps are one launch of the fused kernel"
-    if choice.backend != "triton":
+    if not choice.on_device:
         return "steps in plain PyTorch wait for the device"
     if device.type != "cuda":
         return "CUDA graphs need a CUDA device"

@@ -95,7 +95,7 @@ def sample(
         first_chain: global number of the first chain. Together with seed and step it determines the noise.
         backend: "auto", "triton", "torch" or "reference".
         precision: of the fused kernel's products: "bf16x3", "tf32", "bf16" or "ieee". None: see ``langevin_sample``.
-            A sampler with an accept test replaces "bf16" by "ieee": a rounded energy would be another target.
+            A sampler with an accept test replaces "bf16" by "bf16x3": a rounded energy would be another target.
         device: where to sample without ``init``. None: the energy's device.
         on_nonfinite: what to do with chains that are not finite: "raise", "reinit" (start them again) or "ignore"
             (keep their last finite state).
@@ -151,8 +151,10 @@ def sample(
     run = Parts(energy, shape, settings, thin, warmup + steps, check_start=isinstance(init, Tensor))
     many = len(chains.x) * chains.x.shape[1] * (warmup + steps) > _MANY
     shown = (sys.stderr.isatty() and many) if progress is None else progress
-    # Parts must not change the result: "reinit" acts at the end of a part, and a CUDA graph needs many steps.
-    in_parts = shown and not cuda_graph and on_nonfinite != "reinit"
+    # Parts must not change the result: "reinit" acts at the end of a part, where marginal noise completes the states.
+    # And a CUDA graph needs many steps.
+    whole = cuda_graph or on_nonfinite == "reinit" or getattr(sampler, "marginal_noise", False)
+    in_parts = shown and not whole
     size = max(thin, -(-max(steps, warmup) // (_PARTS * max(thin, 1))) * max(thin, 1)) if in_parts else 0
     with tqdm(total=warmup + steps, unit=" steps", disable=not shown, dynamic_ncols=True) as bar:
         if warmup > 0:

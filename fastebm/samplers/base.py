@@ -27,6 +27,7 @@ __all__ = [
     "Adaptation",
     "Info",
     "Sampler",
+    "both",
     "check_settings",
     "checked_coefficient",
     "checked_diagonal",
@@ -95,9 +96,10 @@ class Sampler:
     clamp is a field, (lo, hi) or None: pools put theirs in its place. ``__post_init__`` sets it to ``Box.of(clamp)``.
     A setting that may vary by step or by chain is a float, a (steps,) tensor or a (n_chains, 1) tensor: see
     ``checked_coefficient`` and ``value_at``. scheduled names these fields, and a field that holds another sampler.
-    A state is a NamedTuple of tensors with one row per chain. It has the positions x, (n, dim), and may have energy,
-    (n,) E(x), and more. A call has parts (warm-up, progress, resumption), each of which starts with ``init`` at x. So
-    ``init`` must compute each field from x (``recomputes`` names these), or get it as a keyword (``carries``).
+    A state is a NamedTuple of tensors with one row per chain. It has the positions x, (n, dim), unless ``positions``
+    computes them, and may have energy, (n,) E(x), and more. A call has parts (warm-up, progress, resumption), each of
+    which starts with ``init`` at x. So ``init`` must compute each field from x (``recomputes`` names these), or get it
+    as a keyword (``carries``).
 
     exact: whether each step leaves exp(-E) invariant, thanks to an accept test. Such a sampler rejects proposals
     outside the bounds. A sampler without the test projects them onto the bounds.
@@ -151,6 +153,11 @@ class Sampler:
         """
         raise NotImplementedError
 
+    def positions(self, target: View, state: Any) -> Tensor:
+        """The positions of a state, (n, dim)."""
+        x: Tensor = state.x
+        return x
+
     def adaptation(self, steps: int) -> Adaptation | None:
         """What tunes this sampler in a warm-up of so many steps, or None."""
         return None
@@ -194,6 +201,11 @@ def finite_rows(v: Tensor) -> Tensor | None:
     if v.device.type == "cpu" and math.isfinite(v.sum().item()):
         return None
     return v.isfinite().all(dim=1)
+
+
+def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a & b, where None means that all are True."""
+    return b if a is None else a if b is None else a & b
 
 
 def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:

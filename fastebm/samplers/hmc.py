@@ -21,9 +21,9 @@ tell: it grows as much where a chain falls into a deep minimum. Sources: Duane e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,12 +50,17 @@ __all__ = [
     "HMC",
     "Hamiltonian",
     "Trajectory",
+    "Verdict",
+    "decided",
+    "judged",
     "leapfrog",
     "scaled_step",
     "step_tensor",
     "transition",
     "with_mass",
 ]
+
+_State = TypeVar("_State", bound=Any)
 
 # Energy above which a trajectory counts as diverged. Its probability to be accepted would be exp(-1000).
 _TOO_FAR = 1000.0
@@ -76,6 +81,15 @@ class Trajectory(NamedTuple):
     momentum: Tensor
     n_leapfrog: int | Tensor
     log_accept: Tensor
+
+
+class Verdict(NamedTuple):
+    """Of each trajectory, (n_chains,) bool: whether its end may be accepted, whether it has diverged, and whether it is
+    finite. None in place of the first or the last means all, and in place of the second none."""
+
+    possible: Tensor | None
+    diverged: Tensor | None
+    finite: Tensor | None
 
 
 class Hamiltonian(Sampler):
@@ -218,35 +232,51 @@ def transition(
     """One step of HMC: draw a momentum, follow the trajectory, accept or reject its end (``Info.proposal``)."""
     momentum = noise.normal(stream, t)
     end = leapfrog(target, state, momentum, h, n_leapfrog)
-    possible, diverged, finite = _judged(target, state, momentum, h, end)
-    accepted = noise.uniform(Stream.METROPOLIS, t).log() <= end.log_accept
-    chance = end.log_accept.clamp(max=0.0).exp_()
+    inside = None if target.box is None else target.box.contains(end.x)
+    verdict = judged(target, end.x.sum(), inside, end.log_accept, lambda: (state, momentum, h, end))
+    there = Point(end.x, end.energy, end.gradient)
+    new, info = decided(state, there, noise, t, end.log_accept, verdict, n_leapfrog, lambda new: new.gradient)
+    return new, info._replace(proposal=end)
+
+
+def decided(
+    state: _State, there: _State, noise: Noise, t: int, log_accept: Tensor, verdict: Verdict, n_leapfrog: int | Tensor,
+    gradient_of: Callable[[_State], Tensor],
+) -> tuple[_State, Info]:  # fmt: skip
+    """Accept or reject the end of a trajectory, ``there``. gradient_of: a state's dE/dx, for the telemetry."""
+    possible, diverged, finite = verdict
+    accepted = noise.uniform(Stream.METROPOLIS, t).log() <= log_accept
+    chance = log_accept.clamp(max=0.0).exp_()
     if possible is not None:
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
-    new = rows_of(accepted, Point(end.x, end.energy, end.gradient), state)
+    new = rows_of(accepted, there, state)
 
     def averaged() -> Mapping[str, Tensor | float]:
         return {"acceptance": chance, "divergences": 0.0 if diverged is None else diverged, "gradients": n_leapfrog}
 
     def last() -> Mapping[str, Tensor]:
-        return {"grad_norm": torch.linalg.vector_norm(new.gradient, dim=1)}
+        return {"grad_norm": torch.linalg.vector_norm(gradient_of(new), dim=1)}
 
-    return new, Info(finite, averaged, last, chance, end)
+    return new, Info(finite, averaged, last, chance)
 
 
-def _judged(
-    target: View, state: Point, momentum: Tensor, h: Tensor, end: Trajectory
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def judged(
+    target: View, total: Tensor, inside: Tensor | None, log_accept: Tensor,
+    whole: Callable[[], tuple[Point, Tensor, Tensor, Trajectory]],
+) -> Verdict:  # fmt: skip
     """Which chains may accept the end of their trajectory, which have diverged, and which are finite.
 
-    Three (n_chains,) bool. None in place of the first or the last means all, and in place of the second none.
+    Args:
+        total: the sum of all that the ends are made of.
+        inside: (n_chains,) bool, which ends are within the bounds; None for all.
+        whole: returns the start, its momentum, h, and the end. Called only if a chain is out of the ordinary.
     """
-    inside, log_accept = None if target.box is None else target.box.contains(end.x), end.log_accept
     # Fast path. NaN fails the comparison, and a finite sum proves that all terms are finite. (On a GPU, waiting for
     # these three numbers takes less than a second trajectory.)
-    least, most, total = torch.stack([*log_accept.aminmax(), end.x.sum()]).tolist()
-    if -_TOO_FAR <= least and most < math.inf and math.isfinite(total):
-        return inside, None, None
+    least, most, sum_of_ends = torch.stack([*log_accept.aminmax(), total]).tolist()
+    if -_TOO_FAR <= least and most < math.inf and math.isfinite(sum_of_ends):
+        return Verdict(inside, None, None)
+    state, momentum, h, end = whole()
     possible = end.energy != math.inf
     # An end of infinite energy is a wall, not a divergence, if it is as slow as others.
     before = momentum.square().sum(dim=1)
@@ -266,4 +296,4 @@ def _judged(
     sound = (end.energy > -math.inf) & end.momentum.isfinite().all(dim=1)
     started = (state.energy > -math.inf) & state.gradient.isfinite().all(dim=1)
     finite = started & (diverged | (end.x.isfinite().all(dim=1) & (sound | ~possible)))
-    return possible & finite & ~diverged, diverged, finite
+    return Verdict(possible & finite & ~diverged, diverged, finite)

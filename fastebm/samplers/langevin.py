@@ -53,7 +53,7 @@ from .base import (
     value_at,
 )
 
-__all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin"]
+__all__ = ["NOISE_SCALE", "STEP_SIZE", "Langevin", "LangevinState", "checked_langevin", "drift_and_noise_of"]
 
 # The defaults of Edifice, which suit networks on images: their gradients are small.
 STEP_SIZE, NOISE_SCALE = 10.0, 0.005
@@ -94,6 +94,11 @@ class Langevin(Sampler):
         clamp_noise: with noise_first, clamp y too.
         preconditioner: the diagonal of C: a number, or a tensor of one state's shape, > 0. Best is the variance of each
             coordinate. The drift is multiplied by C and the noise by sqrt(C). None: 1. No fused kernel has it.
+        marginal_noise: draw the noise where an MLP energy feels it, in the space of its first layer, and complete the
+            states that are kept by one draw of all dims. They have the same law as with noise in each step, and other
+            numbers, which depend on which states are kept. A step costs the same for any number of dims. It has no
+            effect where bounds, clips, noise_first, a preconditioner, frozen coordinates or another kind of energy
+            need each step's state: ``SampleInfo.path`` is "marginal" where it has.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.
@@ -107,6 +112,7 @@ class Langevin(Sampler):
     noise_first: bool = False
     clamp_noise: bool = False
     preconditioner: float | Tensor | None = None
+    marginal_noise: bool = False
 
     exact: ClassVar[bool] = False
     power: ClassVar[int] = 2
@@ -127,7 +133,7 @@ class Langevin(Sampler):
                 raise ValueError(f"{name} must be a number > 0 or None, got {bound!r}")
         object.__setattr__(self, "clamp", Box.of(self.clamp))
         object.__setattr__(self, "preconditioner", checked_diagonal("preconditioner", self.preconditioner))
-        for name in ("noise_first", "clamp_noise"):
+        for name in ("noise_first", "clamp_noise", "marginal_noise"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -196,6 +202,11 @@ class Langevin(Sampler):
         return self.noise_scale**2
 
     @property
+    def unbounded(self) -> bool:
+        """Whether there are no clips and no bounds, and the gradient is taken before the noise."""
+        return self.clamp is None and self.grad_clip is None and self.grad_norm_clip is None and not self.noise_first
+
+    @property
     def advice(self) -> str:
         """A hint for errors and warnings if step_size or noise_scale has its default value, else an empty string."""
         values = (("step_size", self.step_size, STEP_SIZE), ("noise_scale", self.noise_scale, NOISE_SCALE))
@@ -230,9 +241,9 @@ class Langevin(Sampler):
     def drift_and_noise(self, n_chains: int, steps: int, *, device: Any) -> tuple[float | Tensor, float | Tensor]:
         """``coefficients`` in float64, or two plain numbers if they are the same for all chains and steps."""
         if not isinstance(self.step_size, Tensor) and not isinstance(self.noise_scale, Tensor):
-            return _drift_and_noise(self.step_size, self.noise_scale)
+            return drift_and_noise_of(self.step_size, self.noise_scale)
         check_settings(self, n_chains, steps)
-        return _drift_and_noise(*(_as_matrix(value, device) for value in (self.step_size, self.noise_scale)))
+        return drift_and_noise_of(*(_as_matrix(value, device) for value in (self.step_size, self.noise_scale)))
 
     def clip(self, grad: Tensor) -> Tensor:
         """Apply grad_clip, then grad_norm_clip, to a gradient of shape (n_chains, dim)."""
@@ -253,7 +264,7 @@ class Langevin(Sampler):
         """One update, as defined at the top of this file."""
         x, xi = state.x, noise.normal(Stream.LANGEVIN, t)
         at_t = (value_at(c, t, x.device) for c in (self.step_size, self.noise_scale))
-        drift, noise_std = (c.to(x.dtype) if isinstance(c, Tensor) else c for c in _drift_and_noise(*at_t))
+        drift, noise_std = (c.to(x.dtype) if isinstance(c, Tensor) else c for c in drift_and_noise_of(*at_t))
         c = diagonal_at("preconditioner", self.preconditioner, x)
         if self.preconditioner is not None:
             xi = c**0.5 * xi
@@ -281,7 +292,7 @@ class Langevin(Sampler):
         return LangevinState(new), Info(finite, averaged, last)
 
 
-def _drift_and_noise(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:
+def drift_and_noise_of(step_size: Any, noise_scale: Any) -> tuple[Any, Any]:
     """(step_size / 2, sqrt(step_size) noise_scale) for numbers or float64 tensors."""
     root = step_size.sqrt() if isinstance(step_size, Tensor) else math.sqrt(step_size)
     return step_size / 2, root * noise_scale

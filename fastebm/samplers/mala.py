@@ -88,10 +88,10 @@ class MALA(Sampler):
 
     def step(self, target: View, state: Point, noise: Noise, t: int) -> tuple[Point, Info]:
         """Propose y, then accept or reject it."""
-        h = once(target, "h", self, lambda: self._scaled_step(t, state.x))
+        h = once(target, "h", self, lambda: self.scaled_step(t, state.x))
         return transition(target, state, noise, t, h, 1, Stream.LANGEVIN)
 
-    def _scaled_step(self, t: int, x: Tensor) -> Tensor:
+    def scaled_step(self, t: int, x: Tensor) -> Tensor:
         """sqrt(step_size C) at step t, the step of HMC, which broadcasts with x: (n_chains, dim)."""
         c = diagonal_at("preconditioner", self.preconditioner, x)
         h = (value_at(self.step_size, t, x.device) * (c.double() if isinstance(c, Tensor) else c)) ** 0.5

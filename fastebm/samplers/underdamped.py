@@ -31,6 +31,7 @@ from ..targets.base import View
 from .base import (
     Info,
     Sampler,
+    both,
     checked_coefficient,
     checked_diagonal,
     diagonal_at,
@@ -134,7 +135,7 @@ class UnderdampedLangevin(Sampler):
                 moved, at_x = target.held(x, plus(x, p, drift)), False
                 if target.box is not None:
                     inside, here = settled(target, x, moved, target.box)
-                    p, moved, finite = torch.where(inside != moved, -p, p), inside, _both(finite, here)
+                    p, moved, finite = torch.where(inside != moved, -p, p), inside, both(finite, here)
                 x = moved
             elif part == "B":
                 gradient, at_x = gradient if at_x else target.gradient(x), True
@@ -143,7 +144,7 @@ class UnderdampedLangevin(Sampler):
                 xi = noise.part(draws, of).normal(Stream.LANGEVIN, t)
                 p, draws = plus(kept * p, xi, spread), draws + 1
         # A momentum that is not finite would show in x only in the next step.
-        finite = _both(finite, finite_rows(target.held(state.x, x + p)))
+        finite = both(finite, finite_rows(target.held(state.x, x + p)))
         new = UnderdampedState(x, gradient, p)
         if finite is not None:
             new = rows_of(finite, new, state)
@@ -173,8 +174,3 @@ def _ornstein_uhlenbeck(damping: Any, noise_scale: Any, x: Tensor) -> tuple[Any,
 def _in_dtype(value: Any, x: Tensor) -> Any:
     """A number as it is; a tensor in the dtype of x."""
     return value.to(x.dtype) if isinstance(value, Tensor) else value
-
-
-def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a & b, where None means that all are True."""
-    return b if a is None else a if b is None else a & b

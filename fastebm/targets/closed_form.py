@@ -109,26 +109,40 @@ def _multiply(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, add: bool)
 
 
 class Network:
-    """One MLP of the energy's sum: forward and backward on a tile, with its buffers."""
+    """One MLP of the energy's sum: forward and backward on a tile, with its buffers.
 
-    def __init__(self, mlp: MLP, scale: Tensor, n_rows: int) -> None:
+    first: the buffers z and h of the first layer, (n_rows, width) each. None: new ones.
+    """
+
+    def __init__(self, mlp: MLP, scale: Tensor, n_rows: int, first: tuple[Tensor, Tensor] | None = None) -> None:
         self.mlp, self.scale = mlp, scale
         weight = mlp.weights[0]
         self.down = weight.t().contiguous().t() if mlp.dim <= NARROW else weight
         self.z = [matrix(n_rows, width, weight) for width in mlp.widths]
         self.h = [matrix(n_rows, width, weight) for width in mlp.widths]  # activations, then gradients
+        if first is not None:
+            self.z[0], self.h[0] = first
         self.top = None if mlp.head == "scalar" else matrix(n_rows, len(mlp.weights[-1]), weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation of the last hidden layer."""
-        below = x
-        for i, activation in enumerate(self.mlp.activations):
+        product(x, self.mlp.weights[0].t(), self.mlp.biases[0], self.z[0])
+        return self.rise()
+
+    def rise(self) -> Tensor:
+        """``forward``, from the first layer's preactivations in z[0]."""
+        below = self.mlp.activations[0].forward(self.z[0], self.h[0])
+        for i, activation in enumerate(self.mlp.activations[1:], start=1):
             product(below, self.mlp.weights[i].t(), self.mlp.biases[i], self.z[i])
             below = activation.forward(self.z[i], self.h[i])
         return below
 
     def backward(self, last: Tensor, labels: Tensor | None, out: Tensor, *, add: bool) -> None:
-        """out (+)= dE_k/dx, after ``forward``. Each layer's gradient overwrites its activation."""
+        """out (+)= dE_k/dx, after ``forward``."""
+        product(self.slopes(last, labels), self.down, None, out, add=add)
+
+    def slopes(self, last: Tensor, labels: Tensor | None) -> Tensor:
+        """dE_k/dz of the first layer, after ``forward``. Each layer's gradient overwrites its activation."""
         weight = self.mlp.weights[-1]
         if self.top is None:
             above = weight.expand_as(self.z[-1])
@@ -137,12 +151,11 @@ class Network:
         else:
             torch.softmax(self._logits(last, self.top), dim=1, out=self.top)
             above = product(self.top.mul_(-self.scale), weight, None, self.h[-1])
-        for i in reversed(range(len(self.z))):
+        for i in reversed(range(1, len(self.z))):
             self.mlp.activations[i].backward(above, self.z[i], self.h[i])
-            if i == 0:
-                product(self.h[0], self.down, None, out, add=add)
-            else:
-                above = product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
+            above = product(self.h[i], self.mlp.weights[i], None, self.h[i - 1])
+        self.mlp.activations[0].backward(above, self.z[0], self.h[0])
+        return self.h[0]
 
     def energy(self, last: Tensor, labels: Tensor | None) -> Tensor:
         """w_k E_k(x), (rows,), after ``forward``."""

@@ -4,6 +4,7 @@ philox.py       the noise stream: words, uniforms, normals
 update.py       noise, update and clamp in one pass
 activations.py  activations with their slopes
 mlp.py          the layers of an MLP
+collapsed.py    leapfrog steps in an MLP's first layer
 pool.py         draws of chains, and their rows
 program.py      lists of calls, run without Python in between
 jit.py          how they are compiled
@@ -95,11 +96,11 @@ class Call:
         call.aim(**tensors)
         return call
 
-    def aim(self, **tensors: Tensor) -> None:
+    def aim(self, **arguments: Tensor | int) -> None:
         """Replace some arguments in place, faster than a new call. The caller must keep the tensors alive."""
-        for name, value in tensors.items():
+        for name, value in arguments.items():
             i = self.kernel.place[name]
-            self.block[i] = _address(self.kernel.kinds[i], value)
+            self.block[i] = value if isinstance(value, int) else _address(self.kernel.kinds[i], value)
 
 
 class Kernel:

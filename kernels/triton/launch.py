@@ -67,12 +67,14 @@ Networks = tuple[tuple[int, ...], ...]
 def shared_bytes(
     launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90, *, exact: bool = False
 ) -> int:
-    """An upper bound of the shared memory that a configuration takes (tests compare it with compiled kernels)."""
-    precision = _held(precision, exact)
+    """An upper bound of the shared memory that a configuration takes (tests compare it with compiled kernels).
+
+    exact: in the kernel of samplers with an accept test (hmc.py).
+    """
     # bf16x3 keeps two bf16 halves. wgmma (9.x) and tcgen05 (10.x) transpose 16-bit operands only, so 4-byte ones lie in
     # both orders.
     weight_bytes = {"bf16": 2, "bf16x3": 4}.get(precision, 8 if capability // 10 in (9, 10) else 4)
-    # Without wgmma, the two places in hmc.py that multiply by a weight may take it in different orders.
+    # hmc.py multiplies by a weight in two places, which without wgmma may take it in different orders.
     if launch.both_orders or (exact and capability // 10 not in (9, 10)):
         weight_bytes *= 2
     chains_of_sizes = [[launch.block_dim, *(block(w) for w in widths)] for widths in networks]
@@ -103,28 +105,19 @@ def wide_descriptors() -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) < (3, 9)
 
 
-def _held(precision: str, exact: bool) -> str:
-    """The precision of the weights that a kernel holds: with an accept test it computes energies at bf16x3 at least."""
-    return "bf16x3" if exact and precision == "bf16" else precision
-
-
-def choose_launch(
-    dim: int, networks: Networks, precision: str, capability: int | None, *, exact: bool = False
-) -> Launch | str:
+def choose_launch(dim: int, networks: Networks, precision: str, capability: int | None) -> Launch | str:
     """The configuration for an architecture, or the reason why there is none.
 
     networks: the widths of each MLP's layers, from the first hidden one up.
     capability: 90 for sm_90 and so on; None for the interpreter, which has no shared memory to run out of.
-    exact: of a sampler with an accept test (hmc.py).
     """
-    precision = _held(precision, exact)
     candidates = _candidates(dim, networks, precision, capability)
     if capability is None:
         return candidates[0]
     limit = SHARED_MEMORY.get(capability, SHARED_MEMORY[86])
 
     def need(launch: Launch, precision: str) -> int:
-        return shared_bytes(launch, dim, networks, precision, capability, exact=exact)
+        return shared_bytes(launch, dim, networks, precision, capability)
 
     for launch in candidates:
         if need(launch, precision) <= limit:
@@ -138,6 +131,21 @@ def choose_launch(
         f"{min(need(launch, precision) for launch in candidates) // 1024} KiB of shared memory, and a block on "
         f"sm_{capability} has {limit // 1024} KiB" + (f" (precision {fitting[0]!r} would fit)" if fitting else "")
     )
+
+
+def why_no_accept_test(
+    launch: Launch, dim: int, networks: Networks, precision: str, capability: int | None
+) -> str | None:
+    """Why a launch that fits does not for samplers with an accept test, or None."""
+    if capability is None:
+        return None
+    need, limit = (
+        shared_bytes(launch, dim, networks, precision, capability, exact=True),
+        SHARED_MEMORY.get(capability, SHARED_MEMORY[86]),
+    )
+    if need <= limit:
+        return None
+    return f"steps with an accept test need {need // 1024} KiB of shared memory, and a block has {limit // 1024} KiB"
 
 
 def _candidates(dim: int, networks: Networks, precision: str, capability: int | None) -> list[Launch]:

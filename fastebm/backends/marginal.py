@@ -1,0 +1,126 @@
+"""Langevin dynamics with noise in an MLP's first layer: a step costs the same for any number of dims.
+
+With the notation of targets/collapsed.py, let W^T = Q R, (dim, k) and (k, width), Q^T Q = I and k <= width. The MLP
+sees y = x - m only through z = y Q, since y W^T = z R. The Langevin dynamics of z are those of an MLP energy of k dims
+with the first weight R^T, because xi Q ~ N(0, I). The rest of y, p = y - z Q^T, feels the Gaussian term c |p|^2 / 2
+alone. Steps with drifts a_t and noise of standard deviations b_t turn it into
+
+p' = S p + sqrt(V) (zeta - zeta Q Q^T),   S = prod_t (1 - a_t c),   V = sum_t b_t^2 prod_{s > t} (1 - a_s c)^2
+
+with zeta ~ N(0, I). So p is drawn only where a state is kept. The law of all kept states is exact. Their numbers are
+not those of the ordinary steps, and depend on which states are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rng import Noise, Stream
+from ..samplers.langevin import Langevin
+from ..targets.collapsed import FirstLayer, centred, is_isotropic, width_of
+from ..targets.description import Description
+from ..threads import threads
+from . import Advanced, Chains
+from .tiles import energies, multiplied
+
+__all__ = ["applies", "run"]
+
+
+def applies(sampler: Any, chains: Chains, description: Description) -> bool:
+    """Whether a run draws its noise in the first layer: if asked for, possible, and narrower than x."""
+    if not isinstance(sampler, Langevin) or not sampler.marginal_noise:
+        return False
+    plain = sampler.unbounded and sampler.preconditioner is None and chains.frozen is None
+    return plain and is_isotropic(description) and width_of(description) < description.dim
+
+
+def run(
+    description: Description, chains: Chains, sampler: Langevin, steps: int, *,
+    inner: Callable[[Description, Chains], Advanced], thin: int = 0, telemetry: bool = False,
+) -> Advanced:  # fmt: skip
+    """Run the steps.
+
+    Args:
+        description: the energy on the chains' device and in their dtype.
+        inner: runs these steps on another energy and chains, with ``thin`` and ``telemetry``.
+    """
+    if steps == 0:
+        return inner(description, chains)
+    layer = FirstLayer(description)
+    with threads(1):  # so that its bits do not depend on the number of threads
+        q, r = torch.linalg.qr(layer.weight.t())
+    y = chains.x if layer.mean is None else chains.x - layer.mean
+    z = multiplied(y, q)
+    rest = y - multiplied(z, q.t())
+    done = inner(_reduced(description, layer, r), chains._replace(x=z))
+    rests = _rests(rest, q, chains, sampler, steps, thin, layer.curvature, done.first_bad)
+
+    def whole(z: Tensor, rest: Tensor) -> Tensor:
+        y = multiplied(z, q.t()) + rest
+        return y if layer.mean is None else y + layer.mean
+
+    x = whole(done.x, rests[steps])
+    trajectory = done.trajectory
+    if trajectory is not None:
+        kept = [whole(trajectory[:, k], rests[(k + 1) * thin]) for k in range(steps // thin)]
+        trajectory = torch.stack(kept, dim=1) if kept else x.new_empty(len(x), 0, x.shape[1])
+    named = done.telemetry
+    if named is not None:
+        # The last gradient is taken one step before the end.
+        norm = torch.linalg.vector_norm(rests[steps - 1], dim=1) * layer.curvature
+        named = {**named, "grad_norm": torch.hypot(named["grad_norm"], norm)}
+    energy = energies(description, x, chains.labels)
+    return done._replace(x=x, energy=energy, trajectory=trajectory, telemetry=named, report=None)
+
+
+def _reduced(description: Description, layer: FirstLayer, r: Tensor) -> Description:
+    """The energy as a function of z, without |p|^2."""
+    centre, dim = centred(description), len(r)
+    mlps = tuple(
+        replace(mlp, weights=(r[:, block].t().contiguous(), *mlp.weights[1:]))
+        for mlp, block in zip(centre.mlps, layer.blocks, strict=True)
+    )
+    curvature, mean = (None if v is None else v[:dim] for v in (centre.curvature, centre.mean))
+    return replace(centre, mlps=mlps, curvature=curvature, mean=mean)
+
+
+def _rests(
+    rest: Tensor, q: Tensor, chains: Chains, sampler: Langevin, steps: int, thin: int, curvature: float,
+    first_bad: Tensor,
+) -> dict[int, Tensor]:  # fmt: skip
+    """p at the times where it is needed, from p at the start. A chain that stops keeps its own."""
+    # Other blocks of the stream than those of z.
+    noise = Noise(
+        chains.seed, chains.numbers, chains.first_steps, rest.shape[1], dtype=rest.dtype, steps=steps
+    ).part(1, of=2)  # fmt: skip
+    rests = {0: rest}
+    times = {*range(0, steps + 1, thin or steps), steps, *([steps - 1] if curvature != 0.0 else [])}
+    for start, stop in pairwise(sorted(times)):
+        shrunk, variance = _over(sampler, curvature, start, stop, steps, first_bad)
+        zeta = noise.normal(Stream.LANGEVIN, stop - 1)
+        zeta = zeta - multiplied(multiplied(zeta, q), q.t())
+        rests[stop] = shrunk.to(rest.dtype) * rests[start] + variance.sqrt().to(rest.dtype) * zeta
+    return {steps - 1: rest, **rests}  # without curvature it does not matter there
+
+
+def _over(
+    sampler: Langevin, curvature: float, start: int, stop: int, steps: int, first_bad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """S and V of the steps from start to stop - 1, (1 or n, 1) float64."""
+    drifts, noise_stds = sampler.coefficients(len(first_bad), steps, dtype=torch.float64, device=first_bad.device)
+    shrunk, variance = torch.ones_like(drifts[:, :1]), torch.zeros_like(drifts[:, :1])
+    some_stop = bool((first_bad >= 0).any())
+    for t in range(start, stop):
+        kept = 1 - drifts[:, min(t, drifts.shape[1] - 1), None] * curvature
+        added = noise_stds[:, min(t, noise_stds.shape[1] - 1), None] ** 2
+        if some_stop:
+            moves = ((first_bad < 0) | (t < first_bad))[:, None]
+            kept, added = torch.where(moves, kept, 1.0), torch.where(moves, added, 0.0)
+        shrunk, variance = shrunk * kept, variance * kept**2 + added
+    return shrunk, variance

@@ -1,0 +1,268 @@
+"""HMC and MALA in the first layer of an MLP energy: the same steps up to rounding, with fewer and smaller products.
+
+The chains have the same momenta and accept draws as those of ``HMC`` and ``MALA``. targets/collapsed.py states the
+equations. Positions are kept in two parts, y = base + a W, which are put together only where the caller or bounds need
+x. So a step takes one product with W, for the momentum. The parts, u and |y|^2 are rounded in each step, so they are
+computed anew every _REFRESHED steps.
+
+MALA is HMC with one leapfrog step (mala.py). There A = -h^2 s / 2, so s G, which is kept, gives u and |B W|^2 at the
+end without another product with G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..rng import Noise, Stream
+from ..targets.base import View
+from ..targets.collapsed import Collapsed, End, Leaps
+from ..targets.remembered import Point
+from .base import Info, Sampler, diagonal_at, once, rows_of, value_at
+from .hmc import Trajectory, decided, judged, scaled_step
+
+__all__ = ["CollapsedHMC", "CollapsedMALA", "CollapsedPoint", "Form", "close", "layer_of", "zeros_like_rows"]
+
+# Steps after which y is put together, and u is computed from it again. A step rounds u and y apart by a unit in the
+# last place or so, and the differences add up as in a random walk: to four units after 16 steps. The two products then
+# take 1/16 of their time per step.
+_REFRESHED = 16
+
+# The time of a leapfrog step's other operations, and of those of a step of MALA, per chain and unit of the first layer,
+# in that of a term of a product.
+_LEAP, _STEP = 32, 200
+
+# Products with W of a step, with those of y and u from time to time.
+_ONCE = 1 + 2 / _REFRESHED
+
+# Carried values that are further than this from those computed from x, relative to a chain's largest, belong to other
+# states or weights. Rounding is some 1e-6 (float32).
+_SAME = 1e-3
+
+
+class CollapsedPoint(NamedTuple):
+    """Chains at y = base + a W (with a scale r, y = base + r a W diag(r)).
+
+    base: (n, dim). a, inner, slopes: (n, width) a, u and s. square: (n,) float64 |y|^2, 0 without a Gaussian term.
+    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, moves since base was y.
+    """
+
+    base: Tensor
+    a: Tensor
+    inner: Tensor
+    square: Tensor
+    slopes: Tensor
+    energy: Tensor
+    pull: Tensor
+    age: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Form(Sampler):
+    """Base class of the forms of samplers that run on a target that is ``Collapsed``, with the same steps."""
+
+    sampler: Any
+
+    scheduled: ClassVar[tuple[str, ...]] = ("sampler",)
+
+    @property
+    def clamp(self) -> Any:  # type: ignore[override]
+        return self.sampler.clamp
+
+    @property
+    def reports(self) -> Mapping[str, float | Tensor]:  # type: ignore[override]
+        return cast(Mapping[str, float | Tensor], self.sampler.reports)
+
+    @property
+    def possible(self) -> bool:
+        """Whether nothing in the sampler's settings acts on single coordinates, except its diagonal scale."""
+        return True
+
+    def scale(self, x: Tensor) -> float | Tensor:
+        """r (targets/collapsed.py) for states x, (n, dim): a number, or (dim,)."""
+        raise NotImplementedError
+
+    def saved(self, dim: int, width: int) -> float:
+        """The time that a step saves against the sampler's own, per chain, in that of a term of a product."""
+        raise NotImplementedError
+
+
+class CollapsedHMC(Form):
+    """The steps of ``HMC`` on a target that is ``Collapsed``."""
+
+    exact: ClassVar[bool] = True
+    carries: ClassVar[tuple[str, ...]] = ("base", "a", "inner", "square", "age")
+    recomputes: ClassVar[tuple[str, ...]] = ("slopes", "energy", "pull")
+    stream: ClassVar[Stream] = Stream.MOMENTUM
+
+    def scale(self, x: Tensor) -> float | Tensor:
+        """M^(-1/2)."""
+        scale: float | Tensor = diagonal_at("mass", self.sampler.mass, x) ** -0.5
+        return scale
+
+    def saved(self, dim: int, width: int) -> float:
+        """A leapfrog step takes one product with G in place of two with W. A trajectory takes one with each."""
+        n: int = self.sampler.n_leapfrog
+        return n * 2 * dim * width - n * width * (width + _LEAP) - width * (width + _ONCE * dim)
+
+    def init(self, target: View, x: Tensor, noise: Noise, **carried: Tensor) -> CollapsedPoint:
+        """Compute u from x. What chains carry is kept where it is the same up to rounding, so that bits do not depend
+        on where a call ends."""
+        layer = layer_of(target)
+        y = layer.away(x)
+        fresh = state = _at(layer, y)
+        if carried:
+            given = fresh._replace(**carried)
+            if all(v.shape == w.shape for v, w in zip(given, fresh, strict=True)):
+                same = close(layer.put_together(given.base, given.a), y) & close(given.inner, fresh.inner)
+                state = rows_of(same & close(given.square[:, None], fresh.square[:, None]), given, fresh)
+        value, slopes = layer.evaluated(state.inner)
+        energy = layer.energy(value, state.square)
+        return state._replace(slopes=slopes, energy=energy, pull=self._pull(layer, slopes))
+
+    def positions(self, target: View, state: CollapsedPoint) -> Tensor:
+        """x, put together."""
+        return layer_of(target).positions(state.base, state.a)
+
+    def step(self, target: View, state: CollapsedPoint, noise: Noise, t: int) -> tuple[CollapsedPoint, Info]:
+        """Follow a trajectory, then accept or reject its end."""
+        layer = layer_of(target)
+        leaps = once(target, "leaps", self, lambda: self._leaps(layer, t, state.base))
+        old = _refreshed(layer, state)
+        v = noise.normal(self.stream, t)
+        q = layer.projected_momentum(v)
+        end, pull, b_squared = self._followed(layer, old, q, leaps)
+        alpha_1, beta = leaps.alpha_1[-1, :, None], leaps.beta[-1, :, None]
+        square, gained = _squares(layer, old, v, q, end, leaps, b_squared)
+        base, a = layer.moved(alpha_1, old.base, beta, v), torch.addcmul(end.a + old.a, old.a, alpha_1)
+        energy = layer.energy(end.value, square)
+        log_accept = torch.add(old.energy - energy, gained, alpha=-0.5)
+
+        def whole() -> tuple[Point, Tensor, Tensor, Trajectory]:
+            y = layer.put_together(old.base, old.a)
+            start = Point(layer.positions(old.base, old.a), old.energy, layer.gradient_from(y, old.slopes))
+            momentum = layer.momentum(leaps, y, v, end.b)
+            there = layer.positions(base, a)
+            moved = Trajectory(there, energy, start.gradient, momentum, leaps.n_leapfrog, log_accept)
+            return start, v, self._h(t, there), moved
+
+        inside = None if target.box is None else target.box.contains(layer.positions(base, a))
+        verdict = judged(target, base.sum() + a.sum(), inside, log_accept, whole)
+        there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, pull, old.age + 1)
+        return decided(
+            old, there, noise, t, log_accept, verdict, leaps.n_leapfrog,
+            lambda new: layer.gradient_from(layer.put_together(new.base, new.a), new.slopes),
+        )  # fmt: skip
+
+    # -- what MALA has of its own ---------------------------------------------------------------------------
+
+    def _leaps(self, layer: Collapsed, t: int, x: Tensor) -> Leaps:
+        """The trajectory of step t. A scale of one value per dim is the layer's."""
+        h, scale = value_at(self.sampler.step_size, t, x.device), self.scale(x)
+        h = h if isinstance(scale, Tensor) else h * scale
+        return Leaps.of(h, self.sampler.n_leapfrog, layer.curvature, x)
+
+    def _h(self, t: int, x: Tensor) -> Tensor:
+        """The step of ``hmc.leapfrog``."""
+        return scaled_step(self.sampler, t, x)
+
+    def _pull(self, layer: Collapsed, slopes: Tensor) -> Tensor:
+        return slopes[:, :0]
+
+    def _followed(self, layer: Collapsed, state: CollapsedPoint, q: Tensor, leaps: Leaps) -> tuple[End, Tensor, Tensor]:
+        """The end of a trajectory, s G there, and |B W|^2."""
+        end = layer.followed(state.inner, q, state.slopes, leaps)
+        return end, state.pull, (layer.multiplied(end.b) * end.b).sum(dim=1)
+
+
+class CollapsedMALA(CollapsedHMC):
+    """The steps of ``MALA`` on a target that is ``Collapsed``."""
+
+    stream: ClassVar[Stream] = Stream.LANGEVIN
+
+    def scale(self, x: Tensor) -> float | Tensor:
+        """C^(1/2)."""
+        return diagonal_at("preconditioner", self.sampler.preconditioner, x) ** 0.5
+
+    def saved(self, dim: int, width: int) -> float:
+        """A step takes a product with W and one with G in place of two with W."""
+        return 2 * dim * width - width * (_ONCE * dim + width + _STEP)
+
+    def _leaps(self, layer: Collapsed, t: int, x: Tensor) -> Leaps:
+        h, scale = value_at(self.sampler.step_size, t, x.device) ** 0.5, self.scale(x)
+        return Leaps.of(h if isinstance(scale, Tensor) else h * scale, 1, layer.curvature, x)
+
+    def _h(self, t: int, x: Tensor) -> Tensor:
+        return cast(Tensor, self.sampler.scaled_step(t, x))
+
+    def _pull(self, layer: Collapsed, slopes: Tensor) -> Tensor:
+        return layer.multiplied(slopes)
+
+    def _followed(self, layer: Collapsed, state: CollapsedPoint, q: Tensor, leaps: Leaps) -> tuple[End, Tensor, Tensor]:
+        first, last = leaps.kicks[:, :, None]
+        pulled = leaps.drifts[0, :, None] * first
+        a = -pulled * state.slopes
+        u = torch.addcmul(state.inner, state.inner, leaps.alpha_1[0, :, None])
+        u.addcmul_(q, leaps.beta[0, :, None]).addcmul_(state.pull, pulled, value=-1)
+        value, slopes = layer.evaluated(u)
+        pull = layer.multiplied(slopes)
+        c = layer.curvature
+        b = -(first - c * last * pulled) * state.slopes - last * slopes
+        bg = -(first - c * last * pulled) * state.pull - last * pull
+        return End(a, b, u, value, slopes), pull, (b * bg).sum(dim=1)
+
+
+def layer_of(target: View) -> Collapsed:
+    """The target of a view."""
+    return cast(Collapsed, target.target)
+
+
+def _at(layer: Collapsed, y: Tensor) -> CollapsedPoint:
+    """Chains at y. slopes, energy and pull are not computed."""
+    u = layer.projected(y)
+    square = y.new_zeros(len(y)) if layer.curvature == 0.0 else y.square().sum(dim=1)
+    return CollapsedPoint(y, torch.zeros_like(u), u, square.double(), u, square, u, zeros_like_rows(y))
+
+
+def _refreshed(layer: Collapsed, state: CollapsedPoint) -> CollapsedPoint:
+    """The state, with y put together and u computed from it for chains where it is due."""
+    due = state.age >= _REFRESHED
+    if not bool(due.any()):
+        return state
+    fresh = _at(layer, layer.put_together(state.base, state.a))
+    fresh = fresh._replace(slopes=state.slopes, energy=state.energy, pull=state.pull)
+    return rows_of(due, fresh, state)
+
+
+def _squares(
+    layer: Collapsed, state: CollapsedPoint, v: Tensor, q: Tensor, end: End, leaps: Leaps, b_squared: Tensor
+) -> tuple[Tensor, Tensor]:
+    """|y_L|^2, and |v_L|^2 - |v_0|^2, (n,) each. See targets/collapsed.py. b_squared: |B W|^2."""
+    vb = (q * end.b).sum(dim=1)
+    if layer.curvature == 0.0:
+        return state.square, torch.add(b_squared, vb, alpha=2)
+    alpha_1, beta, gamma, delta_1 = leaps.alpha_1[-1], leaps.beta[-1], leaps.gamma[:, 0], leaps.delta_1[:, 0]
+    u, yy = state.inner, state.square
+    vv, vy = v.square().sum(dim=1).double(), (v * state.base).sum(dim=1).double() + (q * state.a).sum(dim=1)
+    straight = torch.addcmul(torch.addcmul(u, u, alpha_1[:, None]), q, beta[:, None])
+    alpha_1, beta = alpha_1.double(), beta.double()
+    square = yy + (alpha_1 * (2 + alpha_1)) * yy + 2 * (1 + alpha_1) * beta * vy + beta**2 * vv
+    square = square + (end.a * (end.u + straight)).sum(dim=1)
+    along = gamma * vy + delta_1 * vv + vb  # v_0 . d
+    rest = gamma * (u * end.b).sum(dim=1) + delta_1 * vb + gamma * delta_1 * vy
+    gained = 2 * along + gamma**2 * yy + delta_1**2 * vv + b_squared + 2 * rest
+    return square, gained.to(v.dtype)
+
+
+def zeros_like_rows(x: Tensor) -> Tensor:
+    """(n,) int64."""
+    return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+
+def close(a: Tensor, b: Tensor) -> Tensor:
+    """Whether rows are the same up to rounding. False for NaN."""
+    return (a - b).abs().amax(dim=1) <= b.abs().amax(dim=1) * _SAME

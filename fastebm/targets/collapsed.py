@@ -1,0 +1,371 @@
+"""An MLP energy seen through its first layer: a leapfrog step costs the same for any number of dims.
+
+An MLP sees a state x only through x W^T, where W, (width, dim), is its first weight. (For a sum of MLPs, W has the
+first weights of all, one below the other.) With s = dE/dz, z the first layer's preactivations, and a Gaussian term
+c |x - m|^2 / 2, the gradient is s W + c (x - m). So with y = x - m, every point of a trajectory of HMC (hmc.py) is
+
+y = alpha y_0 + beta v_0 + A W,   v = gamma y_0 + delta v_0 + B W,
+
+four numbers and two matrices, (n, width). The leapfrog steps change nothing else:
+
+kick of size k    B = B - k (s + c A),   gamma = gamma - k c alpha,   delta = delta - k c beta
+drift of size h   A = A + h B,           alpha = alpha + h gamma,     beta = beta + h delta
+where s is at     u = alpha u_0 + beta q_0 + A G,   u_0 = y_0 W^T,   q_0 = v_0 W^T,   G = W W^T
+
+z is u plus the bias at y = 0. A step takes one product with G in place of two with W. The same numbers give the kinetic
+energy, by v_L = v_0 + d, and the Gaussian term:
+
+|v_L|^2 - |v_0|^2 = 2 v_0 . d + |d|^2,   d = gamma y_0 + (delta - 1) v_0 + B W
+|y|^2 = alpha^2 |y_0|^2 + 2 alpha beta y_0 . v_0 + beta^2 |v_0|^2 + A . (u + alpha u_0 + beta q_0)
+
+With a scale r of each coordinate (h r in place of h, as a diagonal mass has it), the same holds for y / r and W diag(r)
+if c = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..energies.activations import Activation
+from ..rng import Noise, Stream
+from ..threads import threads
+from .closed_form import ClosedForm, Network, matrix, padded_rows, product, rows_of_products
+from .description import Description
+from .mlp import MLP
+
+__all__ = ["Collapsed", "Drift", "End", "FirstLayer", "Leaps", "centred", "is_isotropic", "width_of"]
+
+
+class Leaps(NamedTuple):
+    """The leapfrog steps of a trajectory. Each tensor has one row, or one per chain.
+
+    kicks, drifts, alpha_1, beta: (n_leapfrog + 1, rows), by step: kick, drift, and then alpha - 1 and beta. The last
+    kick has no drift.
+    gamma, delta_1: (rows, 1) gamma and delta - 1 at the end.
+    (With alpha itself, its rounding would shrink y in the same way in every step.)
+    """
+
+    kicks: Tensor
+    drifts: Tensor
+    alpha_1: Tensor
+    beta: Tensor
+    gamma: Tensor
+    delta_1: Tensor
+
+    @classmethod
+    def of(cls, h: float | Tensor, n_leapfrog: int, curvature: float, like: Tensor) -> Leaps:
+        """h: the step, a number or a (n, 1) float64 tensor. curvature: c. like: a tensor of the dtype and device."""
+        h = torch.as_tensor(h, dtype=torch.float64, device=like.device).reshape(-1, 1)
+        alpha_1, beta, gamma, delta_1 = (torch.zeros_like(h) for _ in range(4))
+        rows: list[tuple[Tensor, ...]] = []
+        for t in range(n_leapfrog + 1):
+            kick, drift = (h / 2 if t in (0, n_leapfrog) else h), (h if t < n_leapfrog else torch.zeros_like(h))
+            gamma, delta_1 = gamma - kick * curvature * (1 + alpha_1), delta_1 - kick * curvature * beta
+            alpha_1, beta = alpha_1 + drift * gamma, beta + drift * (1 + delta_1)
+            rows.append((kick, drift, alpha_1, beta))
+        steps = (torch.stack(column).squeeze(2).to(like.dtype) for column in zip(*rows, strict=True))
+        kicks, drifts, alphas, betas = steps
+        return cls(kicks, drifts, alphas, betas, gamma.to(like.dtype), delta_1.to(like.dtype))
+
+    @property
+    def n_leapfrog(self) -> int:
+        return len(self.kicks) - 1
+
+
+class End(NamedTuple):
+    """The end of a trajectory.
+
+    a, b: (n, width) A and B. u: (n, width). value: (n,) the energy without its Gaussian term and constant.
+    slopes: (n, width) s.
+    """
+
+    a: Tensor
+    b: Tensor
+    u: Tensor
+    value: Tensor
+    slopes: Tensor
+
+
+class Drift(NamedTuple):
+    """Coefficients of a step of Langevin dynamics, (1 or n, 1) each: drift, noise_std, and shrunk = -drift c."""
+
+    drift: Tensor
+    noise_std: Tensor
+    shrunk: Tensor
+
+
+class FirstLayer:
+    """W and G of an energy, for all tiles of a run. They are read from its weights anew in each run.
+
+    Args:
+        description: the energy. Its curvature is one number.
+        scale: (dim,) r, or None for 1.
+    """
+
+    def __init__(self, description: Description, scale: Tensor | None = None) -> None:
+        self.description, self.scale = description, scale
+        centre = centred(description)
+        assert centre.scales is not None
+        self.mlps, self.scales = centre.scaled_heads(), list(centre.scales)
+        like = self.mlps[0].weights[0]
+        # Blocks start at multiples of four columns, as rows do (closed_form.py). Columns in between are 0.
+        self.blocks: list[slice] = []
+        self.width = 0
+        for mlp in self.mlps:
+            self.blocks.append(slice(self.width, self.width + mlp.widths[0]))
+            self.width += -(-mlp.widths[0] // 4) * 4
+        self.weight = matrix(self.width, description.dim, like).zero_()
+        for block, mlp in zip(self.blocks, self.mlps, strict=True):
+            self.weight[block] = mlp.weights[0]
+        self.mean = None if description.mean is None or not bool(description.mean.any()) else description.mean
+        self.curvature = 0.0 if description.curvature is None else float(description.curvature[0])
+        self.scaled = self.weight if scale is None else matrix(self.width, description.dim, like)
+        if scale is not None:
+            torch.mul(self.weight, scale, out=self.scaled)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """G, (width, width)."""
+        with threads(1):  # so that its bits do not depend on the number of threads
+            return torch.mm(self.scaled, self.scaled.t())
+
+
+def centred(description: Description) -> Description:
+    """The energy as a function of x - m, with its linear term as one more MLP: b x is a layer of one unit."""
+    assert description.scales is not None  # the description is not bare
+    mlps, scales = description.mlps, description.scales
+    if description.linear is not None:
+        one = description.linear.new_ones(1, 1)
+        mlps = (*mlps, MLP((description.linear[None], one), (None, None), (Activation("identity"),)))
+        scales = torch.cat([scales, one[0]])
+    mean = description.mean
+    if mean is not None and bool(mean.any()):
+        mlps = tuple(_shifted(mlp, mean) for mlp in mlps)
+    return replace(
+        description, mlps=mlps, scales=scales, mean=None if mean is None else torch.zeros_like(mean), linear=None
+    )
+
+
+def _shifted(mlp: MLP, mean: Tensor) -> MLP:
+    """The MLP as a function of x - mean."""
+    bias = torch.mv(mlp.weights[0], mean)
+    bias = bias if mlp.biases[0] is None else mlp.biases[0] + bias
+    return replace(mlp, biases=(bias, *mlp.biases[1:]))
+
+
+def width_of(description: Description) -> int:
+    """The number of units that see x."""
+    return sum(mlp.widths[0] for mlp in description.mlps) + (description.linear is not None)
+
+
+def is_isotropic(description: Description) -> bool:
+    """Whether the curvature of the energy's Gaussian term is the same for all dims."""
+    c = description.curvature
+    return c is None or bool((c == c[0]).all())
+
+
+class Collapsed:
+    """A ``Target`` (base.py) for at most one tile of chains, with trajectories in its first layer.
+
+    labels: (n,) int64, one per chain, or None.
+    """
+
+    def __init__(self, layer: FirstLayer, n_chains: int, labels: Tensor | None) -> None:
+        self.layer, self.n_chains, self._given = layer, n_chains, labels
+        like = layer.weight
+        few = rows_of_products(like.device)
+        self.n_rows = -(-n_chains // few) * few
+        self.labels = None if labels is None else padded_rows(labels, self.n_rows)
+        # Padding rows are 0, so they stay finite; their results are not used.
+        self.x = matrix(self.n_rows, layer.description.dim, like).zero_()
+        self.a, self.b, self.u, self.q, self.z, self.h = (
+            matrix(self.n_rows, layer.width, like).zero_() for _ in range(6)
+        )
+        self.networks = [
+            Network(mlp, scale, self.n_rows, (self.z[:, block], self.h[:, block]))
+            for mlp, scale, block in zip(layer.mlps, layer.scales, layer.blocks, strict=True)
+        ]
+        self._ordinary: ClosedForm | None = None
+
+    # -- the target, in all dims --------------------------------------------------------------------------
+
+    @property
+    def ordinary(self) -> ClosedForm:
+        """The same energy without the first layer's space."""
+        if self._ordinary is None:
+            self._ordinary = ClosedForm(self.layer.description, self.n_chains, self._given)
+        return self._ordinary
+
+    def value(self, x: Tensor) -> Tensor:
+        """E(x), (n,)."""
+        return self.ordinary.value(x)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """dE/dx, (n, dim)."""
+        return self.ordinary.gradient(x)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """E(x) and dE/dx."""
+        return self.ordinary.value_and_gradient(x)
+
+    def repeated(self, k: int) -> ClosedForm:
+        """The energy of k copies of each chain."""
+        return self.ordinary.repeated(k)
+
+    @property
+    def curvature(self) -> float:
+        """c."""
+        return self.layer.curvature
+
+    # -- to the first layer and back ----------------------------------------------------------------------
+
+    def away(self, x: Tensor) -> Tensor:
+        """y = x - m, (n, dim)."""
+        return x if self.layer.mean is None else x - self.layer.mean
+
+    def projected(self, y: Tensor) -> Tensor:
+        """u = y W^T, (n, width)."""
+        return self._product(y, self.layer.weight.t())
+
+    def projected_momentum(self, v: Tensor) -> Tensor:
+        """q = v (W diag(r))^T, (n, width)."""
+        return self._product(v, self.layer.scaled.t())
+
+    def multiplied(self, b: Tensor) -> Tensor:
+        """b G, (n, width)."""
+        return self._product(b, self.layer.gram)
+
+    def moved(self, alpha_1: Tensor, y: Tensor, beta: Tensor, v: Tensor) -> Tensor:
+        """alpha y + r beta v, (n, dim). alpha_1, beta: (1 or n, 1), alpha - 1 and beta."""
+        y = y if self.curvature == 0.0 else torch.addcmul(y, y, alpha_1)  # without curvature alpha is 1
+        return torch.addcmul(y, v, beta if self.layer.scale is None else beta * self.layer.scale)
+
+    def put_together(self, base: Tensor, a: Tensor) -> Tensor:
+        """y = base + r a W diag(r), (n, dim)."""
+        out = matrix(self.n_rows, base.shape[1], base)
+        if self.layer.scale is not None:
+            product(self._padded(a, self.b), self.layer.scaled, None, out)
+            return torch.addcmul(base, out[: len(base)], self.layer.scale)
+        out[len(base) :] = 0.0
+        out[: len(base)] = base
+        return product(self._padded(a, self.b), self.layer.weight, None, out, add=True)[: len(base)]
+
+    def positions(self, base: Tensor, a: Tensor) -> Tensor:
+        """x, (n, dim)."""
+        y = self.put_together(base, a)
+        return y if self.layer.mean is None else y + self.layer.mean
+
+    def momentum(self, leaps: Leaps, y: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        """gamma y + delta v + b W diag(r), (n, dim)."""
+        return v + leaps.gamma * y + leaps.delta_1 * v + self._product(b, self.layer.scaled)
+
+    def gradient_from(self, y: Tensor, slopes: Tensor) -> Tensor:
+        """dE/dx, (n, dim), from s."""
+        return self._product(slopes, self.layer.weight).add_(y, alpha=self.curvature)
+
+    def energy(self, value: Tensor, square: Tensor) -> Tensor:
+        """E, (n,), from its part that the first layer determines, and |y|^2 in float64."""
+        assert self.layer.description.constant is not None
+        value = value + self.layer.description.constant
+        return value if self.curvature == 0.0 else (value + square * (self.curvature / 2)).to(value.dtype)
+
+    def _product(self, v: Tensor, w: Tensor) -> Tensor:
+        padded = self._padded(v, self.x if v.shape[1] == self.x.shape[1] else self.b)
+        return product(padded, w, None, matrix(self.n_rows, w.shape[1], v))[: len(v)]
+
+    def _padded(self, v: Tensor, room: Tensor) -> Tensor:
+        """v with padding rows, as it is or in ``room``."""
+        if len(v) == self.n_rows and v.stride() == room.stride():
+            return v
+        room[: len(v)] = v
+        return room
+
+    # -- in the first layer -------------------------------------------------------------------------------
+
+    def evaluated(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The energy's part that the first layer determines, (n,), and s, (n, width)."""
+        self.z[: len(u)] = u
+        value = self._evaluate()
+        return value[: len(u)], self._slopes()[: len(u)]
+
+    def stepped(self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int) -> tuple[Tensor, Tensor]:
+        """A step of Langevin dynamics from y = base + r a W diag(r): the next base and a."""
+        drift, noise_std, shrunk = coefficients
+        self._differentiate_at(base, a)
+        xi = noise.normal(Stream.LANGEVIN, t)
+        return self.moved(shrunk, base, noise_std, xi), self._pushed(a, drift, shrunk)
+
+    def slopes(self) -> Tensor:
+        """A copy of s, (n_rows, width), at the states of the last step."""
+        return self._slopes()
+
+    def _differentiate_at(self, base: Tensor, a: Tensor) -> None:
+        product(self._padded(base, self.x), self.layer.weight.t(), None, self.z)
+        product(self._padded(a, self.a), self.layer.gram, None, self.z, add=True)
+        self._differentiate()
+
+    def _pushed(self, a: Tensor, drift: Tensor, shrunk: Tensor) -> Tensor:
+        """a + shrunk a - drift s, (n, width)."""
+        new = torch.addcmul(a, self.h[: len(a)], drift, value=-1)
+        return new if self.curvature == 0.0 else new.addcmul_(a, shrunk)
+
+    def followed(self, u: Tensor, q: Tensor, slopes: Tensor, leaps: Leaps) -> End:
+        """Follow a trajectory. u, q, slopes: (n, width) u_0, q_0 and s there."""
+        n = len(u)
+        self.u[:n], self.q[:n] = u, q
+        self._load_slopes(slopes)
+        self.a.zero_()
+        self.b.zero_()
+        self._leap(leaps)
+        end = self.z[:n].clone()
+        value = self._evaluate()
+        self._kick(leaps)
+        return End(self.a[:n].clone(), self.b[:n].clone(), end, value[:n], self._slopes()[:n])
+
+    def _load_slopes(self, slopes: Tensor) -> None:
+        self.h[: len(slopes)] = slopes
+
+    def _slopes(self) -> Tensor:
+        """A copy of s, (n_rows, width)."""
+        return self.h.clone()
+
+    def _leap(self, leaps: Leaps) -> None:
+        """All but the last kick, and u there to ``z``."""
+        for t in range(leaps.n_leapfrog):
+            if t > 0:
+                self._evaluate()
+            self._kick(leaps, t)
+            self.a.addcmul_(self.b, self._at(leaps.drifts[t]))
+            torch.addcmul(self.u, self.u, self._at(leaps.alpha_1[t]), out=self.z)
+            self.z.addcmul_(self.q, self._at(leaps.beta[t]))
+            product(self.a, self.layer.gram, None, self.z, add=True)
+
+    def _kick(self, leaps: Leaps, t: int = -1) -> None:
+        kick = self._at(leaps.kicks[t])
+        self.b.addcmul_(self.h, kick, value=-1)
+        if self.curvature != 0.0:
+            self.b.addcmul_(self.a, kick, value=-self.curvature)
+
+    def _differentiate(self) -> None:
+        """s to ``h``, at u in ``z``, which it overwrites."""
+        self._evaluate()
+
+    def _at(self, rows: Tensor) -> Tensor:
+        return padded_rows(rows[:, None], self.n_rows)
+
+    def _evaluate(self) -> Tensor:
+        """The energies at u, (n_rows,), and s to ``h``. It overwrites u, in ``z``."""
+        values = []
+        for network, block in zip(self.networks, self.layer.blocks, strict=True):
+            if (bias := network.mlp.biases[0]) is not None:
+                self.z[:, block].add_(bias)
+            last = network.rise()
+            values.append(network.energy(last, self.labels))
+            network.slopes(last, self.labels)
+        total = sum(values[1:], values[0])
+        return total
