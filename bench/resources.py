@@ -86,10 +86,19 @@ EVALUATION_MAY_SPILL = {
     "3.9.0": {("sm_90", "bf16"): 0, ("sm_90", "bf16x3"): 120},
 }
 
+# A step of HMC of LEAPFROG_STEPS leapfrog steps, in which 20,000 to 30,000 instructions are executed.
+HMC_MAY_SPILL = {
+    "3.6.0": {("sm_90", "bf16"): 0, ("sm_90", "bf16x3"): 450},
+    "3.9.0": {("sm_90", "bf16"): 0, ("sm_90", "bf16x3"): 100},
+}
+LEAPFROG_STEPS = 10
+
 # Triton 3.6 only for the architectures that it can compile for: for sm_100 it emits a trap without a step to count.
 CAPABILITIES = (80, 90) if TRITON == "3.6.0" else tuple(MACHINES)
 # The kernel that evaluates an energy: elsewhere loops over two chunks are unrolled, and would count twice.
 EVALUATED_ON = (80, 90)
+# Elsewhere the energies that are compiled here do not fit (launch.why_no_accept_test).
+ACCEPTED_ON = (90,)
 
 MORE_INSTRUCTIONS = 1.03  # allowed over the committed row: the compiler's scheduling alone may change that much
 
@@ -99,7 +108,7 @@ Row = dict[str, Any]
 def all_cases() -> list[Row]:
     return [
         {"kernel": kernel, "capability": capability, "dim": dim, "widths": list(widths), "precision": p, "rule": RULE}
-        for kernel, capabilities in (("mlp", CAPABILITIES), ("evaluate", EVALUATED_ON))
+        for kernel, capabilities in (("mlp", CAPABILITIES), ("evaluate", EVALUATED_ON), ("hmc", ACCEPTED_ON))
         for capability in capabilities
         for dim, widths in ENERGIES
         for p in PRECISIONS
@@ -123,25 +132,38 @@ def flops_of(sizes: Sequence[int], precision: str) -> float:
     return 4 * sum(n_in * n_out for n_in, n_out in pairwise(sizes)) * (3 if precision == "bf16x3" else 1)
 
 
+def held_precision(precision: str) -> str:
+    """Of the energies of an accept test."""
+    return "bf16x3" if precision == "bf16" else precision
+
+
+def flops_of_case(compiled: Row, sizes: Sequence[int]) -> float:
+    """FLOPs per chain-step of a compiled case: of HMC, those of its leapfrog steps and of E at the end."""
+    precision = compiled["precision"]
+    if compiled["kernel"] != "hmc":
+        return flops_of(sizes, precision)
+    return LEAPFROG_STEPS * flops_of(sizes, precision) + flops_of(sizes, held_precision(precision)) / 2
+
+
 def row_of(compiled: Row, sass: str, usage: str) -> Row:
     """The row of a compiled case, from cuobjdump's output."""
     launch, machine = compiled["launch"], MACHINES[compiled["capability"]]
     chains, warps, precision = launch["block_chains"], launch["num_warps"], compiled["precision"]
     chunks = -(-compiled["dim"] // launch["block_dim"])
-    evaluates = compiled["kernel"] == "evaluate"
-    names = executed(parse(sass), chunks, steps=not evaluates)
+    evaluates, leaps = compiled["kernel"] == "evaluate", compiled["kernel"] == "hmc"
+    names = executed(parse(sass), LEAPFROG_STEPS if leaps else chunks, steps=not evaluates)
     bases = Counter[str]()
     for name, count in names.items():
         bases[name.split(".")[0]] += count
 
     # Sanity check: the counted loop must do the products of one whole step.
     sizes = [chunks * launch["block_dim"], *(block(w) for w in compiled["widths"])]
-    flops = flops_of(sizes, precision)
+    flops = flops_of_case(compiled, sizes)
     counted = tensor_flops(names)
     if counted is not None:
         counted *= warps / chains
         # the compiler drops products whose columns are all padding
-        if not flops_of([compiled["dim"], *compiled["widths"]], precision) <= counted <= flops:
+        if not flops_of_case(compiled, [compiled["dim"], *compiled["widths"]]) <= counted <= flops:
             raise ValueError(f"{key(compiled)}: the loop has {counted} FLOPs per chain-step, expected {flops}")
         flops = counted
 
@@ -164,6 +186,9 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
         traffic += weights[0] + (16 if launch["in_memory"] else 8) * sizes[1]
     if launch["regime"] == "streaming" or evaluates:
         traffic += 8 * compiled["dim"]  # x in, x or its gradient out
+    elif leaps:
+        # Position, momentum and gradient: five times in each leapfrog step, eleven times at its start and end.
+        traffic += 4 * launch["block_dim"] * (5 * LEAPFROG_STEPS + 11)
     elif launch["in_memory"]:
         traffic += 12 * launch["block_dim"]  # the state, written once and read twice
     if traffic > 0:
@@ -282,7 +307,7 @@ def over_limit(row: Row) -> str | None:
 
 
 def spills(row: Row, triton: str = TRITON) -> str | None:
-    limits = EVALUATION_MAY_SPILL if row["case"].startswith("evaluate") else MAY_SPILL
+    limits = {"evaluate": EVALUATION_MAY_SPILL, "hmc": HMC_MAY_SPILL}.get(row["case"].split()[0], MAY_SPILL)
     allowed = limits.get(triton, {}).get((row["architecture"], row["precision"]))
     if row["refused"] or allowed is None or int(row["spill_loads"]) + int(row["spill_stores"]) <= allowed:
         return None

@@ -122,6 +122,7 @@ QUICK = [
     ("sm_90", "64-[128,128]", "bf16"),
     ("sm_90", "64-[128,128]", "bf16x3"),
     ("sm_90", "evaluate 64-[128,128]", "bf16x3"),
+    ("sm_90", "hmc 64-[128,128]", "bf16"),
 ]
 SLOW = [key for key in CASES if key not in QUICK]
 
@@ -230,6 +231,9 @@ def test_each_way_to_fall_behind_is_found():
     evaluation = {**few, "case": "evaluate 64-[128,128]"}
     assert resources.spills(evaluation, "3.6.0")
     assert not resources.spills({**evaluation, "precision": "bf16x3"}, "3.9.0")
+    of_hmc = {**few, "case": "hmc 64-[128,128]"}
+    assert resources.spills(of_hmc, "3.6.0")
+    assert not resources.spills({**of_hmc, "precision": "bf16x3"}, "3.9.0")
     some = {**good, "precision": "bf16x3", "spill_loads": 60, "spill_stores": 40}
     assert not resources.spills(some, "3.6.0")
     assert resources.spills({**some, "spill_loads": 61}, "3.6.0")
