@@ -87,6 +87,7 @@ def run_hmc(
                 0,
                 first_tile,
                 *scratch,
+                None if chains.labels is None else torch.empty_like(done.energy),
                 **places,
                 **compiled_for(description, launch, precision),
                 ENERGY=layers_of(description, launch, exact, halved=halved),

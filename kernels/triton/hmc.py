@@ -87,6 +87,7 @@ def hmc_resident(
     lo, hi, n_leapfrog,
     prepared_ptr, in_weights_ptr, in_biases_ptr, n_chains, steps, zero, first_tile,
     position_ptr, momentum_ptr, gradient_ptr,  # (programs * BLOCK_CHAINS, BLOCK_DIM) float32, scratch
+    end_ptr,  # (n_chains,) float32, scratch; None without labels
     WEIGHTS: tl.constexpr, LOWS: tl.constexpr, BIASES: tl.constexpr, TERMS: tl.constexpr,
     LAYERS: tl.constexpr, ENERGY: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
@@ -195,6 +196,11 @@ def hmc_resident(
             z += load_bias(bias_ptrs, shift, ENERGY.FIRSTS[k], ENERGY)
             end += energy_at(z, weights, bias_ptrs, scale_ptr + k, labels, shift, ENERGY.FIRSTS[k], ENERGY)
 
+        if label_ptr is not None:
+            # Through memory: otherwise all that follows takes the layout of the heads that labels select, and spills.
+            tl.store(end_ptr + chains, end, mask=inside)
+            tl.debug_barrier()
+            end = tl.load(end_ptr + chains, mask=inside, other=0.0)
         x = load_tile(position_ptr, BLOCK_DIM, tile, SCRATCH)
         energy = tl.load(energy_ptr + chains, mask=inside, other=0.0)
         first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
