@@ -169,7 +169,8 @@ def test_the_rest_compiles_and_fits(slow, case):
 
 def test_both_regimes_and_the_update_are_compiled(quick):
     compiled = {result["name"] for result in quick.values() if result["refused"] is None}
-    assert compiled == {"langevin_resident", "langevin_streaming", "langevin_update"}
+    regimes = {f"{kernel}_{regime}" for kernel in ("langevin", "evaluate") for regime in ("resident", "streaming")}
+    assert compiled == {*regimes, "langevin_update"}
     refused = [result for result in quick.values() if result["refused"] is not None]
     assert not refused
 
