@@ -38,11 +38,11 @@ pytestmark = pytest.mark.usefixtures("seeded", "poisoned_memory")
 LAUNCHES = [*REGIMES, *IN_MEMORY, "eight warps"]
 
 
-def target_of(energy, x, labels=None, regime="resident", precision="ieee", chunk=32):
+def target_of(energy, x, labels=None, regime="resident", precision="ieee"):
     """The energy as a target on the kernel; None if this GPU has too little shared memory."""
     description = describe(energy, labels=labels is not None)
     regime, warps = ("streaming", 8) if regime == "eight warps" else (regime, 4)
-    launch = launch_at(regime, description, x.device, precision, chunk, warps)
+    launch = launch_at(regime, description, x.device, precision, warps=warps)
     numbers = torch.arange(len(x), device=x.device)
     chains = Chains(x, 0, numbers, numbers, labels)
     return None if launch is None else runs.evaluation(description, chains, precision=precision, launch=launch)
@@ -65,7 +65,7 @@ def check(energy, x, counters, regime, n=None):
 # -- the kernel ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), regime=st.sampled_from(LAUNCHES))
 def test_any_energy(device, case, regime):
     """Networks of one to three hidden layers, each activation and head, sums with Gaussian and linear terms."""
@@ -123,9 +123,9 @@ def test_a_state_does_not_depend_on_the_others(device, regime, precision):
         pytest.skip("too little shared memory")
     value, gradient = target.value_and_gradient(x)
     for rows in (slice(149, 150), slice(3, 67), slice(5, 140)):
-        part = target_of(energy, x[rows], labels[rows], regime, precision)
-        assert torch.equal(part.value_and_gradient(x[rows])[0], value[rows])
-        assert torch.equal(part.gradient(x[rows]), gradient[rows])
+        part = target_of(energy, x[rows], labels[rows], regime, precision).value_and_gradient(x[rows])
+        assert torch.equal(part[0], value[rows])
+        assert torch.equal(part[1], gradient[rows])
     twice = target.repeated(2).value_and_gradient(x.repeat_interleave(2, dim=0))
     assert torch.equal(twice[0], value.repeat_interleave(2))
     assert torch.equal(twice[1], gradient.repeat_interleave(2, dim=0))
@@ -138,8 +138,9 @@ def test_states_of_any_layout(device):
     target = target_of(energy, x)
     value, gradient = target.value_and_gradient(x)
     for same in (x.t().contiguous().t(), torch.cat([x.new_zeros(1), x.flatten()])[1:].view(70, 5)):
-        assert torch.equal(target.value(same), value)
-        assert torch.equal(target.gradient(same), gradient)
+        found = target.value_and_gradient(same)
+        assert torch.equal(found[0], value)
+        assert torch.equal(found[1], gradient)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -190,20 +191,20 @@ def test_every_sampler_agrees_with_the_reference(device, case, name):
 @per_chain
 def test_other_chains_change_no_bits_of_a_run(device, case):
     energy, options = energy_and_options("labels", device)
-    whole = sample(energy, case.make(), DIM, steps=2, backend="triton", **options)
+    whole = sample(energy, case.make(), DIM, steps=1, backend="triton", **options)
     mine = {**options, "n_chains": 60, "labels": options["labels"][7:67]}
-    part = sample(energy, case.make(), DIM, steps=2, backend="triton", first_chain=7, **mine)
+    part = sample(energy, case.make(), DIM, steps=1, backend="triton", first_chain=7, **mine)
     assert torch.equal(part.x, whole.x[7:67])
     assert torch.equal(part.energies, whole.energies[7:67])
 
 
 def test_a_resumed_call_and_a_warmup(device):
-    """A warm-up and coupled samplers take the same path."""
+    """A warm-up takes the same path. The call ends with the same bits whether it was resumed or not."""
     energy, options = energy_and_options("mlp", device, 20)
     options |= {"backend": "triton"}
-    whole = sample(energy, NUTS(0.3, 3), DIM, warmup=12, steps=4, **options)
-    first = sample(energy, NUTS(0.3, 3), DIM, warmup=12, steps=1, **options)
-    then = sample(energy, init=first, steps=3, backend="triton")
+    whole = sample(energy, NUTS(0.3, 3), DIM, warmup=4, steps=3, **options)
+    first = sample(energy, NUTS(0.3, 3), DIM, warmup=4, steps=1, **options)
+    then = sample(energy, init=first, steps=2, backend="triton")
     assert whole.info.path == then.info.path == "evaluation"
     assert torch.equal(then.x, whole.x)
     assert torch.equal(then.energies, whole.energies)
@@ -254,10 +255,10 @@ def test_chains_that_are_not_finite(device):
     """A chain far outside overflows, is reported, and changes no other."""
     energy = SumEnergy([MLPEnergy(2, (8,)), GaussianEnergy()]).to(device)
     init = torch.zeros(70, 2, device=device)
-    calm = sample(energy, NUTS(0.3, 3), init=init, steps=2, seed=1, backend="triton")
+    calm = sample(energy, NUTS(0.3, 2), init=init, steps=1, seed=1, backend="triton")
     init[::7] = 3e38
-    options = {"init": init, "steps": 2, "seed": 1, "backend": "triton", "on_nonfinite": "ignore"}
-    found = sample(energy, NUTS(0.3, 3), **options)
+    options = {"init": init, "steps": 1, "seed": 1, "backend": "triton", "on_nonfinite": "ignore"}
+    found = sample(energy, NUTS(0.3, 2), **options)
     assert (found.info.first_bad_step >= 0).nonzero().flatten().tolist() == list(range(0, 70, 7))
     others = found.info.first_bad_step < 0
     assert torch.equal(found.x[others], calm.x[others])

@@ -65,15 +65,17 @@ class Evaluation:
 
     def _launch(self, energy: Tensor | None, gradient: Tensor | None, x: Tensor) -> None:
         """Write the energies, (n,), the gradients, (n, dim), or both."""
-        n_tiles = -(-len(x) // self.launch.block_chains)
+        block_chains = self.launch.block_chains
+        n_tiles = -(-len(x) // block_chains)
+        if n_tiles == 0:
+            return
         given = energy, gradient, aligned(x), self.labels, self.prepared, len(x)
         # Triton launches on the current device, which may not be x's.
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             if self.launch.regime == "resident":
-                if n_tiles > 0:
-                    evaluate.evaluate_resident[(n_tiles,)](*given, **self.constants)
+                evaluate.evaluate_resident[(n_tiles,)](*given, **self.constants)
                 return
-            at_once = min(n_tiles, CHAINS_AT_ONCE // self.launch.block_chains)
-            slopes = None if gradient is None else self.scratch(at_once * self.launch.block_chains)
-            for first in range(0, n_tiles, max(1, at_once)):
+            at_once = min(n_tiles, CHAINS_AT_ONCE // block_chains)
+            slopes = None if gradient is None else self.scratch(at_once * block_chains)
+            for first in range(0, n_tiles, at_once):
                 evaluate.evaluate_streaming[(min(at_once, n_tiles - first),)](*given, first, slopes, **self.constants)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _chosen(
     energy: nn.Module, chains: Chains, sampler: Any, settings: Settings, dtype: torch.dtype,
     adaptation: Adaptation | None,
 ) -> Choice:  # fmt: skip
-    """The backend of the call."""
+    """The backend and path of the steps."""
     precision = settings.precision
     rounded = sampler.exact and (precision or default_precision()) == "bf16"
     if rounded:
@@ -123,13 +124,11 @@ def _chosen(
         energy, chains.x.device, dtype, settings.backend, precision,
         condition=None if chains.labels_or_condition is None else chains.kind,
         sampler=table.name_of(sampler, adaptation), triton_paths=table.triton_paths(sampler, adaptation),
-        exact=sampler.exact,
-        collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
+        exact=sampler.exact, collapses=partial(collapses, sampler, chains, adaptation),
     )  # fmt: skip
     if rounded and choice.path in FUSED:  # the fused kernel computes energies at bf16x3, and rounds gradients only
         choice = replace(choice, precision="bf16")
-    description = choice.description
-    if description is not None and adaptation is None and marginal.applies(sampler, chains, description):
+    if choice.description is not None and marginal.applies(sampler, chains, choice.description):
         choice = replace(choice, path="marginal")
     return choice
 

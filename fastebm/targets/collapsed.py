@@ -76,6 +76,12 @@ class Leaps(NamedTuple):
     def n_leapfrog(self) -> int:
         return len(self.kicks) - 1
 
+    def rows(self, rows: slice) -> Leaps:
+        """Those of a subset of the chains."""
+        if len(self.gamma) == 1:
+            return self
+        return Leaps(*(v[:, rows] for v in self[:4]), *(v[rows] for v in self[4:]))
+
 
 class End(NamedTuple):
     """The end of a trajectory.
@@ -299,6 +305,11 @@ class Collapsed:
         self._differentiate_at(base, a)
         xi = noise.normal(Stream.LANGEVIN, t)
         return self.moved(shrunk, base, noise_std, xi), self._pushed(a, drift, shrunk)
+
+    def slopes_at(self, base: Tensor, a: Tensor) -> Tensor:
+        """s, (n, width), at y = base + r a W diag(r)."""
+        self._differentiate_at(base, a)
+        return self._slopes()[: len(base)]
 
     def slopes(self) -> Tensor:
         """A copy of s, (n_rows, width), at the states of the last step."""
