@@ -233,7 +233,7 @@ SAMPLED: tuple[Sampled, ...] = tuple(
 )
 DRY_SAMPLED: tuple[Sampled, ...] = tuple(
     (name, sampler, 2, Case(3, (16,), 70, clamp=None))
-    for name, sampler in (("HMC", HMC(0.1, 2)), ("MALA", MALA(0.01)), ("NUTS", NUTS(0.1, 2)))
+    for name, sampler in (("MALA", MALA(0.01)), ("NUTS", NUTS(0.1, 2)))
 )
 SAME_CHAINS = 0.95  # share of chains that must agree after one step: an accept test may go either way by rounding
 

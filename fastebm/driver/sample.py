@@ -69,8 +69,8 @@ def sample(
     precision give the same bits for each chain, whatever else is in the batch.
 
     Args:
-        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA the fused kernel runs
-            ``Langevin`` on MLPs, on a ``ClassifierEnergy`` of an MLP, and on a ``SumEnergy`` of these.
+        energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA a fused kernel runs
+            ``Langevin``, and up to 128 dims ``HMC`` and ``MALA``, on MLPs, on a ``ClassifierEnergy`` of an MLP, and on a ``SumEnergy`` of these.
         sampler: ``Langevin(step_size)``, ``MALA(step_size)``, ... A schedule has warmup + steps entries. None with a
             ``SampleResult`` as init: its sampler, with the values that its warm-up adapted.
         input_size: number of dims or shape of one state. Optional with ``init``, or if the energy defines it: an MLP,
@@ -95,7 +95,8 @@ def sample(
         first_chain: global number of the first chain. Together with seed and step it determines the noise.
         backend: "auto", "triton", "torch" or "reference".
         precision: of the fused kernel's products: "bf16x3", "tf32", "bf16" or "ieee". None: see ``langevin_sample``.
-            A sampler with an accept test replaces "bf16" by "bf16x3": a rounded energy would be another target.
+            A sampler with an accept test replaces "bf16" by "bf16x3", in the fused kernel of HMC and MALA for energies
+            only: a rounded energy would be another target.
         device: where to sample without ``init``. None: the energy's device.
         on_nonfinite: what to do with chains that are not finite: "raise", "reinit" (start them again) or "ignore"
             (keep their last finite state).
