@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from fastebm.kernels.triton.launch import Launch, block
+from fastebm.kernels.triton.launch import Launch, block, choose_launch, why_no_accept_test
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws import cells_of_box, fits_cells, fits_gaussian
@@ -251,6 +251,20 @@ def test_after_a_warmup_and_at_bf16(device):
     assert result.info.gradients.tolist() == [2.0] * 4
     for sampler in (HMC(0.3, 2), HMC(0.3, 2, target_acceptance=None)):  # the second is not tuned
         assert sample(energy, sampler, warmup=2, **options).info.path == "resident"
+
+
+def test_where_it_does_not_fit_its_own_steps_run(device, monkeypatch):
+    networks = ((128, 128),)
+    for capability, fits in ((80, False), (90, True), (None, True)):
+        launch = choose_launch(64, networks, "bf16x3", capability)
+        why_not = why_no_accept_test(launch, 64, networks, "bf16x3", capability)
+        assert why_not is None if fits else "KiB of shared memory" in why_not
+    energy, options = MLPEnergy(3, (8,)).to(device), {"n_chains": 4, "steps": 1, "seed": 1, "backend": "triton"}
+    for reason in ("too little memory", None):
+        monkeypatch.setattr("fastebm.backends.choose.why_no_accept_test", lambda *_, reason=reason: reason)
+        info = sample(energy, HMC(0.3, 2), precision="bf16", **options).info
+        assert (info.path, info.precision) == (("evaluation", "bf16x3") if reason else ("resident", "bf16"))
+        assert info.why_not_fused is None if reason is None else info.why_not_fused.startswith(f"{reason}; ")
 
 
 def test_a_start_that_is_not_finite(device):
