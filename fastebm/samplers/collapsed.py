@@ -48,7 +48,8 @@ class CollapsedPoint(NamedTuple):
     """Chains at y = base + a W (with a scale r, y = base + r a W diag(r)).
 
     base: (n, dim). a, inner, slopes: (n, width) a, u and s. square: (n,) float64 |y|^2, 0 without a Gaussian term.
-    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, moves since base was y.
+    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, steps since base was y, rejected ones too: chains
+    that started together are then due together.
     """
 
     base: Tensor
@@ -133,6 +134,7 @@ class CollapsedHMC(Form):
         layer = layer_of(target)
         leaps = once(target, "leaps", self, lambda: self._leaps(layer, t, state.base))
         old = _refreshed(layer, state)
+        old = old._replace(age=old.age + 1)
         v = noise.normal(self.stream, t)
         q = layer.projected_momentum(v)
         end, pull, b_squared = self._followed(layer, old, q, leaps)
@@ -152,7 +154,7 @@ class CollapsedHMC(Form):
 
         inside = None if target.box is None else target.box.contains(layer.positions(base, a))
         verdict = judged(target, base.sum() + a.sum(), inside, log_accept, whole)
-        there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, pull, old.age + 1)
+        there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, pull, old.age)
         return decided(
             old, there, noise, t, log_accept, verdict, leaps.n_leapfrog,
             lambda new: layer.gradient_from(layer.put_together(new.base, new.a), new.slopes),
