@@ -3,7 +3,7 @@
 reference.py    the definition of correct: any sampler on any target, in plain PyTorch
 tiles.py        any sampler on an MLP energy, on tiles of chains, one CPU thread per tile
 cpu.py          the fast path on a CPU: matrix products or autograd for gradients, Numba kernels for the rest
-collapsed.py    HMC, MALA and Langevin in the first layer of an MLP energy
+collapsed.py    samplers in the first layer of an MLP energy
 cpu_collapsed.py  the same on a CPU, by Numba kernels
 marginal.py     Langevin with its noise in the first layer
 cpu_mlp.py      the calls of an MLP's gradient, for cpu.py

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..samplers.collapsed import CollapsedHMC, CollapsedMALA, Form
 from ..samplers.collapsed_langevin import CollapsedLangevin
+from ..samplers.collapsed_underdamped import CollapsedUnderdamped
 from ..samplers.hmc import HMC
 from ..samplers.langevin import Langevin
 from ..samplers.mala import MALA
+from ..samplers.underdamped import UnderdampedLangevin
 from ..targets.base import Target
 from ..targets.collapsed import Collapsed, FirstLayer, is_isotropic, width_of
 from ..targets.description import Description
@@ -20,7 +22,12 @@ from . import Advanced, Chains, cpu_collapsed, tiles
 
 __all__ = ["FORMS", "collapses", "run"]
 
-FORMS: dict[type, type[Form]] = {HMC: CollapsedHMC, MALA: CollapsedMALA, Langevin: CollapsedLangevin}
+FORMS: dict[type, type[Form]] = {
+    HMC: CollapsedHMC,
+    MALA: CollapsedMALA,
+    Langevin: CollapsedLangevin,
+    UnderdampedLangevin: CollapsedUnderdamped,
+}
 
 
 def collapses(sampler: Any, chains: Chains, description: Description) -> bool:

@@ -31,6 +31,7 @@ from ..targets.closed_form import (
     rows_of_products,
 )
 from ..targets.description import Description
+from ..targets.remembered import Point
 from ..threads import Spares, Team, share
 from . import Advanced, Chains, averaged
 from .cpu_mlp import NetworkCalls, Program, Weights, weights_of
@@ -244,6 +245,8 @@ class _ClosedForm:
         self.tile = _Tile(description, mlps, -(-n_chains // few) * few, labels is not None)
         self.tile.x.zero_()
         self._built_from = description, mlps, n_chains, labels
+        self.exponential = any(weights.mlp.head == "logsumexp" for weights in mlps)
+        self.trajectory: tuple[Call, Program] | None = None
         if self.tile.labels is not None and labels is not None:
             self.tile.labels.copy_(padded_rows(labels, self.tile.n_rows))
 
@@ -261,12 +264,35 @@ class _ClosedForm:
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E(x) and dE/dx, from one forward pass unless a head is a logsumexp: its gradient overwrites the logits."""
-        evaluator = self.tile.evaluator
-        if any(network.mlp.head == "logsumexp" for network in evaluator.networks):
+        if self.exponential:
             return self.value(x), self.gradient(x)
         gradient = self.gradient(x)
-        # The gradient leaves the activations of the last hidden layer unchanged.
-        return evaluator.energy_after(self.tile.x, self.tile.labels)[: len(x)], gradient
+        return self._value_after()[: len(x)], gradient
+
+    def leapfrog(self, start: Point, momentum: Tensor, h: Tensor, n_leapfrog: int) -> tuple[Point, Tensor]:
+        """``hmc.leapfrog`` without Python between its steps: the end of a trajectory, and the momentum there."""
+        tile, v, n = self.tile, self.tile.new, len(start.x)
+        tile.x[:n], tile.grad[:n], v[:n] = start.x, start.gradient, momentum
+        if self.trajectory is None:
+            at = torch.zeros(1, dtype=torch.int64, device="cpu")
+            sizes = n, v.shape[1], v.stride(0)
+            move = kernels.load("leapfrog.move").prepared(v, tile.grad, tile.x, *sizes, None, 0, 0, 0, at)
+            calls = [move, *tile.gradients[0]]
+            self.trajectory = move, Program(calls, calls, at)
+        move, program = self.trajectory
+        h = h.contiguous()
+        per_chain, per_dim = h.ndim == 2 and len(h) > 1, h.ndim > 0 and h.shape[-1] > 1
+        move.aim(h=h, h_chain=h.stride(0) if per_chain else 0, h_dim=int(per_dim), n=n, n_leapfrog=n_leapfrog)
+        program.run(0, n_leapfrog)
+        x, gradient = tile.x[:n].clone(), tile.grad[:n].clone()
+        program.t.fill_(n_leapfrog)
+        move()
+        value = self.value(x) if self.exponential else self._value_after()[:n]
+        return Point(x, value, gradient), v[:n].clone()
+
+    def _value_after(self) -> Tensor:
+        """E at the states of the last gradient, which left the activations of the last hidden layer unchanged."""
+        return self.tile.evaluator.energy_after(self.tile.x, self.tile.labels)
 
     def repeated(self, k: int) -> _ClosedForm:
         """The energy of k copies of each chain."""

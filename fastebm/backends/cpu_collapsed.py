@@ -33,7 +33,7 @@ class _Collapsed(Collapsed):
         found = [NetworkCalls(w, network, self.labels).slopes() for w, network in pairs]
         self.places = [where for _, where in found]
         self.gradient_calls = [call for calls, _ in found for call in calls]
-        leap = kernels.load("collapsed.leap")
+        leap = kernels.load("leapfrog.leap")
         self.leaps = [
             leap.prepared(
                 s, *(v[:, block] for v in (self.a, self.b, self.z, self.u, self.q)), self.n_rows, s.shape[1],

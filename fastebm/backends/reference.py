@@ -75,23 +75,22 @@ def run(
     x, energy = sampler.positions(view, state), getattr(state, "energy", None)  # MALA's state has it, for example
     energy = target.value(x) if energy is None else energy
     named = None if reported is None else reported.named(sampler.reports, steps)
-    carried = {name: getattr(state, name) for name in sampler.carries} or None
+    carried = sampler.carried(view, state) or None
     return done._replace(x=x, energy=energy, telemetry=named, carried=carried)
 
 
 def _started(sampler: Any, view: View, x: Tensor, noise: Noise, carried: Mapping[str, Tensor] | None) -> Any:
-    """The state at x. Chains that start again have NaN in what they carried, and take the values of a fresh start.
-
-    All do if another run of the same sampler carried something else (table.py).
-    """
-    if not carried or carried.keys() != set(sampler.carries):
+    """The state at x. Chains that start again have NaN in what they carried, and take the values of a fresh start."""
+    names = sampler.taken(carried or {})
+    if not names:
         return sampler.init(view, x, noise)
+    carried = {name: carried[name] for name in names}  # type: ignore[index]
     rows = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for value in carried.values():
         rows |= value.isnan().reshape(len(x), math.prod(value.shape[1:])).any(dim=1)
     if bool(rows.any()):
-        fresh = sampler.init(view, x, noise)
-        carried = {name: where_rows(rows, getattr(fresh, name), value) for name, value in carried.items()}
+        fresh = sampler.carried(view, sampler.init(view, x, noise))
+        carried = {name: where_rows(rows, fresh[name], value) for name, value in carried.items()}
     return sampler.init(view, x, noise, **carried)
 
 

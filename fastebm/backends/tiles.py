@@ -71,7 +71,8 @@ def run(
 
     _each_tile(x, move, sampler.rows_per_chain, n_weights)
     if sampler.carries and carried:
-        joined = {name: torch.cat([carried[first][name] for first in sorted(carried)]) for name in sampler.carries}
+        of_tiles = [carried[first] for first in sorted(carried)]
+        joined = {name: torch.cat([of_tile[name] for of_tile in of_tiles]) for name in of_tiles[0]}
         done = done._replace(carried=joined)
     if not telemetry:
         return done

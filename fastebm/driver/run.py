@@ -81,20 +81,7 @@ def run_chains(
     device = x.device
     start = x if check_start and readable(device) else None
     with evaluating(energy), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        condition = None if chains.labels_or_condition is None else chains.kind
-        choice = choose(
-            energy, device, dtype, settings.backend, settings.precision, condition=condition,
-            sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
-            collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
-        )  # fmt: skip
-        if (
-            choice.description is not None
-            and adaptation is None
-            and marginal.applies(sampler, chains, choice.description)
-        ):
-            choice = replace(choice, path="marginal")
-        if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
-            choice = replace(choice, precision="ieee")
+        choice = _chosen(energy, chains, sampler, settings, dtype, adaptation)
         if start is not None and not table.reports_bad_starts(choice.path, steps):
             settle.check_finite(start)
             start = None
@@ -119,6 +106,24 @@ def run_chains(
             start, part or (0, steps),
         )  # fmt: skip
     return done, choice
+
+
+def _chosen(
+    energy: nn.Module, chains: Chains, sampler: Any, settings: Settings, dtype: torch.dtype,
+    adaptation: Adaptation | None,
+) -> Choice:  # fmt: skip
+    """The backend and path of the steps."""
+    choice = choose(
+        energy, chains.x.device, dtype, settings.backend, settings.precision,
+        condition=None if chains.labels_or_condition is None else chains.kind,
+        sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
+        collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
+    )  # fmt: skip
+    if choice.description is not None and marginal.applies(sampler, chains, choice.description):
+        choice = replace(choice, path="marginal")
+    if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
+        choice = replace(choice, precision="ieee")
+    return choice
 
 
 def _run_compiled(

@@ -158,6 +158,14 @@ class Sampler:
         x: Tensor = state.x
         return x
 
+    def carried(self, target: View, state: Any) -> Mapping[str, Tensor]:
+        """What persists between parts, by name."""
+        return {name: getattr(state, name) for name in self.carries}
+
+    def taken(self, carried: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The names of what ``init`` takes of this: none if another form of the sampler carried something else."""
+        return self.carries if all(name in carried for name in self.carries) else ()
+
     def adaptation(self, steps: int) -> Adaptation | None:
         """What tunes this sampler in a warm-up of so many steps, or None."""
         return None

@@ -121,9 +121,7 @@ class CollapsedHMC(Form):
             if all(v.shape == w.shape for v, w in zip(given, fresh, strict=True)):
                 same = close(layer.put_together(given.base, given.a), y) & close(given.inner, fresh.inner)
                 state = rows_of(same & close(given.square[:, None], fresh.square[:, None]), given, fresh)
-        value, slopes = layer.evaluated(state.inner)
-        energy = layer.energy(value, state.square)
-        return state._replace(slopes=slopes, energy=energy, pull=self._pull(layer, slopes))
+        return self._completed(layer, state)
 
     def positions(self, target: View, state: CollapsedPoint) -> Tensor:
         """x, put together."""
@@ -133,7 +131,7 @@ class CollapsedHMC(Form):
         """Follow a trajectory, then accept or reject its end."""
         layer = layer_of(target)
         leaps = once(target, "leaps", self, lambda: self._leaps(layer, t, state.base))
-        old = _refreshed(layer, state)
+        old = self._refreshed(layer, state)
         old = old._replace(age=old.age + 1)
         v = noise.normal(self.stream, t)
         q = layer.projected_momentum(v)
@@ -159,6 +157,19 @@ class CollapsedHMC(Form):
             old, there, noise, t, log_accept, verdict, leaps.n_leapfrog,
             lambda new: layer.gradient_from(layer.put_together(new.base, new.a), new.slopes),
         )  # fmt: skip
+
+    def _refreshed(self, layer: Collapsed, state: CollapsedPoint) -> CollapsedPoint:
+        """The state, with y put together and all else computed from it for chains where it is due."""
+        due = state.age >= _REFRESHED
+        if not bool(due.any()):
+            return state
+        return rows_of(due, self._completed(layer, _at(layer, layer.put_together(state.base, state.a))), state)
+
+    def _completed(self, layer: Collapsed, state: CollapsedPoint) -> CollapsedPoint:
+        """The state with its energy and slopes."""
+        value, slopes = layer.evaluated(state.inner)
+        energy = layer.energy(value, state.square)
+        return state._replace(slopes=slopes, energy=energy, pull=self._pull(layer, slopes))
 
     # -- what MALA has of its own ---------------------------------------------------------------------------
 
@@ -228,16 +239,6 @@ def _at(layer: Collapsed, y: Tensor) -> CollapsedPoint:
     u = layer.projected(y)
     square = y.new_zeros(len(y)) if layer.curvature == 0.0 else y.square().sum(dim=1)
     return CollapsedPoint(y, torch.zeros_like(u), u, square.double(), u, square, u, zeros_like_rows(y))
-
-
-def _refreshed(layer: Collapsed, state: CollapsedPoint) -> CollapsedPoint:
-    """The state, with y put together and u computed from it for chains where it is due."""
-    due = state.age >= _REFRESHED
-    if not bool(due.any()):
-        return state
-    fresh = _at(layer, layer.put_together(state.base, state.a))
-    fresh = fresh._replace(slopes=state.slopes, energy=state.energy, pull=state.pull)
-    return rows_of(due, fresh, state)
 
 
 def _squares(

@@ -115,18 +115,22 @@ class UnderdampedLangevin(Sampler):
         return self.noise_scale**2
 
     def init(self, target: View, x: Tensor, noise: Noise, momentum: Tensor | None = None) -> UnderdampedState:
-        """Take the gradient at x. A fresh start draws momenta from N(0, T M), with T of the first step."""
-        if momentum is None and isinstance(self.noise_scale, Tensor) and self.noise_scale.shape == (0,):
-            momentum = torch.full_like(x, math.nan)  # no step, so no T: the next part starts afresh
-        elif momentum is None:
-            scale = _in_dtype(value_at(self.noise_scale, 0, x.device), x)
-            momentum = scale * diagonal_at("mass", self.mass, x) ** 0.5 * noise.normal(Stream.MOMENTUM, 0)
+        """Take the gradient at x. A fresh start draws momenta."""
+        momentum = self.drawn(x, noise) if momentum is None else momentum
         return UnderdampedState(x, target.gradient(x), momentum)
+
+    def drawn(self, x: Tensor, noise: Noise) -> Tensor:
+        """Momenta from N(0, T M), (n, dim), with T of the first step."""
+        if isinstance(self.noise_scale, Tensor) and self.noise_scale.shape == (0,):
+            return torch.full_like(x, math.nan)  # no step, so no T: the next part starts afresh
+        scale = _in_dtype(value_at(self.noise_scale, 0, x.device), x)
+        momentum: Tensor = scale * diagonal_at("mass", self.mass, x) ** 0.5 * noise.normal(Stream.MOMENTUM, 0)
+        return momentum
 
     def step(self, target: View, state: UnderdampedState, noise: Noise, t: int) -> tuple[UnderdampedState, Info]:
         """Apply the parts of the splitting in turn."""
         x, gradient, p = state
-        drift, kick, kept, spread = once(target, "coefficients", self, lambda: self._coefficients(t, x))
+        drift, kick, kept, spread = once(target, "coefficients", self, lambda: self.coefficients(t, x))
         of = self.splitting.count("O")
         finite: Tensor | None = None
         at_x, draws = True, 0  # whether the gradient is that of x; how many O have been applied
@@ -154,7 +158,7 @@ class UnderdampedLangevin(Sampler):
 
         return new, Info(finite, last=last)
 
-    def _coefficients(self, t: int, x: Tensor) -> tuple[Any, Any, Any, Any]:
+    def coefficients(self, t: int, x: Tensor) -> tuple[Any, Any, Any, Any]:
         """At step t: s / M of a part A, s of a part B, and c and sqrt(T (1 - c^2) M) of a part O."""
         step_size, friction, noise_scale = (value_at(getattr(self, name), t, x.device) for name in self.scheduled)
         mass = diagonal_at("mass", self.mass, x)

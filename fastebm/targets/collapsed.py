@@ -300,6 +300,11 @@ class Collapsed:
         xi = noise.normal(Stream.LANGEVIN, t)
         return self.moved(shrunk, base, noise_std, xi), self._pushed(a, drift, shrunk)
 
+    def slopes_at(self, base: Tensor, a: Tensor) -> Tensor:
+        """s, (n, width), at y = base + r a W diag(r)."""
+        self._differentiate_at(base, a)
+        return self._slopes()[: len(base)]
+
     def slopes(self) -> Tensor:
         """A copy of s, (n_rows, width), at the states of the last step."""
         return self._slopes()

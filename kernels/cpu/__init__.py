@@ -4,7 +4,7 @@ philox.py       the noise stream: words, uniforms, normals
 update.py       noise, update and clamp in one pass
 activations.py  activations with their slopes
 mlp.py          the layers of an MLP
-collapsed.py    leapfrog steps in an MLP's first layer
+leapfrog.py     leapfrog steps of HMC
 pool.py         draws of chains, and their rows
 program.py      lists of calls, run without Python in between
 jit.py          how they are compiled
