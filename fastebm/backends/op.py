@@ -130,7 +130,12 @@ def langevin(  # type: ignore[no-untyped-def]
         launch = launch_for(description, precision, device) if path in FUSED else None
         kernels = "triton" if path != "tiles" else "numba" if cpu.why_not(device, dtype) is None else "torch"
         # As choose.py has it, which can't read the energy's curvature while a call is traced.
-        if path == "tiles" and device.type == "cpu" and precision != "bf16" and collapses(sampler, moving, description):
+        if (
+            path == "tiles"
+            and device.type == "cpu"
+            and precision != "bf16"
+            and collapses(sampler, moving, None, description)
+        ):
             path = "collapsed"
         choice = Choice("auto", path, description, launch, precision, None, kernels)
         done = table.run(table.Job(choice, None, moving, sampler, steps, thin, telemetry))

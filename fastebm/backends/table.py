@@ -156,7 +156,10 @@ def run(job: Job) -> Advanced:
     if fused is not None and choice.backend != "reference" and job.adaptation is None:
         return fused(job)
     if choice.path == "collapsed":
-        return collapsed.run(job.description, chains, sampler, job.steps, kernels=choice.kernels, **job.options)
+        return collapsed.run(
+            job.description, chains, sampler, job.steps, kernels=choice.kernels, adaptation=job.adaptation,
+            **job.options,
+        )  # fmt: skip
     by_definition = choice.backend == "reference"
     target: Target
     if choice.path == "tiles":

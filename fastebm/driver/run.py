@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _chosen(
         energy, chains.x.device, dtype, settings.backend, settings.precision,
         condition=None if chains.labels_or_condition is None else chains.kind,
         sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
-        collapses=lambda description: adaptation is None and collapses(sampler, chains, description),
+        collapses=partial(collapses, sampler, chains, adaptation),
     )  # fmt: skip
     if choice.description is not None and marginal.applies(sampler, chains, choice.description):
         choice = replace(choice, path="marginal")

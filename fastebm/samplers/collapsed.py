@@ -92,8 +92,14 @@ class Form(Sampler):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, eq=False)
 class CollapsedHMC(Form):
-    """The steps of ``HMC`` on a target that is ``Collapsed``."""
+    """The steps of ``HMC`` on a target that is ``Collapsed``.
+
+    eager: put y together after every step, as a warm-up needs it.
+    """
+
+    eager: bool = False
 
     exact: ClassVar[bool] = True
     carries: ClassVar[tuple[str, ...]] = ("base", "a", "inner", "square", "age")
@@ -152,6 +158,8 @@ class CollapsedHMC(Form):
 
         inside = None if target.box is None else target.box.contains(layer.positions(base, a))
         verdict = judged(target, base.sum() + a.sum(), inside, log_accept, whole)
+        if self.eager:
+            base, a = layer.put_together(base, a), torch.zeros_like(a)
         there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, pull, old.age)
         return decided(
             old, there, noise, t, log_accept, verdict, leaps.n_leapfrog,

@@ -76,6 +76,12 @@ class Leaps(NamedTuple):
     def n_leapfrog(self) -> int:
         return len(self.kicks) - 1
 
+    def rows(self, rows: slice) -> Leaps:
+        """Those of a subset of the chains."""
+        if len(self.gamma) == 1:
+            return self
+        return Leaps(*(v[:, rows] for v in self[:4]), *(v[rows] for v in self[4:]))
+
 
 class End(NamedTuple):
     """The end of a trajectory.
