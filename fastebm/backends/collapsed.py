@@ -69,7 +69,9 @@ def run(
 
     def layer_of(sampler: Any) -> FirstLayer:
         scale = FORMS[type(sampler)](sampler).scale(chains.x)
-        return FirstLayer(description, scale if isinstance(scale, Tensor) else None)
+        layer = FirstLayer(description, scale if isinstance(scale, Tensor) else None)
+        layer.gram  # noqa: B018  # computed here, before threads share it
+        return layer
 
     make: MakeTarget = cpu_collapsed.collapsed if kernels == "numba" else lambda layer: partial(Collapsed, layer)
     options: dict[str, Any] = {"thin": thin, "telemetry": telemetry}

@@ -21,19 +21,13 @@ from ..rng import Noise
 from ..targets.base import View
 from ..targets.collapsed import Drift
 from .base import Info, both, diagonal_at, finite_rows, once, rows_of, value_at
-from .collapsed import Form, close, layer_of, zeros_like_rows
+from .collapsed import REFRESHED, Form, close, layer_of, zeros_like_rows
 from .langevin import drift_and_noise_of
 
 __all__ = ["CollapsedLangevin", "CollapsedState"]
 
-# Steps after which y is put together. base collects the noise of all steps and a W the drift, which nearly cancel where
-# the chain stays in place. So both are rounded at a larger size than y: after n steps of size e by sqrt(n e) times its
-# units. The product takes 1/32 of its time per step.
-_REFRESHED = 32
-
-
 # The time of a step's other operations, per chain and unit of the first layer, in that of a term of a product.
-_STEP = 60
+_STEP = 120
 
 
 class CollapsedState(NamedTuple):
@@ -61,7 +55,7 @@ class CollapsedLangevin(Form):
 
     def saved(self, dim: int, width: int) -> float:
         """A step takes a product with W and one with G in place of two with W."""
-        return 2 * dim * width - width * ((1 + 1 / _REFRESHED) * dim + width + _STEP)
+        return 2 * dim * width - width * ((1 + 1 / REFRESHED) * dim + width + _STEP)
 
     def init(self, target: View, x: Tensor, noise: Noise, **carried: Tensor) -> CollapsedState:
         """Carried parts that make up x, up to rounding, are kept, so that bits do not depend on where a call ends."""
@@ -82,7 +76,7 @@ class CollapsedLangevin(Form):
     def step(self, target: View, state: CollapsedState, noise: Noise, t: int) -> tuple[CollapsedState, Info]:
         """One update, as defined at the top of this file."""
         layer = layer_of(target)
-        due = state.age >= _REFRESHED
+        due = state.age >= REFRESHED
         if bool(due.any()):
             y = layer.put_together(state.base, state.a)
             state = rows_of(due, CollapsedState(y, torch.zeros_like(state.a), zeros_like_rows(y)), state)

@@ -22,15 +22,12 @@ from ..rng import Noise, Stream
 from ..targets.base import View
 from ..targets.collapsed import Collapsed
 from .base import Info, both, finite_rows, once, plus, rows_of
-from .collapsed import Form, close, layer_of, zeros_like_rows
+from .collapsed import REFRESHED, Form, close, layer_of, zeros_like_rows
 
 __all__ = ["CollapsedMotion", "CollapsedUnderdamped"]
 
-# Steps after which y and p are put together: see collapsed_langevin.py. Two products then.
-_REFRESHED = 32
-
 # The time of a step's other operations, per chain and unit of the first layer, in that of a term of a product.
-_STEP = 150
+_STEP = 90
 
 
 class CollapsedMotion(NamedTuple):
@@ -66,7 +63,7 @@ class CollapsedUnderdamped(Form):
 
     def saved(self, dim: int, width: int) -> float:
         """A gradient takes a product with W and one with G in place of two with W."""
-        return 2 * dim * width - width * ((1 + 2 / _REFRESHED) * dim + width + _STEP)
+        return 2 * dim * width - width * ((1 + 2 / REFRESHED) * dim + width + _STEP)
 
     def init(
         self, target: View, x: Tensor, noise: Noise, momentum: Tensor | None = None, **parts: Tensor
@@ -135,7 +132,7 @@ class CollapsedUnderdamped(Form):
 
 def _refreshed(layer: Collapsed, state: CollapsedMotion) -> CollapsedMotion:
     """The state, with y and p put together for chains where it is due."""
-    due = state.age >= _REFRESHED
+    due = state.age >= REFRESHED
     if not bool(due.any()):
         return state
     y, p = layer.put_together(state.base, state.a), layer.put_together(state.push, state.b)
