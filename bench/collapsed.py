@@ -31,9 +31,8 @@ from torch import Tensor
 from fastebm.backends import Chains, collapsed, reference
 from fastebm.targets.autograd import Autograd, Energy
 
-STEPS = {"HMC": 20}  # of a timed call
-OTHERS_STEPS = {"HMC": 5}  # of others than fastebm, whose time per step does not depend on their number
-FEW_STEPS = 60  # of samplers with a gradient per step, for all
+STEPS = 60  # of a timed call, of a gradient each
+HMC_STEPS, PEERS_HMC_STEPS = 20, 5  # a peer's time per step does not depend on their number
 ORDINARY, MARGINAL = "fastebm ordinary", "fastebm marginal"
 GATE_STEPS, GATE_CHAINS, GATE_COPIES = 2, 256, 3
 # Where a chain's accept draw is within rounding of its acceptance probability, float32 may decide otherwise than
@@ -100,7 +99,7 @@ def race(
 
 def row_of(case: SamplingCase, c: Contestant) -> Row:
     """The columns that define the case and the contestant, and empty ones for what is measured."""
-    steps = (STEPS if c.library == "fastebm" else OTHERS_STEPS).get(c.sampler, FEW_STEPS)
+    steps = STEPS if c.sampler != "HMC" else HMC_STEPS if is_ours(c.library) else PEERS_HMC_STEPS
     return {
         "energy": case.energy, "dim": case.dim, "widths": " ".join(map(str, case.widths)), "n_chains": case.n_chains,
         "device": "cpu", "sampler": c.sampler, "n_leapfrog": case.n_leapfrog if c.sampler == "HMC" else "",

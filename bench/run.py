@@ -6,7 +6,7 @@
     python bench/run.py --contestants eager jax fastebm
     python bench/run.py --list                       names of cases and contestants
     python bench/run.py --cases 'sampling-*' --budget 80          samplers side by side: some ten minutes
-    python bench/run.py --cases 'collapsed-*' --budget 60         steps in the first layer: some minutes
+    python bench/run.py --cases 'collapsed-*' --budget 80         steps in the first layer: some minutes
 
 Writes steps.csv, training.csv, efficiency.csv, compilation.csv, sampling.csv and collapsed.csv into --out. Rows of the
 same case, device and number of threads in these files are replaced, others stay. Exit status: 0; 1 if a contestant

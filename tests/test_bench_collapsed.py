@@ -25,9 +25,8 @@ def small(sampler, dim=400):
 @pytest.fixture(autouse=True)
 def few_chains_and_steps(monkeypatch):
     monkeypatch.setattr(collapsed, "GATE_CHAINS", 100)
-    monkeypatch.setattr(collapsed, "FEW_STEPS", 3)
-    for steps in (collapsed.STEPS, collapsed.OTHERS_STEPS):
-        monkeypatch.setitem(steps, "HMC", 2)
+    for name, steps in (("STEPS", 3), ("HMC_STEPS", 2), ("PEERS_HMC_STEPS", 1)):
+        monkeypatch.setattr(collapsed, name, steps)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
