@@ -154,10 +154,13 @@ def roofline(rows: Sequence[Row]) -> Any:
 
 
 def dims(rows: Sequence[Row]) -> Any:
-    """Lines: the time of a leapfrog step against the number of dims, of the cases that differ in it alone."""
-    from matplotlib.ticker import EngFormatter
+    """Lines: the time of a leapfrog step against the number of dims, of the cases that differ in it alone. None if
+    there are no such rows."""
+    from matplotlib.ticker import StrMethodFormatter
 
     rows = [row for row in rows if row["case"].startswith("collapsed-dims-")]
+    if not rows:
+        return None
     figure = _figure(4.4, rows)
     axes = figure.add_subplot()
     for name, style in styles(rows).items():
@@ -166,10 +169,10 @@ def dims(rows: Sequence[Row]) -> Any:
     sizes = sorted({row["dim"] for row in rows})
     first = rows[0]
     axes.set(xscale="log", yscale="log", xlabel="dims", ylabel="ms per leapfrog step")
-    axes.set_title(f"widths {first['widths']}, {first['n_chains']:,.0f} chains", fontsize=10)
+    axes.set_title(f"widths {first['energy'].split('-')[1]}, {first['n_chains']:,.0f} chains", fontsize=10)
     axes.set_xticks(sizes, [f"{n:,.0f}" for n in sizes])
     axes.set_xticks([], minor=True)
-    log_ticks(axes.yaxis, EngFormatter())
+    log_ticks(axes.yaxis, StrMethodFormatter("{x:g}"))
     legend(figure, columns=5)
     return figure
 
@@ -201,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, rows in found.items():
         rows = [row for row in rows if row["device"] == device]
         for name, draw in FIGURES[path.name].items() if rows else ():
-            (arguments.out / f"{name}.png").write_bytes(png(draw(rows)))
-            print(arguments.out / f"{name}.png")
+            if (figure := draw(rows)) is not None:
+                (arguments.out / f"{name}.png").write_bytes(png(figure))
+                print(arguments.out / f"{name}.png")
     return 0
 
 

@@ -114,6 +114,7 @@ def test_run_writes_rows_from_which_table_and_figure_follow(tmp_path, monkeypatc
     lines = {line.get_label(): list(line.get_xydata()[:, 1]) for line in figure.axes[0].lines}
     assert lines["fastebm"] == pytest.approx([1e3 * float(row["gradient_seconds"]) for row in found[::2]])
     assert set(lines) == {"fastebm", collapsed.ORDINARY}
+    assert plot.dims([{**row, "case": "collapsed-HMC-digits"} for row in plot.numbers(found)]) is None
 
     monkeypatch.setattr(markdown, "RESULTS", tmp_path)
     cells = f"{1e3 * float(found[0]['gradient_seconds']):.3g} | {1e3 * float(found[0]['seconds']):.3g} |"

@@ -70,7 +70,7 @@ def bench(name, runs=1):
 
 def dims_of_contestants():
     about = {"device": "cpu", "status": "ok", "threads": "2", "cpu": "a CPU", "torch": "2.13.0", "date": "2026-11-28"}
-    about |= {"widths": "512 512", "n_chains": "256"}
+    about |= {"energy": "random mlp 64-[512, 512]", "n_chains": "256"}
     return [
         {
             "case": f"collapsed-dims-{dim}",
