@@ -21,6 +21,7 @@ rows.py         result files, --out
 tables.py       tables from result files, with tables_cpu.py, tables_gpu.py and markdown.py; plot.py: figures
 trajectories.py the figure of docs/samplers.md
 resources.py    registers, shared memory and instructions of compiled kernels, without a GPU
+machine_code.py counts the instructions of a step, for resources.py
 gpu.py          a visit to a GPU (on_gpu.sh): gpu_visit.py its stages, gpu_workers.py its processes, launches.py
                 its kernels one by one, gpu_tests.py its tests
 recipes.py      the training recipes, from data to measures

@@ -51,7 +51,8 @@ from fastebm.bench.run import on_threads
 from fastebm.bench.training import fastebm_pool
 from fastebm.kernels import cpu as kernels
 
-from fastebm.backends.cpu import FEW_DIMS, parts_of_update
+from fastebm.backends.cpu import parts_of_update
+from fastebm.backends.cpu_mlp import FEW_DIMS
 from fastebm.backends.tiles import tiles
 from fastebm.pool import copies
 from fastebm.pool.draws import Draws

@@ -1,7 +1,7 @@
 """What only a GPU can tell, in one visit to a bare machine; `bash bench/on_gpu.sh` runs it.
 
     python bench/gpu.py visit --stages NAME[=SECONDS] ...   under five minutes; writes into --out, by default runs/gpu
-    python bench/gpu.py rows FOLDER [FOLDER ...]            gpu.csv and gpu_sweep.csv from what visits brought back
+    python bench/gpu.py rows FOLDER [FOLDER ...]            gpu.csv and others from what visits brought back
     python bench/gpu.py launch NAME                         one small launch, for tools that watch a process
 
 A visit may end at any moment, so each result is written at once, as a line of rows.jsonl: one JSON object with what was
@@ -23,12 +23,16 @@ from fastebm.bench.race import beside_peers
 
 
 def write_rows(folders: Sequence[Path], out: Path) -> int:
-    """Write gpu.csv (shipped kernels, their times alone, the race) and gpu_sweep.csv. The last row of a job counts."""
+    """Write gpu.csv (shipped kernels, their times alone, the race), gpu_samplers.csv and gpu_sweep.csv.
+
+    The last row of a job counts.
+    """
     found: dict[tuple[str, str], Row] = {}
     for folder in folders:
         for row in read(folder / ROWS):
             found[row["what"], row["job"]] = row
-    for name, kinds in (("gpu", ("shipped", "alone", "timings")), ("gpu_sweep", ("sweep",))):
+    files = {"gpu": ("shipped", "alone", "timings"), "gpu_samplers": ("samplers",), "gpu_sweep": ("sweep",)}
+    for name, kinds in files.items():
         kept = [row for kind in kinds for row in found.values() if row["what"] == kind]
         for case in {(row["energy"], row["n_chains"]) for row in kept if row["what"] == "timings" and "energy" in row}:
             timed = {

@@ -106,6 +106,17 @@ class Visit:
         run([self.worker("alone", "all", work)], until)
         self.pause(False)
 
+    def samplers(self, until: float) -> None:
+        def work(worker: Worker) -> None:
+            for sampled in launches.DRY_SAMPLED if self.dry else launches.SAMPLED:
+                name, _, _, case = sampled
+                time_it = functools.partial(launches.time_sampler, sampled, device(), 0.5, self.dry)
+                self.job(worker, f"{name} {case.name}", time_it)
+
+        self.pause(True)
+        run([self.worker("samplers", "all", work)], until)
+        self.pause(False)
+
     def tests(self, what: str, until: float) -> None:
         from fastebm.bench.gpu_tests import run_tests  # only these stages need pytest
 
@@ -314,6 +325,7 @@ STAGES = {
     "timings": 90,
     "profile": 15,
     "tests-b": 130,
+    "samplers": 45,
     "watched": 75,
     "sweep": 80,
 }

@@ -2,6 +2,7 @@
 
 shipped   each shipped kernel against float64 over all chains, run twice with equal bits
 alone     the same kernels with nothing beside them: time of the kernel and of a whole call
+samplers  samplers whose steps run in PyTorch: the kernel that evaluates the energy against library products
 sweep     other launches of the fused kernel, checked against float64, then timed interleaved with the shipped one
 """
 
@@ -24,9 +25,11 @@ from fastebm.bench.race import allowed_with_noise, context_is_lost, row_of
 from fastebm.kernels.triton.launch import SHARED_MEMORY, Launch, block, choose_launch, shared_bytes
 from torch import Tensor
 
-from fastebm import Langevin, SampleInfo, langevin_sample
+import fastebm
+from fastebm import HMC, NUTS, Langevin, SampleResult, langevin_sample
 from fastebm.backends import Chains, fused
 from fastebm.backends.choose import choose
+from fastebm.backends.evaluation import Evaluation
 from fastebm.targets.description import describe
 
 Row = dict[str, Any]
@@ -88,9 +91,12 @@ def check(kernel: Kernel, n_chains: int, device: torch.device, dry: bool) -> Row
     noisy_error, noisy_allowed = largest(noisy[0].flatten(1) - p.noisy), allowed_with_noise(p.case, allowed)
     same_bits = torch.equal(*noisy)
     n_bad = int((info.first_bad_step >= 0).sum())
+    evaluation = evaluated(kernel, p)
     right = error <= allowed and noisy_error <= noisy_allowed and n_bad == 0
     if info.path != "autograd":  # the gradient is PyTorch's, and cuDNN is not bitwise reproducible
         right = right and same_bits
+    if evaluation:
+        right = right and evaluation["evaluation_error"] <= allowed and evaluation["evaluation_same_bits"] == "yes"
     return {
         "kernel": kernel.name,
         "n_chains": n_chains,
@@ -102,18 +108,38 @@ def check(kernel: Kernel, n_chains: int, device: torch.device, dry: bool) -> Row
         "noisy_allowed": noisy_allowed,
         "same_bits": "yes" if same_bits else "no",
         "n_nonfinite": n_bad,
-        "energy_error": energy_error(p, moved, info),
+        "energy_error": energy_error(p, moved, info.energies),
         "first_call_seconds": first_call,
+        **evaluation,
         **launched(kernel, device),
         **as_loaded(device),
     }
 
 
-def energy_error(p: Problem, moved: Tensor, info: SampleInfo) -> float:
-    """Error of the returned energies against float64 at the same states, relative to the largest energy."""
+def energy_error(p: Problem, x: Tensor, energies: Tensor) -> float:
+    """Error of the energies of x against float64, relative to the largest energy."""
     with torch.no_grad():
-        exact = p.double_energy(moved.flatten(1).double()).flatten()
-    return largest(info.energies - exact) / largest(exact)
+        exact = p.double_energy(x.flatten(1).double()).flatten()
+    return largest(energies - exact) / largest(exact)
+
+
+def evaluated(kernel: Kernel, p: Problem) -> Row:
+    """Of the kernel that evaluates the energy: the error of a step by its gradient, and of its energies at the start.
+
+    Alone and together, which are different kernels. Empty for a path without one.
+    """
+    choice = choose(p.energy, p.device, torch.float32, "triton", kernel.precision)
+    if choice.launch is None:
+        return {}
+    target = Evaluation(choice.description, chains_at(p.x0), precision=choice.precision, launch=choice.launch)
+    value, gradient = target.value_and_gradient(p.x0)
+    gradients, values = (gradient, target.gradient(p.x0)), (value, target.value(p.x0))
+    same_bits = all(map(torch.equal, target.value_and_gradient(p.x0), (value, gradient)))
+    return {
+        "evaluation_error": max(largest(p.descended(p.x0, g)[p.rows] - p.descent) for g in gradients),
+        "evaluation_energy_error": max(energy_error(p, p.x0, v) for v in values),
+        "evaluation_same_bits": "yes" if same_bits else "no",
+    }
 
 
 def launched(kernel: Kernel, device: torch.device) -> Row:
@@ -195,6 +221,42 @@ def profile_table(kernel: Kernel, n_chains: int, device: torch.device, dry: bool
     return f"{kernel.name}, {n_chains} chains, {p.case.steps} steps\n{table}\n"
 
 
+# -- samplers --------------------------------------------------------------------------------------------------
+
+# A sampler and its steps, on an energy and a number of chains.
+Sampled = tuple[str, Any, int, Case]
+SAMPLED: tuple[Sampled, ...] = tuple(
+    (name, sampler, steps, Case(*energy, n, clamp=None))
+    for n in (4_096, 65_536)
+    for energy in (TABLE, DIGITS)
+    for name, sampler, steps in (("HMC", HMC(0.1, 10), 10), ("NUTS", NUTS(0.1, 5), 5))
+)
+DRY_SAMPLED: tuple[Sampled, ...] = (("NUTS", NUTS(0.1, 2), 2, Case(3, (16,), 70, clamp=None)),)
+SAME_CHAINS = 0.95  # share of chains that must agree after one step: an accept test may go either way by rounding
+
+
+def time_sampler(sampled: Sampled, device: torch.device, seconds: float, dry: bool) -> Row:
+    """A whole call by backend "triton", and by library products (backend "torch"), in turns."""
+    name, sampler, steps, case = sampled
+    p = Problem(case, device, dry=dry)
+
+    def run(backend: str, steps: int) -> SampleResult:
+        return fastebm.sample(
+            p.energy, sampler, init=p.x0, steps=steps, seed=SEED, backend=backend, on_nonfinite="ignore"
+        )
+
+    first = {backend: run(backend, 1) for backend in ("triton", "torch")}
+    near = (first["triton"].x - first["torch"].x).abs().amax(dim=1) < 0.01
+    row = {"sampler": name, "energy": case.energy, "n_chains": case.n_chains, "steps": steps}
+    row |= {"path": first["triton"].info.path, "same_chains": float(near.float().mean())}
+    if row["same_chains"] < SAME_CHAINS:
+        return row | {"status": "FAILED", "note": "the two backends move chains differently: not timed"}
+    times = interleaved({backend: partial(run, backend, steps) for backend in first}, seconds, device)
+    ours, theirs = (statistics.median(times[backend]) for backend in first)
+    row |= {"status": "ok", "rounds": len(times["triton"]), "seconds": ours, "products_seconds": theirs}
+    return row | {"chain_steps_per_s": case.n_chains * steps / ours, "times_products": theirs / ours}
+
+
 # -- sweep -----------------------------------------------------------------------------------------------------
 
 # Tile and warps: a warp has 16 rows of a tensor-core product, and warpgroups (4 warps) 64.
@@ -267,9 +329,12 @@ def compile_job(job: Job, device: torch.device) -> None:
 
 
 def advance(p: Problem, precision: str, launch: Launch, x: Tensor, steps: int, rule: Langevin) -> Tensor:
+    return fused.run_mlp(describe(p.energy), chains_at(x), rule, steps, precision=precision, launch=launch).x
+
+
+def chains_at(x: Tensor) -> Chains:
     numbers = torch.arange(len(x), device=x.device)
-    chains = Chains(x, SEED, numbers, torch.zeros_like(numbers))
-    return fused.run_mlp(describe(p.energy), chains, rule, steps, precision=precision, launch=launch).x
+    return Chains(x, SEED, numbers, torch.zeros_like(numbers))
 
 
 def sweep_one(p: Problem, precision: str, launch: Launch, seconds: float = 0.3) -> Row:

@@ -5,7 +5,7 @@
 #   bash bench/on_gpu.sh --stages "NAME[=SECONDS] ..." ...
 #
 # --part a    are the shipped kernels right, how long do they run alone, their tests, the race, a profile
-# --part b    the other tests, compute-sanitizer and ncu, the launch sweep; without --part: a, then b
+# --part b    the other tests, samplers in PyTorch, compute-sanitizer and ncu, the launch sweep; without --part: a, then b
 # --stages    stages of bench/gpu.py instead of a part
 # --out       where to write (default: $OUT, else runs/gpu); files of an earlier visit in it are replaced
 # --budget    seconds per part (default: 285)
@@ -21,7 +21,7 @@
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd) || exit 70
 
-a="shipped alone tests-a timings profile" b="tests-b watched sweep"
+a="shipped alone tests-a timings profile" b="tests-b samplers watched sweep"
 dry=() budget=285 stages=() wheels="" out=${OUT:-runs/gpu}
 usage() { sed -n '2,/^set/{/^#/!q;s/^# \{0,1\}//;p}' "$0"; }
 bad() { printf '%s\n\n' "on_gpu.sh: $1" >&2; usage >&2; exit 64; }

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from fastebm.bench.cases import ENERGIES
+from fastebm.bench.machine_code import executed, is_tensor, parse, tensor_flops
 from fastebm.bench.rows import RESULTS, add_out, provenance, read, replace, script
 from fastebm.kernels.triton.launch import SHARED_MEMORY, block
 
@@ -79,8 +80,16 @@ MAY_SPILL = {
     "3.9.0": {(architecture, precision): 0 for architecture in ("sm_80", "sm_90") for precision in PRECISIONS},
 }
 
+# An evaluation has no loop over steps: instructions that one tile spills in all.
+EVALUATION_MAY_SPILL = {
+    "3.6.0": {("sm_90", "bf16"): 0, ("sm_90", "bf16x3"): 0},
+    "3.9.0": {("sm_90", "bf16"): 0, ("sm_90", "bf16x3"): 120},
+}
+
 # Triton 3.6 only for the architectures that it can compile for: for sm_100 it emits a trap without a step to count.
 CAPABILITIES = (80, 90) if TRITON == "3.6.0" else tuple(MACHINES)
+# The kernel that evaluates an energy: elsewhere loops over two chunks are unrolled, and would count twice.
+EVALUATED_ON = (80, 90)
 
 MORE_INSTRUCTIONS = 1.03  # allowed over the committed row: the compiler's scheduling alone may change that much
 
@@ -89,8 +98,9 @@ Row = dict[str, Any]
 
 def all_cases() -> list[Row]:
     return [
-        {"kernel": "mlp", "capability": capability, "dim": dim, "widths": list(widths), "precision": p, "rule": RULE}
-        for capability in CAPABILITIES
+        {"kernel": kernel, "capability": capability, "dim": dim, "widths": list(widths), "precision": p, "rule": RULE}
+        for kernel, capabilities in (("mlp", CAPABILITIES), ("evaluate", EVALUATED_ON))
+        for capability in capabilities
         for dim, widths in ENERGIES
         for p in PRECISIONS
     ]
@@ -99,172 +109,13 @@ def all_cases() -> list[Row]:
 def key(row: Row) -> tuple[str, str, str]:
     """Architecture, case and precision of a row of the table, or of a case to compile."""
     if "capability" in row:
-        return f"sm_{row['capability']}", f"{row['dim']}-{row['widths']}".replace(" ", ""), row["precision"]
+        energy = f"{row['dim']}-{row['widths']}".replace(" ", "")
+        of_kernel = energy if row["kernel"] == "mlp" else f"{row['kernel']} {energy}"
+        return f"sm_{row['capability']}", of_kernel, row["precision"]
     return row["architecture"], row["case"], row["precision"]
 
 
-# --- the machine code ----------------------------------------------------------------------------------------------
-
-
-def parse(sass: str) -> list[tuple[int, str]]:
-    """(address, instruction) of each instruction in the output of ``cuobjdump -sass``."""
-    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(\S.*?)\s*;", sass, re.MULTILINE)
-    code = [(int(address, 16), text) for address, text in found]
-    if not code or any(a >= b for (a, _), (b, _) in pairwise(code)):
-        raise ValueError("expected the instructions of one function, in the order of their addresses")
-    return code
-
-
-def opcode(text: str) -> str:
-    """HMMA.16816.F32.BF16 of "@!P0 HMMA.16816.F32.BF16 R4, ..."."""
-    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
-
-
-def flow(code: list[tuple[int, str]]) -> list[list[int]]:
-    """Successors of each instruction, by index. A branch for a diverged warp (BRA.DIV) counts as never taken.
-
-    A call in code that never returns is a branch: ptxas writes some jumps so. After any other call, code continues.
-    """
-    index = {address: i for i, (address, _) in enumerate(code)}
-    returns = any(opcode(text).startswith("RET") for _, text in code)
-    leads = []
-    for i, (_, text) in enumerate(code):
-        name = opcode(text)
-        base = name.split(".")[0]
-        if base in ("BRX", "JMP", "JMX"):
-            raise ValueError(f"can't follow {text!r}")
-        successors = [i + 1] if i + 1 < len(code) else []
-        jumps = base == "BRA" or (base == "CALL" and not returns)
-        # no @P before, and none within
-        if re.match(r"EXIT|RET", text) or (jumps and re.match(r"(BRA|CALL)[.A-Z]*\s+`?\(?0x", text)):
-            successors = []
-        if jumps and not name.startswith("BRA.DIV"):
-            successors.append(index[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)])
-        leads.append(successors)
-    return leads
-
-
-def find_loops(leads: list[list[int]]) -> dict[int, set[int]]:
-    """Natural loops, {header: its instructions}, found by their back edges."""
-    back: list[tuple[int, int]] = []
-    state = [0] * len(leads)  # 0 new, 1 on the way, 2 done
-    stack = [(0, iter(leads[0]))]
-    state[0] = 1
-    while stack:
-        i, rest = stack[-1]
-        for j in rest:
-            if state[j] == 1:
-                back.append((i, j))
-            elif state[j] == 0:
-                state[j] = 1
-                stack.append((j, iter(leads[j])))
-                break
-        else:
-            state[i] = 2
-            stack.pop()
-    comes_from: list[list[int]] = [[] for _ in leads]
-    for i, successors in enumerate(leads):
-        for j in successors:
-            if state[i]:  # unreachable code belongs to no loop
-                comes_from[j].append(i)
-    loops: dict[int, set[int]] = {}
-    for latch, header in back:
-        body = loops.setdefault(header, {header})
-        todo = [latch]
-        while todo:
-            i = todo.pop()
-            if i not in body:
-                body.add(i)
-                todo += comes_from[i]
-    return loops
-
-
-def is_tensor(name: str) -> bool:
-    return re.match(r"[A-Z]*MMA", name) is not None
-
-
-def executed(code: list[tuple[int, str]], chunks: int) -> Counter[str]:
-    """Instructions that one warp executes in one step, by opcode.
-
-    The step loop is the largest outermost loop. Of its inner loops, one with tensor-core products and stores of the
-    state is the loop over chunks, executed ``chunks`` times; one with products but no store is the rehearsal, which
-    normal runs skip; others (waits) count once. Of the remaining paths from the loop's header back to it, the longest
-    counts. (On sm_100 one warp issues the products of all, so counting them for each is a little too much.)
-    """
-    leads = flow(code)
-    names = [opcode(text) for _, text in code]
-    loops = find_loops(leads)
-    top = {h: body for h, body in loops.items() if not any(body < other for other in loops.values())}
-    if not top:
-        raise ValueError("no loop found")
-
-    def one_pass(header: int) -> Counter[str]:
-        inside = {h: body for h, body in loops.items() if body < loops[header]}
-        inner = {h: body for h, body in inside.items() if not any(body < other for other in inside.values())}
-        counts: dict[int, Counter[str]] = {}
-        ways: dict[int, list[int]] = {}
-        members = set(loops[header])
-        for h, body in inner.items():
-            tensor = any(is_tensor(names[i]) for i in body)
-            stores = any(names[i].startswith("STG") for i in body)
-            members -= body - {h}
-            if tensor and not stores:
-                members.discard(h)
-                continue
-            trips = chunks if tensor else 1
-            counts[h] = Counter({name: n * trips for name, n in one_pass(h).items()})
-            ways[h] = [j for i in body for j in leads[i] if j not in body]
-        for i in members:
-            counts.setdefault(i, Counter([names[i]]))
-            ways.setdefault(i, leads[i])
-
-        # The longest path from each instruction back to the header. Inner loops are collapsed, so there is no cycle.
-        longest: dict[int, tuple[int, int | None] | None] = {}
-        stack = [header]
-        while stack:
-            i = stack[-1]
-            onward = [j for j in ways[i] if j in members and j != header]
-            new = [j for j in onward if j not in longest]
-            if new:
-                stack += new
-                continue
-            stack.pop()
-            best = (0, None) if header in ways[i] else None
-            for j in onward:
-                then = longest[j]
-                if then is not None and (best is None or then[0] > best[0]):
-                    best = (then[0], j)
-            longest[i] = None if best is None else (best[0] + counts[i].total(), best[1])
-        total: Counter[str] = Counter()
-        i: int | None = header
-        while i is not None:
-            if longest[i] is None:
-                raise ValueError("no way through the loop but the rehearsal")
-            total += counts[i]
-            i = longest[i][1]
-        return total
-
-    total = one_pass(max(top, key=lambda h: len(top[h])))
-    if any(name.startswith("CALL") for name in total) and any(name.startswith("RET") for name in names):
-        raise ValueError("a function is called in the step loop, and its instructions are not counted")
-    return total
-
-
-def tensor_flops(names: Counter[str]) -> float | None:
-    """FLOPs of one warp's tensor-core instructions, from the shapes in their names; None where names give none."""
-    total = 0.0
-    for name, count in names.items():
-        if not is_tensor(name):
-            continue
-        if group := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", name):  # four warps issue one together
-            m, n, k = (int(size) for size in group.groups())
-            total += 2 * m * n * k / 4 * count
-        elif shape := re.match(r"HMMA\.(16)(8)(4|8|16)\.", name):
-            m, n, k = (int(size) for size in shape.groups())
-            total += 2 * m * n * k * count
-        else:
-            return None
-    return total
+# --- a row of the table --------------------------------------------------------------------------------------------
 
 
 def flops_of(sizes: Sequence[int], precision: str) -> float:
@@ -272,15 +123,13 @@ def flops_of(sizes: Sequence[int], precision: str) -> float:
     return 4 * sum(n_in * n_out for n_in, n_out in pairwise(sizes)) * (3 if precision == "bf16x3" else 1)
 
 
-# --- a row of the table --------------------------------------------------------------------------------------------
-
-
 def row_of(compiled: Row, sass: str, usage: str) -> Row:
     """The row of a compiled case, from cuobjdump's output."""
     launch, machine = compiled["launch"], MACHINES[compiled["capability"]]
     chains, warps, precision = launch["block_chains"], launch["num_warps"], compiled["precision"]
     chunks = -(-compiled["dim"] // launch["block_dim"])
-    names = executed(parse(sass), chunks)
+    evaluates = compiled["kernel"] == "evaluate"
+    names = executed(parse(sass), chunks, steps=not evaluates)
     bases = Counter[str]()
     for name, count in names.items():
         bases[name.split(".")[0]] += count
@@ -306,15 +155,19 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
         "tensor": (machine.tf32 if precision == "tf32" else machine.bf16) / flops,
         "mufu": ticks * MUFU_LANES / mufu,
     }
+    # Bytes per chain-step that do not stay on the chip. Of weights: W_1 once per tile; an evaluation loads all, and W_1
+    # twice if streaming.
+    weights = [n_in * n_out * {"bf16": 2}.get(precision, 4) / chains for n_in, n_out in pairwise(sizes)]
+    traffic = sum(weights) if evaluates else 0.0
     if launch["regime"] == "streaming":
-        weight_bytes = {"bf16": 2}.get(precision, 4)
-        # W_1 once per tile; x and the slopes in and out. Slopes are bf16 twice, or once two halves or tf32, or float32
-        # and halves.
-        slope_bytes = 16 if launch["in_memory"] else 8
-        traffic = sizes[0] * sizes[1] * weight_bytes / chains + 8 * compiled["dim"] + slope_bytes * sizes[1]
-        rates["l2"] = ticks * L2_BYTES / traffic
+        # Slopes in and out: bf16 twice, or once two halves or tf32, or float32 and halves.
+        traffic += weights[0] + (16 if launch["in_memory"] else 8) * sizes[1]
+    if launch["regime"] == "streaming" or evaluates:
+        traffic += 8 * compiled["dim"]  # x in, x or its gradient out
     elif launch["in_memory"]:
-        rates["l2"] = ticks * L2_BYTES / (12 * launch["block_dim"])  # the state, written once and read twice
+        traffic += 12 * launch["block_dim"]  # the state, written once and read twice
+    if traffic > 0:
+        rates["l2"] = ticks * L2_BYTES / traffic
     binds = min(rates, key=lambda name: rates[name])
     return {
         **empty_row(compiled),
@@ -429,10 +282,11 @@ def over_limit(row: Row) -> str | None:
 
 
 def spills(row: Row, triton: str = TRITON) -> str | None:
-    allowed = MAY_SPILL.get(triton, {}).get((row["architecture"], row["precision"]))
+    limits = EVALUATION_MAY_SPILL if row["case"].startswith("evaluate") else MAY_SPILL
+    allowed = limits.get(triton, {}).get((row["architecture"], row["precision"]))
     if row["refused"] or allowed is None or int(row["spill_loads"]) + int(row["spill_stores"]) <= allowed:
         return None
-    return f"spills in the step loop: {row['spill_loads']} loads, {row['spill_stores']} stores; {allowed} may be"
+    return f"spills: {row['spill_loads']} loads, {row['spill_stores']} stores; {allowed} may be"
 
 
 def worse(row: Row, committed: Row | None) -> str | None:

@@ -7,12 +7,13 @@ It compiles exactly what a launch would: the backend's entry points run on CPU t
 be a GPU of the given capability, and launching is replaced by compiling.
 
 Fields of a case; those after precision are optional:
-    kernel ("mlp" or "update"), capability, dim, widths, precision
+    kernel ("mlp", "evaluate" or "update"), capability, dim, widths, precision
     activations     one per layer; default: silu
     rule            keywords of ``Langevin``, with lists for tensors
     head            "scalar"; "logsumexp" or "class", of 10 classes
     sum             true: with a second MLP, a Gaussian and a linear term
     recorded        true: with frozen coordinates, a trajectory and telemetry
+    wanted          of "evaluate", a method of ``Target``; default: "value_and_gradient"
     silent          true: with zeros instead of normal numbers; the same for all cases of a process
     cubin           a path to write the machine code to
 A result is the case with what was compiled, or with "refused", the message of ``choose_launch``.
@@ -61,7 +62,7 @@ class PretendedGPU:
 
 
 def compiled_by(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """The kernel that moves chains, among those that a call launches: all are compiled, none run."""
+    """The last kernel, among those that a call launches: all are compiled, none run."""
     kernels: list[Any] = []
 
     def instead_of_launching(kernel: JITFunction, grid: Any) -> Any:
@@ -129,10 +130,13 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         if isinstance(launch, str):
             return {**case, "refused": launch}
         estimate = shared_bytes(launch, dim, description.networks, precision, capability)
-        with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
-            kernel = compiled_by(
-                runs.fused_mlp, description, *arguments, precision=precision, launch=launch, **recording
-            )
+        options = {"precision": precision, "launch": launch}
+        if case["kernel"] == "evaluate":
+            wanted = case.get("wanted", "value_and_gradient")
+            kernel = compiled_by(lambda: getattr(runs.evaluation(description, chains, **options), wanted)(chains.x))
+        else:
+            with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
+                kernel = compiled_by(runs.fused_mlp, description, *arguments, **options, **recording)
     if "cubin" in case:
         Path(case["cubin"]).write_bytes(kernel.asm["cubin"])
     return {

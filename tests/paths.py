@@ -102,20 +102,27 @@ def advance_torch(energy, x, sampler, steps, counters, **asked):
     return runs.closed_form(description, Chains(x.clone(), **counters), sampler, steps, **asked)
 
 
-def advance_fused(energy, x, sampler, steps, counters, regime, precision="ieee", chunk=32, warps=4, **asked):
-    """The fused kernel on a state between two guards of NaN; None if this GPU has too little shared memory.
+def launch_at(regime, description, device, precision="ieee", chunk=32, warps=4):
+    """A launch at which each of four warps has its own chains; None if this GPU has too little shared memory.
 
     regime: "resident" or "streaming"; with " in memory", the kernel that sm_90 runs at bf16x3.
     """
     in_memory, regime = regime.endswith(" in memory"), regime.removesuffix(" in memory")
-    description = describe(energy, labels="labels" in counters)
     block_dim = block(description.dim) if regime == "resident" else min(chunk, block(description.dim))
-    launch = Launch(regime, 64, block_dim, warps, 1, in_memory=in_memory)  # each of four warps has its own chains
-    if x.is_cuda:
+    launch = Launch(regime, 64, block_dim, warps, 1, in_memory=in_memory)
+    if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability()
         limit = SHARED_MEMORY.get(10 * major + minor, 101376)
         if shared_bytes(launch, description.dim, description.networks, precision) > limit:
             return None
+    return launch
+
+
+def advance_fused(energy, x, sampler, steps, counters, regime, precision="ieee", chunk=32, warps=4, **asked):
+    """The fused kernel at ``launch_at`` on a state between two guards of NaN; None if there is no launch."""
+    description = describe(energy, labels="labels" in counters)
+    if (launch := launch_at(regime, description, x.device, precision, chunk, warps)) is None:
+        return None
     guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
     inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)
     done = runs.fused_mlp(

@@ -53,6 +53,13 @@ def fused_mlp(*arguments, **asked) -> Advanced:
     return fused.run_mlp(*arguments, **asked)
 
 
+def evaluation(*arguments, **options):
+    """A target: an MLP energy by the Triton kernel that evaluates it."""
+    from fastebm.backends.evaluation import Evaluation
+
+    return Evaluation(*arguments, **options)
+
+
 def fused_module(*arguments, **asked) -> Advanced:
     """Any module: autograd's gradient, and the Triton kernel of the update."""
     from fastebm.backends import fused

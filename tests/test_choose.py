@@ -137,6 +137,32 @@ def test_a_gpu_with_another_module_takes_the_fused_update(pretend_gpu):
     assert choice.why_not_fused.endswith("one launch for the rest of a step (cuda_graph=True records both)")
 
 
+@pytest.mark.parametrize(("dim", "regime"), [(64, "resident"), (784, "streaming")])
+def test_a_sampler_without_a_fused_kernel_evaluates_the_energy_in_one_launch(pretend_gpu, dim, regime):
+    pretend_gpu(90)
+    mine = {"sampler": "MALA", "triton_paths": ()}
+    choice = choose(MLPEnergy(dim, (128,)), CUDA, torch.float32, "auto", None, **mine)
+    assert (choice.backend, choice.path, choice.kernels, choice.precision) == (
+        "triton", "evaluation", "triton", "bf16x3",
+    )  # fmt: skip
+    assert choice.launch.regime == regime
+    assert choice.why_not_fused == (
+        "MALA has no fused kernel; its own steps run in PyTorch, and one launch computes energy and gradient of all "
+        "chains"
+    )
+    # a kernel for one regime leaves the other to it
+    other = choose(
+        MLPEnergy(dim, (128,)), CUDA, torch.float32, "auto", None, sampler="MALA", triton_paths=("products",)
+    )
+    assert other.path == "evaluation"
+    assert f"MALA has no fused kernel for such energies ({regime}); its own steps" in other.why_not_fused
+    asked = choose(MLPEnergy(dim, (128,)), CUDA, torch.float32, "torch", None, **mine)
+    assert (asked.backend, asked.path, asked.launch) == ("torch", "tiles", None)
+    wide = choose(MLPEnergy(dim, (2048, 2048)), CUDA, torch.float32, "auto", None, **mine)
+    assert (wide.backend, wide.path, wide.launch) == ("torch", "tiles", None)
+    assert "KiB of shared memory" in wide.why_not_fused
+
+
 def test_widths_that_do_not_fit_are_refused_with_the_bytes(pretend_gpu):
     pretend_gpu(90)
     choice = choose(MLPEnergy(64, (2048, 2048)), CUDA, torch.float32, "auto", None)

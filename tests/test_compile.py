@@ -39,6 +39,10 @@ def mlp(capability, dim, precision, widths=None, **options):
     }
 
 
+def evaluate(*arguments, **options):
+    return {**mlp(*arguments, **options), "kernel": "evaluate"}
+
+
 def update(capability, dim, **options):
     return {**mlp(capability, dim, "ieee", [16], **options), "kernel": "update"}
 
@@ -61,6 +65,11 @@ QUICK = [
     # the noise before the gradient
     mlp(90, 3, "bf16", [20], rule={**ALL_OPTIONS, **NOISE_FIRST}),
     update(90, 63, rule={**ALL_OPTIONS, **NOISE_FIRST}),
+    # both regimes, each result alone and both
+    evaluate(80, 5, "bf16x3", [20], head="class", sum=True),
+    evaluate(90, 200, "bf16", [20, 16], head="logsumexp", sum=True),
+    evaluate(90, 63, "bf16x3", [33], wanted="value"),
+    evaluate(90, 200, "bf16x3", [33], wanted="gradient"),
 ]
 SLOW = [
     *[
@@ -92,6 +101,21 @@ SLOW = [
     mlp(90, 784, "bf16x3", rule=all_options(784), recorded=True),
     mlp(90, 783, "bf16x3", [256, 128], rule=all_options(783), recorded=True),
     *[mlp(capability, 200, "bf16x3", [64, 64], rule=all_options(200), recorded=True) for capability in (80, 90)],
+    *[
+        evaluate(capability, dim, precision, wanted=wanted)
+        for capability in (80, 90)
+        for dim in ARCHITECTURES
+        for precision in ("bf16", "bf16x3", "tf32")
+        for wanted in ("value", "gradient", "value_and_gradient")
+    ],
+    evaluate(90, 5, "bf16x3", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
+    *[
+        case
+        for capability, precision in ((80, "bf16x3"), (90, "bf16"), (90, "bf16x3"))
+        for dim in (5, 128, 200)
+        for head in ("scalar", "logsumexp", "class")
+        if (case := evaluate(capability, dim, precision, [20, 16], head=head, sum=True)) not in QUICK
+    ],
 ]
 
 
@@ -100,6 +124,7 @@ def name(case):
     options += f"-{case['head']}" if "head" in case else ""
     options += "-bounds" if isinstance(case.get("rule", {}).get("clamp", [0])[0], list) else ""
     options += "".join(f"-{key}" for key in NOISE_FIRST if case.get("rule", {}).get(key))
+    options += f"-{case['wanted']}" if "wanted" in case else ""
     options += "-norm" if "grad_norm_clip" in case.get("rule", {}) else ""
     return f"{case['kernel']}-sm_{case['capability']}-{case['dim']}-{case['widths']}-{case['precision']}{options}"
 
@@ -125,8 +150,8 @@ def check(case, result):
     assert result["target"] == case["capability"]
     assert result["cubin_bytes"] > 0
     assert result["shared"] <= result["limit"]
-    if case["kernel"] == "mlp":
-        assert result["name"].startswith("langevin_")
+    if case["kernel"] != "update":
+        assert result["name"].startswith({"mlp": "langevin_", "evaluate": "evaluate_"}[case["kernel"]])
         assert result["tensor_cores"] == (case["precision"] != "ieee")
         assert result["shared"] <= result["estimate"], "launch.shared_bytes must not underestimate"
 
@@ -144,7 +169,8 @@ def test_the_rest_compiles_and_fits(slow, case):
 
 def test_both_regimes_and_the_update_are_compiled(quick):
     compiled = {result["name"] for result in quick.values() if result["refused"] is None}
-    assert compiled == {"langevin_resident", "langevin_streaming", "langevin_update"}
+    regimes = {f"{kernel}_{regime}" for kernel in ("langevin", "evaluate") for regime in ("resident", "streaming")}
+    assert compiled == {*regimes, "langevin_update"}
     refused = [result for result in quick.values() if result["refused"] is not None]
     assert not refused
 

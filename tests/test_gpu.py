@@ -13,10 +13,12 @@ from paths import ULP, largest, make_mlp
 from torch import nn
 from truth import plain_energy_and_gradient
 
-from fastebm import ChainPool, Langevin, NonFiniteError, langevin_sample, why_not_fused
+from fastebm import NUTS, ChainPool, Langevin, NonFiniteError, langevin_sample, sample, why_not_fused
 from fastebm.backends import Chains
+from fastebm.backends.choose import launch_for
 from fastebm.rng import Stream, normal, philox4x32
 from fastebm.targets.autograd import Energy
+from fastebm.targets.description import describe
 from fastebm.targets.mlp import read_mlp
 
 pytestmark = [
@@ -105,6 +107,61 @@ def test_every_precision_against_float64(dim, widths, precision):
     )
     b = 0.1**0.5
     assert largest(moved - truth.x) <= steps * (2 * allowed + b * NOISE_ERROR)
+
+
+# -- one evaluation of an energy -------------------------------------------------------------------------------------
+
+
+def evaluation(energy, x, precision):
+    """The energy as a target, at the launch that a sampler without a fused kernel would take."""
+    description = describe(energy)
+    launch = launch_for(description, precision, x.device)
+    if isinstance(launch, str):
+        assert "shared memory" in launch
+        pytest.skip(launch)
+    numbers = torch.arange(len(x), device=x.device)
+    return runs.evaluation(description, Chains(x, 0, numbers, numbers), precision=precision, launch=launch)
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16"])
+@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+def test_every_precision_against_float64_of_an_evaluation(dim, widths, precision):
+    """The error is at most twice that of plain PyTorch with operands of the same precision."""
+    energy, x = make_mlp(dim, widths).cuda(), start(300, dim)
+    target, exact = evaluation(energy, x, precision), Energy(energy, (dim,), torch.float64)
+    value, gradient = exact(x.double()), exact.gradient(x.double())
+    plain_value, plain_gradient = plain_energy_and_gradient(read_mlp(energy), x, precision)
+    of_values = 2 * largest(plain_value - value) + 2 * ULP * largest(value)
+    of_gradients = 2 * largest(plain_gradient - gradient) + 2 * ULP * largest(gradient)
+    both = target.value_and_gradient(x)
+    for found in (both[0], target.value(x)):
+        assert largest(found - value) <= of_values
+    for found in (both[1], target.gradient(x)):
+        assert largest(found - gradient) <= of_gradients
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "bf16"])
+@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+def test_bits_do_not_depend_on_the_batch_of_an_evaluation(dim, widths, precision):
+    energy, x = make_mlp(dim, widths).cuda(), start(20_000, dim)
+    whole = evaluation(energy, x, precision).value_and_gradient(x)
+    for first, n in ((0, 20_000), (0, 1), (1, 64), (77, 10_001)):
+        rows = slice(first, first + n)
+        part = evaluation(energy, x[rows], precision).value_and_gradient(x[rows])
+        assert torch.equal(part[0], whole[0][rows])
+        assert torch.equal(part[1], whole[1][rows])
+
+
+@pytest.mark.parametrize(("dim", "widths"), ARCHITECTURES)
+def test_auto_for_a_sampler_without_a_fused_kernel(dim, widths):
+    """Its own steps, which agree with float64 as long as no accept test goes the other way by rounding."""
+    energy, x = make_mlp(dim, widths).cuda(), start(300, dim)
+    evaluation(energy, x, "bf16x3")
+    found = sample(energy, NUTS(0.05, 3), init=x, steps=2, seed=0)
+    assert (found.info.backend, found.info.path, found.info.precision) == ("triton", "evaluation", "bf16x3")
+    truth = sample(energy.double(), NUTS(0.05, 3), init=x.double(), steps=2, seed=0, backend="reference")
+    near = (found.x - truth.x).abs().amax(dim=1) < 1e-2
+    assert float(near.float().mean()) > 0.95
 
 
 # -- noise --------------------------------------------------------------------------------------------------

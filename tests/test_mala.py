@@ -216,10 +216,10 @@ def test_bad_settings(make, error, message):
         make()
 
 
-def test_what_it_can_not_do_is_said():
+def test_what_it_can_not_do_is_said(device):
     energy = MLPEnergy(2, (8,))
     with pytest.raises(ValueError, match=r"backend=\"triton\" can't run: MALA has no fused kernel"):
-        sample(energy, MALA(0.1), steps=1, backend="triton")
+        sample(GaussianEnergy(), MALA(0.1), 2, steps=1, backend="triton", device=device)
     with pytest.raises(ValueError, match=r"MALA starts within its clamp, \(-1.0, 1.0\), and 1 of 2 chains do not"):
         sample(energy, MALA(0.1, clamp=(-1, 1)), init=torch.tensor([[0.0, 0.0], [0.0, 1.5]]), steps=1)
 

@@ -18,6 +18,8 @@ from fastebm.bench.contestants import CONTESTANTS, Contestant, compiled_at, eage
 from fastebm.bench.problem import MM_BF16, Missing, Problem
 from fastebm.bench.race import beside_peers, gate, race
 
+from fastebm.backends.evaluation import Evaluation
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton and GPUs: Linux")
 
 CPU = torch.device("cpu")
@@ -63,6 +65,7 @@ def test_part_a(tmp_path):
     assert {row["path"] for row in shipped.values()} == {"resident", "streaming", "autograd"}
     for row in shipped.values():
         assert row["status"] == "ok"
+        assert ("evaluation_error" in row) == (row["path"] != "autograd")
         assert float(row["error"]) <= float(row["allowed"])
         assert float(row["noisy_error"]) <= float(row["noisy_allowed"])
         assert row["same_bits"] == "yes"
@@ -102,12 +105,16 @@ def test_part_a(tmp_path):
 def test_part_b(tmp_path):
     found, _ = visited(tmp_path, "--part", "b")
     assert {row["status"] for row in of(found, "tests-b").values()} == {"passed", "skipped"}
+    (sampled,) = of(found, "samplers").values()
+    assert (sampled["status"], sampled["path"]) == ("ok", "evaluation")
+    assert float(sampled["seconds"]) > 0
     sweep = list(of(found, "sweep").values())
     assert [row["status"] for row in sweep] == ["ok", "ok"]
     assert [row["shipped"] for row in sweep] == ["yes", "no"]
     assert all(0 < float(row["error_over_allowed"]) <= 1 for row in sweep)
     assert {row["status"] for row in of(found, "watched").values()} <= {"missing", "error"}  # there is no GPU to watch
     assert gpu.main(["rows", str(tmp_path), "--out", str(tmp_path / "results")]) == 0
+    assert (tmp_path / "results" / "gpu_samplers.csv").exists()
     assert (tmp_path / "results" / "gpu_sweep.csv").exists()
     assert not (tmp_path / "results" / "gpu.csv").exists()
 
@@ -361,6 +368,19 @@ def test_a_shipped_kernel_that_is_wrong_is_found(monkeypatch):
     assert checked(last_chain_off) == "FAILED"
     assert checked(lambda x, noise_std: x + 1e-2 * (noise_std > 0)) == "FAILED"
     assert checked(lambda x, noise_std: x + 1e-6 * next(calls) * (noise_std > 0)) == "FAILED"  # other bits each time
+
+
+def test_an_evaluation_that_is_wrong_is_found(monkeypatch):
+    """By its gradient, and by a sampler that it moves elsewhere."""
+    gradient = Evaluation.gradient
+    both = Evaluation.value_and_gradient
+    (sampled,) = launches.DRY_SAMPLED
+    assert launches.check(launches.Kernel(3, (16,), "bf16x3"), 70, CPU, True)["status"] == "ok"
+    assert launches.time_sampler(sampled, CPU, 0.0, True)["status"] == "ok"
+    monkeypatch.setattr(Evaluation, "gradient", lambda self, x: 1.1 * gradient(self, x))
+    monkeypatch.setattr(Evaluation, "value_and_gradient", lambda self, x: (both(self, x)[0], 1.1 * both(self, x)[1]))
+    assert launches.check(launches.Kernel(3, (16,), "bf16x3"), 70, CPU, True)["status"] == "FAILED"
+    assert launches.time_sampler(sampled, CPU, 0.0, True)["status"] == "FAILED"
 
 
 def test_contestants_of_a_gpu():

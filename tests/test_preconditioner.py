@@ -125,13 +125,13 @@ def test_a_diagonal_is_the_formula():
     torch.testing.assert_close(langevin_sample(Quadratic(), rule, init=x, steps=1), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_no_kernel_takes_it_and_the_reason_is_said():
+def test_no_fused_kernel_takes_it_and_the_reason_is_said(device):
     for make in (MLP, Quadratic):
         info = sample(make(), Langevin(0.1, preconditioner=2.0), 3, steps=1).info
         assert info.why_not_fused is not None
         assert info.backend == "torch"
-        with pytest.raises(ValueError, match=r"can't run: Langevin with a preconditioner has no fused kernel"):
-            sample(make(), Langevin(0.1, preconditioner=2.0), 3, steps=1, backend="triton")
+    with pytest.raises(ValueError, match=r"can't run: Langevin with a preconditioner has no fused kernel"):
+        sample(Quadratic(), Langevin(0.1, preconditioner=2.0), 3, steps=1, backend="triton", device=device)
     assert "Langevin with a preconditioner has no fused kernel" in (
         sample(MLP(), Langevin(0.1, preconditioner=2.0), 3, steps=1).info.why_not_fused
     )

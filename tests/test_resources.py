@@ -84,6 +84,22 @@ def test_the_step_of_a_resident_kernel():
     assert resources.tensor_flops(names) == 2 * 64 * 128 * 16 / 4
 
 
+def test_a_whole_kernel():
+    """Without steps: what runs before a loop over chunks counts too, and so does such a loop without stores."""
+    kernel = """
+        /*0000*/                   FADD R1, R2, R3 ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/               @P0 BRA 0x10 ;
+        /*0030*/               @P1 BRA 0x50 ;
+        /*0040*/                   MUFU.EX2 R1, R2 ;
+        /*0050*/                   STG.E desc[UR8][R4.64], R5 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70 ;
+"""
+    names = resources.executed(resources.parse(kernel), chunks=10, steps=False)
+    assert names == Counter({"FADD": 1, "HMMA.16816.F32.BF16": 10, "BRA": 11, "MUFU.EX2": 1, "STG.E": 1, "EXIT": 1})
+
+
 def test_code_that_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match="can't follow"):
         resources.executed(resources.parse("  /*0000*/   BRX R2 -0x10 ;\n  /*0010*/   EXIT ;\n"), 1)
@@ -105,6 +121,7 @@ QUICK = [
     ("sm_90", "2-[128,128]", "bf16"),
     ("sm_90", "64-[128,128]", "bf16"),
     ("sm_90", "64-[128,128]", "bf16x3"),
+    ("sm_90", "evaluate 64-[128,128]", "bf16x3"),
 ]
 SLOW = [key for key in CASES if key not in QUICK]
 
@@ -188,6 +205,7 @@ def test_every_row_is_committed_and_nothing_else(committed):
 def test_each_way_to_fall_behind_is_found():
     good = {
         "architecture": "sm_90",
+        "case": "64-[128,128]",
         "precision": "bf16",
         "refused": "",
         "shared_bytes": 10,
@@ -209,6 +227,9 @@ def test_each_way_to_fall_behind_is_found():
     few = {**good, "spill_stores": 1}
     assert resources.spills(few, "3.9.0")
     assert not resources.spills(few, "3.6.0")
+    evaluation = {**few, "case": "evaluate 64-[128,128]"}
+    assert resources.spills(evaluation, "3.6.0")
+    assert not resources.spills({**evaluation, "precision": "bf16x3"}, "3.9.0")
     some = {**good, "precision": "bf16x3", "spill_loads": 60, "spill_stores": 40}
     assert not resources.spills(some, "3.6.0")
     assert resources.spills({**some, "spill_loads": 61}, "3.6.0")

@@ -146,7 +146,7 @@ def test_the_bits_of_plain_pytorch(name, precision, device):
         block_dim = block(bare.dim) if regime == "resident" else 16
         launch = Launch(regime, 64, block_dim, 4, 1)
         for seed in (2**64 - 5, torch.tensor([7, 2**62 + 3], device=device)[1:]):
-            prepared, places = fused._prepare(bare, seed, precision, launch, torch.device(device))
+            prepared, places = fused.prepare(bare, seed, precision, launch, torch.device(device))
             layers, rows, reach = plain(describe(energy, labels=labels), precision, block_dim)
             words = prepared.cpu()
             signed = int(words[weights.SEED.value :][:2].view(torch.int64))

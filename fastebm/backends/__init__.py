@@ -9,6 +9,7 @@ marginal.py     Langevin with its noise in the first layer
 cpu_mlp.py      the calls of an MLP's gradient, for cpu.py
 blas.py         matrix products as calls of BLAS, for cpu_mlp.py
 fused.py        the Triton kernels: all steps in one launch for MLP energies, a fused update for other energies
+evaluation.py   any sampler on an MLP energy that a Triton kernel evaluates
 table.py        runs a sampler on a target by the fastest of these
 choose.py       chooses the backend, and explains why the fused kernel does not run
 settle.py       raises for chains that are not finite, or reinitialises them

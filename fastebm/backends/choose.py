@@ -25,6 +25,7 @@ __all__ = [
     "TRITON_PATHS",
     "Choice",
     "choose",
+    "default_precision",
     "interpreted",
     "launch_for",
     "multiplies_bf16",
@@ -44,15 +45,17 @@ class Choice:
     """The backend of a call.
 
     backend: "triton", "torch" or "reference".
-    path: "resident" or "streaming" (the fused kernel), "tiles" (closed-form gradient on tiles), "collapsed" (the same,
-    with steps in the first layer of the MLP), "marginal" (with noise there too, see marginal.py), "products"
-    (closed-form gradient by library products, for MLPs too wide for the fused kernel) or "autograd". With backend
-    "triton", the last two use the fused update kernel.
+    path: "resident" or "streaming" (the fused kernel), "evaluation" (the sampler's own steps, and a kernel that
+    evaluates the energy), "tiles" (closed-form gradient on tiles), "collapsed" (the same, with steps in the first layer
+    of the MLP), "marginal" (with noise there too, see marginal.py), "products" (closed-form gradient by library
+    products, for MLPs too wide for the fused kernel) or "autograd". With backend "triton", the last two use the fused
+    update kernel.
     description: the MLP energy, or None if it could not be read as an MLP.
-    launch: configuration of the fused kernel, or None.
+    launch: configuration of the fused kernel, or of the one that evaluates the energy; or None.
     precision: of the matrix products.
     why_not_fused: why the fused kernel does not run, and what runs instead. None if it runs.
-    kernels: what computes noise, update and activations: "triton", "numba" (on a CPU, in float32) or "torch".
+    kernels: what computes noise, update and activations: "triton" (on the path "evaluation" the activations only),
+    "numba" (on a CPU, in float32) or "torch".
     """
 
     backend: str
@@ -62,6 +65,11 @@ class Choice:
     precision: str
     why_not_fused: str | None
     kernels: str = "triton"
+
+    @property
+    def on_device(self) -> bool:
+        """Whether kernels compute whole steps, none of which waits for the device."""
+        return self.backend == "triton" and self.path != "evaluation"
 
 
 def interpreted() -> bool:
@@ -134,17 +142,22 @@ def choose(
         description = describe(energy, labels=condition == "labels", bare=True)
     except NotAnMLP as error:
         why_not = f"not an MLP that can be read: {error}"
-    no_triton = _why_not_triton(device, dtype, asked=backend == "triton") if triton_paths else None
+    no_triton = _why_not_triton(device, dtype, asked=backend == "triton")
     wanted = precision or default_precision()
-    if no_triton is None and triton_paths and description is not None:
+    if no_triton is None and description is not None:
         launch = launch_for(description, wanted, device)
         if isinstance(launch, str):
             launch, why_not = None, launch
     path = launch.regime if launch is not None else "autograd" if description is None else "products"
+    no_kernel = None
     if path not in triton_paths:
-        no_triton = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
-    if backend == "triton" and no_triton is not None:
-        raise ValueError(f'backend="triton" can\'t run: {no_triton}. Use backend="auto" or "torch"')
+        no_kernel = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
+    if launch is not None and no_kernel is not None and backend != "torch":
+        why_not = f"{no_kernel}; {_INSTEAD['evaluation', 'triton']}"
+        return Choice("triton", "evaluation", description, launch, wanted, why_not)
+    if backend == "triton" and (no_triton or no_kernel) is not None:
+        raise ValueError(f'backend="triton" can\'t run: {no_triton or no_kernel}. Use backend="auto" or "torch"')
+    no_triton = no_kernel or no_triton
     why_not = why_not or no_triton
     if backend == "torch":
         why_not = 'backend="torch" was asked for'
@@ -167,6 +180,7 @@ def choose(
 
 # What runs instead of the fused kernel, by path and kernels.
 _INSTEAD = {
+    ("evaluation", "triton"): "its own steps run in PyTorch, and one launch computes energy and gradient of all chains",
     ("tiles", "numba"): "the closed-form gradient runs instead, by Numba's kernels: the fastest path on a CPU",
     ("collapsed", "numba"): "its steps run in the first layer instead, by Numba's kernels: the fastest path on a CPU",
     ("collapsed", "torch"): "its steps run in the first layer instead, in plain PyTorch",

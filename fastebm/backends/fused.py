@@ -25,7 +25,16 @@ from . import LANGEVIN_TELEMETRY, Advanced, Chains, averaged
 from .choose import interpreted
 from .graphs import Recorder, run_steps
 
-__all__ = ["run_mlp", "run_module", "run_products"]
+__all__ = [
+    "CHAINS_AT_ONCE",
+    "aligned",
+    "compiled_for",
+    "prepare",
+    "run_mlp",
+    "run_module",
+    "run_products",
+    "slopes_scratch",
+]
 
 # triton 3.10 turns fused multiply-add off by default; the interpreter takes no such option.
 _OPTIONS = {} if interpreted() else {"enable_fp_fusion": True}
@@ -72,10 +81,10 @@ def run_mlp(
         flags["BOUNDED"] = flags["CLAMP"] == "numbers" and all(map(math.isfinite, arguments[-2:]))
     else:
         kernel = resident.langevin_resident
-    layers, frozen = _layers(description, launch, precision), _frozen_arguments(chains)
+    constants, frozen = compiled_for(description, launch, precision), _frozen_arguments(chains)
     # Triton launches on the current device, which may not be x's.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        prepared, places = _prepare(description, chains.seed, precision, launch, device)
+        prepared, places = prepare(description, chains.seed, precision, launch, device)
         state = x, energy, first_bad, trajectory, thin, table, chains.numbers, chains.first_steps, chains.labels
         for first_tile in range(0, n_tiles, tiles_at_once):
             kernel[(min(tiles_at_once, n_tiles - first_tile),)](
@@ -89,16 +98,9 @@ def run_mlp(
                 first_tile,
                 *extra,
                 **places,
-                LAYERS=layers,
-                DIM=dim,
-                BLOCK_DIM=launch.block_dim,
-                BLOCK_CHAINS=launch.block_chains,
+                **constants,
                 **flags,
                 IN_MEMORY=launch.in_memory,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                **_OPTIONS,
-                **(_LEAN_OPTIONS if launch.lean else {}),
             )
     report = prepared[weights.REPORT.value]
     return Advanced(x, energy, first_bad, trajectory, _named(table), report=report)
@@ -116,18 +118,26 @@ def _regime(
     if launch.regime == "resident":
         scratch = [x.new_empty(rows, launch.block_dim) if padded else None]
         return tiles_at_once, scratch, {"BOTH_ORDERS": launch.both_orders}
+    return tiles_at_once, [slopes_scratch(description, launch, precision, x.device, rows)], {
+        "OWN_CHAINS": launch.own_chains, "LEAN": launch.lean,
+    }  # fmt: skip
+
+
+def slopes_scratch(
+    description: Description, launch: Launch, precision: str, device: torch.device, rows: int
+) -> tuple[Tensor, ...]:
+    """Memory for the first layers' slopes in the streaming regime, of each network."""
     halves = (2 if launch.own_chains else 0) if precision == "bf16x3" else 1
     operand = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
-    slopes = (
-        torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=x.device) for mlp in description.mlps
+    return tuple(
+        torch.empty(rows, halves, block(mlp.widths[0]), dtype=operand, device=device) for mlp in description.mlps
     )
-    return tiles_at_once, [tuple(slopes)], {"OWN_CHAINS": launch.own_chains, "LEAN": launch.lean}
 
 
-def _layers(description: Description, launch: Launch, precision: str) -> Layers:
-    """The networks as compile-time constants."""
+def compiled_for(description: Description, launch: Launch, precision: str) -> dict[str, Any]:
+    """What every kernel of an MLP energy is compiled for: the networks, the tile, and the compiler's options."""
     mlps = description.mlps
-    return Layers(
+    layers = Layers(
         FIRSTS=tuple(accumulate((len(mlp.weights) for mlp in mlps), initial=0)),
         BLOCKS=tuple(block(len(weight)) for mlp in mlps for weight in mlp.weights),
         ACTIVATIONS=tuple(name for mlp in mlps for name in (*(a.name for a in mlp.activations), mlp.head)),
@@ -136,9 +146,19 @@ def _layers(description: Description, launch: Launch, precision: str) -> Layers:
         FAST=_fast(precision),
         TARGET="interpreter" if interpreted() else "wgmma" if launch.in_memory or launch.lean else "gpu",
     )
+    return {
+        "LAYERS": layers,
+        "DIM": description.dim,
+        "BLOCK_DIM": launch.block_dim,
+        "BLOCK_CHAINS": launch.block_chains,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **_OPTIONS,
+        **(_LEAN_OPTIONS if launch.lean else {}),
+    }
 
 
-def _prepare(
+def prepare(
     description: Description, seed: int | Tensor, precision: str, launch: Launch, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
     """A buffer with the seed and the weights, and the offsets in it as compile-time constants of the kernel."""
@@ -202,7 +222,7 @@ def run_module(
     """
 
     def gradient(x: Tensor) -> Tensor:
-        return _aligned(energy.gradient(x, chains.labels_or_condition))
+        return aligned(energy.gradient(x, chains.labels_or_condition))
 
     done = _run_by_gradient(gradient, chains, sampler, steps, thin, telemetry, recorder)
     return done._replace(energy=energy(chains.x, chains.labels_or_condition))
@@ -335,12 +355,12 @@ def _sampler_arguments(
     rows = isinstance(lo, Tensor)
     # Floats, because Triton specialises on an int of 1 and would recompile.
     arguments += [None if clip is None else float(clip) for clip in (sampler.grad_clip, sampler.grad_norm_clip)]
-    arguments += [_aligned(bound) if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
+    arguments += [aligned(bound) if isinstance(bound, Tensor) else bound for bound in (lo, hi)]
     flags["CLAMP"] = "" if bounds is None else "rows" if rows else "numbers"
     return arguments, flags
 
 
-def _aligned(v: Tensor) -> Tensor:
+def aligned(v: Tensor) -> Tensor:
     """The tensor, contiguous and 16-byte aligned. For other pointers Triton recompiles, which takes seconds."""
     v = v.contiguous()
     return v if v.data_ptr() % 16 == 0 else v.clone()
@@ -349,7 +369,7 @@ def _aligned(v: Tensor) -> Tensor:
 def _frozen_arguments(chains: Chains) -> tuple[Tensor | None, int]:
     if chains.frozen is None:
         return None, 0
-    return _aligned(chains.frozen).view(torch.uint8), chains.x.shape[1] if len(chains.frozen) > 1 else 0
+    return aligned(chains.frozen).view(torch.uint8), chains.x.shape[1] if len(chains.frozen) > 1 else 0
 
 
 def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -59,21 +59,29 @@ def run(
     z = multiplied(y, q)
     rest = y - multiplied(z, q.t())
     done = inner(_reduced(description, layer, r), chains._replace(x=z))
-    rests = _rests(rest, q, chains, sampler, steps, thin, layer.curvature, done.first_bad)
+    noise = Noise(chains.seed, chains.numbers, chains.first_steps, y.shape[1], dtype=y.dtype, steps=steps).part(
+        1, of=2
+    )  # other blocks of the stream than those of z
 
     def whole(z: Tensor, rest: Tensor) -> Tensor:
         y = multiplied(z, q.t()) + rest
         return y if layer.mean is None else y + layer.mean
 
-    x = whole(done.x, rests[steps])
-    trajectory = done.trajectory
-    if trajectory is not None:
-        kept = [whole(trajectory[:, k], rests[(k + 1) * thin]) for k in range(steps // thin)]
-        trajectory = torch.stack(kept, dim=1) if kept else x.new_empty(len(x), 0, x.shape[1])
-    named = done.telemetry
+    trajectory = y.new_empty(len(y), steps // thin, y.shape[1]) if thin else None
+    # The states that are kept, and, for the norm of the last gradient, the one before the last step.
+    times = {*range(0, steps + 1, thin or steps), steps, *([steps - 1] if layer.curvature != 0.0 else [])}
+    before = rest
+    for start, stop in pairwise(sorted(times)):
+        shrunk, variance = _over(sampler, layer.curvature, start, stop, steps, done.first_bad)
+        zeta = noise.normal(Stream.LANGEVIN, stop - 1)
+        zeta = zeta - multiplied(multiplied(zeta, q), q.t())
+        rest = shrunk.to(y.dtype) * rest + variance.sqrt().to(y.dtype) * zeta
+        before = rest if stop == steps - 1 else before
+        if trajectory is not None and done.trajectory is not None and stop % thin == 0:
+            trajectory[:, stop // thin - 1] = whole(done.trajectory[:, stop // thin - 1], rest)
+    x, named = whole(done.x, rest), done.telemetry
     if named is not None:
-        # The last gradient is taken one step before the end.
-        norm = torch.linalg.vector_norm(rests[steps - 1], dim=1) * layer.curvature
+        norm = torch.linalg.vector_norm(before, dim=1) * layer.curvature
         named = {**named, "grad_norm": torch.hypot(named["grad_norm"], norm)}
     energy = energies(description, x, chains.labels)
     return done._replace(x=x, energy=energy, trajectory=trajectory, telemetry=named, report=None)
@@ -90,29 +98,10 @@ def _reduced(description: Description, layer: FirstLayer, r: Tensor) -> Descript
     return replace(centre, mlps=mlps, curvature=curvature, mean=mean)
 
 
-def _rests(
-    rest: Tensor, q: Tensor, chains: Chains, sampler: Langevin, steps: int, thin: int, curvature: float,
-    first_bad: Tensor,
-) -> dict[int, Tensor]:  # fmt: skip
-    """p at the times where it is needed, from p at the start. A chain that stops keeps its own."""
-    # Other blocks of the stream than those of z.
-    noise = Noise(
-        chains.seed, chains.numbers, chains.first_steps, rest.shape[1], dtype=rest.dtype, steps=steps
-    ).part(1, of=2)  # fmt: skip
-    rests = {0: rest}
-    times = {*range(0, steps + 1, thin or steps), steps, *([steps - 1] if curvature != 0.0 else [])}
-    for start, stop in pairwise(sorted(times)):
-        shrunk, variance = _over(sampler, curvature, start, stop, steps, first_bad)
-        zeta = noise.normal(Stream.LANGEVIN, stop - 1)
-        zeta = zeta - multiplied(multiplied(zeta, q), q.t())
-        rests[stop] = shrunk.to(rest.dtype) * rests[start] + variance.sqrt().to(rest.dtype) * zeta
-    return {steps - 1: rest, **rests}  # without curvature it does not matter there
-
-
 def _over(
     sampler: Langevin, curvature: float, start: int, stop: int, steps: int, first_bad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """S and V of the steps from start to stop - 1, (1 or n, 1) float64."""
+    """S and V of the steps from start to stop - 1, (1 or n, 1) float64. A chain that stopped moves no more."""
     drifts, noise_stds = sampler.coefficients(len(first_bad), steps, dtype=torch.float64, device=first_bad.device)
     shrunk, variance = torch.ones_like(drifts[:, :1]), torch.zeros_like(drifts[:, :1])
     some_stop = bool((first_bad >= 0).any())

@@ -162,7 +162,13 @@ def run(job: Job) -> Advanced:
         )  # fmt: skip
     by_definition = choice.backend == "reference"
     target: Target
-    if choice.path == "tiles":
+    mode: AbstractContextManager[None] = nullcontext()
+    if choice.launch is not None:
+        from .evaluation import Evaluation  # imported here, because it imports triton
+
+        assert choice.description is not None
+        target = Evaluation(choice.description, chains, precision=choice.precision, launch=choice.launch)
+    elif choice.path == "tiles":
         description = job.description
         make_target: Callable[[int, Tensor | None], Target] = partial(ClosedForm, description)
         if choice.kernels == "numba":
@@ -171,7 +177,6 @@ def run(job: Job) -> Advanced:
         if job.adaptation is None and not sampler.coupled:
             return tiles.run(chains, sampler, job.steps, make_target=make_target, n_weights=n_weights, **job.options)
         target = tiles.Together(len(chains.x), chains.labels, chains.x.device, make_target, n_weights)
-        mode: AbstractContextManager[None] = nullcontext()
     else:
         assert job.energy is not None
         target = Autograd(job.energy, chains.labels_or_condition)

@@ -20,10 +20,12 @@ class SampleInfo:
 
     Attributes:
         backend: "triton", "torch" or "reference".
-        path: how gradients were computed: "resident" or "streaming" (inside the fused kernel), "tiles" or "products"
-            (closed form, by matrix products), "collapsed" (closed form, with the sampler's steps in the first layer of
-            the MLP), "marginal" (the same with its noise there: ``Langevin(..., marginal_noise=True)``), or "autograd".
-        kernels: what computed noise, update and activations: "triton", "numba" or "torch" (plain PyTorch).
+        path: how gradients were computed: "resident" or "streaming" (inside the fused kernel), "evaluation" (by a
+            kernel that evaluates an MLP energy in one launch), "tiles" or "products" (closed form, by matrix products),
+            "collapsed" (closed form, with the sampler's steps in the first layer of the MLP), "marginal" (the same with
+            its noise there: ``Langevin(..., marginal_noise=True)``), or "autograd".
+        kernels: what computed noise, update and activations: "triton" (on the path "evaluation" the activations only),
+            "numba" or "torch" (plain PyTorch).
         why_not_fused: why the fused kernel did not run, and what ran instead. None if it ran.
         precision: of the matrix products: "bf16x3", "tf32", "bf16", "ieee" (full float32) or "float64".
         seed: the 64-bit seed that reproduces the call. A tensor if one was passed or the call was compiled.

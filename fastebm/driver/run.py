@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Advanced, Chains, marginal, settle, table
-from ..backends.choose import FUSED, Choice, choose
+from ..backends.choose import FUSED, Choice, choose, default_precision
 from ..backends.collapsed import collapses
 from ..backends.graphs import CudaRecorder
 from ..energies import EnergyLike, first_tensor, n_classes
@@ -89,7 +89,7 @@ def run_chains(
         # A private, contiguous copy: runs may move it in place.
         x = x.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         chains = chains._replace(x=x)
-        if capturing(device) and choice.backend != "triton":
+        if capturing(device) and not choice.on_device:
             only = "while a CUDA graph is captured only kernels can run, and this call would wait"
             raise ValueError(f"{only}: {choice.why_not_fused}")
         _check_bounds(sampler, chains)
@@ -114,16 +114,19 @@ def _chosen(
     adaptation: Adaptation | None,
 ) -> Choice:  # fmt: skip
     """The backend and path of the steps."""
+    precision = settings.precision
+    if sampler.exact and (precision or default_precision()) == "bf16":
+        # A rounded energy would be another target. For kernels not "ieee", which has no tensor cores and is for tests;
+        # PyTorch's own products are in full float32 all the same.
+        precision = "bf16x3"
     choice = choose(
-        energy, chains.x.device, dtype, settings.backend, settings.precision,
+        energy, chains.x.device, dtype, settings.backend, precision,
         condition=None if chains.labels_or_condition is None else chains.kind,
         sampler=table.name_of(sampler), triton_paths=table.triton_paths(sampler),
         collapses=partial(collapses, sampler, chains, adaptation),
     )  # fmt: skip
     if choice.description is not None and marginal.applies(sampler, chains, choice.description):
         choice = replace(choice, path="marginal")
-    if sampler.exact and choice.precision == "bf16":  # a rounded energy would be another target
-        choice = replace(choice, precision="ieee")
     return choice
 
 
@@ -211,7 +214,7 @@ def _check_energy(energy: nn.Module, module: Energy, choice: Choice, chains: Cha
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
     if choice.path in FUSED:
         return "all steps are one launch of the fused kernel"
-    if choice.backend != "triton":
+    if not choice.on_device:
         return "steps in plain PyTorch wait for the device"
     if device.type != "cuda":
         return "CUDA graphs need a CUDA device"

@@ -95,7 +95,7 @@ def sample(
         first_chain: global number of the first chain. Together with seed and step it determines the noise.
         backend: "auto", "triton", "torch" or "reference".
         precision: of the fused kernel's products: "bf16x3", "tf32", "bf16" or "ieee". None: see ``langevin_sample``.
-            A sampler with an accept test replaces "bf16" by "ieee": a rounded energy would be another target.
+            A sampler with an accept test replaces "bf16" by "bf16x3": a rounded energy would be another target.
         device: where to sample without ``init``. None: the energy's device.
         on_nonfinite: what to do with chains that are not finite: "raise", "reinit" (start them again) or "ignore"
             (keep their last finite state).

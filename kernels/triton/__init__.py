@@ -3,8 +3,9 @@
 Kernels:
 resident.py     K Langevin steps of an MLP energy in one launch, weights and states on the chip
 streaming.py    the same where the first layer does not fit
+evaluate.py     energy and gradient of a batch of states in one launch, for samplers whose steps run in PyTorch
 update.py       noise, update and clamp in one launch, for a gradient computed elsewhere
-weights.py      one launch that prepares the weights for the first two
+weights.py      one launch that prepares the weights for the first three
 
 What they share:
 step.py         parts of a step, and the update itself

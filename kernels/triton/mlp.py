@@ -40,6 +40,19 @@ class Terms(NamedTuple):
     linear: tuple[tl.tensor, ...]  # of b
 
 
+class Sum(NamedTuple):
+    """E in memory while its terms are added up. There a sum is done when it is stored, and takes no registers."""
+
+    ptrs: tl.tensor  # (BLOCK_CHAINS,) of float32
+    inside: tl.tensor  # (BLOCK_CHAINS,) bool: which chains exist
+
+
+@triton.jit
+def add_to(energy, value):
+    """value: (BLOCK_CHAINS,)."""
+    tl.store(energy.ptrs, tl.load(energy.ptrs, mask=energy.inside) + value, mask=energy.inside)
+
+
 @triton.jit
 def load_row(ptr, shift, BLOCK: tl.constexpr):
     """A bias or the head's weight, padded by `weights.prepare`: (1, BLOCK). shift: always 0, see resident.py."""
@@ -92,17 +105,38 @@ def load_head(ptr, labels, shift, BLOCK: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
+def energy_of_head(a, head, bias_ptrs, labels, LAYER: tl.constexpr, LAYERS: tl.constexpr):
+    """E: (BLOCK_CHAINS,), of the "scalar" or "class" head LAYER, given its weight and the activations below."""
+    value = tl.sum(a * head, axis=1)
+    if tl.constexpr(LAYERS.ACTIVATIONS[LAYER]) == "class":
+        return value + tl.load(bias_ptrs[LAYER] + labels)
+    else:
+        return value + tl.load(bias_ptrs[LAYER])
+
+
+@triton.jit
+def energy_of_classes(scale_ptr, top, total):
+    """E: (BLOCK_CHAINS,), of a "logsumexp" head. total: the sum of exp(f - top) over the classes."""
+    return tl.load(scale_ptr) * (top + tl.log(total))
+
+
+@triton.jit
 def slope_at(
-    z, weights, bias_ptrs, scale_ptr, labels, shift, parking_ptr, LAYER: tl.constexpr, LAYERS: tl.constexpr
+    z, weights, bias_ptrs, scale_ptr, labels, shift, parking_ptr, LAYER: tl.constexpr, LAYERS: tl.constexpr,
+    energy=None,
 ):  # fmt: skip
     """dE/dz at hidden layer LAYER: (BLOCK_CHAINS, BLOCKS[LAYER]), given its z.
 
     weights[l] and bias_ptrs[l] belong to layer l. scale_ptr: of a "logsumexp" head. parking_ptr: room in memory for
-    act'(z), in bf16 or float32, while the layers above are computed; None keeps it in registers.
+    act'(z), in bf16 or float32, while the layers above are computed; None keeps it in registers. energy: the `Sum` to
+    which E is added, or None.
     """
     ABOVE: tl.constexpr = tl.constexpr(LAYERS.ACTIVATIONS[LAYER + 1])
     if ABOVE == "scalar" or ABOVE == "class":
         head = load_head(weights[LAYER + 1][0], labels, shift, LAYERS.BLOCKS[LAYER], ABOVE)
+        if energy is not None:
+            a, _ = activation_and_slope(z, LAYER, LAYERS)
+            add_to(energy, energy_of_head(a, head, bias_ptrs, labels, LAYER + 1, LAYERS))
         return slope_times(z, head, LAYER, LAYERS)
     else:
         if parking_ptr is not None:
@@ -114,10 +148,14 @@ def slope_at(
         above = multiply(a, weights[LAYER + 1], LAYERS)
         above += load_bias(bias_ptrs, shift, LAYER + 1, LAYERS)
         if ABOVE == "logsumexp":
-            share = tl.exp(above - tl.max(above, axis=1)[:, None])
-            grad = share * (tl.load(scale_ptr) / tl.sum(share, axis=1))[:, None]
+            top = tl.max(above, axis=1)
+            share = tl.exp(above - top[:, None])
+            total = tl.sum(share, axis=1)
+            grad = share * (tl.load(scale_ptr) / total)[:, None]
+            if energy is not None:
+                add_to(energy, energy_of_classes(scale_ptr, top, total))
         else:
-            grad = slope_at(above, weights, bias_ptrs, scale_ptr, labels, shift, None, LAYER + 1, LAYERS)
+            grad = slope_at(above, weights, bias_ptrs, scale_ptr, labels, shift, None, LAYER + 1, LAYERS, energy)
         back = product(grad, transpose(weights[LAYER + 1], LAYERS), LAYERS)
         if parking_ptr is not None:
             slope = fetch(parking_ptr, z.shape[0], z.shape[1], LAYERS)
@@ -138,17 +176,14 @@ def energy_at(z, weights, bias_ptrs, scale_ptr, labels, shift, LAYER: tl.constex
     a, _ = activation_and_slope(z, LAYER, LAYERS)
     ABOVE: tl.constexpr = tl.constexpr(LAYERS.ACTIVATIONS[LAYER + 1])
     if ABOVE == "scalar" or ABOVE == "class":
-        value = tl.sum(a * load_head(weights[LAYER + 1][0], labels, shift, LAYERS.BLOCKS[LAYER], ABOVE), axis=1)
-        if ABOVE == "class":
-            return value + tl.load(bias_ptrs[LAYER + 1] + labels)
-        else:
-            return value + tl.load(bias_ptrs[LAYER + 1])
+        head = load_head(weights[LAYER + 1][0], labels, shift, LAYERS.BLOCKS[LAYER], ABOVE)
+        return energy_of_head(a, head, bias_ptrs, labels, LAYER + 1, LAYERS)
     else:
         above = product(a, weights[LAYER + 1], LAYERS)
         above += load_bias(bias_ptrs, shift, LAYER + 1, LAYERS)
         if ABOVE == "logsumexp":
             top = tl.max(above, axis=1)
-            return tl.load(scale_ptr) * (top + tl.log(tl.sum(tl.exp(above - top[:, None]), axis=1)))
+            return energy_of_classes(scale_ptr, top, tl.sum(tl.exp(above - top[:, None]), axis=1))
         else:
             return energy_at(above, weights, bias_ptrs, scale_ptr, labels, shift, LAYER + 1, LAYERS)
 
