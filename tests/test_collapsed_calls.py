@@ -80,6 +80,14 @@ def same(a, b, rows=slice(None)):
     return all(torch.equal(v.nan_to_num(7.0), w[rows].nan_to_num(7.0)) for v, w in pairs)
 
 
+def assert_same_reports(found, expected):
+    """What two results report is the same up to rounding."""
+    assert torch.equal(found.info.first_bad_step, expected.info.first_bad_step)
+    for name in found.info.sampler.reports:
+        reports = (getattr(r.info, name) for r in (found, expected))
+        torch.testing.assert_close(*reports, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
 @every_energy
 @every_sampler
 def test_reports_are_those_of_the_ordinary_path(make, name, ordinary):
@@ -91,10 +99,8 @@ def test_reports_are_those_of_the_ordinary_path(make, name, ordinary):
     torch.testing.assert_close(found.x, expected.x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.trajectory, expected.trajectory, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.energies, expected.energies, rtol=1e-5, atol=1e-3)
-    for report in make().reports:
-        torch.testing.assert_close(getattr(found.info, report), getattr(expected.info, report), rtol=1e-3, atol=1e-3)
+    assert_same_reports(found, expected)
     assert torch.equal(found.trajectory[:, -1], found.x)
-    assert torch.equal(found.info.first_bad_step, expected.info.first_bad_step)
 
 
 @pytest.mark.parametrize("first", [1, 8, 9, 19])
@@ -130,8 +136,13 @@ def test_other_chains_threads_and_progress_change_no_bits(make, name, monkeypatc
         torch.testing.assert_close(getattr(shown.info, report), getattr(whole.info, report))
     parts = [slice(0, 64), slice(64, CHAINS)]
     monkeypatch.setattr(tiles, "tiles", lambda *_: parts)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert same(sample(energy, make(), DIM, n_chains=CHAINS, **options, **given), whole)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        split = sample(energy, make(), DIM, n_chains=CHAINS, **options, **given)
+    finally:
+        torch.set_num_threads(before)
+    assert same(split, whole)
 
 
 # -- weights that change ------------------------------------------------------------------------------------------
@@ -320,7 +331,8 @@ def test_ends_outside_a_clamp_are_rejected(make, ordinary):
     assert bool((found.x >= -2.5).all())
     assert bool((found.x <= sampler.box.hi).all())
     assert 0 < float(found.info.acceptance.mean()) < 0.9
-    stuck = sample(energy, make(clamp=(-1e-3, 1e-3)), init=torch.full((CHAINS, DIM), 1e-3), steps=20, seed=3)
+    with pytest.warns(UserWarning, match="accepted next to none"):
+        stuck = sample(energy, make(clamp=(-1e-3, 1e-3)), init=torch.full((CHAINS, DIM), 1e-3), steps=20, seed=3)
     assert torch.equal(stuck.x, torch.full((CHAINS, DIM), 1e-3))  # on a bound
     assert sample(energy, init=stuck, steps=2).info.path == "collapsed"
 
@@ -350,11 +362,75 @@ def test_weights_that_are_not_finite(make, value, ordinary):
     options["on_nonfinite"] = "ignore"
     found, expected = sample(energy, make(), DIM, **options), ordinary(sample, energy, make(), DIM, **options)
     assert found.info.path == "collapsed"
-    assert torch.equal(found.info.first_bad_step, expected.info.first_bad_step)
     assert torch.equal(found.info.first_bad_step >= 0, given["labels"] == 1)
     torch.testing.assert_close(found.x, expected.x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.trajectory, expected.trajectory, rtol=1e-4, atol=1e-4)
-    for report in make().reports:
-        torch.testing.assert_close(
-            getattr(found.info, report), getattr(expected.info, report), rtol=1e-3, atol=1e-3, equal_nan=True
-        )
+    assert_same_reports(found, expected)
+
+
+@every_sampler
+def test_steps_that_overflow(make, ordinary):
+    """In some chains, at once or later. Sizes of states are compared relative to the chain."""
+    energy, sizes = plain()[0], torch.ones(CHAINS, 1, dtype=torch.float64)
+    sizes[::14], sizes[7::14] = 3e38, 1e42
+    sampler = replace(make(), step_size=make().step_size * sizes)
+    options = {"n_chains": CHAINS, "steps": 5, "seed": 3, "thin": 1, "on_nonfinite": "ignore"}
+    found, expected = sample(energy, sampler, DIM, **options), ordinary(sample, energy, sampler, DIM, **options)
+    assert found.info.path == "collapsed"
+    assert bool((found.info.first_bad_step >= 0).any()) or bool((found.info.divergences > 0).any())
+    largest = expected.trajectory.abs().amax(dim=(1, 2), keepdim=True)
+    assert bool(((found.trajectory - expected.trajectory).abs() <= 1e-4 * largest).all())
+    assert_same_reports(found, expected)
+
+
+@every_sampler
+def test_chains_that_start_again(make):
+    """With "reinit" the chains of one label start again in each call, and go on as from fresh states."""
+    energy, given = labelled()
+    with torch.no_grad():
+        energy.energies[0].classifier[2].weight[1, 3] = math.nan
+    options = {"n_chains": CHAINS, "seed": 3, "on_nonfinite": "reinit", **given}
+    lost = given["labels"] == 1
+    kept = sample(energy, make(), DIM, steps=3, **{**options, "on_nonfinite": "ignore"})
+    found = sample(energy, make(), DIM, steps=3, **options)
+    assert torch.equal(found.x[~lost], kept.x[~lost])
+    assert float(found.x[lost].abs().max()) <= 1.0
+    assert torch.equal(found.info.first_bad_step >= 0, lost)
+    with torch.no_grad():
+        energy.energies[0].classifier[2].weight[1, 3] = 0.3
+    then, fresh = (sample(energy, make(), init=r, steps=3) for r in (found, without_carried(found)))
+    assert bool((then.info.first_bad_step < 0).all())
+    assert torch.equal(then.x[lost], fresh.x[lost])
+    assert bool((then.x[lost] != found.x[lost]).any())
+
+
+@exact
+def test_divergences_are_counted_as_on_the_ordinary_path(make, ordinary):
+    """Along a steep wall of the energy some trajectories diverge."""
+    energy, _ = plain()
+    with torch.no_grad():
+        energy[-1].weight.mul_(3e4)
+    options = {"init": 0.1 * torch.randn(CHAINS, DIM), "steps": 3, "seed": 5}
+    found, expected = sample(energy, make(), **options), ordinary(sample, energy, make(), **options)
+    assert found.info.path == "collapsed"
+    torch.testing.assert_close(found.info.divergences, expected.info.divergences)
+    assert 0 < float((found.info.divergences > 0).double().mean())
+
+
+@exact
+def test_walls_are_never_entered(make, ordinary):
+    """An energy of +inf is rejected, and is no divergence."""
+    energy = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        for p in energy.parameters():
+            p.zero_()
+        energy[0].weight[0, 0], energy[0].bias[0] = 1.0, -1.0
+        energy[2].weight[0, 0], energy[4].weight[0, 0] = 1e38, 1e38
+    options = {"init": torch.zeros(CHAINS, DIM), "steps": 20, "seed": 5, "on_nonfinite": "ignore"}
+    found, expected = sample(energy, make(), **options), ordinary(sample, energy, make(), **options)
+    assert found.info.path == "collapsed"
+    torch.testing.assert_close(found.x, expected.x, rtol=1e-4, atol=1e-4)
+    assert_same_reports(found, expected)
+    assert float(found.x[:, 0].max()) <= 1.0
+    assert float(found.info.acceptance.mean()) < 0.95
+    assert float(found.info.divergences.max()) == 0.0
