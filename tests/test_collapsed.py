@@ -22,7 +22,7 @@ from fastebm.targets.autograd import Energy
 from fastebm.targets.description import describe
 
 N_CHAINS = 70  # more than the rows of one product
-STEPS = 18
+STEPS = 12
 
 SAMPLERS = {"HMC": HMC, "MALA": MALA, "Langevin": Langevin, "UnderdampedLangevin": UnderdampedLangevin}
 TERMS = ("mlp", "classifier", "gaussian", "gaussian about a mean", "linear", "slope")
