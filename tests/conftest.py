@@ -114,6 +114,17 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return result
 
 
+@pytest.fixture(scope="module")
+def often_put_together():
+    """Chains whose steps run in the first layer are put together every 8 steps, so that short runs see it too."""
+    from fastebm.samplers import collapsed, collapsed_langevin, collapsed_underdamped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (collapsed, collapsed_langevin, collapsed_underdamped):
+            patch.setattr(module, "REFRESHED", 8)
+        yield
+
+
 @pytest.fixture(params=["OpenMP's threads", "Python's threads"])
 def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runs once with PyTorch's OpenMP threads, and once as on a machine without them."""

@@ -12,6 +12,7 @@ from fastebm.kernels import cpu as kernels
 
 from fastebm import Langevin
 from fastebm.backends import Advanced, Chains, cpu, op, reference, tiles
+from fastebm.backends import collapsed as in_first_layer
 from fastebm.targets.autograd import Autograd, Energy
 from fastebm.targets.closed_form import ClosedForm
 from fastebm.targets.description import Description, describe
@@ -27,6 +28,12 @@ def closed_form(description: Description, chains: Chains, sampler, steps: int, *
     x = chains.x
     make_target = partial(ClosedForm, description.to(x.device, x.dtype))
     return tiles.run(chains, sampler, steps, make_target=make_target, **asked)
+
+
+def collapsed(description: Description, chains: Chains, sampler, steps: int, *, kernels: str, **asked) -> Advanced:
+    """An MLP with the sampler's steps in its first layer. kernels: "numba" or "torch"."""
+    x = chains.x
+    return in_first_layer.run(description.to(x.device, x.dtype), chains, sampler, steps, kernels=kernels, **asked)
 
 
 def cpu_mlp(*arguments, **asked) -> Advanced:

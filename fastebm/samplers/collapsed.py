@@ -31,8 +31,8 @@ __all__ = [
     "CollapsedMALA",
     "CollapsedPoint",
     "Form",
-    "close",
     "layer_of",
+    "same_rows",
     "zeros_like_rows",
 ]
 
@@ -50,16 +50,13 @@ _LEAP, _STEP = 32, 100
 # Products with W of a step, with those of y and u from time to time.
 _ONCE = 1 + 2 / REFRESHED
 
-# Carried values that are further than this from those computed from x, relative to a chain's largest, belong to other
-# states or weights. Rounding is some 1e-6 (float32).
-_SAME = 1e-3
-
 
 class CollapsedPoint(NamedTuple):
     """Chains at y = base + a W (with a scale r, y = base + r a W diag(r)).
 
     base: (n, dim). a, inner, slopes: (n, width) a, u and s. square: (n,) float64 |y|^2, 0 without a Gaussian term.
-    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, moves since base was y.
+    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, steps since base was y, rejected ones too: chains
+    that started together are then due together. mark: (n,) int64, ``FirstLayer.mark`` of the weights.
     """
 
     base: Tensor
@@ -70,6 +67,7 @@ class CollapsedPoint(NamedTuple):
     energy: Tensor
     pull: Tensor
     age: Tensor
+    mark: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +110,7 @@ class CollapsedHMC(Form):
     eager: bool = False
 
     exact: ClassVar[bool] = True
-    carries: ClassVar[tuple[str, ...]] = ("base", "a", "inner", "square", "age")
+    carries: ClassVar[tuple[str, ...]] = ("base", "a", "inner", "square", "age", "mark")
     recomputes: ClassVar[tuple[str, ...]] = ("slopes", "energy", "pull")
     stream: ClassVar[Stream] = Stream.MOMENTUM
 
@@ -127,16 +125,16 @@ class CollapsedHMC(Form):
         return n * 2 * dim * width - n * width * (width + _LEAP) - width * (width + _ONCE * dim)
 
     def init(self, target: View, x: Tensor, noise: Noise, **carried: Tensor) -> CollapsedPoint:
-        """Compute u from x. What chains carry is kept where it is the same up to rounding, so that bits do not depend
-        on where a call ends."""
+        """Compute u from x. What chains carry is kept if it belongs to x and to these weights, so that bits do not
+        depend on where a call ends."""
         layer = layer_of(target)
         y = layer.away(x)
         fresh = state = _at(layer, y)
         if carried:
             given = fresh._replace(**carried)
             if all(v.shape == w.shape for v, w in zip(given, fresh, strict=True)):
-                same = close(layer.put_together(given.base, given.a), y) & close(given.inner, fresh.inner)
-                state = rows_of(same & close(given.square[:, None], fresh.square[:, None]), given, fresh)
+                same = same_rows(layer.positions(given.base, given.a), x) & (given.mark == fresh.mark)
+                state = rows_of(same, given, fresh)
         return self._completed(layer, state)
 
     def positions(self, target: View, state: CollapsedPoint) -> Tensor:
@@ -148,6 +146,7 @@ class CollapsedHMC(Form):
         layer = layer_of(target)
         leaps = once(target, "leaps", self, lambda: self._leaps(layer, t, state.base))
         old = self._refreshed(layer, state)
+        old = old._replace(age=old.age + 1)
         v = noise.normal(self.stream, t)
         q = layer.projected_momentum(v)
         end, pull, b_squared = self._followed(layer, old, q, leaps)
@@ -169,7 +168,7 @@ class CollapsedHMC(Form):
         verdict = judged(target, base.sum() + a.sum(), inside, log_accept, whole)
         if self.eager:
             base, a = layer.put_together(base, a), torch.zeros_like(a)
-        there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, pull, old.age + 1)
+        there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, pull, old.age, old.mark)
         return decided(
             old, there, noise, t, log_accept, verdict, leaps.n_leapfrog,
             lambda new: layer.gradient_from(layer.put_together(new.base, new.a), new.slopes),
@@ -255,7 +254,8 @@ def _at(layer: Collapsed, y: Tensor) -> CollapsedPoint:
     """Chains at y. slopes, energy and pull are not computed."""
     u = layer.projected(y)
     square = y.new_zeros(len(y)) if layer.curvature == 0.0 else y.square().sum(dim=1)
-    return CollapsedPoint(y, torch.zeros_like(u), u, square.double(), u, square, u, zeros_like_rows(y))
+    age = zeros_like_rows(y)
+    return CollapsedPoint(y, torch.zeros_like(u), u, square.double(), u, square, u, age, age + layer.layer.mark)
 
 
 def _squares(
@@ -283,6 +283,6 @@ def zeros_like_rows(x: Tensor) -> Tensor:
     return torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def close(a: Tensor, b: Tensor) -> Tensor:
-    """Whether rows are the same up to rounding. False for NaN."""
-    return (a - b).abs().amax(dim=1) <= b.abs().amax(dim=1) * _SAME
+def same_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Whether rows are equal, (n,). The same parts and weights make up a state with the same bits."""
+    return (a == b).all(dim=1)

@@ -21,7 +21,7 @@ from ..rng import Noise
 from ..targets.base import View
 from ..targets.collapsed import Drift
 from .base import Info, both, diagonal_at, finite_rows, once, rows_of, value_at
-from .collapsed import REFRESHED, Form, close, layer_of, zeros_like_rows
+from .collapsed import REFRESHED, Form, layer_of, same_rows, zeros_like_rows
 from .langevin import drift_and_noise_of
 
 __all__ = ["CollapsedLangevin", "CollapsedState"]
@@ -58,7 +58,7 @@ class CollapsedLangevin(Form):
         return 2 * dim * width - width * ((1 + 1 / REFRESHED) * dim + width + _STEP)
 
     def init(self, target: View, x: Tensor, noise: Noise, **carried: Tensor) -> CollapsedState:
-        """Carried parts that make up x, up to rounding, are kept, so that bits do not depend on where a call ends."""
+        """Carried parts that make up x with these weights are kept, so that bits do not depend on where a call ends."""
         layer = layer_of(target)
         y = layer.away(x)
         fresh = CollapsedState(y, y.new_zeros(len(y), layer.layer.width), zeros_like_rows(y))
@@ -67,7 +67,7 @@ class CollapsedLangevin(Form):
         given = CollapsedState(**carried)
         if any(v.shape != w.shape for v, w in zip(given, fresh, strict=True)):
             return fresh
-        return rows_of(close(layer.put_together(given.base, given.a), y), given, fresh)
+        return rows_of(same_rows(layer.positions(given.base, given.a), x), given, fresh)
 
     def positions(self, target: View, state: CollapsedState) -> Tensor:
         """x, put together."""

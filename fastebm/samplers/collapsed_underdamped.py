@@ -22,7 +22,7 @@ from ..rng import Noise, Stream
 from ..targets.base import View
 from ..targets.collapsed import Collapsed
 from .base import Info, both, finite_rows, once, plus, rows_of
-from .collapsed import REFRESHED, Form, close, layer_of, zeros_like_rows
+from .collapsed import REFRESHED, Form, layer_of, same_rows, zeros_like_rows
 
 __all__ = ["CollapsedMotion", "CollapsedUnderdamped"]
 
@@ -68,8 +68,8 @@ class CollapsedUnderdamped(Form):
     def init(
         self, target: View, x: Tensor, noise: Noise, momentum: Tensor | None = None, **parts: Tensor
     ) -> CollapsedMotion:
-        """Carried parts that make up x and the momentum, up to rounding, are kept, so that bits do not depend on where
-        a call ends."""
+        """Carried parts that make up x and the momentum with these weights are kept, so that bits do not depend on
+        where a call ends."""
         layer, y = layer_of(target), layer_of(target).away(x)
         if momentum is None:
             momentum = self.sampler.drawn(x, noise)
@@ -78,8 +78,8 @@ class CollapsedUnderdamped(Form):
         if parts:
             given = state._replace(**parts)
             if all(v.shape == w.shape for v, w in zip(given, state, strict=True)):
-                same = close(layer.put_together(given.base, given.a), y)
-                same &= close(layer.put_together(given.push, given.b), momentum)
+                same = same_rows(layer.positions(given.base, given.a), x)
+                same &= same_rows(layer.put_together(given.push, given.b), momentum)
                 state = rows_of(same, given, state)
         return state._replace(slopes=layer.slopes_at(state.base, state.a))
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -140,6 +141,12 @@ class FirstLayer:
         with threads(1):  # so that its bits do not depend on the number of threads
             return torch.mm(self.scaled, self.scaled.t())
 
+    @cached_property
+    def mark(self) -> int:
+        """A number that changes with W and m: a checksum. Chains that carry u compare it."""
+        parts = [self.weight] if self.mean is None else [self.weight, self.mean]
+        return crc32(torch.cat([v.flatten() for v in parts]).cpu().numpy().tobytes())
+
 
 def centred(description: Description) -> Description:
     """The energy as a function of x - m, with its linear term as one more MLP: b x is a layer of one unit."""
@@ -231,8 +238,11 @@ class Collapsed:
     # -- to the first layer and back ----------------------------------------------------------------------
 
     def away(self, x: Tensor) -> Tensor:
-        """y = x - m, (n, dim)."""
-        return x if self.layer.mean is None else x - self.layer.mean
+        """y = x - m, (n, dim), where the chains start."""
+        if self.layer.mean is None:
+            return x
+        self.start = x, x - self.layer.mean
+        return self.start[1]
 
     def projected(self, y: Tensor) -> Tensor:
         """u = y W^T, (n, width)."""
@@ -264,7 +274,11 @@ class Collapsed:
     def positions(self, base: Tensor, a: Tensor) -> Tensor:
         """x, (n, dim)."""
         y = self.put_together(base, a)
-        return y if self.layer.mean is None else y + self.layer.mean
+        if self.layer.mean is None:
+            return y
+        x, start = self.start
+        # x - m + m is rounded. A chain that has not moved stays where it is, such as on a bound.
+        return torch.where((y == start).all(dim=1, keepdim=True), x, y + self.layer.mean)
 
     def momentum(self, leaps: Leaps, y: Tensor, v: Tensor, b: Tensor) -> Tensor:
         """gamma y + delta v + b W diag(r), (n, dim)."""

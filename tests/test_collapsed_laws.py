@@ -1,0 +1,198 @@
+"""Exact laws of samplers whose steps run in the first layer of an MLP energy, and mutants that they reject.
+
+E(x) = f(e . y) + |y|^2 / (2 s^2),  y = x - m,  e a unit vector and f an MLP. So t = e . y has the density
+exp(-f(t) - t^2 / (2 s^2)), by quadrature, and the other dims are Gaussian. Langevin moves t by t' = t - drift (f'(t)
++ t / s^2) + noise_std xi, so its law after each number of steps follows by quadrature too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import runs
+import torch
+from laws import standard_normal
+from scipy import stats
+from torch import nn
+
+from fastebm import HMC, MALA, GaussianEnergy, Langevin, SumEnergy
+from fastebm.backends import Chains, cpu_collapsed
+from fastebm.samplers import collapsed
+from fastebm.samplers.collapsed import CollapsedHMC, CollapsedMALA
+from fastebm.samplers.collapsed_langevin import CollapsedLangevin
+from fastebm.targets.collapsed import Collapsed, FirstLayer
+from fastebm.targets.description import describe
+
+N, DIM, STEPS, STD = 20_000, 9, 6, 0.8
+ALPHA = 1e-5  # of all laws together
+MEAN = torch.linspace(-1, 1, DIM)
+AXES = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).Q
+SAMPLERS = {"HMC": HMC(0.55, 3), "MALA": MALA(0.5), "Langevin": Langevin(0.5)}
+GRID = np.linspace(-6 * STD, 6 * STD, 1201)
+
+
+def make_energy(factor=1.0):
+    """factor: of the first weight."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(DIM, 10), nn.Tanh(), nn.Linear(10, 6), nn.SiLU(), nn.Linear(6, 1))
+        for p in model.parameters():
+            p.mul_(3.0)
+        along = 2 * torch.randn(10, 1)
+        model[0].weight.copy_(factor * along * AXES[0].float())
+        model[0].bias.sub_(factor * along[:, 0] * (AXES[0].float() @ MEAN))  # so that f sees t
+    return SumEnergy([model, GaussianEnergy(MEAN, STD)])
+
+
+def of_grid(energy):
+    """E and dE/dt on GRID, along e."""
+    t = torch.tensor(GRID).requires_grad_()
+    value = energy.double()(MEAN.double() + t[:, None] * AXES[0])
+    (slope,) = torch.autograd.grad(value.sum(), t)
+    energy.float()
+    return value.detach().numpy(), slope.numpy()
+
+
+def cumulative(density):
+    """The distribution function on GRID."""
+    total = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return total / total[-1]
+
+
+def exact_law(energy):
+    """Distribution function of t under exp(-E)."""
+    value, _ = of_grid(energy)
+    return cumulative(np.exp(value.min() - value))
+
+
+def law_of_langevin(energy, drift, noise_std):
+    """Distribution function of t after STEPS steps from t = 0, and the deviation of the other dims."""
+    _, slope = of_grid(energy)
+    moved = GRID - drift * slope
+    kernel = stats.norm.pdf(GRID[:, None], moved, noise_std) * (GRID[1] - GRID[0])
+    density = stats.norm.pdf(GRID, np.interp(0.0, GRID, moved), noise_std)
+    for _ in range(STEPS - 1):
+        density = kernel @ density
+    kept = 1 - drift / STD**2
+    return cumulative(density), noise_std * math.sqrt(sum(kept ** (2 * i) for i in range(STEPS)))
+
+
+def least_p(name, energy=None, factor=1.0):
+    """The least p-value of the law, times the number of tests. energy: which was made with this factor."""
+    energy, sampler = energy or make_energy(factor), SAMPLERS[name]
+    if sampler.exact:  # from the law itself, which each step must leave as it is
+        law, std = exact_law(energy), STD
+        generator = np.random.default_rng(1)
+        along = torch.tensor(np.interp(generator.random(N), law, GRID))
+        others = torch.tensor(generator.normal(0.0, STD, (N, DIM - 1)))
+    else:
+        law, std = law_of_langevin(energy, sampler.step_size / 2, sampler.step_size**0.5)
+        along, others = torch.zeros(N).double(), torch.zeros(N, DIM - 1).double()
+    x = (MEAN + torch.cat([along[:, None], others], dim=1) @ AXES).float()
+    chains = Chains(x, 7, torch.arange(N), torch.zeros(N, dtype=torch.int64))
+    done = runs.collapsed(describe(energy), chains, sampler, STEPS, kernels="numba")
+    y = ((done.x.double() - MEAN) @ AXES.T).numpy()
+    p = [stats.kstest(y[:, 0], lambda t: np.interp(t, GRID, law)).pvalue, *standard_normal(y[:, 1:] / std)]
+    return min(p) * len(p)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_law_is_exact(name):
+    assert least_p(name) > ALPHA / 6
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_law_is_that_of_changed_weights(name):
+    """Weights are written through .data between two runs, which no version counter sees."""
+    energy = make_energy()
+    least_p(name, energy)
+    other = make_energy(0.4)
+    assert least_p(name, other) > ALPHA / 6
+    for p, new in zip(energy.parameters(), other.parameters(), strict=True):
+        p.data.copy_(new.data)
+    assert least_p(name, energy) == least_p(name, other)
+
+
+# -- mutants ------------------------------------------------------------------------------------------------------
+
+FAST = cpu_collapsed._Collapsed  # what a CPU runs in float32
+
+
+def stale_gram(patch):
+    patch.setattr(FirstLayer, "gram", FirstLayer(describe(make_energy(0.7))).gram)
+
+
+def changed(owner, name, change):
+    """A mutant: the result of a method, changed."""
+    own = getattr(owner, name)
+    return lambda patch: patch.setattr(owner, name, lambda self, *given: change(own(self, *given), *given))
+
+
+def without_alpha(patch):
+    patch.setattr(Collapsed, "moved", lambda self, alpha_1, y, beta, v: torch.addcmul(y, v, beta))
+
+
+def slopes_without_a(patch):
+    own = Collapsed._differentiate_at
+    patch.setattr(Collapsed, "_differentiate_at", lambda self, base, a: own(self, base, 0 * a))
+
+
+def square_of_the_start(patch):
+    own = collapsed._squares
+    patch.setattr(collapsed, "_squares", lambda layer, old, *rest: (old.square, own(layer, old, *rest)[1]))
+
+
+# The samplers whose law rejects each mutant.
+MUTANTS = {
+    "G of earlier weights": (stale_gram, ["HMC", "MALA", "Langevin"]),
+    "momentum not projected": (changed(Collapsed, "projected_momentum", lambda q, v: 0 * q), ["HMC", "MALA"]),
+    "no Gaussian term in u": (
+        lambda patch: patch.setattr(
+            FAST, "_leap", lambda self, leaps, own=FAST._leap: own(self, leaps._replace(alpha_1=0 * leaps.alpha_1))
+        ),
+        ["HMC"],
+    ),
+    "no Gaussian term": (
+        changed(CollapsedLangevin, "_drift", lambda drift, *given: drift._replace(shrunk=0 * drift.shrunk)),
+        ["Langevin"],
+    ),
+    "no Gaussian term in a": (
+        lambda patch: patch.setattr(
+            FAST, "_pushed", lambda self, a, drift, shrunk, own=FAST._pushed: own(self, a, drift, 0 * shrunk)
+        ),
+        ["Langevin"],
+    ),
+    "wrong sign of a W": (
+        lambda patch: patch.setattr(
+            Collapsed, "put_together", lambda self, base, a, own=Collapsed.put_together: own(self, base, -a)
+        ),
+        ["HMC", "MALA", "Langevin"],
+    ),
+    "alpha dropped": (without_alpha, ["HMC", "MALA"]),
+    "pull not updated": (
+        lambda patch: patch.setattr(
+            CollapsedMALA, "_followed", lambda self, layer, state, *rest, own=CollapsedMALA._followed: (
+                own(self, layer, state, *rest)[0], state.pull, own(self, layer, state, *rest)[2])
+        ),
+        ["MALA"],
+    ),
+    "no |B W|^2": (
+        lambda patch: [
+            patch.setattr(
+                cls, "_followed", lambda self, *given, own=cls._followed: (*own(self, *given)[:2], torch.zeros(()))
+            )
+            for cls in (CollapsedHMC, CollapsedMALA)
+        ],
+        ["HMC", "MALA"],
+    ),
+    "|y|^2 of the start": (square_of_the_start, ["HMC", "MALA"]),
+    "slopes without a": (slopes_without_a, ["Langevin"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mutant", "name"), [(m, name) for m, (_, names) in MUTANTS.items() for name in names])
+def test_the_law_rejects_mutants(mutant, name, monkeypatch):
+    MUTANTS[mutant][0](monkeypatch)
+    assert least_p(name) < ALPHA / 6
