@@ -72,13 +72,15 @@ class TrainingCase:
 class SamplingCase:
     """Samplers on one law: ``n_chains`` chains, ``draws`` kept states per chain and round.
 
-    kind: "gaussian" (condition number 100, random directions), "banana", "mixture" (two modes), or "mlp" (a trained MLP
-    plus a quadratic term): see sampling_targets.py.
+    kind: "gaussian" (condition number 100, random directions), "banana", "mixture" (two modes), "mlp" (a trained MLP
+    plus a quadratic term), or "random mlp" (with random weights): see sampling_targets.py.
     length: the typical length of one step. Samplers without an accept test take such steps; the others start their
     search for a step size there.
+    warmup: steps in which contestants adapt themselves. 0: none does, and all take steps of ``length``.
     seeds: the whole comparison is repeated with so many seeds, an odd number, and each contestant's median counts.
     n_leapfrog: of HMC, for all libraries: with the step sizes that they find, about a quarter period of the widest
     coordinate.
+    unit_mass: of HMC, for all libraries. Else a library's own adaptation, if it has one, finds the mass.
     """
 
     kind: str
@@ -91,6 +93,7 @@ class SamplingCase:
     widths: tuple[int, ...] = ()
     only: tuple[str, ...] = ()  # samplers that take part; none: all
     seeds: int = 1
+    unit_mass: bool = False
 
     @property
     def energy(self) -> str:
@@ -181,7 +184,33 @@ SAMPLING |= {
     for key in ("sampling-gaussian", "sampling-mlp")
 }
 
-SUITE: dict[str, Case | TrainingCase | SamplingCase] = {**STEPS, **TRAINING, **EFFICIENCY, **COMPILATION, **SAMPLING}
+# 784 dims, and a mass that is the same for all coordinates: HMC's steps are taken in the first layer.
+SAMPLING["sampling-mlp-784"] = SamplingCase(
+    "mlp", 784, 256, 0.2, 10, draws=20, widths=DIGITS[1], only=("HMC",), unit_mass=True
+)
+
+
+def _fixed(sampler: str, dim: int, widths: tuple[int, ...], n_chains: int) -> SamplingCase:
+    """For collapsed.py: steps of one size, at which a similar share of proposals is accepted for any number of dims."""
+    length = dim ** (-1 / 4 if sampler == "HMC" else -1 / 6)
+    return SamplingCase("random mlp", dim, n_chains, length, 20, 1, 0, widths, (sampler,), unit_mass=True)
+
+
+# Steps in the first layer of an MLP, beside ordinary ones and peers; and HMC against the number of dims.
+COLLAPSED = {
+    **{
+        f"collapsed-{sampler}-{_NAMES[energy]}": _fixed(sampler, *energy, n_chains)
+        for sampler, energy, n_chains in (
+            ("HMC", TABLE, 1_024), ("HMC", DIGITS, 1_024), ("HMC", PHOTOGRAPHS, 512),
+            ("MALA", DIGITS, 1_024), ("UnderdampedLangevin", DIGITS, 1_024), ("Langevin", DIGITS, 1_024),
+        )
+    },
+    **{f"collapsed-dims-{dim}": _fixed("HMC", dim, PHOTOGRAPHS[1], 256) for dim in (64, 256, 784, 1_536, 3_072)},
+}  # fmt: skip
+
+SUITE: dict[str, Case | TrainingCase | SamplingCase] = {
+    **STEPS, **TRAINING, **EFFICIENCY, **COMPILATION, **SAMPLING, **COLLAPSED,
+}  # fmt: skip
 
 # Some minutes on two cores; one case per kind of energy.
 QUICK = (

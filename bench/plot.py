@@ -1,4 +1,6 @@
-"""The figures of docs/performance.md from result rows: speedup.png, throughput.png, roofline.png. Nothing is measured.
+"""The figures of docs/performance.md from result rows. Nothing is measured.
+
+speedup.png, throughput.png and roofline.png are made from steps.csv, and dims.png from collapsed.csv.
 
     python bench/plot.py                          of the committed rows, into runs/bench: seconds
     python bench/plot.py --out docs               the same, into docs/
@@ -34,7 +36,8 @@ def numbers(rows: Sequence[dict[str, str]]) -> list[Row]:
     timed: list[Row] = []
     for row in rows:
         if row["status"] == "ok":
-            name = row["contestant"] + ("" if row["precision"] == "float32" else f" {row['precision']}")
+            precision = row.get("precision", "float32")
+            name = row["contestant"] + ("" if precision == "float32" else f" {precision}")
             timed.append({k: _float(v) for k, v in row.items()} | {"name": name, "case": row["case"]})
     return timed
 
@@ -150,29 +153,60 @@ def roofline(rows: Sequence[Row]) -> Any:
     return figure
 
 
-FIGURES = {"speedup": speedups, "throughput": throughput, "roofline": roofline}
+def dims(rows: Sequence[Row]) -> Any:
+    """Lines: the time of a leapfrog step against the number of dims, of the cases that differ in it alone. None if
+    there are no such rows."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    rows = [row for row in rows if row["case"].startswith("collapsed-dims-")]
+    if not rows:
+        return None
+    figure = _figure(4.4, rows)
+    axes = figure.add_subplot()
+    for name, style in styles(rows).items():
+        own = sorted((row["dim"], 1e3 * row["gradient_seconds"]) for row in rows if row["name"] == name)
+        axes.plot(*zip(*own, strict=True), **style, label=name, markersize=5)
+    sizes = sorted({row["dim"] for row in rows})
+    first = rows[0]
+    axes.set(xscale="log", yscale="log", xlabel="dims", ylabel="ms per leapfrog step")
+    axes.set_title(f"widths {first['energy'].split('-')[1]}, {first['n_chains']:,.0f} chains", fontsize=10)
+    axes.set_xticks(sizes, [f"{n:,.0f}" for n in sizes])
+    axes.set_xticks([], minor=True)
+    log_ticks(axes.yaxis, StrMethodFormatter("{x:g}"))
+    legend(figure, columns=5)
+    return figure
+
+
+FIGURES = {
+    "steps.csv": {"speedup": speedups, "throughput": throughput, "roofline": roofline},
+    "collapsed.csv": {"dims": dims},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script(__doc__)
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="where steps.csv is (default: bench/results)"
+        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the rows are (default: bench/results)"
     )
     add_out(parser, committed="docs")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there are rows of it")
     arguments = parser.parse_args(argv)
-    path = arguments.results / "steps.csv"
-    if not path.exists():
-        parser.error(f"there is no {path}: python bench/run.py --out {arguments.results} makes it")
-    rows = numbers(most_threads(read(path)))
-    device = arguments.device or ("cuda" if any(row["device"] == "cuda" for row in rows) else "cpu")
-    rows = [row for row in rows if row["device"] == device]
-    if not rows:
-        parser.error(f"{path} has no timed row of the device {device}")
+    paths = [path for file in FIGURES if (path := arguments.results / file).exists()]
+    if not paths:
+        names = " or ".join(FIGURES)
+        parser.error(f"there is no {names} in {arguments.results}: python bench/run.py --out {arguments.results}")
+    found = {path: numbers(most_threads(read(path))) for path in paths}
+    devices = {row["device"] for rows in found.values() for row in rows}
+    device = arguments.device or ("cuda" if "cuda" in devices else "cpu")
+    if device not in devices:
+        parser.error(f"{', '.join(map(str, paths))}: no timed row of the device {device}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        (arguments.out / f"{name}.png").write_bytes(png(draw(rows)))
-        print(arguments.out / f"{name}.png")
+    for path, rows in found.items():
+        rows = [row for row in rows if row["device"] == device]
+        for name, draw in FIGURES[path.name].items() if rows else ():
+            if (figure := draw(rows)) is not None:
+                (arguments.out / f"{name}.png").write_bytes(png(figure))
+                print(arguments.out / f"{name}.png")
     return 0
 
 

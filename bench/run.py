@@ -6,10 +6,11 @@
     python bench/run.py --contestants eager jax fastebm
     python bench/run.py --list                       names of cases and contestants
     python bench/run.py --cases 'sampling-*' --budget 80          samplers side by side: some ten minutes
+    python bench/run.py --cases 'collapsed-*' --budget 80         steps in the first layer: some minutes
 
-Writes steps.csv, training.csv, efficiency.csv, compilation.csv and sampling.csv into --out. Rows of the same case,
-device and number of threads in these files are replaced, others stay. Exit status: 0; 1 if a contestant FAILED its gate
-or broke; 2 for bad arguments.
+Writes steps.csv, training.csv, efficiency.csv, compilation.csv, sampling.csv and collapsed.csv into --out. Rows of the
+same case, device and number of threads in these files are replaced, others stay. Exit status: 0; 1 if a contestant
+FAILED its gate or broke; 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastebm.bench.cases import (
+    COLLAPSED,
     COMPILATION,
     EFFICIENCY,
     QUICK,
@@ -154,6 +156,8 @@ def run(arguments: argparse.Namespace, quick: bool) -> int:
 
 def describe(key: str) -> str:
     case = SUITE[key]
+    if key in COLLAPSED:
+        return f"steps of {case.only[0]}, {case.n_chains} chains, {case.energy}"
     if isinstance(case, SamplingCase):
         return f"samplers, {case.n_chains} chains, {case.draws} draws a round, {case.energy}"
     if isinstance(case, TrainingCase):
@@ -174,7 +178,7 @@ class Runner:
         self._n_present: int | None = None
 
     def rows_of(self, key: str) -> tuple[str, list[Row]]:
-        from fastebm.bench import compilation, efficiency, sampling, training
+        from fastebm.bench import collapsed, compilation, efficiency, sampling, training
         from fastebm.bench.sampling_contestants import CONTESTANTS as SAMPLERS
 
         seconds = self.budget / 4  # the rest is for gates, warm-up, and the least number of rounds
@@ -185,8 +189,11 @@ class Runner:
         if key in EFFICIENCY:
             found = efficiency.race(EFFICIENCY[key], self.contestants, self.device, seconds=seconds, budget=seconds)
             return "efficiency", reported(found, efficiency.brief)
+        samplers = [c for c in SAMPLERS if c.library in self.wanted]
+        if key in COLLAPSED:
+            found = collapsed.race(COLLAPSED[key], samplers, seconds=seconds, budget=self.budget)
+            return "collapsed", reported(found, collapsed.brief)
         if key in SAMPLING:
-            samplers = [c for c in SAMPLERS if c.library in self.wanted]
             found = sampling.race(SAMPLING[key], samplers, seconds=seconds, budget=seconds)
             return "sampling", reported(found, sampling.brief)
         if key in COMPILATION:
@@ -303,6 +310,14 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("gradients per draw", "gradients_per_draw", _number),
         ("step size", "step_size", _number),
         ("accepted", "acceptance", _times),
+    ],
+    "collapsed": [
+        ("path", "path", str),
+        ("ms per gradient", "gradient_seconds", _milliseconds),
+        ("ms per step", "seconds", _milliseconds),
+        ("first quartile", "seconds_q1", _milliseconds),
+        ("third", "seconds_q3", _milliseconds),
+        ("x fastebm's time", "times_fastebm", _times),
     ],
     "compilation": [
         ("first call, s", "first_call_seconds", _number),

@@ -29,12 +29,16 @@ WINDOW_STEPS = 1_000  # of BlackJAX' window adaptation, its default
 
 
 class Drawn(NamedTuple):
-    """x: (n_chains, draws, dim). gradients: per chain and draw. acceptance: mean probability, None without a test."""
+    """x: (n_chains, draws, dim). gradients: per chain and draw. acceptance: mean probability, None without a test.
+
+    path: of fastebm (``SampleInfo``).
+    """
 
     x: Tensor
     gradients: float
     acceptance: float | None
     step_size: float
+    path: str = ""
 
 
 Draw = Callable[[], Drawn]
@@ -55,8 +59,10 @@ class Contestant:
         return f"{self.library} {self.sampler}"
 
 
-def tuned(acceptance: Callable[[float], float], start: float, target: float) -> float:
-    """The step size at which ``acceptance`` of a short run is ``target``."""
+def tuned(case: SamplingCase, acceptance: Callable[[float], float], start: float, target: float) -> float:
+    """The step size at which ``acceptance`` of a short run is ``target``. If nothing is adapted: ``start``."""
+    if case.warmup == 0:
+        return start
     search = DualAveraging(start, target)
     for _ in range(TUNING):
         search.update(acceptance(search.step_size))
@@ -88,7 +94,7 @@ class Ours:
             gradients = 1.0 if info.gradients is None else float(info.gradients.mean())
             acceptance = None if info.acceptance is None else float(info.acceptance.mean())
             inner = getattr(info.sampler, "sampler", info.sampler)  # of a ladder of temperatures
-            return Drawn(result.trajectory, gradients * thin, acceptance, float(inner.step_size))
+            return Drawn(result.trajectory, gradients * thin, acceptance, float(inner.step_size), info.path)
 
         return draw
 
@@ -125,14 +131,16 @@ def ebmkit(name: str) -> Callable[[Target, int], Draw]:
                 x = sampler.sample(energy, x, steps=TUNING_STEPS)
                 return float(sampler.last_accept_rate)
 
-            return cls(tuned(acceptance, start, target), **settings)
+            return cls(tuned(p.case, acceptance, start, target), **settings)
 
-        if name == "MALA":  # ebmkit's step size is half of ours
+        if name == "MALA" and p.case.warmup > 0:  # ebmkit's step size is half of ours
             sampler = samplers.AdaptiveMALA(length**2 / 2, warmup=p.case.warmup // 2, precondition=True)
             step = lambda x: sampler._transition(energy, x)[0]  # noqa: E731  # its step() leaves the metric out
         else:
-            if name == "HMC":
+            if name == "HMC":  # its mass is 1
                 sampler = tuned_at(samplers.HMC, length, ACCEPTANCE["HMC"], leapfrog_steps=p.case.n_leapfrog)
+            elif name == "MALA":
+                sampler = samplers.MALA(length**2 / 2)
             elif name == "NUTS":
                 sampler = samplers.NUTS(length, warmup=p.case.warmup)
             elif name == "UnderdampedLangevin":
@@ -190,7 +198,7 @@ def torchebm_hmc(p: Target, thin: int) -> Draw:
         x = kept[:, -1].contiguous()
         return kept, float(report["acceptance_rate"].mean())
 
-    step_size = tuned(lambda step_size: run(step_size, TUNING_STEPS)[1], p.case.length, ACCEPTANCE["HMC"])
+    step_size = tuned(p.case, lambda step_size: run(step_size, TUNING_STEPS)[1], p.case.length, ACCEPTANCE["HMC"])
 
     def draw() -> Drawn:
         kept, acceptance = run(step_size, p.case.draws * thin)
@@ -206,7 +214,8 @@ def blackjax_at(name: str) -> Callable[[Target, int], Draw]:
     """One of BlackJAX' kernels: vmap over chains, one jit of a lax.scan over the draws.
 
     HMC and NUTS: window adaptation of one chain, as in BlackJAX' guide; all chains then take its values. ChEES-HMC: its
-    own adaptation of all chains, with its diagonal mass matrix. MALA: has no adaptation, so a step size by ``tuned``.
+    own adaptation of all chains, with its diagonal mass matrix. MALA, and HMC with a unit mass, have no adaptation, so
+    a step size by ``tuned``.
     """
 
     def prepare(p: Target, thin: int) -> Draw:
@@ -222,17 +231,21 @@ def blackjax_at(name: str) -> Callable[[Target, int], Draw]:
         log_density = lambda x: -total(x[None])  # noqa: E731
         keys = iter(jax.random.split(jax.random.key(p.seed), 1_000))
         x0 = jax.numpy.asarray(p.x0.numpy())
-        if name == "MALA":
-            states = jax.vmap(blackjax.mala(log_density, case.length**2 / 2).init)(x0)
-            run = _blackjax_scan(lambda step_size: blackjax.mala(log_density, step_size), TUNING_STEPS, 1)
+        hmc = {"inverse_mass_matrix": jax.numpy.ones(case.dim), "num_integration_steps": case.n_leapfrog}
+        if name == "MALA" or (name == "HMC" and case.unit_mass):
+            make, start, rest = (
+                (blackjax.mala, case.length**2 / 2, {}) if name == "MALA" else (blackjax.hmc, case.length, hmc)
+            )
+            kernel = lambda step_size: make(log_density, step_size, **rest)  # noqa: E731
+            states = jax.vmap(kernel(start).init)(x0)
+            run = _blackjax_scan(kernel, TUNING_STEPS, 1)
 
             def acceptance(step_size: float) -> float:
                 nonlocal states
                 states, _, found = run(next(keys), states, step_size)
                 return float(found[0])
 
-            step_size = tuned(acceptance, case.length**2 / 2, ACCEPTANCE["MALA"])
-            kernel = lambda step_size: blackjax.mala(log_density, step_size)  # noqa: E731
+            step_size = tuned(case, acceptance, start, ACCEPTANCE[name])
         elif name == "ChEESHMC":
             adapt = blackjax.chees_adaptation(log_density, case.n_chains, mass_matrix_estimation="diagonal")
             (states, found), _ = adapt.run(next(keys), x0, case.length, optax.adam(0.02), case.warmup)
@@ -285,12 +298,17 @@ def _blackjax_scan(kernel: Callable[[Any], Any], draws: int, thin: int) -> Any:
 # A gradient per step: ten steps per kept draw.
 THIN = 10
 
+
+def hmc(case: SamplingCase) -> fastebm.HMC:
+    return fastebm.HMC(case.length, n_leapfrog=case.n_leapfrog, mass=1.0 if case.unit_mass else None)
+
+
 CONTESTANTS = (
     Contestant("fastebm", "Langevin", Ours(lambda case: fastebm.Langevin(case.length**2), False), THIN, exact=False),
     Contestant("fastebm", "MALA", Ours(lambda case: fastebm.MALA(case.length**2)), THIN),
     Contestant("ebmkit", "MALA", ebmkit("MALA"), THIN),
     Contestant("blackjax", "MALA", blackjax_at("MALA"), THIN),
-    Contestant("fastebm", "HMC", Ours(lambda case: fastebm.HMC(case.length, n_leapfrog=case.n_leapfrog))),
+    Contestant("fastebm", "HMC", Ours(hmc)),
     Contestant("ebmkit", "HMC", ebmkit("HMC")),
     Contestant("blackjax", "HMC", blackjax_at("HMC")),
     Contestant("torchebm", "HMC", torchebm_hmc),

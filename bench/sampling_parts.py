@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from fastebm.bench.breakdown import fastest
-from fastebm.bench.cases import MANY_CHAINS, SAMPLING, SamplingCase
+from fastebm.bench.cases import SAMPLING, SamplingCase
 from fastebm.bench.problem import NOISE_SEED, Missing
 from fastebm.bench.rows import add_out, provenance, rounded, script, write
 from fastebm.bench.run import PEERS, on_threads
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     with on_threads(None):
         for key, case in SAMPLING.items():
-            for sampler in SAMPLERS if case.n_chains < MANY_CHAINS else ():
+            for sampler in () if case.only else SAMPLERS:
                 rows += rows_of(key, case, sampler)
     for row in rows:
         print(*row.values())

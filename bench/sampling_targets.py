@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 from fastebm.bench.cases import SamplingCase
-from fastebm.bench.problem import SEED, Banana, Gaussian, Mixture, gradient_of
+from fastebm.bench.problem import SEED, Banana, Gaussian, Mixture, gradient_of, make_energy
 from torch import Tensor, nn
 
 from fastebm import GaussianEnergy, MLPEnergy, SumEnergy
@@ -28,7 +28,8 @@ class Target:
         self.x0 = self.start(case.n_chains, torch.Generator().manual_seed(seed))
 
     def start(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, dim) draws of the law, by which the chains need no burn-in. "mlp": of its training data, close to it."""
+        """(n, dim) draws of the law, by which the chains need no burn-in. "mlp": of its training data, close to it.
+        "random mlp": of its quadratic term."""
         energy, dim = self.energy, self.case.dim
         z = torch.randn(n, dim, generator=generator)
         if isinstance(energy, Gaussian):
@@ -38,6 +39,8 @@ class Target:
             return z + energy.means[torch.arange(n) % 2]
         if isinstance(energy, Banana):
             return energy.draw(z)
+        if self.case.kind == "random mlp":
+            return z
         return blurred(z) + NOISE * torch.randn(n, dim, generator=generator)
 
     def values(self, x: Tensor) -> Tensor:
@@ -78,6 +81,7 @@ def energy_of(kind: str, dim: int, widths: tuple[int, ...]) -> nn.Module:
             "gaussian": lambda: Gaussian(dim, CONDITION),
             "banana": Banana,
             "mixture": lambda: Mixture(dim, DISTANCE),
+            "random mlp": lambda: SumEnergy([make_energy("mlp", dim, widths, torch.device("cpu")), GaussianEnergy()]),
         }[kind]()
     return made.eval().requires_grad_(False)
 

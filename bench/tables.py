@@ -101,6 +101,7 @@ TABLES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/performance.md", "breakdown-threads", tables_cpu.breakdown_threads),
     ("docs/performance.md", "breakdown-pools", tables_cpu.breakdown_pools),
     ("docs/performance.md", "breakdown-first-calls", tables_cpu.breakdown_first_calls),
+    ("docs/performance.md", "collapsed", tables_cpu.collapsed),
     ("docs/performance.md", "training", tables_cpu.training),
     ("docs/performance.md", "pool", tables_cpu.pool),
     ("docs/performance.md", "efficiency", tables_cpu.efficiency),

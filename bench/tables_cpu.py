@@ -139,6 +139,21 @@ def sampling() -> str:
     return _timings("sampling.csv", columns)
 
 
+def collapsed() -> str:
+    figure = "![The time of a leapfrog step of HMC against the number of dims](dims.png)\n\n"
+    columns = [
+        ("energy", "energy", str),
+        ("chains", "n_chains", lambda text: f"{int(text):,}"),
+        ("path", "path", str),
+        ("ms per gradient", "gradient_seconds", milliseconds),
+        ("ms per step", "seconds", milliseconds),
+        ("quartile 1", "seconds_q1", milliseconds),
+        ("quartile 3", "seconds_q3", milliseconds),
+        ("of fastebm's time", "times_fastebm", ratio),
+    ]
+    return _timings("collapsed.csv", columns, figure if (markdown.ROOT / "docs" / "dims.png").exists() else "")
+
+
 def bias() -> str:
     """The largest error of a known mean, and the cost of fastebm's samplers, on the same laws."""
     rows = [row for row in most_threads(rows_of("sampling.csv")) if row["library"] == "fastebm" and row["ess"]]

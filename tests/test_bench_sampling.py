@@ -67,7 +67,9 @@ def test_all_contestants_have_names_of_their_own():
 
 
 def test_a_step_size_is_tuned_to_its_acceptance():
-    assert tuned(lambda h: min(1.0, 0.1 / h), 1.0, 0.5) == pytest.approx(0.2, rel=0.05)
+    case = SMALL["banana"]
+    assert tuned(case, lambda h: min(1.0, 0.1 / h), 1.0, 0.5) == pytest.approx(0.2, rel=0.05)
+    assert tuned(dataclasses.replace(case, warmup=0), lambda h: 0.0, 1.0, 0.5) == 1.0
 
 
 OURS = [c for c in CONTESTANTS if c.library == "fastebm"]

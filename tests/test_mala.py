@@ -13,7 +13,9 @@ from torch import nn
 
 from fastebm import MALA, ChainPool, GaussianEnergy, MLPEnergy, NonFiniteError, SumEnergy, sample
 from fastebm.rng import Noise
+from fastebm.samplers import collapsed
 from fastebm.targets.base import View
+from fastebm.targets.collapsed import Collapsed
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -289,3 +291,16 @@ def test_a_preconditioner_changes_the_coordinates():
     plain = sample(GaussianEnergy(), MALA(0.5), init=init, steps=20, seed=1)
     torch.testing.assert_close(scaled.x / std, plain.x, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scaled.info.acceptance, plain.info.acceptance, rtol=1e-4, atol=1e-5)
+
+
+def test_chains_that_reject_are_put_together_when_the_others_are(monkeypatch):
+    """In the first layer this takes two products for all chains of a tile, so it must not be due in every step."""
+    monkeypatch.setattr(collapsed, "REFRESHED", 8)
+    calls = []
+    put_together = Collapsed.put_together
+    monkeypatch.setattr(Collapsed, "put_together", lambda *arguments: calls.append(1) or put_together(*arguments))
+    energy = SumEnergy([MLPEnergy(400, (16,)), GaussianEnergy()])
+    result = sample(energy, MALA(0.3), 400, n_chains=50, steps=64, seed=1)
+    assert result.info.path == "collapsed"
+    assert 0.3 < float(result.info.acceptance.mean()) < 0.9
+    assert len(calls) <= 64 // 8 + 2

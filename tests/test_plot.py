@@ -58,9 +58,30 @@ def chains(n, draws):
     return plot.chains_figure({f"x[{i}, 12, 13]": (x[i], 0.9 ** np.arange(draws)) for i in range(3)}, title="a title")
 
 
+OF_BENCH = {name: (file, draw) for file, figures in bench_plot.FIGURES.items() for name, draw in figures.items()}
+
+
 def bench(name, runs=1):
-    rows = [row for row in bench_plot.numbers(most_threads(read(RESULTS / "steps.csv"))) if row["device"] == "cpu"]
-    return bench_plot.FIGURES[name]([{**row, "commit": f"{i % runs:012}"} for i, row in enumerate(rows)])
+    file, draw = OF_BENCH[name]
+    rows = dims_of_contestants() if file == "collapsed.csv" else most_threads(read(RESULTS / file))
+    rows = [row for row in bench_plot.numbers(rows) if row["device"] == "cpu"]
+    return draw([{**row, "commit": f"{i % runs:012}"} for i, row in enumerate(rows)])
+
+
+def dims_of_contestants():
+    about = {"device": "cpu", "status": "ok", "threads": "2", "cpu": "a CPU", "torch": "2.13.0", "date": "2026-11-28"}
+    about |= {"energy": "random mlp 64-[512, 512]", "n_chains": "256"}
+    return [
+        {
+            "case": f"collapsed-dims-{dim}",
+            "contestant": name,
+            "dim": f"{dim}",
+            "gradient_seconds": f"{seconds}",
+            **about,
+        }
+        for dim in (64, 256, 784, 1536, 3072)
+        for name, seconds in (("fastebm", 3e-3), ("fastebm ordinary", 1e-6 * dim), ("blackjax", 2e-6 * dim + 1e-3))
+    ]
 
 
 FIGURES = {
@@ -77,7 +98,7 @@ FIGURES = {
     "300 chains": lambda: chains(300, 20),
     "training": lambda: plot.training_figure(metrics()),
     "many runs": lambda: bench("speedup", runs=20),
-    **{name: lambda name=name: bench(name) for name in bench_plot.FIGURES},
+    **{name: lambda name=name: bench(name) for name in OF_BENCH},
 }
 
 
@@ -134,7 +155,7 @@ def test_a_logarithmic_axis_has_plain_numbers(norms):
     assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
 
 
-@pytest.mark.parametrize("name", ["throughput", "roofline"])
+@pytest.mark.parametrize("name", ["throughput", "roofline", "dims"])
 def test_benchmarks_have_plain_numbers(name):
     for axes in bench(name).axes:
         for axis in (axes.xaxis, axes.yaxis):

@@ -55,8 +55,8 @@ class CollapsedPoint(NamedTuple):
     """Chains at y = base + a W (with a scale r, y = base + r a W diag(r)).
 
     base: (n, dim). a, inner, slopes: (n, width) a, u and s. square: (n,) float64 |y|^2, 0 without a Gaussian term.
-    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, steps since base was y.
-    mark: (n,) int64, ``FirstLayer.mark`` of the weights.
+    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, steps since base was y, rejected ones too: chains
+    that started together are then due together. mark: (n,) int64, ``FirstLayer.mark`` of the weights.
     """
 
     base: Tensor
@@ -146,7 +146,7 @@ class CollapsedHMC(Form):
         layer = layer_of(target)
         leaps = once(target, "leaps", self, lambda: self._leaps(layer, t, state.base))
         old = self._refreshed(layer, state)
-        old = old._replace(age=old.age + 1)  # of those that reject too: then all chains are due in the same step
+        old = old._replace(age=old.age + 1)
         v = noise.normal(self.stream, t)
         q = layer.projected_momentum(v)
         end, pull, b_squared = self._followed(layer, old, q, leaps)
