@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import runs
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from paths import HEADS, ULP, begin, largest, network
 from torch import nn
@@ -118,6 +118,10 @@ def make_sampler(name, step_size, steps, *, step_form="number", scale=None, n_le
     return SAMPLERS[name](values**2, preconditioner=diagonal)
 
 
+class TooFew(Exception):
+    """An energy without a minimum is so large that rounding decides in most chains."""
+
+
 class Truth:
     """The float64 trajectory of a run, and tolerances from the error of plain float32 PyTorch."""
 
@@ -145,7 +149,8 @@ class Truth:
         # How much a small change of the start has grown, (N_CHAINS, steps).
         self.growth = (moved / largest(nudge)).cummax(dim=1).values.clamp_min(1.0)
         self.sure = accepted.sure(self.chains(torch.float64), MARGIN * energies) & (self.growth[:, -1] < MOST)
-        assume(self.sure.sum() > 20)  # some energies without a minimum are so large that rounding decides everywhere
+        if self.sure.sum() <= 20:
+            raise TooFew
         # A step rounds at random. In a W, (width) terms cancel where dims are fewer.
         width = sum(mlp.widths[0] for mlp in self.description.mlps)
         rounding = 2 * (torch.arange(1, steps + 1) * max(1.0, width / dim)) ** 0.5 * ULP * self.scale
@@ -222,7 +227,10 @@ every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 @settings(max_examples=40)
 @given(case=cases())
 def test_every_step_is_that_of_the_reference(name, case):
-    truth = Truth(name, **case)
+    try:
+        truth = Truth(name, **case)
+    except TooFew:
+        reject()
     for path in PATHS:
         truth.check(*path)
 

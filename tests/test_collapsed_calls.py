@@ -434,3 +434,21 @@ def test_walls_are_never_entered(make, ordinary):
     assert float(found.x[:, 0].max()) <= 1.0
     assert float(found.info.acceptance.mean()) < 0.95
     assert float(found.info.divergences.max()) == 0.0
+
+
+def test_a_warmup_that_finds_a_mass_is_the_ordinary_one(ordinary):
+    """In float64 the two differ by rounding alone: step size, mass and states."""
+    torch.manual_seed(0)
+    energy, init = MLPEnergy(400, (48, 32)).double(), 2 * torch.rand(70, 400, dtype=torch.float64) - 1
+    sampler = HMC(0.02, 5, clamp=(-3.0, 3.0))
+    options = {"init": init, "warmup": 60, "steps": 3, "seed": 1}
+    ours = sample(energy, sampler, **options)
+    theirs = ordinary(sample, energy, sampler, **options)
+    assert (ours.info.path, theirs.info.path) == ("collapsed", "tiles")
+    assert isinstance(ours.info.sampler.mass, torch.Tensor)
+    for a, b in (
+        (ours.x, theirs.x),
+        (ours.info.sampler.mass, theirs.info.sampler.mass),
+        (torch.tensor(ours.info.step_size), torch.tensor(theirs.info.step_size)),
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
