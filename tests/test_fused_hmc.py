@@ -130,7 +130,7 @@ def first_chains(n, x, sampler, counters):
 # -- agreement -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=9, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dim=st.sampled_from([1, 2, 3, 16, 63, 64]) | st.integers(1, 70),
     widths=st.lists(st.sampled_from([1, 3, 16, 17, 33]), min_size=1, max_size=3),
