@@ -186,7 +186,7 @@ SAMPLING |= {
 
 # 784 dims, and a mass that is the same for all coordinates: HMC's steps are taken in the first layer.
 SAMPLING["sampling-mlp-784"] = SamplingCase(
-    "mlp", 784, 256, 0.2, 10, draws=20, widths=DIGITS[1], only=("HMC",), unit_mass=True
+    "mlp", 784, 1_024, 0.2, 10, draws=20, widths=DIGITS[1], only=("HMC",), unit_mass=True
 )
 
 

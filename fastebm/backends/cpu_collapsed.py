@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,7 +48,8 @@ class _Collapsed(Collapsed):
         calls = [*self.moves, *self.gradient_calls]
         self.program = Program(calls, calls, self.t)
         self.scratch = Scratch(self.x.shape[1])
-        self.update: tuple[Drift, Update, Tensor] | None = None
+        self.update: tuple[Drift, kernels.Call, Tensor] | None = None
+        self.gaps = layer.width > sum(where.shape[1] for where in self.places)  # columns between blocks, which stay 0
         self.exponential = any(network.mlp.head == "logsumexp" for network in self.networks)
 
     def _load_slopes(self, slopes: Tensor) -> None:
@@ -80,28 +82,43 @@ class _Collapsed(Collapsed):
         for call in self.leaps:
             call()
 
-    def stepped(self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int) -> tuple[Tensor, Tensor]:
-        """A step of Langevin dynamics: noise and update of base in one pass, unless each dim has its own scale."""
+    def value(self, x: Tensor) -> Tensor:
+        """E(x), (n,)."""
+        y = x if self.layer.mean is None else x - self.layer.mean
+        value, _ = self.evaluated(self.projected(y))
+        return self.energy(value, y.square().sum(dim=1).double())
+
+    def stepped(
+        self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As ``Collapsed`` has it: noise and update of base in one pass, unless each dim has its own scale."""
         if self.layer.scale is not None:
             return super().stepped(base, a, coefficients, noise, t)
         self._differentiate_at(base, a)
+        x, n = self._padded(base, self.x), len(base)
         if self.update is None or self.update[0] is not coefficients:
             # Between its products, base is updated by x' = x - (drift c) x + noise_std xi.
             both = -coefficients.shrunk, coefficients.noise_std
             chains = Chains(base, noise.seed, noise.chains, noise.first_steps)
-            nowhere = torch.full((len(base),), -1, dtype=torch.int32, device="cpu")
-            self.update = coefficients, Update(chains, Langevin(1.0), both, nowhere, False, self.t), nowhere
+            first_bad = torch.empty(n, dtype=torch.int32, device="cpu")
+            update = Update(chains, Langevin(1.0), both, first_bad, False, self.t)
+            self.update = coefficients, update.call(None, x, x, 0, n, self.scratch), first_bad
         _, update, first_bad = self.update
         first_bad.fill_(-1)
         self.t.fill_(t)
-        x = self._padded(base, self.x)
         new = matrix(self.n_rows, x.shape[1], x)
-        new[len(base) :] = 0.0
-        update.call(new, x, x, 0, len(base), self.scratch)()
-        return new[: len(base)], self._pushed(a, coefficients.drift, coefficients.shrunk)
+        new[n:] = 0.0
+        update.aim(new=new, x=x, grad=x)
+        update()
+        a = self._pushed(a, coefficients.drift, coefficients.shrunk)
+        if int(first_bad.max()) < 0 and math.isfinite(a.sum().item()):
+            return new[:n], a, None
+        return new[:n], a, (first_bad < 0) & a.isfinite().all(dim=1)
 
     def _pushed(self, a: Tensor, drift: Tensor, shrunk: Tensor) -> Tensor:
-        n, new = len(a), matrix(self.n_rows, a.shape[1], a).zero_()[: len(a)]
+        n, new = len(a), matrix(self.n_rows, a.shape[1], a)[: len(a)]
+        if self.gaps:
+            new.zero_()
         for where, block in zip(self.places, self.layer.blocks, strict=True):
             torch.addcmul(a[:, block], where[:n], drift, value=-1, out=new[:, block])
         return new if self.curvature == 0.0 else new.addcmul_(a, shrunk)

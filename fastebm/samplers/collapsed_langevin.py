@@ -20,7 +20,7 @@ from torch import Tensor
 from ..rng import Noise
 from ..targets.base import View
 from ..targets.collapsed import Drift
-from .base import Info, both, diagonal_at, finite_rows, once, rows_of, value_at
+from .base import Info, diagonal_at, once, rows_of, value_at
 from .collapsed import REFRESHED, Form, layer_of, same_rows, zeros_like_rows
 from .langevin import drift_and_noise_of
 
@@ -81,9 +81,8 @@ class CollapsedLangevin(Form):
             y = layer.put_together(state.base, state.a)
             state = rows_of(due, CollapsedState(y, torch.zeros_like(state.a), zeros_like_rows(y)), state)
         drift = once(target, "drift", self, lambda: self._drift(t, state.base, layer.curvature))
-        base, a = layer.stepped(state.base, state.a, drift, noise, t)
+        base, a, finite = layer.stepped(state.base, state.a, drift, noise, t)
         new = CollapsedState(base, a, state.age + 1)
-        finite = both(finite_rows(base), finite_rows(a))
         if finite is not None:
             new = rows_of(finite, new, state)
 

@@ -313,12 +313,16 @@ class Collapsed:
         value = self._evaluate()
         return value[: len(u)], self._slopes()[: len(u)]
 
-    def stepped(self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int) -> tuple[Tensor, Tensor]:
-        """A step of Langevin dynamics from y = base + r a W diag(r): the next base and a."""
+    def stepped(
+        self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A step of Langevin dynamics from y = base + r a W diag(r): the next base and a, and a mask of the finite
+        ones, (n,), or None for all."""
         drift, noise_std, shrunk = coefficients
         self._differentiate_at(base, a)
-        xi = noise.normal(Stream.LANGEVIN, t)
-        return self.moved(shrunk, base, noise_std, xi), self._pushed(a, drift, shrunk)
+        base = self.moved(shrunk, base, noise_std, noise.normal(Stream.LANGEVIN, t))
+        a = self._pushed(a, drift, shrunk)
+        return base, a, base.isfinite().all(dim=1) & a.isfinite().all(dim=1)
 
     def slopes_at(self, base: Tensor, a: Tensor) -> Tensor:
         """s, (n, width), at y = base + r a W diag(r)."""
