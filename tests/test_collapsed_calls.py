@@ -26,6 +26,8 @@ from fastebm import (
 )
 from fastebm.backends import tiles
 from fastebm.energies import energy as energy_of
+from fastebm.samplers.collapsed import CollapsedHMC
+from fastebm.samplers.collapsed_langevin import CollapsedLangevin
 
 pytestmark = pytest.mark.usefixtures("seeded", "often_put_together")
 
@@ -452,3 +454,50 @@ def test_a_warmup_that_finds_a_mass_is_the_ordinary_one(ordinary):
         (torch.tensor(ours.info.step_size), torch.tensor(theirs.info.step_size)),
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [lambda: HMC(0.1, mass=1.0), lambda: MALA(0.1, 1.0)])
+def test_a_gaussian_term_may_be_added_between_calls(make, ordinary):
+    """Chains carry |y|^2 where there is one."""
+    torch.manual_seed(0)
+    net = MLPEnergy(256, (16, 8))
+    energy = SumEnergy([net, GaussianEnergy()])
+    before = sample(net, make(), 256, n_chains=6, steps=5, seed=0)
+    ours = sample(energy, init=before, steps=2)
+    theirs = ordinary(sample, energy, init=before, steps=2)
+    assert (before.info.path, ours.info.path, theirs.info.path) == ("collapsed", "collapsed", "tiles")
+    torch.testing.assert_close(ours.info.energies, energy(ours.x).detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours.info.acceptance, theirs.info.acceptance, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.x, theirs.x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_warmup_that_goes_on_puts_states_together(monkeypatch):
+    """Parts of a result would be put together elsewhere with a new mass."""
+    starts = []
+    init = CollapsedHMC.init
+    monkeypatch.setattr(
+        CollapsedHMC, "init", lambda *args, **carried: starts.append(init(*args, **carried)) or starts[-1]
+    )
+    energy = MLPEnergy(256, (16, 8))
+    before = sample(energy, HMC(0.1), 256, n_chains=4, steps=5, seed=0)
+    sample(energy, HMC(0.1), init=before, warmup=3, steps=1)
+    of_warmup = starts[1]
+    assert before.state.chains.carried["a"].abs().sum() > 0
+    assert of_warmup.a.abs().sum() == 0
+    torch.testing.assert_close(of_warmup.base, before.x)
+
+
+def test_a_warmup_of_no_chains():
+    result = sample(MLPEnergy(256, (16, 8)), HMC(0.1), 256, n_chains=0, warmup=10, steps=2)
+    assert result.x.shape == (0, 256)
+
+
+def test_a_step_of_langevin_in_plain_pytorch_masks_nothing(monkeypatch):
+    """A mask of finite chains would make each step compute its telemetry."""
+    seen = []
+    step = CollapsedLangevin.step
+    monkeypatch.setattr(CollapsedLangevin, "step", lambda *args: seen.append(step(*args)) or seen[-1])
+    energy = MLPEnergy(256, (16, 8)).double()
+    result = sample(energy, Langevin(0.1), init=torch.zeros(5, 256, dtype=torch.float64), steps=3, seed=0)
+    assert result.info.path == "collapsed"
+    assert [info.finite for _, info in seen] == [None] * 3

@@ -57,6 +57,8 @@ def collapses(sampler: Any, chains: Chains, adaptation: Adaptation | None, descr
     width = width_of(description)
     saved = form.saved(description.dim, width)
     if adaptation is not None:
+        if len(chains.x) == 0:  # they learn nothing
+            return False
         saved = saved - _ADAPTING * description.dim * width if type(sampler) is HMC else 0.0
     return saved > 0
 

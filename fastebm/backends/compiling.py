@@ -57,7 +57,7 @@ def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 uncompiled = torch.compiler.disable(  # type: ignore[no-untyped-call]
     _uncompiled,
     reason="langevin_sample compiles in whole for MLP energies only (see fastebm.why_not_fused), without a "
-    'preconditioner, generator= and backend="reference"; sample and ChainPool do not',
+    'preconditioner, marginal_noise, generator= and backend="reference"; sample and ChainPool do not',
 )
 
 

@@ -38,7 +38,7 @@ class _Collapsed(Collapsed):
         self.leaps = [
             leap.prepared(
                 s, *(v[:, block] for v in (self.a, self.b, self.z, self.u, self.q)), self.n_rows, s.shape[1],
-                self.a.stride(0), *[None] * 4, 0, self.curvature, self.t,
+                self.a.stride(0), *[None] * 4, 0, 0, self.curvature, self.t,
             )
             for s, block in zip(self.places, layer.blocks, strict=True)
         ]  # fmt: skip
@@ -69,7 +69,7 @@ class _Collapsed(Collapsed):
         ]
         names = ("kicks", "drifts", "alphas_1", "betas")
         for call in self.leaps:
-            call.aim(**dict(zip(names, columns, strict=True)), rows=columns[0].shape[1])
+            call.aim(**dict(zip(names, columns, strict=True)), rows=columns[0].shape[1], n_leapfrog=leaps.n_leapfrog)
         self.kept = columns  # the calls have their addresses
         last = leaps.n_leapfrog - 1
         self.program.run(0, last)

@@ -128,7 +128,8 @@ def _chosen(
     )  # fmt: skip
     if rounded and choice.path in FUSED:  # the fused kernel computes energies at bf16x3, and rounds gradients only
         choice = replace(choice, precision="bf16")
-    if choice.description is not None and marginal.applies(sampler, chains, choice.description):
+    in_graph = settings.cuda_graph or capturing(chains.x.device)  # its steps wait for the device
+    if not in_graph and choice.description is not None and marginal.applies(sampler, chains, choice.description):
         choice = replace(choice, path="marginal")
     return choice
 

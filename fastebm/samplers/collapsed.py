@@ -135,6 +135,8 @@ class CollapsedHMC(Form):
             if all(v.shape == w.shape for v, w in zip(given, fresh, strict=True)):
                 same = same_rows(layer.positions(given.base, given.a), x) & (given.mark == fresh.mark)
                 state = rows_of(same, given, fresh)
+        if self.eager:
+            state = state._replace(base=layer.put_together(state.base, state.a), a=torch.zeros_like(state.a))
         return self._completed(layer, state)
 
     def positions(self, target: View, state: CollapsedPoint) -> Tensor:

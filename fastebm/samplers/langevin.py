@@ -97,8 +97,9 @@ class Langevin(Sampler):
         marginal_noise: draw the noise where an MLP energy feels it, in the space of its first layer, and complete the
             states that are kept by one draw of all dims. They have the same law as with noise in each step, and other
             numbers, which depend on which states are kept. A step costs the same for any number of dims. It has no
-            effect where bounds, clips, noise_first, a preconditioner, frozen coordinates or another kind of energy
-            need each step's state: ``SampleInfo.path`` is "marginal" where it has.
+            effect where each step's state is needed (bounds, clips, noise_first, a preconditioner, frozen coordinates),
+            with other energies, with a Gaussian term whose std varies between dims, with first layers as wide as the
+            state, in a CUDA graph, and with backend="reference". ``SampleInfo.path`` is "marginal" where it has.
 
     Raises:
         TypeError, ValueError: a setting is wrong. The message states the requirement, the value and the likely fix.

@@ -24,6 +24,7 @@ if c = 0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -143,9 +144,10 @@ class FirstLayer:
 
     @cached_property
     def mark(self) -> int:
-        """A number that changes with W and m: a checksum. Chains that carry u compare it."""
-        parts = [self.weight] if self.mean is None else [self.weight, self.mean]
-        return crc32(torch.cat([v.flatten() for v in parts]).cpu().numpy().tobytes())
+        """A number that changes with W, m and c: a checksum. Chains that carry u and |y|^2 compare it."""
+        parts = [self.weight.flatten(), self.weight.new_tensor([self.curvature])]
+        parts += [] if self.mean is None else [self.mean]
+        return crc32(torch.cat(parts).cpu().numpy().tobytes())
 
 
 def centred(description: Description) -> Description:
@@ -166,7 +168,8 @@ def centred(description: Description) -> Description:
 
 def _shifted(mlp: MLP, mean: Tensor) -> MLP:
     """The MLP as a function of x - mean."""
-    bias = torch.mv(mlp.weights[0], mean)
+    with threads(1):  # so that its bits do not depend on the number of threads
+        bias = torch.mv(mlp.weights[0], mean)
     bias = bias if mlp.biases[0] is None else mlp.biases[0] + bias
     return replace(mlp, biases=(bias, *mlp.biases[1:]))
 
@@ -194,7 +197,7 @@ class Collapsed:
         few = rows_of_products(like.device)
         self.n_rows = -(-n_chains // few) * few
         self.labels = None if labels is None else padded_rows(labels, self.n_rows)
-        # Padding rows are 0, so they stay finite; their results are not used.
+        # Padding rows hold finite numbers, and their results are not used.
         self.x = matrix(self.n_rows, layer.description.dim, like).zero_()
         self.a, self.b, self.u, self.q, self.z, self.h = (
             matrix(self.n_rows, layer.width, like).zero_() for _ in range(6)
@@ -322,6 +325,8 @@ class Collapsed:
         self._differentiate_at(base, a)
         base = self.moved(shrunk, base, noise_std, noise.normal(Stream.LANGEVIN, t))
         a = self._pushed(a, drift, shrunk)
+        if math.isfinite((base.sum() + a.sum()).item()):
+            return base, a, None
         return base, a, base.isfinite().all(dim=1) & a.isfinite().all(dim=1)
 
     def slopes_at(self, base: Tensor, a: Tensor) -> Tensor:
@@ -396,5 +401,5 @@ class Collapsed:
             last = network.rise()
             values.append(network.energy(last, self.labels))
             network.slopes(last, self.labels)
-        total = sum(values[1:], values[0])
+        total: Tensor = sum(values[1:], values[0])
         return total

@@ -33,10 +33,10 @@ def move(
 
 def leap(
     s: f32s, a: f32s, b: f32s, z: f32s, u: f32s, q: f32s, n: int, width: int, stride: int, kicks: f32s, drifts: f32s,
-    alphas_1: f32s, betas: f32s, rows: int, curvature: float, t: i64s,
+    alphas_1: f32s, betas: f32s, rows: int, n_leapfrog: int, curvature: float, t: i64s,
 ):  # fmt: skip
     """The same in the first layer (fastebm/targets/collapsed.py): b -= kick (s + curvature a), then a += drift b and
-    z = u + alpha_1 u + beta q, but not after a drift of 0.
+    z = u + alpha_1 u + beta q, but not at t = n_leapfrog.
 
     s, a, b, z, u, q: (n, stride) float32 of width columns. s may be z. kicks, drifts, alphas_1, betas: (steps, rows),
     of which row t[0] is used; rows is 1 or n.
@@ -44,7 +44,7 @@ def leap(
     for i in range(n):
         at, row = i * stride, t[0] * rows + (i if rows > 1 else 0)
         kick, drift, alpha_1, beta = kicks[row], drifts[row], alphas_1[row], betas[row]
-        if drift != 0.0:
+        if t[0] < n_leapfrog:
             for j in range(width):
                 v = b[at + j] - kick * (s[at + j] + curvature * a[at + j])
                 b[at + j] = v

@@ -64,7 +64,7 @@ def judged(energy, end, gained, fastest, sound, finite, inside):
 
     energy, end: E at the start and at the end. gained: kinetic energy at the end beyond that at the start; fastest: at
     most on the way. sound: v at the end is finite. finite: x at the end is. inside: it is within the bounds.
-    `_judged` in samplers/hmc.py has the reasons.
+    `judged` in samplers/hmc.py has the reasons.
     """
     possible = end != float("inf")
     walled = ~possible & (gained <= TOO_FAR)
