@@ -65,9 +65,9 @@ def collapses(sampler: Any, chains: Chains, adaptation: Adaptation | None, descr
 
 def run(
     description: Description, chains: Chains, sampler: Any, steps: int, *, kernels: str, thin: int = 0,
-    telemetry: bool = False, adaptation: Adaptation | None = None,
+    telemetry: bool = False, carry: bool = True, adaptation: Adaptation | None = None,
 ) -> Advanced:  # fmt: skip
-    """Run the steps. chains.x is modified in place. kernels: "numba" or "torch"."""
+    """Run the steps. chains.x is modified in place. kernels: "numba" or "torch". carry: as for ``tiles.run``."""
 
     def layer_of(sampler: Any) -> FirstLayer:
         scale = FORMS[type(sampler)](sampler).scale(chains.x)
@@ -79,7 +79,7 @@ def run(
     options: dict[str, Any] = {"thin": thin, "telemetry": telemetry}
     if adaptation is None:
         form = FORMS[type(sampler)](sampler)
-        return tiles.run(chains, form, steps, make_target=make(layer_of(sampler)), **options)
+        return tiles.run(chains, form, steps, make_target=make(layer_of(sampler)), carry=carry, **options)
     target = _Together(layer_of(sampler), chains, make)
     warm_up = _WarmUp(adaptation, target, layer_of)
     return reference.run(target, chains, warm_up.sampler, steps, by_definition=False, adaptation=warm_up, **options)

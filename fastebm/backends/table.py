@@ -40,6 +40,8 @@ class Job:
     telemetry: also return the sampler's telemetry.
     recorder: records one step as a CUDA graph, or None.
     adaptation: tunes the sampler after each step, from all chains together; or None.
+    resumable: return all that the chains carry. Otherwise steps in the first layer, which carry whole states, return
+        nothing of it.
     """
 
     choice: Choice
@@ -51,6 +53,7 @@ class Job:
     telemetry: bool = False
     recorder: Recorder | None = None
     adaptation: Adaptation | None = None
+    resumable: bool = False
 
     @property
     def description(self) -> Description:
@@ -177,8 +180,8 @@ def run(job: Job) -> Advanced:
         return fused(job)
     if choice.path == "collapsed":
         return collapsed.run(
-            job.description, chains, sampler, job.steps, kernels=choice.kernels, adaptation=job.adaptation,
-            **job.options,
+            job.description, chains, sampler, job.steps, kernels=choice.kernels, carry=job.resumable,
+            adaptation=job.adaptation, **job.options,
         )  # fmt: skip
     by_definition = choice.backend == "reference"
     target: Target

@@ -44,9 +44,11 @@ _HELD = 3_500_000
 
 def run(
     chains: Chains, sampler: Any, steps: int, *, make_target: Callable[[int, Tensor | None], Target],
-    n_weights: int | None = None, thin: int = 0, telemetry: bool = False,
+    n_weights: int | None = None, thin: int = 0, telemetry: bool = False, carry: bool = True,
 ) -> Advanced:  # fmt: skip
     """Run the steps. chains.x is modified in place.
+
+    carry: return what the chains carry to a next call.
 
     make_target: (n_chains, labels) -> the target of these chains. n_weights: of the energy. None: as if
     no step made another one wait.
@@ -64,13 +66,13 @@ def run(
                 thin=thin, telemetry=telemetry, by_definition=False, interrupted=interrupted,
             )  # fmt: skip
             done.x[rows], done.energy[rows], done.first_bad[rows] = part.x, part.energy, part.first_bad
-            carried[rows.start] = part.carried or {}
+            carried[rows.start] = (part.carried or {}) if carry else {}
             if done.trajectory is not None and part.trajectory is not None:
                 done.trajectory[rows] = part.trajectory
             reported[rows.start] = dict(part.telemetry or {})
 
     _each_tile(x, move, sampler.rows_per_chain, n_weights)
-    if sampler.carries and carried:
+    if sampler.carries and carried and carry:
         of_tiles = [carried[first] for first in sorted(carried)]
         joined = {name: torch.cat([of_tile[name] for of_tile in of_tiles]) for name in of_tiles[0]}
         done = done._replace(carried=joined)

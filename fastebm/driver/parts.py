@@ -48,7 +48,7 @@ class Parts:
             done, choice = run_chains(
                 self.energy, moving, for_steps(sampler, start, stop), n, shape=self.shape,
                 settings=self.settings, thin=self.thin if keep else 0, telemetry=True, check_start=self.check_start,
-                part=(start, self.total), adaptation=adaptation,
+                part=(start, self.total), adaptation=adaptation, resumable=True,
             )  # fmt: skip
             done = _still_stopped(done, state, start)
             chains = state.chains._replace(x=done.x, first_steps=state.chains.first_steps + n, carried=done.carried)

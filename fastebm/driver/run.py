@@ -51,6 +51,7 @@ def run_chains(
     check_start: bool = False,
     part: tuple[int, int] | None = None,
     adaptation: Adaptation | None = None,
+    resumable: bool = False,
 ) -> tuple[Advanced, Choice]:
     """Run the steps. Returns the result and the choice of backend. ``chains`` is not modified.
 
@@ -62,6 +63,7 @@ def run_chains(
         check_start: check that the states at the start are finite.
         part: for errors, if these steps are part of a call: the number of steps before them, and of all steps.
         adaptation: tunes the sampler in a warm-up, or None. Its ``sampler`` takes the steps.
+        resumable: return all that the chains carry to a next call (``Job``).
 
     Raises:
         TypeError, ValueError: an argument is wrong or does not fit the energy.
@@ -97,7 +99,9 @@ def run_chains(
         _check_energy(energy, module, choice, chains, shape)
         why_not = _why_not_recorded(choice, device) if settings.cuda_graph else None
         recorder = CudaRecorder(device) if settings.cuda_graph and why_not is None else None
-        done = table.run(table.Job(choice, module, chains, sampler, steps, thin, telemetry, recorder, adaptation))
+        done = table.run(
+            table.Job(choice, module, chains, sampler, steps, thin, telemetry, recorder, adaptation, resumable)
+        )
         done = done if why_not is None else done._replace(cuda_graph=why_not)
         energy_of: Callable[[Tensor, Tensor | None], Tensor] = module
         if choice.description is not None:
