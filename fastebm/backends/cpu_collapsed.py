@@ -56,7 +56,8 @@ class _Collapsed(Collapsed):
         for where, block in zip(self.places, self.layer.blocks, strict=True):
             where[: len(slopes)] = slopes[:, block]
 
-    def _slopes(self) -> Tensor:
+    def slopes(self) -> Tensor:
+        """As ``Collapsed`` has it."""
         slopes = torch.zeros_like(self.h)
         for where, block in zip(self.places, self.layer.blocks, strict=True):
             slopes[:, block] = where

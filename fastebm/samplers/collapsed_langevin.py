@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..rng import Noise
 from ..targets.base import View
-from ..targets.collapsed import Drift
+from ..targets.collapsed import Collapsed, Drift
 from .base import Info, diagonal_at, once, rows_of, value_at
-from .collapsed import REFRESHED, Form, layer_of, same_rows, zeros_like_rows
+from .collapsed import REFRESHED, Form, layer_of, renewed, resumed, same_rows, zeros_like_rows
 from .langevin import drift_and_noise_of
 
 __all__ = ["CollapsedLangevin", "CollapsedState"]
@@ -62,12 +62,7 @@ class CollapsedLangevin(Form):
         layer = layer_of(target)
         y = layer.away(x)
         fresh = CollapsedState(y, y.new_zeros(len(y), layer.layer.width), zeros_like_rows(y))
-        if not carried:
-            return fresh
-        given = CollapsedState(**carried)
-        if any(v.shape != w.shape for v, w in zip(given, fresh, strict=True)):
-            return fresh
-        return rows_of(same_rows(layer.positions(given.base, given.a), x), given, fresh)
+        return resumed(fresh, carried, lambda given: same_rows(layer.positions(given.base, given.a), x))
 
     def positions(self, target: View, state: CollapsedState) -> Tensor:
         """x, put together."""
@@ -76,10 +71,7 @@ class CollapsedLangevin(Form):
     def step(self, target: View, state: CollapsedState, noise: Noise, t: int) -> tuple[CollapsedState, Info]:
         """One update, as defined at the top of this file."""
         layer = layer_of(target)
-        due = state.age >= REFRESHED
-        if bool(due.any()):
-            y = layer.put_together(state.base, state.a)
-            state = rows_of(due, CollapsedState(y, torch.zeros_like(state.a), zeros_like_rows(y)), state)
+        state = renewed(state, lambda: _together(layer, state))
         drift = once(target, "drift", self, lambda: self._drift(t, state.base, layer.curvature))
         base, a, finite = layer.stepped(state.base, state.a, drift, noise, t)
         new = CollapsedState(base, a, state.age + 1)
@@ -109,3 +101,9 @@ class CollapsedLangevin(Form):
     @property
     def _settings(self) -> tuple[Any, Any]:
         return self.sampler.step_size, self.sampler.noise_scale
+
+
+def _together(layer: Collapsed, state: CollapsedState) -> CollapsedState:
+    """The state, with y put together."""
+    y = layer.put_together(state.base, state.a)
+    return CollapsedState(y, torch.zeros_like(state.a), zeros_like_rows(y))

@@ -22,7 +22,7 @@ from ..rng import Noise, Stream
 from ..targets.base import View
 from ..targets.collapsed import Collapsed
 from .base import Info, both, finite_rows, once, plus, rows_of
-from .collapsed import REFRESHED, Form, layer_of, same_rows, zeros_like_rows
+from .collapsed import REFRESHED, Form, layer_of, renewed, resumed, same_rows, zeros_like_rows
 
 __all__ = ["CollapsedMotion", "CollapsedUnderdamped"]
 
@@ -75,12 +75,12 @@ class CollapsedUnderdamped(Form):
             momentum = self.sampler.drawn(x, noise)
         a = y.new_zeros(len(y), layer.layer.width)
         state = CollapsedMotion(y, a, momentum, a, a, zeros_like_rows(y))
-        if parts:
-            given = state._replace(**parts)
-            if all(v.shape == w.shape for v, w in zip(given, state, strict=True)):
-                same = same_rows(layer.positions(given.base, given.a), x)
-                same &= same_rows(layer.put_together(given.push, given.b), momentum)
-                state = rows_of(same, given, state)
+
+        def same(given: CollapsedMotion) -> Tensor:
+            of_x = same_rows(layer.positions(given.base, given.a), x)
+            return of_x & same_rows(layer.put_together(given.push, given.b), momentum)
+
+        state = resumed(state, parts, same)
         return state._replace(slopes=layer.slopes_at(state.base, state.a))
 
     def positions(self, target: View, state: CollapsedMotion) -> Tensor:
@@ -100,7 +100,7 @@ class CollapsedUnderdamped(Form):
     def step(self, target: View, state: CollapsedMotion, noise: Noise, t: int) -> tuple[CollapsedMotion, Info]:
         """Apply the parts of the splitting in turn."""
         layer, splitting = layer_of(target), self.sampler.splitting
-        state = _refreshed(layer, state)
+        state = renewed(state, lambda: _together(layer, state))
         base, a, push, b, slopes, age = state
         drift, kick, kept, spread = once(target, "coefficients", self, lambda: self.sampler.coefficients(t, base))
         of = splitting.count("O")
@@ -130,11 +130,8 @@ class CollapsedUnderdamped(Form):
         return new, Info(finite, last=last)
 
 
-def _refreshed(layer: Collapsed, state: CollapsedMotion) -> CollapsedMotion:
-    """The state, with y and p put together for chains where it is due."""
-    due = state.age >= REFRESHED
-    if not bool(due.any()):
-        return state
+def _together(layer: Collapsed, state: CollapsedMotion) -> CollapsedMotion:
+    """The state, with y and p put together."""
     y, p = layer.put_together(state.base, state.a), layer.put_together(state.push, state.b)
     zero = torch.zeros_like(state.a)
-    return rows_of(due, CollapsedMotion(y, zero, p, zero, state.slopes, zeros_like_rows(y)), state)
+    return CollapsedMotion(y, zero, p, zero, state.slopes, zeros_like_rows(y))

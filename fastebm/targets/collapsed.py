@@ -314,7 +314,7 @@ class Collapsed:
         """The energy's part that the first layer determines, (n,), and s, (n, width)."""
         self.z[: len(u)] = u
         value = self._evaluate()
-        return value[: len(u)], self._slopes()[: len(u)]
+        return value[: len(u)], self.slopes()[: len(u)]
 
     def stepped(
         self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int
@@ -332,11 +332,7 @@ class Collapsed:
     def slopes_at(self, base: Tensor, a: Tensor) -> Tensor:
         """s, (n, width), at y = base + r a W diag(r)."""
         self._differentiate_at(base, a)
-        return self._slopes()[: len(base)]
-
-    def slopes(self) -> Tensor:
-        """A copy of s, (n_rows, width), at the states of the last step."""
-        return self._slopes()
+        return self.slopes()[: len(base)]
 
     def _differentiate_at(self, base: Tensor, a: Tensor) -> None:
         product(self._padded(base, self.x), self.layer.weight.t(), None, self.z)
@@ -359,13 +355,13 @@ class Collapsed:
         end = self.z[:n].clone()
         value = self._evaluate()
         self._kick(leaps)
-        return End(self.a[:n].clone(), self.b[:n].clone(), end, value[:n], self._slopes()[:n])
+        return End(self.a[:n].clone(), self.b[:n].clone(), end, value[:n], self.slopes()[:n])
 
     def _load_slopes(self, slopes: Tensor) -> None:
         self.h[: len(slopes)] = slopes
 
-    def _slopes(self) -> Tensor:
-        """A copy of s, (n_rows, width)."""
+    def slopes(self) -> Tensor:
+        """A copy of s, (n_rows, width), where it was computed last."""
         return self.h.clone()
 
     def _leap(self, leaps: Leaps) -> None:
