@@ -12,6 +12,7 @@ Fields of a case; those after precision are optional:
     rule            keywords of the sampler, with lists for tensors
     head            "scalar"; "logsumexp" or "class", of 10 classes
     sum             true: with a second MLP, a Gaussian and a linear term
+    reduced         true: of "hmc" and "mala", in the dims that the first layer sees
     recorded        true: with frozen coordinates, a trajectory and telemetry
     wanted          of "evaluate", a method of ``Target``; default: "value_and_gradient"
     silent          true: with zeros instead of normal numbers; the same for all cases of a process
@@ -22,6 +23,7 @@ A result is the case with what was compiled, or with "refused", the message of `
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +42,7 @@ from fastebm import HMC, MALA, ClassifierEnergy, GaussianEnergy, Langevin, MLPEn
 from fastebm.backends import Chains
 from fastebm.energies import ACTIVATIONS
 from fastebm.targets.autograd import Energy
+from fastebm.targets.collapsed import reduced_sizes
 from fastebm.targets.description import describe
 
 N_CHAINS = 64
@@ -138,7 +141,8 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         description = describe(energy, labels=labels is not None)
         exact = case["kernel"] in ("hmc", "mala")
         held = "bf16x3" if exact and precision == "bf16" else precision  # of the weights
-        networks = description.networks
+        reduced = bool(case.get("reduced"))
+        dim, networks = reduced_sizes(description) if reduced else (dim, description.networks)
         launch = choose_launch(dim, networks, held, capability)
         if not isinstance(launch, str) and exact:
             resident = launch.regime == "resident"
@@ -152,7 +156,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
             wanted = case.get("wanted", "value_and_gradient")
             kernel = compiled_by(lambda: getattr(runs.evaluation(description, chains, **options), wanted)(chains.x))
         else:
-            run = runs.fused_hmc if exact else runs.fused_mlp
+            run = partial(runs.fused_hmc, reduced=reduced) if exact else runs.fused_mlp
             with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
                 kernel = compiled_by(run, description, *arguments, **options, **recording)
     if "cubin" in case:
