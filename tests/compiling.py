@@ -7,12 +7,11 @@ It compiles exactly what a launch would: the backend's entry points run on CPU t
 be a GPU of the given capability, and launching is replaced by compiling.
 
 Fields of a case; those after precision are optional:
-    kernel ("mlp", "evaluate", "hmc", "mala" or "update"), capability, dim, widths, precision
+    kernel ("mlp", "evaluate", "hmc", "reduced hmc", "mala" or "update"), capability, dim, widths, precision
     activations     one per layer; default: silu
     rule            keywords of the sampler, with lists for tensors
     head            "scalar"; "logsumexp" or "class", of 10 classes
     sum             true: with a second MLP, a Gaussian and a linear term
-    reduced         true: of "hmc" and "mala", in the dims that the first layer sees
     recorded        true: with frozen coordinates, a trajectory and telemetry
     wanted          of "evaluate", a method of ``Target``; default: "value_and_gradient"
     silent          true: with zeros instead of normal numbers; the same for all cases of a process
@@ -53,6 +52,7 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "evaluate": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
     "update": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
     "hmc": (HMC, {"step_size": 0.1, "n_leapfrog": 10}),
+    "reduced hmc": (HMC, {"step_size": 0.1, "n_leapfrog": 10}),
     "mala": (MALA, {"step_size": 0.1}),
 }
 
@@ -139,9 +139,9 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         kernel = compiled_by(runs.fused_module, Energy(energy, (dim,), torch.float32), *arguments, **recording)
     else:
         description = describe(energy, labels=labels is not None)
-        exact = case["kernel"] in ("hmc", "mala")
+        exact = case["kernel"] in ("hmc", "reduced hmc", "mala")
         held = "bf16x3" if exact and precision == "bf16" else precision  # of the weights
-        reduced = bool(case.get("reduced"))
+        reduced = case["kernel"] == "reduced hmc"
         dim, networks = reduced_sizes(description) if reduced else (dim, description.networks)
         launch = choose_launch(dim, networks, held, capability)
         if not isinstance(launch, str) and exact:
