@@ -126,7 +126,7 @@ class _Steps(NamedTuple):
     factor: Tensor | None = None
     basis: Tensor | None = None
     whole: Sequence[Any] = (None,) * 10
-    constants: Mapping[str, Any] = dict.fromkeys(("BASIS", "BASIS_LOW", "WHOLE_DIM", "CHUNK_DIM", "CURVED"))
+    constants: Mapping[str, Any] = dict.fromkeys(("BASIS", "BASIS_LOWS", "WHOLE_DIM", "CHUNK_DIM", "CURVED"))
 
 
 def _reduced(layer: FirstLayer, x: Tensor, h: float | Tensor, n_leapfrog: int, n_rows: int) -> _Steps:

@@ -30,7 +30,6 @@ from .philox import normals, uniforms
 from .products import product
 from .reduced import (
     Whole,
-    basis_pointers,
     gained_outside,
     load_leaps,
     measured,
@@ -143,7 +142,7 @@ def hmc_resident(
     H_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     STREAM: tl.constexpr,  # rng.Stream of the momenta
     # Of whole states: Q in the buffer (`Layout.places`), their dims, and those of a chunk. CURVED: c is not 0.
-    BASIS: tl.constexpr, BASIS_LOW: tl.constexpr, WHOLE_DIM: tl.constexpr, CHUNK_DIM: tl.constexpr,
+    BASIS: tl.constexpr, BASIS_LOWS: tl.constexpr, WHOLE_DIM: tl.constexpr, CHUNK_DIM: tl.constexpr,
     CURVED: tl.constexpr,
 ):  # fmt: skip
     weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
@@ -163,7 +162,7 @@ def hmc_resident(
         CHUNK: tl.constexpr = Shape(WHOLE_DIM, CHUNK_DIM, BLOCK_CHAINS, "held" if OWN_CHAINS else "turned")
         whole = Whole(
             whole_ptr, whole_end_ptr + program * (BLOCK_CHAINS * WHOLE_DIM), mean_ptr, dim_scale_ptr, curvature,
-            basis_pointers(in_weights_ptr, BASIS, BASIS_LOW),
+            weight_pointers(in_weights_ptr, BASIS, BASIS_LOWS)[0],
         )  # fmt: skip
 
     number = first_tile + tl.program_id(0)

@@ -22,7 +22,6 @@ from .philox import normals
 from .products import load_weight, multiply, operand, product, transpose
 from .step import Coefficient, Frozen, load_coefficient, load_row_of_dims, store_trajectory, within
 from .tiles import chunk_at, load_tile, store_tile, zero_padding
-from .weights import float_pointer, half_pointer
 
 
 class Whole(NamedTuple):
@@ -45,13 +44,9 @@ class Leaps(NamedTuple):
     delta_1: tl.tensor
 
 
-@triton.jit
-def basis_pointers(prepared_ptr, WORD: tl.constexpr, LOW: tl.constexpr):
-    """See `Layout.places`."""
-    if LOW < 0:
-        return (float_pointer(prepared_ptr, WORD),)
-    else:
-        return (half_pointer(prepared_ptr, WORD), half_pointer(prepared_ptr, LOW))
+@triton.constexpr_function
+def n_chunks(CHUNK):
+    return -(-CHUNK.DIM // CHUNK.BLOCK_DIM)
 
 
 @triton.jit
@@ -71,7 +66,7 @@ def load_leaps(ptr, stride_chain, stride_step, n_rows, tile, t, PER_CHAIN: tl.co
 @triton.jit
 def load_basis(whole, c, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, LAYERS: tl.constexpr):
     """Rows of Q for chunk c of the dims, as `load_weight` gives them."""
-    STRIDE: tl.constexpr = (CHUNK.DIM + CHUNK.BLOCK_DIM - 1) // CHUNK.BLOCK_DIM * CHUNK.BLOCK_DIM
+    STRIDE: tl.constexpr = n_chunks(CHUNK) * CHUNK.BLOCK_DIM
     return load_weight(whole.basis, c * CHUNK.BLOCK_DIM, STRIDE, CHUNK.BLOCK_DIM, COLUMNS, LAYERS)
 
 
@@ -104,7 +99,7 @@ def reduced_momentum(
     q = tl.zeros((CHUNK.BLOCK_CHAINS, COLUMNS), tl.float32)
     vv = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
     vy = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
-    for c in tl.range(0, (CHUNK.DIM + CHUNK.BLOCK_DIM - 1) // CHUNK.BLOCK_DIM, disable_licm=True):
+    for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
         v = momentum(counters, chunk, STREAM, CHUNK, LAYERS)
         q = product(v, load_basis(whole, c, COLUMNS, CHUNK, LAYERS), LAYERS, q)
@@ -142,7 +137,7 @@ def whole_end(
     COLUMNS: tl.constexpr = rest.shape[1]
     rest = operand(rest, LAYERS)
     z = tl.zeros((CHUNK.BLOCK_CHAINS, COLUMNS), tl.float32)
-    for c in tl.range(0, (CHUNK.DIM + CHUNK.BLOCK_DIM - 1) // CHUNK.BLOCK_DIM, disable_licm=True):
+    for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
         w = load_basis(whole, c, COLUMNS, CHUNK, LAYERS)
         moved = leaps.beta * momentum(counters, chunk, STREAM, CHUNK, LAYERS)
@@ -156,7 +151,7 @@ def whole_end(
         store_tile(whole.end, CHUNK.DIM, x, chunk_at(room, c, CHUNK), CHUNK)
     tl.debug_barrier()
     z = tl.zeros((CHUNK.BLOCK_CHAINS, COLUMNS), tl.float32)
-    for c in tl.range(0, (CHUNK.DIM + CHUNK.BLOCK_DIM - 1) // CHUNK.BLOCK_DIM, disable_licm=True):
+    for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(room, c, CHUNK)
         y = away(load_tile(whole.end, CHUNK.DIM, chunk, CHUNK), whole, chunk, CHUNK)
         z = product(y, load_basis(whole, c, COLUMNS, CHUNK, LAYERS), LAYERS, z)
@@ -169,7 +164,7 @@ def measured(whole, room, bounds, CURVED: tl.constexpr, CLAMP: tl.constexpr, CHU
     yy = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
     fits = tl.full((CHUNK.BLOCK_CHAINS,), 1, tl.int1)
     if CURVED or CLAMP != "":
-        for c in tl.range(0, (CHUNK.DIM + CHUNK.BLOCK_DIM - 1) // CHUNK.BLOCK_DIM, disable_licm=True):
+        for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
             chunk = chunk_at(room, c, CHUNK)
             x = load_tile(whole.end, CHUNK.DIM, chunk, CHUNK)
             if CURVED:
@@ -182,7 +177,7 @@ def measured(whole, room, bounds, CURVED: tl.constexpr, CLAMP: tl.constexpr, CHU
 @triton.jit
 def move_whole(accepted, whole, trajectory_ptr, t, thin, steps, tile, room, CHUNK: tl.constexpr):
     """Replace states by the accepted ends, and store every thin-th."""
-    for c in tl.range(0, (CHUNK.DIM + CHUNK.BLOCK_DIM - 1) // CHUNK.BLOCK_DIM, disable_licm=True):
+    for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
         end = load_tile(whole.end, CHUNK.DIM, chunk_at(room, c, CHUNK), CHUNK)
         x = tl.where(accepted[:, None], end, load_tile(whole.x, CHUNK.DIM, chunk, CHUNK))
@@ -200,7 +195,7 @@ def whole_square_norm(grad, z, whole, tile, CURVED: tl.constexpr, CHUNK: tl.cons
         grad -= whole.curvature * z
     grad = operand(grad, LAYERS)
     square = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
-    for c in tl.range(0, (CHUNK.DIM + CHUNK.BLOCK_DIM - 1) // CHUNK.BLOCK_DIM, disable_licm=True):
+    for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
         g = multiply(grad, transpose(load_basis(whole, c, COLUMNS, CHUNK, LAYERS), LAYERS), LAYERS)
         if whole.scale is not None:

@@ -125,7 +125,7 @@ class Layout:
 
         WEIGHTS, BIASES: the first word of each layer's. LOWS: the first word of a weight's low half, 0 if it has none,
         -1 if the weight is float32. TERMS: the first words of -w, constant, c, m, b; -1 for one that is absent.
-        BASIS, BASIS_LOW: the same of Q^T as of a weight, where there is one.
+        BASIS, BASIS_LOWS: the same of Q^T, where there is one.
         """
         layers, rest = 2 * self.n_layers, iter(self.offsets[2 * self.n_layers :])
         there = (True, True, self.curvature, self.curvature, self.linear)
@@ -137,7 +137,7 @@ class Layout:
         }
         if self.basis:
             last = len(self.parts) - 1
-            places |= {"BASIS": self.offsets[last], "BASIS_LOW": self._low(last)}
+            places |= {"BASIS": (self.offsets[last],), "BASIS_LOWS": (self._low(last),)}
         return places
 
     def _low(self, i: int) -> int:
