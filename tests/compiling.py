@@ -11,6 +11,7 @@ Fields of a case; those after precision are optional:
     activations     one per layer; default: silu
     rule            keywords of the sampler, with lists for tensors
     head            "scalar"; "logsumexp" or "class", of 10 classes
+    gaussian        true: with a Gaussian term
     sum             true: with a second MLP, a Gaussian and a linear term
     recorded        true: with frozen coordinates, a trajectory and telemetry
     wanted          of "evaluate", a method of ``Target``; default: "value_and_gradient"
@@ -106,6 +107,8 @@ def energy_of(case: dict[str, Any]) -> nn.Module:
     energy: nn.Module = nn.Sequential(*layers, nn.Linear(sizes[-1], 1 if head == "scalar" else 10))
     if head != "scalar":
         energy = ClassifierEnergy(energy)
+    if case.get("gaussian"):
+        energy = SumEnergy([energy, GaussianEnergy()])
     if case.get("sum"):
         terms = (energy, MLPEnergy(case["dim"], (16,)), GaussianEnergy(), nn.Linear(case["dim"], 1))
         energy = SumEnergy(terms, (1.0, -0.5, 1.0, 1.0))

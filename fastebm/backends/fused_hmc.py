@@ -136,7 +136,7 @@ def _reduced(layer: FirstLayer, x: Tensor, h: float | Tensor, n_leapfrog: int, n
     leaps = Leaps.of(h, n_leapfrog, c, x)
     table = torch.stack([leaps.alpha_1[-1], leaps.beta[-1], leaps.gamma[:, 0], leaps.delta_1[:, 0]])
     whole = [
-        x, x.new_empty(n_rows, dim), x.new_empty(n_chains), None if mean is None else aligned(mean),
+        x, x.new_empty(n_rows, dim), x.new_empty(3, n_chains), None if mean is None else aligned(mean),
         None if scale is None else torch.stack([scale, 1 / scale]), c,
         table, table.shape[1], *(int(isinstance(h, Tensor) and h.shape[i] > 1) for i in (0, 1)),
     ]  # fmt: skip

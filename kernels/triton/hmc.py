@@ -30,7 +30,7 @@ from .philox import normals, uniforms
 from .products import product
 from .reduced import (
     Whole,
-    gained_outside,
+    gained_by_curvature,
     load_leaps,
     measured,
     move_whole,
@@ -131,8 +131,8 @@ def hmc_resident(
     prepared_ptr, in_weights_ptr, in_biases_ptr, n_chains, steps, zero, first_tile,
     scratch_ptr,  # (programs, BLOCK_CHAINS, PLACES, BLOCK_DIM) float32
     end_ptr,  # (n_chains,) float32, scratch; None without labels
-    # Of whole states (reduced.py), or None. square: (n_chains,) float32, scratch, for |y|^2.
-    whole_ptr, whole_end_ptr, square_ptr, mean_ptr, dim_scale_ptr, curvature,
+    # Of whole states, or None: see reduced.Whole. end: of all tiles.
+    whole_ptr, whole_end_ptr, sums_ptr, mean_ptr, dim_scale_ptr, curvature,
     leaps_ptr, n_rows, stride_leaps_chain, stride_leaps_step,  # (4, n_rows) float32
     WEIGHTS: tl.constexpr, LOWS: tl.constexpr, BIASES: tl.constexpr, TERMS: tl.constexpr,
     LAYERS: tl.constexpr, ENERGY: tl.constexpr,
@@ -161,8 +161,8 @@ def hmc_resident(
     if whole_ptr is not None:
         CHUNK: tl.constexpr = Shape(WHOLE_DIM, CHUNK_DIM, BLOCK_CHAINS, "held" if OWN_CHAINS else "turned")
         whole = Whole(
-            whole_ptr, whole_end_ptr + program * (BLOCK_CHAINS * WHOLE_DIM), mean_ptr, dim_scale_ptr, curvature,
-            weight_pointers(in_weights_ptr, BASIS, BASIS_LOWS)[0],
+            whole_ptr, whole_end_ptr + program * (BLOCK_CHAINS * WHOLE_DIM), sums_ptr, mean_ptr, dim_scale_ptr,
+            curvature, weight_pointers(in_weights_ptr, BASIS, BASIS_LOWS)[0],
         )  # fmt: skip
 
     number = first_tile + tl.program_id(0)
@@ -186,7 +186,7 @@ def hmc_resident(
     store_place(scratch, GRADIENT, tl.zeros((BLOCK_CHAINS, BLOCK_DIM), tl.float32), 0, SCRATCH)
     if whole_ptr is not None:
         store_tile(x_ptr, DIM, tl.zeros((BLOCK_CHAINS, BLOCK_DIM), tl.float32), start, SHAPE)
-        tl.store(square_ptr + chains, 0.0, mask=inside)
+        tl.store(sums_ptr + chains, 0.0, mask=inside)
     tl.debug_barrier()  # other threads may load them
 
     for t in tl.range(-1, steps, disable_licm=True):
@@ -199,7 +199,7 @@ def hmc_resident(
         if whole_ptr is not None:
             counters = Counters(key0, key1, chain, step)
             leaps = load_leaps(leaps_ptr, stride_leaps_chain, stride_leaps_step, n_rows, tile, t, H_PER_CHAIN)
-            v, vv, vy = reduced_momentum(whole, counters, tile, CURVED, BLOCK_DIM, STREAM, CHUNK, ENERGY)
+            v = reduced_momentum(whole, counters, tile, BLOCK_DIM, STREAM, CHUNK, ENERGY)
         else:
             v = normals(
                 key0, key1, chain, step, 0, STREAM, DIM, BLOCK_CHAINS, BLOCK_DIM, LAYERS.FAST, True
@@ -208,15 +208,18 @@ def hmc_resident(
         h = load_step(step_of, factor_ptr, tile, t, SHAPE, H_PER_CHAIN)
         moved = v - 0.5 * h * load_place(scratch, GRADIENT, tile.shift, SCRATCH)
         gained = 0.5 * tl.sum((moved - v) * (moved + v), axis=1)
-        fastest = tl.where(gained > 0.0, gained, 0.0)  # a comparison, because a maximum may return NaN
         x = load_tile(x_ptr, DIM, tile, SHAPE)
         if whole_ptr is not None:
             if CURVED:
-                square = tl.load(square_ptr + chains, mask=inside, other=0.0)
-                first_gain, last_gain = gained_outside(x, v, 0.5 * h * curvature, leaps, square, vv, vy)
-                fastest = tl.where(gained + first_gain > 0.0, gained + first_gain, 0.0)
-                gained += last_gain
+                # What the other dims gain: what all do, which is added later, without what these do.
+                first_gain, last_gain = gained_by_curvature(
+                    0.5 * h * curvature, leaps, tl.sum(x * x, axis=1), tl.sum(x * v, axis=1), tl.sum(v * v, axis=1)
+                )
+                first_gain = gained - first_gain
+                gained -= last_gain
             store_place(scratch, FREE, x + (leaps.alpha_1 * x + leaps.beta * v), tile.shift, SCRATCH)
+        # Comparisons, here and below, because a maximum may return NaN.
+        fastest = tl.where(gained == gained, gained, -float("inf"))
         x += h * moved
         store_place(scratch, MOMENTUM, moved, tile.shift, SCRATCH)
         store_place(scratch, POSITION, x, tile.shift, SCRATCH)
@@ -255,7 +258,10 @@ def hmc_resident(
             first, chains, inside = tile_at(number + shift, n_chains, BLOCK_CHAINS)
             again = Tile(first, n_chains, chains, inside, dims, 0, shift)
             x = load_place(scratch, POSITION, again.shift, SCRATCH)
-            grad = add_terms(grad, x, terms, shift, BLOCK_DIM)
+            if CURVED:
+                grad += curvature * x
+            else:
+                grad = add_terms(grad, x, terms, shift, BLOCK_DIM)
             grad = zero_padding(hold(grad, 0.0, frozen, again, SHAPE), again, SHAPE)
             h = load_step(step_of, factor_ptr, again, t, SHAPE, H_PER_CHAIN)
             v = load_place(scratch, MOMENTUM, again.shift, SCRATCH)
@@ -277,6 +283,16 @@ def hmc_resident(
         x = load_place(scratch, POSITION, tile.shift, SCRATCH)
         if whole_ptr is not None:
             square, fits = measured(whole, room, bounds, CURVED, CLAMP, CHUNK)
+            if CURVED:
+                yy = tl.load(sums_ptr + chains, mask=inside, other=0.0)
+                yv = tl.load(sums_ptr + n_chains.to(tl.int64) + chains, mask=inside, other=0.0)
+                vv = tl.load(sums_ptr + 2 * n_chains.to(tl.int64) + chains, mask=inside, other=0.0)
+                leaps = load_leaps(leaps_ptr, stride_leaps_chain, stride_leaps_step, n_rows, tile, t, H_PER_CHAIN)
+                h = load_step(step_of, factor_ptr, tile, t, SHAPE, H_PER_CHAIN)
+                first_kick, last_gain = gained_by_curvature(0.5 * h * curvature, leaps, yy, yv, vv)
+                gained += last_gain
+                fastest = tl.where(last_gain * 0.0 == 0.0, fastest + last_gain, float("inf"))  # where it overflows
+                fastest = tl.where(first_gain + first_kick > fastest, first_gain + first_kick, fastest)
             end = tl.load(constant_ptr + shift) + 0.5 * curvature * square
         else:
             end = energy_of_terms(x, terms, shift, BLOCK_DIM) + tl.load(constant_ptr + shift)
@@ -313,8 +329,8 @@ def hmc_resident(
         x = tl.where(accepted[:, None], x, load_tile(x_ptr, DIM, tile, SHAPE))
         store_tile(x_ptr, DIM, x, tile, SHAPE)
         if whole_ptr is not None:
-            before = tl.load(square_ptr + chains, mask=inside, other=0.0)
-            tl.store(square_ptr + chains, tl.where(accepted, square, before), mask=inside)
+            before = tl.load(sums_ptr + chains, mask=inside, other=0.0)
+            tl.store(sums_ptr + chains, tl.where(accepted, square, before), mask=inside)
             move_whole(accepted, whole, trajectory_ptr, t, thin, steps, tile, room, CHUNK)
         elif trajectory_ptr is not None:
             if t >= 0:

@@ -29,6 +29,7 @@ class Whole(NamedTuple):
 
     x: tl.tensor  # (n_chains, DIM) float32
     end: tl.tensor  # (BLOCK_CHAINS, DIM) float32, scratch of the tile: where trajectories end
+    sums: tl.tensor  # (3, n_chains) float32, scratch: |y|^2, y . v and |v|^2
     mean: tl.tensor  # (DIM,) float32, m
     scale: tl.tensor  # (2, DIM) float32, r and 1 / r
     curvature: tl.tensor  # c, a number
@@ -92,37 +93,28 @@ def away(x, whole, chunk, CHUNK: tl.constexpr):
 
 @triton.jit
 def reduced_momentum(
-    whole, counters, tile, CURVED: tl.constexpr, COLUMNS: tl.constexpr, STREAM: tl.constexpr, CHUNK: tl.constexpr,
-    LAYERS: tl.constexpr,
+    whole, counters, tile, COLUMNS: tl.constexpr, STREAM: tl.constexpr, CHUNK: tl.constexpr, LAYERS: tl.constexpr
 ):  # fmt: skip
-    """q = v Q: (BLOCK_CHAINS, COLUMNS), and, if CURVED, |v|^2 and v . y: (BLOCK_CHAINS,)."""
+    """q = v Q: (BLOCK_CHAINS, COLUMNS)."""
     q = tl.zeros((CHUNK.BLOCK_CHAINS, COLUMNS), tl.float32)
-    vv = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
-    vy = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
     for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
         v = momentum(counters, chunk, STREAM, CHUNK, LAYERS)
         q = product(v, load_basis(whole, c, COLUMNS, CHUNK, LAYERS), LAYERS, q)
-        if CURVED:
-            y = away(load_tile(whole.x, CHUNK.DIM, chunk, CHUNK), whole, chunk, CHUNK)
-            vv += tl.sum(v * v, axis=1)
-            vy += tl.sum(v * y, axis=1)
-    return q, vv, vy
+    return q
 
 
 @triton.jit
-def gained_outside(z, q, kick, leaps, yy, vv, vy):
-    """Kinetic energy |w|^2 / 2 after the first kick and at the end, beyond that at the start: (BLOCK_CHAINS,) each.
+def gained_by_curvature(kick, leaps, yy, yv, vv):
+    """The gain of |v|^2 / 2 by the Gaussian term alone, after the first kick and at the end: (BLOCK_CHAINS,) each.
 
-    kick: of the first, h c / 2. yy: |y|^2 at the start; vv, vy: of `reduced_momentum`.
+    kick: the first, h c / 2. yy, yv, vv: |y|^2, y . v and |v|^2 at the start, of all dims or of some.
     """
-    pp = (yy - tl.sum(z * z, axis=1))[:, None]
-    pw = (vy - tl.sum(z * q, axis=1))[:, None]
-    ww = (vv - tl.sum(q * q, axis=1))[:, None]
+    yy, yv, vv = yy[:, None], yv[:, None], vv[:, None]
     gamma, delta_1 = leaps.gamma, leaps.delta_1
-    first = tl.sum(0.5 * kick * (kick * pp - 2.0 * pw), axis=1)
-    last = tl.sum(0.5 * (gamma * (gamma * pp + 2.0 * (1.0 + delta_1) * pw) + delta_1 * (2.0 + delta_1) * ww), axis=1)
-    return first, tl.where(last == last, last, float("inf"))  # NaN where the four numbers overflow
+    first = 0.5 * kick * (kick * yy - 2.0 * yv)
+    last = 0.5 * (gamma * (gamma * yy + 2.0 * (1.0 + delta_1) * yv) + delta_1 * (2.0 + delta_1) * vv)
+    return tl.sum(first, axis=1), tl.sum(last, axis=1)
 
 
 @triton.jit
@@ -130,30 +122,39 @@ def whole_end(
     rest, leaps, whole, counters, tile, room, CURVED: tl.constexpr, STREAM: tl.constexpr, CHUNK: tl.constexpr,
     LAYERS: tl.constexpr,
 ):  # fmt: skip
-    """Store x_L and return z_L.
+    """Store x_L and return z_L. If CURVED, store y . v and |v|^2 too.
 
     rest: z_L - alpha z - beta q, with z_L of the trajectory. room: the tile in scratch.
     """
+    yv = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
+    vv = tl.zeros((CHUNK.BLOCK_CHAINS,), tl.float32)
+    end_ptr = whole.end + tile.shift * CHUNK.DIM  # the same, but addresses are not kept in registers for all steps
     COLUMNS: tl.constexpr = rest.shape[1]
     rest = operand(rest, LAYERS)
     z = tl.zeros((CHUNK.BLOCK_CHAINS, COLUMNS), tl.float32)
     for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
         w = load_basis(whole, c, COLUMNS, CHUNK, LAYERS)
-        moved = leaps.beta * momentum(counters, chunk, STREAM, CHUNK, LAYERS)
-        moved += multiply(rest, transpose(w, LAYERS), LAYERS)
+        v = momentum(counters, chunk, STREAM, CHUNK, LAYERS)
+        moved = leaps.beta * v + multiply(rest, transpose(w, LAYERS), LAYERS)
         if whole.scale is not None:
             moved *= load_row_of_dims(whole.scale, chunk, CHUNK)
         x = load_tile(whole.x, CHUNK.DIM, chunk, CHUNK)
         if CURVED:
-            moved += leaps.alpha_1 * away(x, whole, chunk, CHUNK)
+            y = away(x, whole, chunk, CHUNK)
+            moved += leaps.alpha_1 * y
+            yv += tl.sum(y * v, axis=1)
+            vv += tl.sum(v * v, axis=1)
         x += moved
-        store_tile(whole.end, CHUNK.DIM, x, chunk_at(room, c, CHUNK), CHUNK)
+        store_tile(end_ptr, CHUNK.DIM, x, chunk_at(room, c, CHUNK), CHUNK)
+    if CURVED:
+        tl.store(whole.sums + tile.n_chains.to(tl.int64) + tile.chains, yv, mask=tile.inside)
+        tl.store(whole.sums + 2 * tile.n_chains.to(tl.int64) + tile.chains, vv, mask=tile.inside)
     tl.debug_barrier()
     z = tl.zeros((CHUNK.BLOCK_CHAINS, COLUMNS), tl.float32)
     for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(room, c, CHUNK)
-        y = away(load_tile(whole.end, CHUNK.DIM, chunk, CHUNK), whole, chunk, CHUNK)
+        y = away(load_tile(end_ptr, CHUNK.DIM, chunk, CHUNK), whole, chunk, CHUNK)
         z = product(y, load_basis(whole, c, COLUMNS, CHUNK, LAYERS), LAYERS, z)
     return z
 
@@ -179,7 +180,7 @@ def move_whole(accepted, whole, trajectory_ptr, t, thin, steps, tile, room, CHUN
     """Replace states by the accepted ends, and store every thin-th."""
     for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
-        end = load_tile(whole.end, CHUNK.DIM, chunk_at(room, c, CHUNK), CHUNK)
+        end = load_tile(whole.end + tile.shift * CHUNK.DIM, CHUNK.DIM, chunk_at(room, c, CHUNK), CHUNK)
         x = tl.where(accepted[:, None], end, load_tile(whole.x, CHUNK.DIM, chunk, CHUNK))
         store_tile(whole.x, CHUNK.DIM, x, chunk, CHUNK)
         if trajectory_ptr is not None:
