@@ -82,8 +82,8 @@ class CollapsedLangevin(Form):
             return {"clipped": 0.0, "clamped": 0.0}
 
         def last() -> Mapping[str, Tensor]:
-            y = layer.put_together(state.base, state.a)
-            return {"grad_norm": torch.linalg.vector_norm(layer.gradient_from(y, layer.slopes()[: len(y)]), dim=1)}
+            gradient = layer.gradient_from(state.base, state.a, layer.slopes()[: len(state.a)])
+            return {"grad_norm": torch.linalg.vector_norm(gradient, dim=1)}
 
         return new, Info(finite, averaged, last)
 

@@ -124,7 +124,7 @@ class CollapsedUnderdamped(Form):
             new = rows_of(finite, new, state)
 
         def last() -> Mapping[str, Tensor]:
-            gradient = layer.gradient_from(layer.put_together(*where), slopes)
+            gradient = layer.gradient_from(*where, slopes)
             return {"grad_norm": torch.linalg.vector_norm(gradient, dim=1)}
 
         return new, Info(finite, last=last)
