@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import cpu as kernels
-from ..rng import Noise
+from ..rng import Noise, Stream, drawing, seed_words
 from ..samplers.langevin import Langevin
 from ..targets.closed_form import matrix, padded_rows
 from ..targets.collapsed import Arrival, Collapsed, Drift, End, FirstLayer, Leaps
@@ -51,6 +51,7 @@ class _Collapsed(Collapsed):
         self.scale = self.x.new_ones(self.x.shape[1]) if layer.scale is None else layer.scale.contiguous()
         self.scratch = Scratch(self.x.shape[1])
         self.step: _Step | None = None
+        self.draw: tuple[Noise, Program, Tensor, Tensor] | None = None
         self.gaps = layer.width > sum(where.shape[1] for where in self.places)  # columns between blocks, which stay 0
         self.exponential = any(network.mlp.head == "logsumexp" for network in self.networks)
 
@@ -87,6 +88,22 @@ class _Collapsed(Collapsed):
         self.t.fill_(leaps.n_leapfrog)
         for call in self.leaps:
             call()
+
+    def momenta(self, noise: Noise, stream: Stream, t: int) -> tuple[Tensor, Tensor]:
+        """As ``Collapsed`` has it, without Python between the draw and the product."""
+        if self.draw is None or self.draw[0] is not noise:
+            (n, dim), chains, steps = (self.n_chains, self.x.shape[1]), noise.chains, noise.first_steps.contiguous()
+            v = self.x.new_zeros(self.n_rows, -(-dim // 4) * 4)[:, :dim]  # whole blocks of random numbers
+            q = matrix(self.n_rows, self.layer.width, v)
+            arguments = seed_words(noise.seed), int(stream), chains.contiguous(), steps, 0, v.stride(0) // 4, v
+            w, r, _ = self.scratch.draw
+            draw = drawing(kernels.NORMAL, slice(0, n), (w, r), *arguments)
+            draw.aim(t=self.t)
+            calls = [draw, *matrix_product(v, self.layer.scaled.t(), q)]
+            self.draw = noise, Program(calls, calls, self.t), v[:n], q[:n]
+        _, program, v, q = self.draw
+        program.run(t, t + 1)
+        return v, q
 
     def arrived(self, base: Tensor, a: Tensor, u: Tensor, v: Tensor, q: Tensor, end: End, leaps: Leaps) -> Arrival:
         """As ``Collapsed`` has it, in one pass."""

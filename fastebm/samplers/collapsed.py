@@ -154,8 +154,7 @@ class CollapsedHMC(Form):
         old = old._replace(age=old.age + 1)
         if self.eager:  # G may have another scale than in the last step
             old = old._replace(pull=layer.multiplied(old.slopes))
-        v = noise.normal(self.stream, t)
-        q = layer.projected_momentum(v)
+        v, q = layer.momenta(noise, self.stream, t)
         end = layer.followed(old.inner, q, old.slopes, old.pull, leaps)
         base, a, *sums, size = layer.arrived(old.base, old.a, old.inner, v, q, end, leaps)
         square, gained = _squares(layer, old, leaps, *sums)

@@ -264,9 +264,10 @@ class Collapsed:
         """u = y W^T, (n, width)."""
         return self._product(y, self.layer.weight.t())
 
-    def projected_momentum(self, v: Tensor) -> Tensor:
-        """q = v (W diag(r))^T, (n, width)."""
-        return self._product(v, self.layer.scaled.t())
+    def momenta(self, noise: Noise, stream: Stream, t: int) -> tuple[Tensor, Tensor]:
+        """v of step t, (n, dim), and q = v (W diag(r))^T, (n, width). The next step may overwrite them."""
+        v = noise.normal(stream, t)
+        return v, self._product(v, self.layer.scaled.t())
 
     def multiplied(self, slopes: Tensor) -> Tensor:
         """s G, (n, width)."""
