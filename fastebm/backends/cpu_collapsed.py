@@ -36,8 +36,8 @@ class _Collapsed(Collapsed):
         leap = kernels.load("leapfrog.leap")
         self.leaps = [
             leap.prepared(
-                s, *(v[:, block] for v in (self.pull, self.a, self.b, self.u, self.q, self.z)), self.n_rows, s.shape[1],
-                self.a.stride(0), None, None, 0, 0, self.curvature, self.t,
+                *[None] * 4, n_chains, s, *(v[:, block] for v in (self.pull, self.a, self.b, self.u, self.q, self.z)),
+                self.n_rows, s.shape[1], self.a.stride(0), None, None, 0, 0, self.curvature, self.t,
             )
             for s, block in zip(self.places, layer.blocks, strict=True)
         ]  # fmt: skip
@@ -55,9 +55,11 @@ class _Collapsed(Collapsed):
         self.gaps = layer.width > sum(where.shape[1] for where in self.places)  # columns between blocks, which stay 0
         self.exponential = any(network.mlp.head == "logsumexp" for network in self.networks)
 
-    def _load_slopes(self, slopes: Tensor) -> None:
-        for where, block in zip(self.places, self.layer.blocks, strict=True):
-            where[: len(slopes)] = slopes[:, block]
+    def _load(self, u: Tensor, q: Tensor, slopes: Tensor, pull: Tensor) -> None:
+        """As ``Collapsed`` has it: the first leapfrog step reads them where they are."""
+        for call, block in zip(self.leaps, self.layer.blocks, strict=True):
+            call.aim(u_0=u[:, block], q_0=q[:, block], s_0=slopes[:, block], pull_0=pull[:, block])
+        self.start_of_leaps = u, q, slopes, pull  # the calls have their addresses
 
     def slopes(self) -> Tensor:
         """As ``Collapsed`` has it."""

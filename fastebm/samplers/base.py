@@ -232,7 +232,8 @@ def overwritten(rows: Tensor, a: _State, b: _State) -> _State:
     """``rows_of`` in the memory of a, which the caller has just made. Faster if a has most rows."""
     others = (~rows).nonzero()[:, 0]
     for v, w in zip(a, b, strict=True):
-        v.index_copy_(0, others, w.index_select(0, others))
+        if v is not w:
+            v.index_copy_(0, others, w.index_select(0, others))
     return a
 
 

@@ -132,12 +132,13 @@ class CollapsedHMC(Form):
         depend on where a call ends."""
         layer = layer_of(target)
         y = layer.away(x)
-        fresh = _at(layer, y)
+        a, age = y.new_zeros(len(y), layer.layer.width), zeros_like_rows(y)
+        like = CollapsedPoint(y, a, a, a[:, 0].double(), a, a[:, 0], a, age, age + layer.layer.mark)
 
         def same(given: CollapsedPoint) -> Tensor:
-            return same_rows(layer.positions(given.base, given.a), x) & (given.mark == fresh.mark)
+            return same_rows(layer.positions(given.base, given.a), x) & (given.mark == like.mark)
 
-        state = resumed(fresh, carried, same)
+        state = resumed(like, carried, same, lambda: _at(layer, y))
         if self.eager:
             state = state._replace(base=layer.put_together(state.base, state.a), a=torch.zeros_like(state.a))
         return self._completed(layer, state)
@@ -250,12 +251,18 @@ def zeros_like_rows(x: Tensor) -> Tensor:
     return torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def resumed(fresh: _State, carried: Mapping[str, Tensor], same: Callable[[_State], Tensor]) -> _State:
-    """The state with what chains carry, where it belongs to them, and a fresh one elsewhere. same: which, (n,) bool."""
-    given: _State = fresh._replace(**carried)
-    if not carried or any(v.shape != w.shape for v, w in zip(given, fresh, strict=True)):
-        return fresh
-    return rows_of(same(given), given, fresh)
+def resumed(
+    like: _State, carried: Mapping[str, Tensor], same: Callable[[_State], Tensor], make: Callable[[], _State]
+) -> _State:  # fmt: skip
+    """The state with what chains carry, where it belongs to them, and those of ``make`` elsewhere.
+
+    like: a state of the right shapes, whose fields are kept if they are not carried. same: which belong, (n,) bool.
+    """
+    given: _State = like._replace(**carried)
+    if not carried or any(v.shape != w.shape for v, w in zip(given, like, strict=True)):
+        return make()
+    rows = same(given)
+    return given if bool(rows.all()) else rows_of(rows, given, make())
 
 
 def renewed(state: _State, make: Callable[[], _State]) -> _State:

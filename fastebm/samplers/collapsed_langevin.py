@@ -62,7 +62,11 @@ class CollapsedLangevin(Form):
         layer = layer_of(target)
         y = layer.away(x)
         fresh = CollapsedState(y, y.new_zeros(len(y), layer.layer.width), zeros_like_rows(y))
-        return resumed(fresh, carried, lambda given: same_rows(layer.positions(given.base, given.a), x))
+
+        def same(given: CollapsedState) -> Tensor:
+            return same_rows(layer.positions(given.base, given.a), x)
+
+        return resumed(fresh, carried, same, lambda: fresh)
 
     def positions(self, target: View, state: CollapsedState) -> Tensor:
         """x, put together."""

@@ -362,11 +362,7 @@ class Collapsed:
     def followed(self, u: Tensor, q: Tensor, slopes: Tensor, pull: Tensor, leaps: Leaps) -> End:
         """Follow a trajectory. u, q, slopes, pull: (n, width) u_0, q_0, and s and s G there."""
         n = len(u)
-        for room, v in ((self.u, u), (self.q, q), (self.pull, pull)):
-            room[:n], room[n:] = v, 0.0
-        self._load_slopes(slopes)
-        self.a.zero_()
-        self.b.zero_()
+        self._load(u, q, slopes, pull)
         self._leap(leaps)
         value = self._evaluate()
         self._pull()
@@ -385,8 +381,12 @@ class Collapsed:
             vv, vy = v.square().sum(dim=1), (v * base).sum(dim=1) + (q * a).sum(dim=1)
         return Arrival(there, a_there, of_a, of_b, vv, vy, there.sum() + a_there.sum())
 
-    def _load_slopes(self, slopes: Tensor) -> None:
-        self.h[: len(slopes)] = slopes
+    def _load(self, u: Tensor, q: Tensor, slopes: Tensor, pull: Tensor) -> None:
+        """The start of a trajectory to the buffers."""
+        for room, v in ((self.u, u), (self.q, q), (self.h, slopes), (self.pull, pull)):
+            room[: len(v)], room[len(v) :] = v, 0.0
+        self.a.zero_()
+        self.b.zero_()
 
     def slopes(self) -> Tensor:
         """A copy of s, (n_rows, width), where it was computed last."""

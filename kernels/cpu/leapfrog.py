@@ -33,11 +33,15 @@ def move(
 
 
 def leap(
-    s: f32s, pull: f32s, a: f32s, b: f32s, u: f32s, q: f32s, z: f32s, n: int, width: int, stride: int, kicks: f32s,
-    drifts: f32s, rows: int, n_leapfrog: int, curvature: float, t: i64s,
+    u_0: f32s, q_0: f32s, s_0: f32s, pull_0: f32s, n_chains: int, s: f32s, pull: f32s, a: f32s, b: f32s, u: f32s,
+    q: f32s, z: f32s, n: int, width: int, stride: int, kicks: f32s, drifts: f32s, rows: int, n_leapfrog: int,
+    curvature: float, t: i64s,
 ):  # fmt: skip
     """The same in the first layer (fastebm/targets/collapsed.py): b -= kick (s + curvature a) and
     q -= kick (pull + curvature u), then a += drift b, u += drift q and z = u, but not at t = n_leapfrog.
+
+    At t = 0, a and b count as 0, and u, q, s and pull are read from u_0 to pull_0, (n_chains, stride); rows from
+    n_chains on start at 0.
 
     s, pull, a, b, u, q, z: (n, stride) float32 of width columns. s may be z. kicks, drifts: (steps, rows), of which row
     t[0] is used; rows is 1 or n.
@@ -45,21 +49,34 @@ def leap(
     for i in range(n):
         at, row = i * stride, t[0] * rows + (i if rows > 1 else 0)
         kick, drift = kicks[row], drifts[row]
-        if t[0] < n_leapfrog:
-            for j in range(width):
-                v = b[at + j] - kick * (s[at + j] + curvature * a[at + j])
-                b[at + j] = v
-                a[at + j] += drift * v
-            for j in range(width):
-                v = q[at + j] - kick * (pull[at + j] + curvature * u[at + j])
-                q[at + j] = v
-                v = u[at + j] + drift * v
-                u[at + j] = v
-                z[at + j] = v
+        if t[0] == 0 and i < n_chains:
+            for j in range(at, at + width):
+                v = -kick * s_0[j]
+                b[j] = v
+                a[j] = drift * v
+                w = q_0[j] - kick * (pull_0[j] + curvature * u_0[j])
+                q[j] = w
+                x = u_0[j] + drift * w
+                u[j] = x
+                z[j] = x
+        elif t[0] == 0:
+            for j in range(at, at + width):
+                a[j], b[j], u[j], q[j], z[j] = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
+        elif t[0] < n_leapfrog:
+            for j in range(at, at + width):
+                v = b[j] - kick * (s[j] + curvature * a[j])
+                b[j] = v
+                a[j] += drift * v
+            for j in range(at, at + width):
+                w = q[j] - kick * (pull[j] + curvature * u[j])
+                q[j] = w
+                x = u[j] + drift * w
+                u[j] = x
+                z[j] = x
         else:
-            for j in range(width):
-                b[at + j] -= kick * (s[at + j] + curvature * a[at + j])
-                q[at + j] -= kick * (pull[at + j] + curvature * u[at + j])
+            for j in range(at, at + width):
+                b[j] -= kick * (s[j] + curvature * a[j])
+                q[j] -= kick * (pull[j] + curvature * u[j])
 
 
 def _along(a, y, y_0, v_0, at, n, alpha_1, beta):  # type: ignore[no-untyped-def]
