@@ -223,17 +223,20 @@ def profile_table(kernel: Kernel, n_chains: int, device: torch.device, dry: bool
 
 # -- samplers --------------------------------------------------------------------------------------------------
 
+# Of DIGITS, with which HMC and MALA take their steps in the first layer.
+NARROW_DIGITS = (784, (128, 128))
+
 # A sampler and its steps, on an energy and a number of chains.
 Sampled = tuple[str, Any, int, Case]
 SAMPLED: tuple[Sampled, ...] = tuple(
     (name, sampler, steps, Case(*energy, n, clamp=None))
     for n in (4_096, 65_536)
-    for energy in (TABLE, DIGITS)
+    for energy in (TABLE, NARROW_DIGITS, DIGITS)
     for name, sampler, steps in (("HMC", HMC(0.1, 10), 10), ("MALA", MALA(0.01), 60), ("NUTS", NUTS(0.1, 5), 5))
 )
 DRY_SAMPLED: tuple[Sampled, ...] = tuple(
-    (name, sampler, 2, Case(3, (16,), 70, clamp=None))
-    for name, sampler in (("MALA", MALA(0.01)), ("NUTS", NUTS(0.1, 2)))
+    (name, sampler, 2, Case(dim, (16,), 70, clamp=None))
+    for name, sampler, dim in (("MALA", MALA(0.01), 3), ("HMC", HMC(0.1, 2), 130), ("NUTS", NUTS(0.1, 2), 3))
 )
 SAME_CHAINS = 0.95  # share of chains that must agree after one step: an accept test may go either way by rounding
 

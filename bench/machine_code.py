@@ -84,7 +84,7 @@ def is_tensor(name: str) -> bool:
     return re.match(r"[A-Z]*MMA", name) is not None
 
 
-def executed(code: list[tuple[int, str]], chunks: int, *, steps: bool = True) -> Counter[str]:
+def executed(code: list[tuple[int, str]], chunks: int, *, steps: bool = True, whole: int = 0) -> Counter[str]:
     """Instructions that one warp executes in one step, by opcode. With steps=False, in the whole kernel.
 
     The step loop is the largest outermost loop. Of its inner loops, one with tensor-core products and stores of the
@@ -94,6 +94,9 @@ def executed(code: list[tuple[int, str]], chunks: int, *, steps: bool = True) ->
 
     A kernel without steps counts as a loop from its end to its start. It has no rehearsal: all products are in loops
     over chunks.
+
+    whole: the chunks of whole states (reduced.py), over which all inner loops with loads run but one. That has
+    ``chunks`` leapfrog steps, and in one of these the loops within it run.
     """
     leads = flow(code)
     names = [opcode(text) for _, text in code]
@@ -104,24 +107,30 @@ def executed(code: list[tuple[int, str]], chunks: int, *, steps: bool = True) ->
     if not top:
         raise ValueError("no loop found")
 
-    def one_pass(header: int) -> Counter[str]:
+    def tensors(body: set[int]) -> bool:
+        return any(is_tensor(names[i]) for i in body)
+
+    def passes(header: int, times: int = 1, depth: int = 0) -> Counter[str]:
         inside = {h: body for h, body in loops.items() if body < loops[header]}
         inner = {h: body for h, body in inside.items() if not any(body < other for other in inside.values())}
         counts: dict[int, Counter[str]] = {}
         ways: dict[int, list[int]] = {}
         members = set(loops[header])
         for h, body in inner.items():
-            tensor = any(is_tensor(names[i]) for i in body)
+            tensor = tensors(body)
             stores = any(names[i].startswith("STG") for i in body)
             members -= body - {h}
-            if tensor and not stores and steps:
+            if tensor and not stores and steps and not whole:
                 members.discard(h)
                 continue
-            trips = chunks if tensor else 1
-            counts[h] = Counter({name: n * trips for name, n in one_pass(h).items()})
+            within = times * (chunks if tensor else 1)
+            if whole and (depth > 0 or not any(part < body and tensors(part) for part in loops.values())):
+                loads = any(names[i].startswith("LDG") for i in body)
+                within = whole if tensor or loads else times
+            counts[h] = passes(h, within, depth + 1)
             ways[h] = [j for i in body for j in leads[i] if j not in body]
         for i in members:
-            counts.setdefault(i, Counter([names[i]]))
+            counts.setdefault(i, Counter({names[i]: times}))
             ways.setdefault(i, leads[i])
 
         # The longest path from each instruction back to the header. Inner loops are collapsed, so there is no cycle.
@@ -150,7 +159,7 @@ def executed(code: list[tuple[int, str]], chunks: int, *, steps: bool = True) ->
             i = longest[i][1]
         return total
 
-    total = one_pass(max(top, key=lambda h: len(top[h])))
+    total = passes(max(top, key=lambda h: len(top[h])))
     if any(name.startswith("CALL") for name in total) and any(name.startswith("RET") for name in names):
         raise ValueError("a function is called in the step loop, and its instructions are not counted")
     return total

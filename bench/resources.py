@@ -34,7 +34,7 @@ from typing import Any
 from fastebm.bench.cases import ENERGIES
 from fastebm.bench.machine_code import executed, is_tensor, parse, tensor_flops
 from fastebm.bench.rows import RESULTS, add_out, provenance, read, replace, script
-from fastebm.kernels.triton.launch import SHARED_MEMORY, block
+from fastebm.kernels.triton.launch import CHUNK_DIM, SHARED_MEMORY, block
 
 COMMITTED = RESULTS / "resources.csv"
 COMPILING = Path(__file__).parent.parent / "tests" / "compiling.py"
@@ -93,6 +93,10 @@ HMC_MAY_SPILL = {
 }
 LEAPFROG_STEPS = 10
 
+# Of HMC in the dims that the first layer sees, the energies, and the products with Q in a step.
+REDUCED = ((784, (128, 128)),)
+OF_WHOLE_STATES = 3
+
 # Triton 3.6 only for the architectures that it can compile for: for sm_100 it emits a trap without a step to count.
 CAPABILITIES = (80, 90) if TRITON == "3.6.0" else tuple(MACHINES)
 # The kernel that evaluates an energy: elsewhere loops over two chunks are unrolled, and would count twice.
@@ -108,11 +112,14 @@ Row = dict[str, Any]
 def all_cases() -> list[Row]:
     return [
         {"kernel": kernel, "capability": capability, "dim": dim, "widths": list(widths), "precision": p, "rule": RULE}
-        for kernel, capabilities in (("mlp", CAPABILITIES), ("evaluate", EVALUATED_ON), ("hmc", ACCEPTED_ON))
+        for kernel, capabilities, energies in (
+            ("mlp", CAPABILITIES, ENERGIES), ("evaluate", EVALUATED_ON, ENERGIES), ("hmc", ACCEPTED_ON, ENERGIES),
+            ("reduced hmc", ACCEPTED_ON, REDUCED),
+        )
         for capability in capabilities
-        for dim, widths in ENERGIES
+        for dim, widths in energies
         for p in PRECISIONS
-    ]
+    ]  # fmt: skip
 
 
 def key(row: Row) -> tuple[str, str, str]:
@@ -138,26 +145,35 @@ def held_precision(precision: str) -> str:
 
 
 def flops_of_case(compiled: Row, sizes: Sequence[int]) -> float:
-    """FLOPs per chain-step of a compiled case: of HMC, those of its leapfrog steps and of E at the end."""
-    precision = compiled["precision"]
-    if compiled["kernel"] != "hmc":
+    """FLOPs per chain-step of a compiled case: of HMC, those of its leapfrog steps, of E at the end, and of Q."""
+    precision, kernel = compiled["precision"], compiled["kernel"]
+    if not kernel.endswith("hmc"):
         return flops_of(sizes, precision)
-    return LEAPFROG_STEPS * flops_of(sizes, precision) + flops_of(sizes, held_precision(precision)) / 2
+    held, whole = held_precision(precision), 0.0
+    if kernel == "reduced hmc":
+        dim, *sizes = sizes
+        sizes = [sizes[0], *sizes]  # of R
+        whole = OF_WHOLE_STATES * flops_of([dim, sizes[0]], held) / 2
+    return LEAPFROG_STEPS * flops_of(sizes, precision) + flops_of(sizes, held) / 2 + whole
 
 
 def row_of(compiled: Row, sass: str, usage: str) -> Row:
     """The row of a compiled case, from cuobjdump's output."""
     launch, machine = compiled["launch"], MACHINES[compiled["capability"]]
     chains, warps, precision = launch["block_chains"], launch["num_warps"], compiled["precision"]
-    chunks = -(-compiled["dim"] // launch["block_dim"])
-    evaluates, leaps = compiled["kernel"] == "evaluate", compiled["kernel"] == "hmc"
-    names = executed(parse(sass), LEAPFROG_STEPS if leaps else chunks, steps=not evaluates)
+    kernel = compiled["kernel"]
+    evaluates, leaps, reduced = kernel == "evaluate", kernel.endswith("hmc"), kernel == "reduced hmc"
+    chunk = CHUNK_DIM if reduced else launch["block_dim"]
+    chunks = -(-compiled["dim"] // chunk)
+    names = executed(
+        parse(sass), LEAPFROG_STEPS if leaps else chunks, steps=not evaluates, whole=chunks if reduced else 0
+    )
     bases = Counter[str]()
     for name, count in names.items():
         bases[name.split(".")[0]] += count
 
     # Sanity check: the counted loop must do the products of one whole step.
-    sizes = [chunks * launch["block_dim"], *(block(w) for w in compiled["widths"])]
+    sizes = [chunks * chunk, *(block(w) for w in compiled["widths"])]
     flops = flops_of_case(compiled, sizes)
     counted = tensor_flops(names)
     if counted is not None:
@@ -189,6 +205,8 @@ def row_of(compiled: Row, sass: str, usage: str) -> Row:
     elif leaps:
         # Position, momentum and gradient: five times in each leapfrog step, eleven times at its start and end.
         traffic += 4 * launch["block_dim"] * (5 * LEAPFROG_STEPS + 11)
+        if reduced:  # x twice, its end four times and the new x once; Q for each tile
+            traffic += 28 * compiled["dim"] + OF_WHOLE_STATES * weights[0] * (2 if precision == "bf16" else 1)
     elif launch["in_memory"]:
         traffic += 12 * launch["block_dim"]  # the state, written once and read twice
     if traffic > 0:
@@ -307,7 +325,9 @@ def over_limit(row: Row) -> str | None:
 
 
 def spills(row: Row, triton: str = TRITON) -> str | None:
-    limits = {"evaluate": EVALUATION_MAY_SPILL, "hmc": HMC_MAY_SPILL}.get(row["case"].split()[0], MAY_SPILL)
+    limits = MAY_SPILL
+    if " " in row["case"]:
+        limits = EVALUATION_MAY_SPILL if row["case"].startswith("evaluate") else HMC_MAY_SPILL
     allowed = limits.get(triton, {}).get((row["architecture"], row["precision"]))
     if row["refused"] or allowed is None or int(row["spill_loads"]) + int(row["spill_stores"]) <= allowed:
         return None

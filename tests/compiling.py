@@ -7,7 +7,7 @@ It compiles exactly what a launch would: the backend's entry points run on CPU t
 be a GPU of the given capability, and launching is replaced by compiling.
 
 Fields of a case; those after precision are optional:
-    kernel ("mlp", "evaluate", "hmc", "mala" or "update"), capability, dim, widths, precision
+    kernel ("mlp", "evaluate", "hmc", "reduced hmc", "mala" or "update"), capability, dim, widths, precision
     activations     one per layer; default: silu
     rule            keywords of the sampler, with lists for tensors
     head            "scalar"; "logsumexp" or "class", of 10 classes
@@ -22,6 +22,7 @@ A result is the case with what was compiled, or with "refused", the message of `
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +41,7 @@ from fastebm import HMC, MALA, ClassifierEnergy, GaussianEnergy, Langevin, MLPEn
 from fastebm.backends import Chains
 from fastebm.energies import ACTIVATIONS
 from fastebm.targets.autograd import Energy
+from fastebm.targets.collapsed import reduced_sizes
 from fastebm.targets.description import describe
 
 N_CHAINS = 64
@@ -50,6 +52,7 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "evaluate": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
     "update": (Langevin, {"step_size": 0.1, "noise_scale": 1.0}),
     "hmc": (HMC, {"step_size": 0.1, "n_leapfrog": 10}),
+    "reduced hmc": (HMC, {"step_size": 0.1, "n_leapfrog": 10}),
     "mala": (MALA, {"step_size": 0.1}),
 }
 
@@ -136,9 +139,10 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         kernel = compiled_by(runs.fused_module, Energy(energy, (dim,), torch.float32), *arguments, **recording)
     else:
         description = describe(energy, labels=labels is not None)
-        exact = case["kernel"] in ("hmc", "mala")
+        exact = case["kernel"] in ("hmc", "reduced hmc", "mala")
         held = "bf16x3" if exact and precision == "bf16" else precision  # of the weights
-        networks = description.networks
+        reduced = case["kernel"] == "reduced hmc"
+        dim, networks = reduced_sizes(description) if reduced else (dim, description.networks)
         launch = choose_launch(dim, networks, held, capability)
         if not isinstance(launch, str) and exact:
             resident = launch.regime == "resident"
@@ -152,7 +156,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
             wanted = case.get("wanted", "value_and_gradient")
             kernel = compiled_by(lambda: getattr(runs.evaluation(description, chains, **options), wanted)(chains.x))
         else:
-            run = runs.fused_hmc if exact else runs.fused_mlp
+            run = partial(runs.fused_hmc, reduced=reduced) if exact else runs.fused_mlp
             with mock.patch.object(step, "normals", silence if case.get("silent") else step.normals):
                 kernel = compiled_by(run, description, *arguments, **options, **recording)
     if "cubin" in case:

@@ -13,7 +13,19 @@ from paths import ULP, largest, make_mlp
 from torch import nn
 from truth import plain_energy_and_gradient
 
-from fastebm import HMC, MALA, NUTS, ChainPool, Langevin, NonFiniteError, langevin_sample, sample, why_not_fused
+from fastebm import (
+    HMC,
+    MALA,
+    NUTS,
+    ChainPool,
+    GaussianEnergy,
+    Langevin,
+    NonFiniteError,
+    SumEnergy,
+    langevin_sample,
+    sample,
+    why_not_fused,
+)
 from fastebm.backends import Chains
 from fastebm.backends.choose import launch_for
 from fastebm.rng import Stream, normal, philox4x32
@@ -194,6 +206,40 @@ def test_every_precision_of_mala_and_hmc(dim, widths, precision):
     part = sample(energy, HMC(0.1, 5), init=x[70:], steps=4, first_chain=70, **options)
     assert torch.equal(part.x, whole.x[70:])
     assert torch.equal(part.energies, whole.energies[70:])
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "bf16", "tf32"])
+@pytest.mark.parametrize("sampler", [MALA(0.02, clamp=(-6.0, 6.0)), HMC(0.05, 4)], ids=["MALA", "HMC"])
+def test_every_precision_in_the_first_layer(sampler, precision):
+    """One step against float64, in which only gradients are rounded to bf16. Equal bits for a part of the chains."""
+    energy = SumEnergy([make_mlp(784, (64, 64)), GaussianEnergy(0.3, 2.0)]).cuda()
+    x, options = start(300, 784), {"backend": "triton", "precision": precision}
+    shown = sample(energy, sampler, init=x, steps=1, seed=SEED, **options)
+    if shown.info.path == "evaluation":
+        pytest.skip(shown.info.why_not_fused)
+    assert (shown.info.path, shown.info.precision) == ("collapsed", precision)
+    truth = sample(energy.double(), sampler, init=x.double(), steps=1, seed=SEED, backend="reference")
+    energy.float()
+    moved, should = ((v.x != x).any(dim=1) for v in (shown, truth))
+    assert int((moved != should).sum()) <= 3
+    both = moved & should
+    assert int(both.sum()) > 200
+    rounded = {"bf16": 2**-8, "tf32": 2**-10, "bf16x3": 2**-14}[precision]
+    others = {"bf16": 2**-14}.get(precision, rounded)
+    gradient = Energy(energy, (784,), torch.float64).gradient(x.double())
+    noise = 0.2 * NOISE_ERROR  # both take steps of about this length
+    error = 0.02 * rounded * largest(gradient) + others * largest(x) + noise
+    assert largest((shown.x - truth.x)[both]) <= error
+    value = Energy(energy, (784,), torch.float64)(shown.x.double())
+    assert largest(shown.energies - value) <= others * largest(value)
+
+    whole = sample(energy, sampler, init=x, steps=4, seed=SEED, **options)
+    assert 0.5 < float(whole.info.acceptance.mean()) < 1
+    part = sample(energy, sampler, init=x[70:], steps=4, first_chain=70, seed=SEED, **options)
+    assert torch.equal(part.x, whole.x[70:])
+    assert torch.equal(part.energies, whole.energies[70:])
+    resumed = sample(energy, sampler, init=shown, steps=3, **options)
+    assert torch.equal(resumed.x, whole.x)
 
 
 # -- noise --------------------------------------------------------------------------------------------------

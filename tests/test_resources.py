@@ -84,6 +84,41 @@ def test_the_step_of_a_resident_kernel():
     assert resources.tensor_flops(names) == 2 * 64 * 128 * 16 / 4
 
 
+def test_the_step_of_a_kernel_with_whole_states():
+    """Loops over chunks beside the leapfrog steps, and within one of them."""
+    reduced = """
+        /*0000*/                   FADD R1, R2, R3 ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/               @P0 BRA 0x10 ;
+        /*0030*/                   MUFU.EX2 R1, R2 ;
+        /*0040*/               @P1 BRA 0x70 ;
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0060*/               @P2 BRA 0x50 ;
+        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*0080*/              @!P0 BRA 0x70 ;
+        /*0090*/                   HGMMA.64x128x16.F32.BF16 R24, R24, gdesc[UR8], !UPT ;
+        /*00a0*/               @P3 BRA 0x30 ;
+        /*00b0*/                   LDG.E R4, desc[UR8][R4.64] ;
+        /*00c0*/               @P4 BRA 0xb0 ;
+        /*00d0*/                   STG.E desc[UR8][R4.64], R5 ;
+        /*00e0*/               @P5 BRA 0x0 ;
+        /*00f0*/                   EXIT ;
+"""
+    names = resources.executed(resources.parse(reduced), chunks=10, whole=25)
+    assert names.pop("BRA") == 25 + 10 + 25 + 10 + 10 + 25 + 1
+    assert names == Counter(
+        {
+            "HMMA.16816.F32.BF16": 25 + 25,
+            "FADD": 1,
+            "MUFU.EX2": 10,
+            "SYNCS.PHASECHK.TRANS64.TRYWAIT": 10,
+            "HGMMA.64x128x16.F32.BF16": 10,
+            "LDG.E": 25,
+            "STG.E": 1,
+        }
+    )
+
+
 def test_a_whole_kernel():
     """Without steps: what runs before a loop over chunks counts too, and so does such a loop without stores."""
     kernel = """
@@ -231,9 +266,10 @@ def test_each_way_to_fall_behind_is_found():
     evaluation = {**few, "case": "evaluate 64-[128,128]"}
     assert resources.spills(evaluation, "3.6.0")
     assert not resources.spills({**evaluation, "precision": "bf16x3"}, "3.9.0")
-    of_hmc = {**few, "case": "hmc 64-[128,128]"}
-    assert resources.spills(of_hmc, "3.6.0")
-    assert not resources.spills({**of_hmc, "precision": "bf16x3"}, "3.9.0")
+    for case in ("hmc 64-[128,128]", "reduced hmc 784-[128,128]"):
+        of_hmc = {**few, "case": case}
+        assert resources.spills(of_hmc, "3.6.0")
+        assert not resources.spills({**of_hmc, "precision": "bf16x3"}, "3.9.0")
     some = {**good, "precision": "bf16x3", "spill_loads": 60, "spill_stores": 40}
     assert not resources.spills(some, "3.6.0")
     assert resources.spills({**some, "spill_loads": 61}, "3.6.0")

@@ -14,6 +14,7 @@ from torch import nn
 from ..devices import named_device
 from ..energies import first_tensor
 from ..energies.functions import EnergyLike, as_module
+from ..targets.collapsed import reduced_sizes
 from ..targets.description import Description, describe
 from ..targets.mlp import NotAnMLP
 from . import cpu
@@ -34,7 +35,7 @@ __all__ = [
 
 # The paths of the fused kernel, and all paths on which Triton kernels can run.
 FUSED = ("resident", "streaming")
-TRITON_PATHS = (*FUSED, "products", "autograd")
+TRITON_PATHS = (*FUSED, "collapsed", "products", "autograd")
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
@@ -45,13 +46,14 @@ class Choice:
     """The backend of a call.
 
     backend: "triton", "torch" or "reference".
-    path: "resident" or "streaming" (the fused kernel), "evaluation" (the sampler's own steps, and a kernel that
-    evaluates the energy), "tiles" (closed-form gradient on tiles), "collapsed" (the same, with steps in the first layer
-    of the MLP), "marginal" (with noise there too, see marginal.py), "products" (closed-form gradient by library
-    products, for MLPs too wide for the fused kernel) or "autograd". With backend "triton", the last two use the fused
-    update kernel.
+    path: "resident" or "streaming" (the fused kernel), "collapsed" (with steps in the first layer of the MLP, in the
+    fused kernel or on tiles), "evaluation" (the sampler's own steps, and a kernel that evaluates the energy), "tiles"
+    (closed-form gradient on tiles), "marginal" (Langevin with noise in the first layer, see marginal.py), "products"
+    (closed-form gradient by library products, for MLPs too wide for the fused kernel) or "autograd". With backend
+    "triton", the last two use the fused update kernel.
     description: the MLP energy, or None if it could not be read as an MLP.
-    launch: configuration of the fused kernel, or of the one that evaluates the energy; or None.
+    launch: configuration of the fused kernel, or of the one that evaluates the energy; or None. On the path "collapsed"
+        it is that of the reduced energy (targets/collapsed.py).
     precision: of the matrix products.
     why_not_fused: why the fused kernel does not run, and what runs instead. None if it runs.
     kernels: what computes noise, update and activations: "triton" (on the path "evaluation" the activations only),
@@ -65,6 +67,11 @@ class Choice:
     precision: str
     why_not_fused: str | None
     kernels: str = "triton"
+
+    @property
+    def fused(self) -> bool:
+        """Whether all steps are one launch."""
+        return self.launch is not None and self.path != "evaluation"
 
     @property
     def on_device(self) -> bool:
@@ -113,7 +120,7 @@ def choose(
     sampler: str = "Langevin",
     triton_paths: Collection[str] = TRITON_PATHS,
     exact: bool = False,
-    collapses: Callable[[Description], bool] = lambda _: False,
+    collapses: Callable[[Description, str], bool] = lambda *_: False,
 ) -> Choice:
     """Choose the backend for an energy and states of ``dtype`` on ``device``.
 
@@ -122,7 +129,8 @@ def choose(
         condition: the energy's argument besides x: "labels", "condition" (anything else), or None.
         sampler, triton_paths: the sampler's name, and the paths on which a Triton kernel runs it (table.py).
         exact: whether the sampler has an accept test.
-        collapses: whether the sampler's steps on this energy are faster in its first layer (targets/collapsed.py).
+        collapses: whether the sampler's steps on this energy are faster in its first layer (targets/collapsed.py), by
+            these kernels: "triton" where the reduced energy fits, "numba" or "torch".
 
     Raises:
         ValueError: an unknown name, or backend="triton" where it can't run.
@@ -146,15 +154,14 @@ def choose(
         why_not = f"not an MLP that can be read: {error}"
     no_triton = _why_not_triton(device, dtype, asked=backend == "triton")
     wanted = precision or default_precision()
+    path = "autograd" if description is None else "products"
     if no_triton is None and description is not None:
-        launch = launch_for(description, wanted, device)
-        if isinstance(launch, str):
-            launch, why_not = None, launch
-    path = launch.regime if launch is not None else "autograd" if description is None else "products"
+        possible = collapses if "collapsed" in triton_paths else lambda *_: False
+        path, launch, why_not = _fused(description, wanted, device, possible)
     no_kernel = None
     if path not in triton_paths:
         no_kernel = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
-    elif exact and launch is not None and description is not None:
+    elif exact and path == "resident" and description is not None:
         no_kernel = why_no_accept_test(description, launch, wanted, device)
     if launch is not None and no_kernel is not None and backend != "torch":
         why_not = f"{no_kernel}; {_INSTEAD['evaluation', 'triton']}"
@@ -174,12 +181,24 @@ def choose(
     by = "numba" if no_numba is None else "torch"
     if (path, by, wanted) == ("tiles", "numba", "bf16") and multiplies_bf16():
         full = "bf16"
-    if path == "tiles" and device.type == "cpu" and full != "bf16" and description is not None:
-        path = "collapsed" if collapses(description) else path
+    if description is not None and device.type == "cpu" and full != "bf16" and collapses(description, by):
+        path = "collapsed"
     if device.type != "cuda" or _capability(device) > 0:  # without a CUDA device nothing runs instead
         why_not = f"{why_not}; {_INSTEAD[path, by]}"
         why_not += f" ({no_numba})" if device.type == "cpu" and no_numba is not None else ""
     return Choice("torch", path, description, None, full, why_not, by)
+
+
+def _fused(
+    description: Description, precision: str, device: torch.device, collapses: Callable[[Description, str], bool]
+) -> tuple[str, Any, str | None]:
+    """The path and launch of the fused kernel. Or "products", None, and why it does not run."""
+    launch = launch_for(description, precision, device)
+    if isinstance(launch, str) or launch.regime != "resident":
+        reduced = reduced_launch(description, precision, device)
+        if reduced is not None and collapses(description, "triton"):  # the second waits for the device
+            return "collapsed", reduced, None
+    return ("products", None, launch) if isinstance(launch, str) else (launch.regime, launch, None)
 
 
 # What runs instead of the fused kernel, by path and kernels.
@@ -211,6 +230,18 @@ def launch_for(description: Description, precision: str, device: torch.device) -
 
     capability = None if interpreted() else _capability(device)
     return choose_launch(description.dim, description.networks, precision, capability)
+
+
+def reduced_launch(description: Description, precision: str, device: torch.device) -> Any:
+    """The configuration of the fused kernel with an accept test for the reduced energy, or None if there is none."""
+    from ..kernels.triton import launch as of  # imported here, because only this path needs it
+
+    capability = None if interpreted() else _capability(device)
+    dim, networks = reduced_sizes(description)
+    launch = of.choose_launch(dim, networks, precision, capability)
+    if isinstance(launch, str) or launch.regime != "resident":
+        return None
+    return launch if of.why_no_accept_test(launch, dim, networks, precision, capability) is None else None
 
 
 def why_no_accept_test(description: Description, launch: Any, precision: str, device: torch.device) -> str | None:

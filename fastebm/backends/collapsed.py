@@ -37,13 +37,17 @@ FORMS: dict[type, type[Form]] = {
 }
 
 
-def collapses(sampler: Any, chains: Chains, adaptation: Adaptation | None, description: Description) -> bool:
+def collapses(
+    sampler: Any, chains: Chains, adaptation: Adaptation | None, description: Description, kernels: str
+) -> bool:
     """Whether a run of this sampler takes its steps in the first layer.
 
     It may if nothing acts on single coordinates: no clip, no frozen coordinates, no clamp but the rejection of ends
     outside, and a Gaussian term that is isotropic in the scale of the mass or preconditioner. It does if that is
     faster. This depends on the energy and the sampler alone, or else bits would depend on the batch.
 
+    kernels: "numba", "torch", or "triton": where the reduced energy fits on the chip, its steps are faster than those
+    of one that is streamed.
     adaptation: of a warm-up. Only that of HMC does, because it may change the scale, and needs y in each step.
     """
     if type(sampler) not in FORMS or chains.frozen is not None:
@@ -55,6 +59,8 @@ def collapses(sampler: Any, chains: Chains, adaptation: Adaptation | None, descr
     if description.curvature is not None and scaled:
         return False
     width = width_of(description)
+    if kernels == "triton":
+        return width < description.dim
     saved = form.saved(description.dim, width)
     if adaptation is not None:
         if len(chains.x) == 0:  # they learn nothing

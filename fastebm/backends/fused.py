@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..box import Box
 from ..kernels.triton import resident, streaming, update, weights
-from ..kernels.triton.launch import Launch, block
+from ..kernels.triton.launch import CHUNK_DIM, Launch, block
 from ..kernels.triton.mlp import Layers
 from ..samplers.langevin import Langevin
 from ..targets.autograd import Energy
@@ -170,12 +170,12 @@ def layers_of(description: Description, launch: Launch, precision: str, *, halve
 
 def prepare(
     description: Description, seed: int | Tensor, precision: str, launch: Launch, device: torch.device,
-    *, halved: bool | None = None,
+    *, halved: bool | None = None, basis: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """A buffer with the seed and the weights, and the offsets in it as compile-time constants of the kernel.
 
     halved: halve the layers below a silu, which is exact. The kernel's silu takes z/2 at bf16 (activations.py). None:
-    if the precision is bf16.
+    if the precision is bf16. basis: (dim, dims of whole states) Q^T (kernels/triton/reduced.py), or None.
     """
     mlps = description.mlps
     halved = precision == "bf16" if halved is None else halved
@@ -193,14 +193,17 @@ def prepare(
     )
     streaming = launch.regime == "streaming"
     plan = weights.layout(
-        description.dim, networks, precision, launch.block_dim, streaming, c is not None, b is not None
-    )
+        description.dim, networks, precision, launch.block_dim, streaming, c is not None, b is not None,
+        None if basis is None else (basis.shape[1], CHUNK_DIM),
+    )  # fmt: skip
     sources = [source for mlp in mlps for layer in zip(mlp.weights, mlp.biases, strict=True) for source in layer]
     sources += [description.scales, description.constant, *(row for row in (c, m, b) if row is not None)]
     if streaming and c is not None and m is not None:
         sources.append(c * m if b is None else b - c * m)
     elif streaming and b is not None:
         sources.append(b)
+    if basis is not None:
+        sources.append(basis)
     sources = [None if v is None else v if v.device == device else v.to(device) for v in sources]
     strides = [(0, 0) if v is None else (0, 0, *v.stride())[-2:] for v in sources]
     prepared = torch.zeros(plan.words, dtype=torch.int32, device=device)

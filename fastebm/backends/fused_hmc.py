@@ -1,19 +1,21 @@
-"""K steps of HMC or MALA on an MLP energy in one launch (kernels/triton/hmc.py)."""
+"""K steps of HMC or MALA on an MLP energy in one launch (kernels/triton/hmc.py), also in its first layer."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.triton import hmc, weights
-from ..kernels.triton.launch import Launch
+from ..kernels.triton.launch import CHUNK_DIM, Launch
 from ..rng import Stream
 from ..samplers.base import diagonal_at
 from ..samplers.hmc import HMC
 from ..samplers.mala import MALA
+from ..targets.collapsed import FirstLayer, Leaps
 from ..targets.description import Description
 from . import Advanced, Chains
 from .fused import (
@@ -41,11 +43,14 @@ def run_hmc(
     launch: Launch,
     thin: int = 0,
     telemetry: bool = False,
+    reduced: bool = False,
 ) -> Advanced:
     """All steps of an MLP energy in one launch. chains.x: float32, contiguous, modified in place.
 
     precision: "bf16" is for the gradients on the way; the energies of the accept test are then computed at bf16x3.
     launch: resident, with room for the weights at bf16x3 if the precision is "bf16".
+    reduced: take the steps in the dims that the first layer sees (kernels/triton/reduced.py). The launch is that of
+        the reduced energy.
     """
     x = chains.x
     n_chains, dim = x.shape
@@ -57,17 +62,24 @@ def run_hmc(
     h, factor = _step(sampler, x) if steps > 0 else (0.0, None)
     h_arguments, per_chain = coefficient_arguments(h)
     bounds, clamp = bounds_arguments(sampler.box, dim, x.device)
-    halved = precision == "bf16"
-    exact = "bf16x3" if halved else precision
     n_tiles = -(-n_chains // launch.block_chains)
     tiles_at_once = min(n_tiles, CHAINS_AT_ONCE // launch.block_chains)
-    scratch = [x.new_empty(tiles_at_once * launch.block_chains, launch.block_dim) for _ in range(3)]
+    n_rows = tiles_at_once * launch.block_chains
+    of = _Steps(description, x, factor)
+    if reduced:
+        of = _reduced(FirstLayer(description, factor), x, h, n_leapfrog, n_rows)
+    halved = precision == "bf16"
+    exact = "bf16x3" if halved else precision
+    scratch = x.new_empty(n_rows, hmc.PLACES.value, launch.block_dim)
+    end = None if chains.labels is None else torch.empty_like(done.energy)
     # Triton launches on the current device, which may not be x's.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        prepared, places = prepare(description, chains.seed, exact, launch, x.device, halved=halved)
+        prepared, places = prepare(
+            of.description, chains.seed, exact, launch, x.device, halved=halved, basis=of.basis
+        )  # fmt: skip
         for first_tile in range(0, n_tiles, tiles_at_once):
             hmc.hmc_resident[(min(tiles_at_once, n_tiles - first_tile),)](
-                x,
+                of.state,
                 done.energy,
                 done.first_bad,
                 done.trajectory,
@@ -78,7 +90,7 @@ def run_hmc(
                 chains.labels,
                 *frozen_arguments(chains),
                 *h_arguments,
-                factor,
+                of.factor,
                 *bounds,
                 n_leapfrog,
                 *(prepared,) * 3,
@@ -86,11 +98,12 @@ def run_hmc(
                 steps,
                 0,
                 first_tile,
-                *scratch,
-                None if chains.labels is None else torch.empty_like(done.energy),
-                **places,
-                **compiled_for(description, launch, precision),
-                ENERGY=layers_of(description, launch, exact, halved=halved),
+                scratch,
+                end,
+                *of.whole,
+                **{**of.constants, **places},
+                **compiled_for(of.description, launch, precision),
+                ENERGY=layers_of(of.description, launch, exact, halved=halved),
                 BOTH_ORDERS=launch.both_orders,
                 OWN_CHAINS=launch.own_chains,
                 H_PER_CHAIN=per_chain,
@@ -99,6 +112,36 @@ def run_hmc(
             )
     report = prepared[weights.REPORT.value]
     return done._replace(telemetry=_named(table, sampler, done, steps), report=report)
+
+
+class _Steps(NamedTuple):
+    """The energy and state that the kernel takes its steps with.
+
+    state: (n_chains, dim). factor: one factor of h per dim, or None. basis: as ``prepare`` takes it. whole, constants:
+    the kernel's arguments of whole states.
+    """
+
+    description: Description
+    state: Tensor
+    factor: Tensor | None = None
+    basis: Tensor | None = None
+    whole: Sequence[Any] = (None,) * 10
+    constants: Mapping[str, Any] = dict.fromkeys(("BASIS", "BASIS_LOW", "WHOLE_DIM", "CHUNK_DIM", "CURVED"))
+
+
+def _reduced(layer: FirstLayer, x: Tensor, h: float | Tensor, n_leapfrog: int, n_rows: int) -> _Steps:
+    """Steps in the dims that the first layer sees. x: whole states. n_rows: of scratch."""
+    (n_chains, dim), (q, _) = x.shape, layer.basis
+    description, c, mean, scale = layer.reduced(), layer.curvature, layer.mean, layer.scale
+    leaps = Leaps.of(h, n_leapfrog, c, x)
+    table = torch.stack([leaps.alpha_1[-1], leaps.beta[-1], leaps.gamma[:, 0], leaps.delta_1[:, 0]])
+    whole = [
+        x, x.new_empty(n_rows, dim), x.new_empty(n_chains), None if mean is None else aligned(mean),
+        None if scale is None else torch.stack([scale, 1 / scale]), c,
+        table, table.shape[1], *(int(isinstance(h, Tensor) and h.shape[i] > 1) for i in (0, 1)),
+    ]  # fmt: skip
+    constants = {"WHOLE_DIM": dim, "CHUNK_DIM": CHUNK_DIM, "CURVED": c != 0.0}
+    return _Steps(description, x.new_empty(n_chains, description.dim), None, q.t(), whole, constants)
 
 
 def _step(sampler: HMC | MALA, x: Tensor) -> tuple[float | Tensor, Tensor | None]:

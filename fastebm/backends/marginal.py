@@ -14,7 +14,6 @@ not those of the ordinary steps, and depend on which states are kept.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,9 +22,8 @@ from torch import Tensor
 
 from ..rng import Noise, Stream
 from ..samplers.langevin import Langevin
-from ..targets.collapsed import FirstLayer, centred, is_isotropic, width_of
+from ..targets.collapsed import FirstLayer, is_isotropic, width_of
 from ..targets.description import Description
-from ..threads import threads
 from . import Advanced, Chains
 from .tiles import energies, multiplied
 
@@ -53,12 +51,11 @@ def run(
     if steps == 0:
         return inner(description, chains)
     layer = FirstLayer(description)
-    with threads(1):  # so that its bits do not depend on the number of threads
-        q, r = torch.linalg.qr(layer.weight.t())
+    q, _ = layer.basis
     y = chains.x if layer.mean is None else chains.x - layer.mean
     z = multiplied(y, q)
     rest = y - multiplied(z, q.t())
-    done = inner(_reduced(description, layer, r), chains._replace(x=z))
+    done = inner(layer.reduced(), chains._replace(x=z))
     noise = Noise(chains.seed, chains.numbers, chains.first_steps, y.shape[1], dtype=y.dtype, steps=steps).part(
         1, of=2
     )  # other blocks of the stream than those of z
@@ -85,17 +82,6 @@ def run(
         named = {**named, "grad_norm": torch.hypot(named["grad_norm"], norm)}
     energy = energies(description, x, chains.labels)
     return done._replace(x=x, energy=energy, trajectory=trajectory, telemetry=named, report=None)
-
-
-def _reduced(description: Description, layer: FirstLayer, r: Tensor) -> Description:
-    """The energy as a function of z, without |p|^2."""
-    centre, dim = centred(description), len(r)
-    mlps = tuple(
-        replace(mlp, weights=(r[:, block].t().contiguous(), *mlp.weights[1:]))
-        for mlp, block in zip(centre.mlps, layer.blocks, strict=True)
-    )
-    curvature, mean = (None if v is None else v[:dim] for v in (centre.curvature, centre.mean))
-    return replace(centre, mlps=mlps, curvature=curvature, mean=mean)
 
 
 def _over(

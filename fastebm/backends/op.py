@@ -134,7 +134,7 @@ def langevin(  # type: ignore[no-untyped-def]
             path == "tiles"
             and device.type == "cpu"
             and precision != "bf16"
-            and collapses(sampler, moving, None, description)
+            and collapses(sampler, moving, None, description, kernels)
         ):
             path = "collapsed"
         choice = Choice("auto", path, description, launch, precision, None, kernels)

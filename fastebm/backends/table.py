@@ -111,11 +111,14 @@ def _cpu_module(job: Job) -> Advanced:
 def _fused_hmc(job: Job) -> Advanced:
     from . import fused_hmc
 
-    description, choice = job.choice.description, job.choice
+    choice = job.choice
+    reduced = choice.path == "collapsed"
+    description = job.description if reduced else choice.description
     assert description is not None
     return fused_hmc.run_hmc(
-        description, job.chains, job.sampler, job.steps, precision=choice.precision, launch=choice.launch, **job.options
-    )
+        description, job.chains, job.sampler, job.steps, precision=choice.precision, launch=choice.launch,
+        reduced=reduced, **job.options,
+    )  # fmt: skip
 
 
 # By sampler, path and kernels (``Choice``).
@@ -127,7 +130,9 @@ FUSED_RUNS: dict[tuple[type, str, str], Callable[[Job], Advanced]] = {
     (Langevin, "tiles", "numba"): _cpu_mlp,
     (Langevin, "autograd", "numba"): _cpu_module,
     (HMC, "resident", "triton"): _fused_hmc,
+    (HMC, "collapsed", "triton"): _fused_hmc,
     (MALA, "resident", "triton"): _fused_hmc,
+    (MALA, "collapsed", "triton"): _fused_hmc,
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Advanced, Chains, marginal, settle, table
-from ..backends.choose import FUSED, Choice, choose, default_precision
+from ..backends.choose import Choice, choose, default_precision
 from ..backends.collapsed import collapses
 from ..backends.graphs import CudaRecorder
 from ..energies import EnergyLike, first_tensor, n_classes
@@ -119,6 +119,7 @@ def _chosen(
 ) -> Choice:  # fmt: skip
     """The backend and path of the steps."""
     precision = settings.precision
+    captured = capturing(chains.x.device)
     rounded = sampler.exact and (precision or default_precision()) == "bf16"
     if rounded:
         # A rounded energy would be another target. For kernels not "ieee", which has no tensor cores and is for tests;
@@ -128,11 +129,13 @@ def _chosen(
         energy, chains.x.device, dtype, settings.backend, precision,
         condition=None if chains.labels_or_condition is None else chains.kind,
         sampler=table.name_of(sampler, adaptation), triton_paths=table.triton_paths(sampler, adaptation),
-        exact=sampler.exact, collapses=partial(collapses, sampler, chains, adaptation),
+        exact=sampler.exact,
+        # before steps in the first layer, the host reads values from the device
+        collapses=(lambda *_: False) if captured else partial(collapses, sampler, chains, adaptation),
     )  # fmt: skip
-    if rounded and choice.path in FUSED:  # the fused kernel computes energies at bf16x3, and rounds gradients only
+    if rounded and choice.fused:  # the fused kernel computes energies at bf16x3, and rounds gradients only
         choice = replace(choice, precision="bf16")
-    in_graph = settings.cuda_graph or capturing(chains.x.device)  # its steps wait for the device
+    in_graph = settings.cuda_graph or captured
     if not in_graph and choice.description is not None and marginal.applies(sampler, chains, choice.description):
         choice = replace(choice, path="marginal")
     return choice
@@ -220,7 +223,7 @@ def _check_energy(energy: nn.Module, module: Energy, choice: Choice, chains: Cha
 
 
 def _why_not_recorded(choice: Choice, device: torch.device) -> str | None:
-    if choice.path in FUSED:
+    if choice.fused:
         return "all steps are one launch of the fused kernel"
     if not choice.on_device:
         return "steps in plain PyTorch wait for the device"

@@ -70,8 +70,8 @@ def sample(
 
     Args:
         energy: a module or a function, (batch, *shape) -> (batch,) or (batch, 1). On CUDA a fused kernel runs
-            ``Langevin``, and up to 128 dims ``HMC`` and ``MALA``, on MLPs, on a ``ClassifierEnergy`` of an MLP, and on
-            a ``SumEnergy`` of these.
+            ``Langevin`` on MLPs, on a ``ClassifierEnergy`` of an MLP, and on a ``SumEnergy`` of these. It runs ``HMC``
+            and ``MALA`` up to 128 dims, or units of the first layer.
         sampler: ``Langevin(step_size)``, ``MALA(step_size)``, ... A schedule has warmup + steps entries. None with a
             ``SampleResult`` as init: its sampler, with the values that its warm-up adapted.
         input_size: number of dims or shape of one state. Optional with ``init``, or if the energy defines it: an MLP,

@@ -39,7 +39,21 @@ from .closed_form import ClosedForm, Network, matrix, padded_rows, product, rows
 from .description import Description
 from .mlp import MLP
 
-__all__ = ["Arrival", "Collapsed", "Drift", "End", "FirstLayer", "Leaps", "centred", "is_isotropic", "width_of"]
+__all__ = [
+    "Arrival",
+    "Collapsed",
+    "Drift",
+    "End",
+    "FirstLayer",
+    "Leaps",
+    "centred",
+    "is_isotropic",
+    "reduced_sizes",
+    "width_of",
+]
+
+# The columns of each MLP's first layer start at a multiple of this, as rows do (closed_form.py).
+_ALIGNED = 4
 
 
 class Leaps(NamedTuple):
@@ -130,16 +144,16 @@ class FirstLayer:
 
     def __init__(self, description: Description, scale: Tensor | None = None) -> None:
         self.description, self.scale = description, scale
-        centre = centred(description)
+        self.centre = centre = centred(description)
         assert centre.scales is not None
         self.mlps, self.scales = centre.scaled_heads(), list(centre.scales)
         like = self.mlps[0].weights[0]
-        # Blocks start at multiples of four columns, as rows do (closed_form.py). Columns in between are 0.
+        # Columns in between are 0.
         self.blocks: list[slice] = []
         self.width = 0
         for mlp in self.mlps:
             self.blocks.append(slice(self.width, self.width + mlp.widths[0]))
-            self.width += -(-mlp.widths[0] // 4) * 4
+            self.width += -(-mlp.widths[0] // _ALIGNED) * _ALIGNED
         self.weight = matrix(self.width, description.dim, like).zero_()
         for block, mlp in zip(self.blocks, self.mlps, strict=True):
             self.weight[block] = mlp.weights[0]
@@ -154,6 +168,23 @@ class FirstLayer:
         """G, (width, width)."""
         with threads(1):  # so that its bits do not depend on the number of threads
             return torch.mm(self.scaled, self.scaled.t())
+
+    @cached_property
+    def basis(self) -> tuple[Tensor, Tensor]:
+        """Q, (dim, k), and R, (k, width), with (W diag(r))^T = Q R, Q^T Q = I and k = min(dim, width)."""
+        with threads(1):  # so that its bits do not depend on the number of threads
+            q, r = torch.linalg.qr(self.scaled.t())
+        return q, r
+
+    def reduced(self) -> Description:
+        """The energy at y = z Q^T, as a function of z, (n, k)."""
+        _, r = self.basis
+        mlps = tuple(
+            replace(mlp, weights=(r[:, block].t().contiguous(), *mlp.weights[1:]))
+            for mlp, block in zip(self.centre.mlps, self.blocks, strict=True)
+        )
+        curvature, mean = (None if v is None else v[: len(r)] for v in (self.centre.curvature, self.centre.mean))
+        return replace(self.centre, mlps=mlps, curvature=curvature, mean=mean)
 
     @cached_property
     def mark(self) -> int:
@@ -190,6 +221,14 @@ def _shifted(mlp: MLP, mean: Tensor) -> MLP:
 def width_of(description: Description) -> int:
     """The number of units that see x."""
     return sum(mlp.widths[0] for mlp in description.mlps) + (description.linear is not None)
+
+
+def reduced_sizes(description: Description) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """The dims of ``FirstLayer.reduced``, and its ``Description.networks``. It may be bare."""
+    networks = description.networks if description.linear is None else (*description.networks, (1,))
+    width = sum(-(-mlp.widths[0] // _ALIGNED) * _ALIGNED for mlp in description.mlps)
+    width += 0 if description.linear is None else _ALIGNED
+    return min(description.dim, width), networks
 
 
 def is_isotropic(description: Description) -> bool:

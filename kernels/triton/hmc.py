@@ -12,11 +12,15 @@ and whose largest value on the way tells whether a trajectory has diverged.
 Step -1 evaluates the start: a trajectory with h = 0, whose end is x_0 and always becomes the state. So the code of
 energy and gradient exists once.
 
+With whole states (reduced.py), x here is z.
+
 Products have few registers to spare, so x, v and the gradient at x_0 wait in memory (in L2) while a gradient is
 computed. ENERGY: the layers for E(x), LAYERS: those for the gradients. They differ at bf16. A gradient that is rounded,
 but always in the same way, still gives a leapfrog that is reversible and keeps volume, so the accept test corrects for
 it. The energies decide which law that test makes invariant, so they are computed at bf16x3.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,9 +28,21 @@ import triton.language as tl
 from .mlp import add_terms, energy_at, energy_of_terms, gradient_of, high_halves, load_bias, load_weights
 from .philox import normals, uniforms
 from .products import product
+from .reduced import (
+    Whole,
+    basis_pointers,
+    gained_outside,
+    load_leaps,
+    measured,
+    move_whole,
+    reduced_momentum,
+    whole_end,
+    whole_square_norm,
+)
 from .step import (
     Bounds,
     Coefficient,
+    Counters,
     Frozen,
     hold,
     is_finite,
@@ -46,6 +62,34 @@ from .weights import bias_pointers, constant_pointer, scale_pointer, seed_pointe
 
 METROPOLIS: tl.constexpr = tl.constexpr(3)  # rng.Stream
 TOO_FAR: tl.constexpr = tl.constexpr(1000.0)  # of samplers/hmc.py
+
+
+# Places in scratch: where the trajectory is, its momentum, the gradient at x_0, and alpha z + beta q (reduced.py).
+POSITION: tl.constexpr = tl.constexpr(0)
+MOMENTUM: tl.constexpr = tl.constexpr(1)
+GRADIENT: tl.constexpr = tl.constexpr(2)
+FREE: tl.constexpr = tl.constexpr(3)
+PLACES: tl.constexpr = tl.constexpr(4)
+
+
+class Scratch(NamedTuple):
+    """A tile's scratch. The addresses of its places differ by constants, which saves registers."""
+
+    ptr: tl.tensor  # (BLOCK_CHAINS, PLACES, BLOCK_DIM) float32
+    room: Tile
+
+
+@triton.jit
+def load_place(scratch, PLACE: tl.constexpr, shift, SHAPE: tl.constexpr):
+    """(BLOCK_CHAINS, BLOCK_DIM). shift: always 0, see resident.py."""
+    ptr = scratch.ptr + (shift * PLACES + PLACE) * SHAPE.BLOCK_DIM
+    return load_tile(ptr, PLACES * SHAPE.BLOCK_DIM, scratch.room, SHAPE)
+
+
+@triton.jit
+def store_place(scratch, PLACE: tl.constexpr, x, shift, SHAPE: tl.constexpr):
+    ptr = scratch.ptr + (shift * PLACES + PLACE) * SHAPE.BLOCK_DIM
+    store_tile(ptr, PLACES * SHAPE.BLOCK_DIM, x, scratch.room, SHAPE)
 
 
 @triton.jit
@@ -75,7 +119,7 @@ def judged(energy, end, gained, fastest, sound, finite, inside):
 
 # As for langevin_resident, of which all arguments but those of the sampler are.
 @triton.jit(
-    do_not_specialize=["n_chains", "steps", "n_leapfrog", "zero", "thin", "first_tile"],
+    do_not_specialize=["n_chains", "steps", "n_leapfrog", "zero", "thin", "first_tile", "n_rows"],
     do_not_specialize_on_alignment=["chain_ptr", "step_ptr", "label_ptr"],
 )
 def hmc_resident(
@@ -86,8 +130,11 @@ def hmc_resident(
     factor_ptr,  # (DIM,) float32, of h for each dim; or None
     lo, hi, n_leapfrog,
     prepared_ptr, in_weights_ptr, in_biases_ptr, n_chains, steps, zero, first_tile,
-    position_ptr, momentum_ptr, gradient_ptr,  # (programs * BLOCK_CHAINS, BLOCK_DIM) float32, scratch
+    scratch_ptr,  # (programs, BLOCK_CHAINS, PLACES, BLOCK_DIM) float32
     end_ptr,  # (n_chains,) float32, scratch; None without labels
+    # Of whole states (reduced.py), or None. square: (n_chains,) float32, scratch, for |y|^2.
+    whole_ptr, whole_end_ptr, square_ptr, mean_ptr, dim_scale_ptr, curvature,
+    leaps_ptr, n_rows, stride_leaps_chain, stride_leaps_step,  # (4, n_rows) float32
     WEIGHTS: tl.constexpr, LOWS: tl.constexpr, BIASES: tl.constexpr, TERMS: tl.constexpr,
     LAYERS: tl.constexpr, ENERGY: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_CHAINS: tl.constexpr,
@@ -95,6 +142,9 @@ def hmc_resident(
     OWN_CHAINS: tl.constexpr,  # each warp has 16 chains of the tile to itself
     H_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     STREAM: tl.constexpr,  # rng.Stream of the momenta
+    # Of whole states: Q in the buffer (`Layout.places`), their dims, and those of a chunk. CURVED: c is not 0.
+    BASIS: tl.constexpr, BASIS_LOW: tl.constexpr, WHOLE_DIM: tl.constexpr, CHUNK_DIM: tl.constexpr,
+    CURVED: tl.constexpr,
 ):  # fmt: skip
     weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
     bias_ptrs = bias_pointers(in_biases_ptr, BIASES)
@@ -108,13 +158,20 @@ def hmc_resident(
     SHAPE: tl.constexpr = Shape(DIM, BLOCK_DIM, BLOCK_CHAINS, "held" if OWN_CHAINS and DIM % 4 == 0 else "lanes")
     SCRATCH: tl.constexpr = Shape(BLOCK_DIM, BLOCK_DIM, BLOCK_CHAINS, "held" if OWN_CHAINS else "lanes")
 
+    program = tl.program_id(0).to(tl.int64)
+    if whole_ptr is not None:
+        CHUNK: tl.constexpr = Shape(WHOLE_DIM, CHUNK_DIM, BLOCK_CHAINS, "held" if OWN_CHAINS else "turned")
+        whole = Whole(
+            whole_ptr, whole_end_ptr + program * (BLOCK_CHAINS * WHOLE_DIM), mean_ptr, dim_scale_ptr, curvature,
+            basis_pointers(in_weights_ptr, BASIS, BASIS_LOW),
+        )  # fmt: skip
+
     number = first_tile + tl.program_id(0)
     first, chains, inside = tile_at(number, n_chains, BLOCK_CHAINS)
-    unused = first_tile.to(tl.int64) * (BLOCK_CHAINS * BLOCK_DIM)  # all launches share the scratch of one
-    position_ptr -= unused
-    momentum_ptr -= unused
-    gradient_ptr -= unused
     dims = lane_order(tl.arange(0, BLOCK_DIM))
+    rows = tl.arange(0, BLOCK_CHAINS)
+    room = Tile(0, BLOCK_CHAINS, rows, rows >= 0, dims, 0, 0)
+    scratch = Scratch(scratch_ptr + program * (BLOCK_CHAINS * PLACES * BLOCK_DIM), room)
 
     weights = load_weights(weight_ptrs, ENERGY, BLOCK_DIM, BOTH_ORDERS)
     if LAYERS.PRECISION == ENERGY.PRECISION:
@@ -127,7 +184,10 @@ def hmc_resident(
     # These wait in memory too.
     tl.store(energy_ptr + chains, 0.0, mask=inside)
     tl.store(first_bad_ptr + chains, -1, mask=inside)
-    store_tile(gradient_ptr, BLOCK_DIM, tl.zeros((BLOCK_CHAINS, BLOCK_DIM), tl.float32), start, SCRATCH)
+    store_place(scratch, GRADIENT, tl.zeros((BLOCK_CHAINS, BLOCK_DIM), tl.float32), 0, SCRATCH)
+    if whole_ptr is not None:
+        store_tile(x_ptr, DIM, tl.zeros((BLOCK_CHAINS, BLOCK_DIM), tl.float32), start, SHAPE)
+        tl.store(square_ptr + chains, 0.0, mask=inside)
     tl.debug_barrier()  # other threads may load them
 
     for t in tl.range(-1, steps, disable_licm=True):
@@ -137,17 +197,30 @@ def hmc_resident(
         tile = Tile(first, n_chains, chains, inside, dims, 0, shift)
         chain, step = load_counters(chain_ptr, step_ptr, tile, t)
         key0, key1 = load_key(seed_ptr, shift)
-        v = normals(
-            key0, key1, chain, step, 0, STREAM, DIM, BLOCK_CHAINS, BLOCK_DIM, LAYERS.FAST, True
-        )  # fmt: skip
-        v = zero_padding(hold(v, 0.0, frozen, tile, SHAPE), tile, SHAPE)
+        if whole_ptr is not None:
+            counters = Counters(key0, key1, chain, step)
+            leaps = load_leaps(leaps_ptr, stride_leaps_chain, stride_leaps_step, n_rows, tile, t, H_PER_CHAIN)
+            v, vv, vy = reduced_momentum(whole, counters, tile, CURVED, BLOCK_DIM, STREAM, CHUNK, ENERGY)
+        else:
+            v = normals(
+                key0, key1, chain, step, 0, STREAM, DIM, BLOCK_CHAINS, BLOCK_DIM, LAYERS.FAST, True
+            )  # fmt: skip
+            v = zero_padding(hold(v, 0.0, frozen, tile, SHAPE), tile, SHAPE)
         h = load_step(step_of, factor_ptr, tile, t, SHAPE, H_PER_CHAIN)
-        moved = v - 0.5 * h * load_tile(gradient_ptr, BLOCK_DIM, tile, SCRATCH)
+        moved = v - 0.5 * h * load_place(scratch, GRADIENT, tile.shift, SCRATCH)
         gained = 0.5 * tl.sum((moved - v) * (moved + v), axis=1)
         fastest = tl.where(gained > 0.0, gained, 0.0)  # a comparison, because a maximum may return NaN
-        x = load_tile(x_ptr, DIM, tile, SHAPE) + h * moved
-        store_tile(momentum_ptr, BLOCK_DIM, moved, tile, SCRATCH)
-        store_tile(position_ptr, BLOCK_DIM, x, tile, SCRATCH)
+        x = load_tile(x_ptr, DIM, tile, SHAPE)
+        if whole_ptr is not None:
+            if CURVED:
+                square = tl.load(square_ptr + chains, mask=inside, other=0.0)
+                first_gain, last_gain = gained_outside(x, v, 0.5 * h * curvature, leaps, square, vv, vy)
+                fastest = tl.where(gained + first_gain > 0.0, gained + first_gain, 0.0)
+                gained += last_gain
+            store_place(scratch, FREE, x + (leaps.alpha_1 * x + leaps.beta * v), tile.shift, SCRATCH)
+        x += h * moved
+        store_place(scratch, MOMENTUM, moved, tile.shift, SCRATCH)
+        store_place(scratch, POSITION, x, tile.shift, SCRATCH)
         tl.debug_barrier()
         sound = tl.full((BLOCK_CHAINS,), 1, tl.int1)
 
@@ -156,7 +229,20 @@ def hmc_resident(
             shift = zero & i
             first, chains, inside = tile_at(number + shift, n_chains, BLOCK_CHAINS)
             now = Tile(first, n_chains, chains, inside, dims, 0, shift)
-            x = load_tile(position_ptr, BLOCK_DIM, now, SCRATCH)
+            x = load_place(scratch, POSITION, now.shift, SCRATCH)
+            if whole_ptr is not None:
+                if i == last:
+                    # Loaded again: kept through the loop, they would take registers.
+                    chain, step = load_counters(chain_ptr, step_ptr, now, t)
+                    key0, key1 = load_key(seed_ptr, shift)
+                    leaps = load_leaps(
+                        leaps_ptr + shift, stride_leaps_chain, stride_leaps_step, n_rows, now, t, H_PER_CHAIN
+                    )
+                    counters = Counters(key0, key1, chain, step)
+                    rest = x - load_place(scratch, FREE, now.shift, SCRATCH)
+                    x = whole_end(rest, leaps, whole, counters, now, room, CURVED, STREAM, CHUNK, ENERGY)
+                    store_place(scratch, POSITION, x, now.shift, SCRATCH)
+                    tl.debug_barrier()
             labels = load_labels(label_ptr, now)
             grad = gradient_of(
                 x, gradient_weights, bias_ptrs, scale_ptr, labels, shift, LAYERS.FIRSTS[0], LAYERS
@@ -166,30 +252,35 @@ def hmc_resident(
                     x, gradient_weights, bias_ptrs, scale_ptr + k, labels, shift, LAYERS.FIRSTS[k], LAYERS
                 )  # fmt: skip
             # The same address, but opaque to the compiler: stops it keeping the state that it loaded above.
-            first = tile_at(number + (zero & ~i), n_chains, BLOCK_CHAINS)[0]
+            shift = zero & ~i
+            first, chains, inside = tile_at(number + shift, n_chains, BLOCK_CHAINS)
             again = Tile(first, n_chains, chains, inside, dims, 0, shift)
-            x = load_tile(position_ptr, BLOCK_DIM, again, SCRATCH)
+            x = load_place(scratch, POSITION, again.shift, SCRATCH)
             grad = add_terms(grad, x, terms, shift, BLOCK_DIM)
             grad = zero_padding(hold(grad, 0.0, frozen, again, SHAPE), again, SHAPE)
             h = load_step(step_of, factor_ptr, again, t, SHAPE, H_PER_CHAIN)
-            v = load_tile(momentum_ptr, BLOCK_DIM, again, SCRATCH)
+            v = load_place(scratch, MOMENTUM, again.shift, SCRATCH)
             moved = v - tl.where(i < last, 1.0, 0.5) * h * grad
             gained += 0.5 * tl.sum((moved - v) * (moved + v), axis=1)
             fastest = tl.where(gained > fastest, gained, fastest)
             if i < last:
-                store_tile(momentum_ptr, BLOCK_DIM, moved, again, SCRATCH)
-                store_tile(position_ptr, BLOCK_DIM, x + h * moved, again, SCRATCH)
+                store_place(scratch, MOMENTUM, moved, again.shift, SCRATCH)
+                store_place(scratch, POSITION, x + h * moved, again.shift, SCRATCH)
             else:
                 # The momentum at the end is not needed again: its place takes the gradient there.
                 sound = is_finite(moved)
-                store_tile(momentum_ptr, BLOCK_DIM, grad, again, SCRATCH)
+                store_place(scratch, MOMENTUM, grad, again.shift, SCRATCH)
             tl.debug_barrier()
 
-        shift = zero & t
-        first, chains, inside = tile_at(number + (zero & ~t), n_chains, BLOCK_CHAINS)
+        shift = zero & ~t
+        first, chains, inside = tile_at(number + shift, n_chains, BLOCK_CHAINS)
         tile = Tile(first, n_chains, chains, inside, dims, 0, shift)
-        x = load_tile(position_ptr, BLOCK_DIM, tile, SCRATCH)
-        end = energy_of_terms(x, terms, shift, BLOCK_DIM) + tl.load(constant_ptr + shift)
+        x = load_place(scratch, POSITION, tile.shift, SCRATCH)
+        if whole_ptr is not None:
+            square, fits = measured(whole, room, bounds, CURVED, CLAMP, CHUNK)
+            end = tl.load(constant_ptr + shift) + 0.5 * curvature * square
+        else:
+            end = energy_of_terms(x, terms, shift, BLOCK_DIM) + tl.load(constant_ptr + shift)
         labels = load_labels(label_ptr, tile)
         for k in tl.static_range(len(ENERGY.FIRSTS) - 1):
             z = product(x, weights[ENERGY.FIRSTS[k]], ENERGY)
@@ -201,10 +292,11 @@ def hmc_resident(
             tl.store(end_ptr + chains, end, mask=inside)
             tl.debug_barrier()
             end = tl.load(end_ptr + chains, mask=inside, other=0.0)
-        x = load_tile(position_ptr, BLOCK_DIM, tile, SCRATCH)
+        x = load_place(scratch, POSITION, tile.shift, SCRATCH)
         energy = tl.load(energy_ptr + chains, mask=inside, other=0.0)
         first_bad = tl.load(first_bad_ptr + chains, mask=inside, other=-1)
-        fits = within(x, bounds, frozen, tile, SHAPE, CLAMP)
+        if whole_ptr is None:
+            fits = within(x, bounds, frozen, tile, SHAPE, CLAMP)
         possible, diverged, finite = judged(energy, end, gained, fastest, sound, is_finite(x), fits)
         started = sound & (end > -float("inf"))
         first_bad = stopped_at(first_bad, tl.where(t < 0, started, finite), tl.maximum(t, 0))
@@ -221,12 +313,16 @@ def hmc_resident(
         tl.store(first_bad_ptr + chains, first_bad, mask=inside)
         x = tl.where(accepted[:, None], x, load_tile(x_ptr, DIM, tile, SHAPE))
         store_tile(x_ptr, DIM, x, tile, SHAPE)
-        if trajectory_ptr is not None:
+        if whole_ptr is not None:
+            before = tl.load(square_ptr + chains, mask=inside, other=0.0)
+            tl.store(square_ptr + chains, tl.where(accepted, square, before), mask=inside)
+            move_whole(accepted, whole, trajectory_ptr, t, thin, steps, tile, room, CHUNK)
+        elif trajectory_ptr is not None:
             if t >= 0:
                 store_trajectory(trajectory_ptr, x, t, thin, steps, tile, SHAPE)
-        there = load_tile(momentum_ptr, BLOCK_DIM, tile, SCRATCH)
-        grad = tl.where(accepted[:, None], there, load_tile(gradient_ptr, BLOCK_DIM, tile, SCRATCH))
-        store_tile(gradient_ptr, BLOCK_DIM, grad, tile, SCRATCH)
+        there = load_place(scratch, MOMENTUM, tile.shift, SCRATCH)
+        grad = tl.where(accepted[:, None], there, load_place(scratch, GRADIENT, tile.shift, SCRATCH))
+        store_place(scratch, GRADIENT, grad, tile.shift, SCRATCH)
         tl.debug_barrier()
 
     first, chains, inside = tile_at(number + zero, n_chains, BLOCK_CHAINS)
@@ -239,5 +335,9 @@ def hmc_resident(
     x = load_tile(x_ptr, DIM, tile, SHAPE)
     report_bad(prepared_ptr, first_bad, tl.where(is_finite(x), energy, float("nan")), inside)
     if telemetry_ptr is not None:
-        grad = load_tile(gradient_ptr, BLOCK_DIM, tile, SCRATCH)
-        store_telemetry(telemetry_ptr, tile, tl.sum(grad * grad, axis=1), acceptance, n_diverged, steps)
+        grad = load_place(scratch, GRADIENT, tile.shift, SCRATCH)
+        if whole_ptr is not None:
+            square_norm = whole_square_norm(grad, x, whole, tile, CURVED, CHUNK, ENERGY)
+        else:
+            square_norm = tl.sum(grad * grad, axis=1)
+        store_telemetry(telemetry_ptr, tile, square_norm, acceptance, n_diverged, steps)

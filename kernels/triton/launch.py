@@ -28,6 +28,9 @@ PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
 # The state of a resident chain lives in registers: a tile of 64 x 128 already takes 64 of a thread's 255.
 _MAX_RESIDENT_DIM = 128
 
+# Dims of a chunk of whole states (reduced.py).
+CHUNK_DIM = 32
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -43,7 +43,8 @@ class Network(NamedTuple):
 class Part(NamedTuple):
     """A matrix in the buffer, from a source of rows x cols.
 
-    halves: 0 for float32, 1 for bf16, 2 for bf16 followed by its remainder in bf16. in_lanes: columns in lane_order.
+    halves: 0 for float32, 1 for bf16, 2 for bf16 followed by its remainder in bf16. in_lanes: columns in lane_order;
+    rows_in_lanes: rows too.
     scale: the network whose weight w_k multiplies the source, or -1; factor: a number that multiplies it too.
     padding: the value outside the source; missing: the value if the source is None. reach: the word that receives the
     largest |source|, or -1.
@@ -55,6 +56,7 @@ class Part(NamedTuple):
     padded_cols: int
     halves: int = 0
     in_lanes: bool = False
+    rows_in_lanes: bool = False
     scale: int = -1
     factor: float = 1.0
     padding: float = 0.0
@@ -76,9 +78,9 @@ Parts = namedtuple("Parts", Part._fields)
 
 @dataclass(frozen=True)
 class Layout:
-    """parts: weight and bias of each layer, w (k,), the constant, then those of c, m, b and b - c m that exist.
+    """parts: weight and bias of each layer, w (k,), the constant, then those of c, m, b, b - c m and Q^T that exist.
 
-    n_layers: of all networks. curvature, linear: whether c and m, and b, exist.
+    n_layers: of all networks. curvature, linear, basis: whether c and m, b, and Q (reduced.py) exist.
     """
 
     parts: tuple[Part, ...]
@@ -86,6 +88,7 @@ class Layout:
     n_networks: int
     curvature: bool
     linear: bool
+    basis: bool
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -117,24 +120,29 @@ class Layout:
         }
 
     @cached_property
-    def places(self) -> dict[str, tuple[int, ...]]:
+    def places(self) -> dict[str, Any]:
         """The constants of the step kernels.
 
         WEIGHTS, BIASES: the first word of each layer's. LOWS: the first word of a weight's low half, 0 if it has none,
         -1 if the weight is float32. TERMS: the first words of -w, constant, c, m, b; -1 for one that is absent.
+        BASIS, BASIS_LOW: the same of Q^T as of a weight, where there is one.
         """
         layers, rest = 2 * self.n_layers, iter(self.offsets[2 * self.n_layers :])
-        weights = self.parts[:layers:2]
         there = (True, True, self.curvature, self.curvature, self.linear)
-        return {
+        places: dict[str, Any] = {
             "WEIGHTS": self.offsets[:layers:2],
-            "LOWS": tuple(
-                {0: -1, 1: 0, 2: offset + part.size // 2}[part.halves]
-                for part, offset in zip(weights, self.offsets[:layers:2], strict=True)
-            ),
+            "LOWS": tuple(map(self._low, range(0, layers, 2))),
             "BIASES": self.offsets[1:layers:2],
             "TERMS": tuple(next(rest) if is_there else -1 for is_there in there),
         }
+        if self.basis:
+            last = len(self.parts) - 1
+            places |= {"BASIS": self.offsets[last], "BASIS_LOW": self._low(last)}
+        return places
+
+    def _low(self, i: int) -> int:
+        """The first word of a part's low half."""
+        return {0: -1, 1: 0, 2: self.offsets[i] + self.parts[i].size // 2}[self.parts[i].halves]
 
 
 def _aligned(words: int) -> int:
@@ -144,9 +152,9 @@ def _aligned(words: int) -> int:
 @lru_cache(maxsize=256)
 def layout(
     dim: int, networks: tuple[Network, ...], precision: str, block_dim: int, streaming: bool, curvature: bool,
-    linear: bool,
+    linear: bool, whole: tuple[int, int] | None = None,
 ) -> Layout:  # fmt: skip
-    """The layout for an architecture; it depends on no weight's value.
+    """The layout for an architecture; it depends on no weight's value. whole: the dims of whole states, and of a chunk.
 
     A scalar or class head is (1 or classes, padded in) in float32, multiplied by w_k (and a class head's sign), and its
     bias is not padded. A "logsumexp" head keeps its factor apart; its bias is padded with -inf, for there is no class.
@@ -178,7 +186,10 @@ def layout(
         parts.append(row)
     if streaming and (curvature or linear):
         parts.append(row._replace(reach=BOUNDS.value + 1))
-    return Layout(tuple(parts), n_layers, len(networks), curvature, linear)
+    if whole is not None:
+        columns = -(-whole[0] // whole[1]) * whole[1]
+        parts.append(Part(dim, whole[0], padded_dim, columns, halves, in_lanes=True, rows_in_lanes=True))
+    return Layout(tuple(parts), n_layers, len(networks), curvature, linear, whole is not None)
 
 
 @triton.jit
@@ -208,6 +219,8 @@ def fill_part(
     col = i % PARTS.padded_cols[P]
     if PARTS.in_lanes[P]:
         col = lane_order(col)
+    if PARTS.rows_in_lanes[P]:
+        row = lane_order(row)
     inside = (row < PARTS.rows[P]) & (col < PARTS.cols[P])
     if source_ptr is None:
         x = tl.full((BLOCK,), PARTS.missing[P], tl.float32)
