@@ -159,7 +159,7 @@ class _Step:
     """
 
     def __init__(self, target: _Collapsed, coefficients: Drift, chains: Chains) -> None:
-        self.target, self.coefficients = target, coefficients
+        self.coefficients, self.blocks, self.gaps = coefficients, target.layer.blocks, target.gaps
         drift, noise_std, shrunk = coefficients
         n, width = len(chains.x), target.layer.width
         self.first_bad = torch.empty(n, dtype=torch.int32, device="cpu")
@@ -179,11 +179,11 @@ class _Step:
         n = len(self.first_bad)
         new_base, new_a = matrix(len(base), base.shape[1], base), matrix(len(a), a.shape[1], a)
         new_base[n:] = 0.0
-        if self.target.gaps:
+        if self.gaps:
             new_a.zero_()
         new_a[n:] = 0.0
         self.update.aim(new=new_base, x=base, grad=base)
-        for push, block in zip(self.pushes, self.target.layer.blocks, strict=True):
+        for push, block in zip(self.pushes, self.blocks, strict=True):
             push.aim(a=a[:, block], new=new_a[:, block])
         self.first_bad.fill_(-1)
         self.program.run(t, t + 1)
