@@ -5,6 +5,8 @@ The error of a path may be twice that of plain float32, plus rounding. In float6
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import runs
 import torch
@@ -14,11 +16,12 @@ from paths import HEADS, ULP, begin, largest, network
 from torch import nn
 
 from fastebm import HMC, MALA, ClassifierEnergy, GaussianEnergy, Langevin, SumEnergy, UnderdampedLangevin
-from fastebm.backends import Chains
+from fastebm.backends import Chains, cpu_collapsed
 from fastebm.backends.collapsed import FORMS
 from fastebm.energies import ACTIVATIONS
 from fastebm.rng import Stream, uniform
 from fastebm.targets.autograd import Energy
+from fastebm.targets.collapsed import Collapsed, End, FirstLayer, Leaps
 from fastebm.targets.description import describe
 
 N_CHAINS = 70  # more than the rows of one product
@@ -249,3 +252,44 @@ def test_rounding_is_bounded_after_1000_steps(name, energy):
     truth = Truth(name, dim=200, steps=1000, **LONG[energy])
     for path in PATHS:
         truth.check(*path)
+
+
+@pytest.mark.parametrize("rows", [1, N_CHAINS])
+@pytest.mark.parametrize(
+    ("dim", "term", "scaled"), [(3, "gaussian", False), (257, "gaussian", False), (257, "linear", True)]
+)
+def test_the_end_of_a_trajectory_is_one_pass(dim, term, scaled, rows):
+    """Against plain PyTorch in float64, for chains with and without a step size of their own."""
+    description = describe(make_energy(dim, [9, 4], "silu", "scalar", [term], True).double())
+    scale = torch.linspace(0.5, 1.5, dim, dtype=torch.float64) if scaled else None
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    exact = Collapsed(FirstLayer(description, scale), N_CHAINS, None)
+    width = exact.layer.width
+    wide = {name: made(N_CHAINS, dim).float() for name in ("base", "v")}
+    narrow = {name: made(N_CHAINS, width).float() for name in ("a", "u", "q")}
+    end = End(*(made(N_CHAINS, width).float() for _ in range(4)), *[made(N_CHAINS).float()] * 3)
+    h = torch.linspace(0.1, 0.3, rows, dtype=torch.float64)[:, None]
+    leaps = Leaps.of(h, 3, exact.curvature, end.u)
+
+    def arrived(target, dtype):
+        given = {name: v.to(dtype) for name, v in {**wide, **narrow}.items()}
+        return target.arrived(**given, end=End(*(v.to(dtype) for v in end)), leaps=Leaps(*(v.to(dtype) for v in leaps)))
+
+    layer = FirstLayer(description.to(torch.device("cpu"), torch.float32), None if scale is None else scale.float())
+    truth, plain = arrived(exact, torch.float64), arrived(Collapsed(layer, N_CHAINS, None), torch.float32)
+    target = cpu_collapsed.collapsed(layer)(N_CHAINS, None)
+    ours = arrived(target, torch.float32)
+    for name, value in truth._asdict().items():
+        if name != "size":
+            allowed = 2 * largest(getattr(plain, name) - value) + 2 * ULP * largest(value)
+            assert largest(getattr(ours, name) - value) <= allowed, name
+    assert math.isfinite(ours.size)
+    wide["base"][1, 0] = math.nan
+    with_nan = arrived(target, torch.float32)
+    assert not math.isfinite(with_nan.size)
+    others = torch.arange(N_CHAINS) != 1
+    assert all(torch.equal(v[others], w[others]) for v, w in zip(with_nan[:-1], ours[:-1], strict=True))

@@ -20,7 +20,6 @@ from torch import nn
 from fastebm import HMC, MALA, GaussianEnergy, Langevin, SumEnergy
 from fastebm.backends import Chains, cpu_collapsed
 from fastebm.samplers import collapsed
-from fastebm.samplers.collapsed import CollapsedHMC, CollapsedMALA
 from fastebm.samplers.collapsed_langevin import CollapsedLangevin
 from fastebm.targets.collapsed import Collapsed, FirstLayer
 from fastebm.targets.description import describe
@@ -118,6 +117,7 @@ def test_the_law_is_that_of_changed_weights(name):
 # -- mutants ------------------------------------------------------------------------------------------------------
 
 FAST = cpu_collapsed._Collapsed  # what a CPU runs in float32
+ZERO = torch.zeros(1)
 
 
 def stale_gram(patch):
@@ -131,12 +131,36 @@ def changed(owner, name, change):
 
 
 def without_alpha(patch):
-    patch.setattr(Collapsed, "moved", lambda self, alpha_1, y, beta, v: torch.addcmul(y, v, beta))
+    own = FAST.arrived
+    patch.setattr(
+        FAST,
+        "arrived",
+        lambda self, *starts: own(self, *starts[:-1], starts[-1]._replace(alpha_1=0 * starts[-1].alpha_1)),
+    )
+
+
+def kicks_without_the_gaussian(patch):
+    def leap(self, leaps, own=FAST._leap):
+        for call in self.leaps:
+            call.aim(curvature=0)
+        own(self, leaps)
+
+    patch.setattr(FAST, "_leap", leap)
 
 
 def slopes_without_a(patch):
-    own = Collapsed._differentiate_at
-    patch.setattr(Collapsed, "_differentiate_at", lambda self, base, a: own(self, base, 0 * a))
+    own = Collapsed._project
+    patch.setattr(Collapsed, "_project", lambda self, base, a: own(self, base, 0 * a))
+
+
+def a_without_the_gaussian(patch):
+    class Step(cpu_collapsed._Step):
+        def __init__(self, target, coefficients, chains):
+            super().__init__(target, coefficients, chains)
+            for call in self.pushes:
+                call.aim(shrunk=ZERO)
+
+    patch.setattr(cpu_collapsed, "_Step", Step)
 
 
 def square_of_the_start(patch):
@@ -147,23 +171,13 @@ def square_of_the_start(patch):
 # The samplers whose law rejects each mutant.
 MUTANTS = {
     "G of earlier weights": (stale_gram, ["HMC", "MALA", "Langevin"]),
-    "momentum not projected": (changed(Collapsed, "projected_momentum", lambda q, v: 0 * q), ["HMC", "MALA"]),
-    "no Gaussian term in u": (
-        lambda patch: patch.setattr(
-            FAST, "_leap", lambda self, leaps, own=FAST._leap: own(self, leaps._replace(alpha_1=0 * leaps.alpha_1))
-        ),
-        ["HMC"],
-    ),
+    "momentum not projected": (changed(FAST, "momenta", lambda vq, *given: (vq[0], 0 * vq[1])), ["HMC", "MALA"]),
+    "no Gaussian term in kicks": (kicks_without_the_gaussian, ["HMC", "MALA"]),
     "no Gaussian term": (
         changed(CollapsedLangevin, "_drift", lambda drift, *given: drift._replace(shrunk=0 * drift.shrunk)),
         ["Langevin"],
     ),
-    "no Gaussian term in a": (
-        lambda patch: patch.setattr(
-            FAST, "_pushed", lambda self, a, drift, shrunk, own=FAST._pushed: own(self, a, drift, 0 * shrunk)
-        ),
-        ["Langevin"],
-    ),
+    "no Gaussian term in a": (a_without_the_gaussian, ["Langevin"]),
     "wrong sign of a W": (
         lambda patch: patch.setattr(
             Collapsed, "put_together", lambda self, base, a, own=Collapsed.put_together: own(self, base, -a)
@@ -171,21 +185,9 @@ MUTANTS = {
         ["HMC", "MALA", "Langevin"],
     ),
     "alpha dropped": (without_alpha, ["HMC", "MALA"]),
-    "pull not updated": (
-        lambda patch: patch.setattr(
-            CollapsedMALA, "_followed", lambda self, layer, state, *rest, own=CollapsedMALA._followed: (
-                own(self, layer, state, *rest)[0], state.pull, own(self, layer, state, *rest)[2])
-        ),
-        ["MALA"],
-    ),
-    "no |B W|^2": (
-        lambda patch: [
-            patch.setattr(
-                cls, "_followed", lambda self, *given, own=cls._followed: (*own(self, *given)[:2], torch.zeros(()))
-            )
-            for cls in (CollapsedHMC, CollapsedMALA)
-        ],
-        ["HMC", "MALA"],
+    "pull not updated": (lambda patch: patch.setattr(FAST, "_pull", lambda self: None), ["HMC", "MALA"]),
+    "no kinetic energy of B": (
+        changed(FAST, "arrived", lambda end, *given: end._replace(of_b=0 * end.of_b)), ["HMC", "MALA"]
     ),
     "|y|^2 of the start": (square_of_the_start, ["HMC", "MALA"]),
     "slopes without a": (slopes_without_a, ["Langevin"]),

@@ -116,12 +116,14 @@ class Advanced(NamedTuple):
     carried: Mapping[str, Tensor] | None = None
 
     @classmethod
-    def blank(cls, x: Tensor, steps: int, thin: int) -> Advanced:
-        """A result to fill in: x itself, uninitialised energies and trajectory, and first_bad = -1."""
+    def blank(cls, x: Tensor, steps: int, thin: int, trajectory: Tensor | None = None) -> Advanced:
+        """A result to fill in: x itself, uninitialised energies, a trajectory (None: a new one), and first_bad = -1."""
         n_chains, dim = x.shape
+        if thin and trajectory is None:
+            trajectory = x.new_empty(n_chains, steps // thin, dim)
         return cls(
             x,
             x.new_empty(n_chains),
             torch.full((n_chains,), -1, dtype=torch.int32, device=x.device),
-            x.new_empty(n_chains, steps // thin, dim) if thin else None,
+            trajectory,
         )

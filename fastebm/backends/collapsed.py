@@ -114,14 +114,20 @@ class _Together(Collapsed):
         moved = self._product(a, self.layer.scaled)
         return base + moved if self.layer.scale is None else torch.addcmul(base, moved, self.layer.scale)
 
-    def evaluated(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluated(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``Collapsed`` has it."""
-        value, slopes = self._each(lambda target, rows: target.evaluated(u[rows]))
-        return value, slopes
+        value, slopes, pull = self._each(lambda target, rows: target.evaluated(u[rows]))
+        return value, slopes, pull
 
-    def followed(self, u: Tensor, q: Tensor, slopes: Tensor, leaps: Leaps) -> End:
+    def followed(self, u: Tensor, q: Tensor, slopes: Tensor, pull: Tensor, leaps: Leaps) -> End:
         """As ``Collapsed`` has it."""
-        return End(*self._each(lambda target, rows: target.followed(u[rows], q[rows], slopes[rows], leaps.rows(rows))))
+        starts = u, q, slopes, pull
+
+        def follow(target: Collapsed, rows: slice) -> End:
+            u, q, slopes, pull = (v[rows] for v in starts)
+            return target.followed(u, q, slopes, pull, leaps.rows(rows))
+
+        return End(*self._each(follow))
 
     def _product(self, v: Tensor, w: Tensor) -> Tensor:
         return tiles.multiplied(v, w)
@@ -167,4 +173,4 @@ class _Seen:
 
     @property
     def gradient(self) -> Tensor:
-        return self.target.gradient_from(self.state.base, self.state.slopes)
+        return self.target.gradient_from(self.state.base, self.state.a, self.state.slopes)

@@ -25,12 +25,14 @@ __all__ = ["blank", "run"]
 def run(
     target: Target, chains: Chains, sampler: Any, steps: int, *, thin: int = 0, telemetry: bool = False,
     by_definition: bool = True, interrupted: Callable[[], bool] = lambda: False, adaptation: Adaptation | None = None,
+    trajectory: Tensor | None = None,
 ) -> Advanced:  # fmt: skip
     """Run the steps. ``chains`` is not modified.
 
     thin: store the state after every thin-th step; 0 stores none. telemetry: also return the sampler's telemetry.
     by_definition: draw random numbers by PyTorch operations. interrupted: asked before each step whether to stop
     early; the result is then unused. adaptation: tunes the sampler after each step; its ``sampler`` takes the steps.
+    trajectory: where to store the states, (n_chains, steps // thin, dim). None: in a new tensor.
     """
     x, frozen = chains.x, chains.frozen
     n_chains, dim = x.shape
@@ -41,7 +43,7 @@ def run(
         chains.seed, chains.numbers, chains.first_steps, dim, dtype=x.dtype, steps=steps, frozen=frozen,
         by_definition=by_definition,
     )  # fmt: skip
-    done = Advanced.blank(x, steps, thin)
+    done = Advanced.blank(x, steps, thin, trajectory)
     first_bad = done.first_bad
     stopped = chains.stopped  # (n_chains,) bool, chains that are no longer finite; None if none are
     if stopped is not None:
@@ -54,6 +56,7 @@ def run(
             f"the state of {type(sampler).__name__} holds {', '.join(sorted(lost))}, which would be lost between the "
             "parts of a call: name it in carries or in recomputes"
         )
+    kept: Tensor | None = None  # the positions, where the last step stored them
     for t in range(steps if n_chains > 0 else 0):
         if interrupted():
             break
@@ -70,9 +73,11 @@ def run(
             adaptation.update(old, state, info, None if stopped is None else ~stopped)
         if reported is not None:
             reported.add(info, before, stopped, is_last=t == steps - 1)
+        kept = None
         if done.trajectory is not None and (t + 1) % thin == 0:
-            done.trajectory[:, t // thin] = sampler.positions(view, state)
-    x, energy = sampler.positions(view, state), getattr(state, "energy", None)  # MALA's state has it, for example
+            done.trajectory[:, t // thin] = kept = sampler.positions(view, state)
+    x = sampler.positions(view, state) if kept is None else kept
+    energy = getattr(state, "energy", None)  # MALA's state has it, for example
     energy = target.value(x) if energy is None else energy
     named = None if reported is None else reported.named(sampler.reports, steps)
     carried = sampler.carried(view, state) or None

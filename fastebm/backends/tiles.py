@@ -60,15 +60,14 @@ def run(
 
     def move(rows: slice, interrupted: Callable[[], bool]) -> None:
         with torch.inference_mode():
-            here = chains.rows(rows)
+            here, trajectory = chains.rows(rows), done.trajectory
             part = reference.run(
                 make_target(len(here.x), here.labels), here, for_chains(sampler, rows, n_chains), steps,
                 thin=thin, telemetry=telemetry, by_definition=False, interrupted=interrupted,
+                trajectory=None if trajectory is None else trajectory[rows],
             )  # fmt: skip
             done.x[rows], done.energy[rows], done.first_bad[rows] = part.x, part.energy, part.first_bad
             carried[rows.start] = (part.carried or {}) if carry else {}
-            if done.trajectory is not None and part.trajectory is not None:
-                done.trajectory[rows] = part.trajectory
             reported[rows.start] = dict(part.telemetry or {})
 
     _each_tile(x, move, sampler.rows_per_chain, n_weights)

@@ -38,6 +38,7 @@ __all__ = [
     "for_chains",
     "for_steps",
     "once",
+    "overwritten",
     "plus",
     "rows_of",
     "settled",
@@ -225,6 +226,15 @@ def rows_of(rows: Tensor, a: _State, b: _State) -> _State:
     """The state with these rows of a, and the others of b. rows: (n,) bool."""
     chosen: _State = type(b)(*(where_rows(rows, v, w) for v, w in zip(a, b, strict=True)))
     return chosen
+
+
+def overwritten(rows: Tensor, a: _State, b: _State) -> _State:
+    """``rows_of`` in the memory of a, which the caller has just made. Faster if a has most rows."""
+    others = (~rows).nonzero()[:, 0]
+    for v, w in zip(a, b, strict=True):
+        if v is not w:
+            v.index_copy_(0, others, w.index_select(0, others))
+    return a
 
 
 def plus(x: Tensor, v: Tensor, c: float | Tensor, *, out: Tensor | None = None) -> Tensor:

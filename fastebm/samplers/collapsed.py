@@ -5,8 +5,7 @@ equations. Positions are kept in two parts, y = base + a W, which are put togeth
 x. So a step takes one product with W, for the momentum. The parts, u and |y|^2 are rounded in each step, so they are
 computed anew every REFRESHED steps.
 
-MALA is HMC with one leapfrog step (mala.py). There A = -h^2 s / 2, so s G, which is kept, gives u and |B W|^2 at the
-end without another product with G.
+MALA is HMC with one leapfrog step (mala.py).
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from ..rng import Noise, Stream
 from ..targets.base import View
-from ..targets.collapsed import Collapsed, End, Leaps
+from ..targets.collapsed import Collapsed, Leaps
 from ..targets.remembered import Point
-from .base import Info, Sampler, diagonal_at, once, rows_of, value_at
+from .base import Info, Sampler, diagonal_at, once, overwritten, rows_of, value_at
 from .hmc import Trajectory, decided, judged, scaled_step
 
 __all__ = [
@@ -59,8 +58,8 @@ class CollapsedPoint(NamedTuple):
     """Chains at y = base + a W (with a scale r, y = base + r a W diag(r)).
 
     base: (n, dim). a, inner, slopes: (n, width) a, u and s. square: (n,) float64 |y|^2, 0 without a Gaussian term.
-    energy: (n,) E. pull: (n, width) s G, or (n, 0). age: (n,) int64, steps since base was y, rejected ones too: chains
-    that started together are then due together. mark: (n,) int64, ``FirstLayer.mark`` of the weights.
+    energy: (n,) E. pull: (n, width) s G. age: (n,) int64, steps since base was y, rejected ones too: chains that
+    started together are then due together. mark: (n,) int64, ``FirstLayer.mark`` of the weights.
     """
 
     base: Tensor
@@ -124,21 +123,22 @@ class CollapsedHMC(Form):
         return scale
 
     def saved(self, dim: int, width: int) -> float:
-        """A leapfrog step takes one product with G in place of two with W. A trajectory takes one with each."""
+        """A leapfrog step takes one product with G in place of two with W. A trajectory takes one with W."""
         n: int = self.sampler.n_leapfrog
-        return n * 2 * dim * width - n * width * (width + _LEAP) - width * (width + _ONCE * dim)
+        return n * 2 * dim * width - width * (n * (width + _LEAP) + _ONCE * dim)
 
     def init(self, target: View, x: Tensor, noise: Noise, **carried: Tensor) -> CollapsedPoint:
         """Compute u from x. What chains carry is kept if it belongs to x and to these weights, so that bits do not
         depend on where a call ends."""
         layer = layer_of(target)
         y = layer.away(x)
-        fresh = _at(layer, y)
+        a, age = y.new_zeros(len(y), layer.layer.width), zeros_like_rows(y)
+        like = CollapsedPoint(y, a, a, a[:, 0].double(), a, a[:, 0], a, age, age + layer.layer.mark)
 
         def same(given: CollapsedPoint) -> Tensor:
-            return same_rows(layer.positions(given.base, given.a), x) & (given.mark == fresh.mark)
+            return same_rows(layer.positions(given.base, given.a), x) & (given.mark == like.mark)
 
-        state = resumed(fresh, carried, same)
+        state = resumed(like, carried, same, lambda: _at(layer, y))
         if self.eager:
             state = state._replace(base=layer.put_together(state.base, state.a), a=torch.zeros_like(state.a))
         return self._completed(layer, state)
@@ -153,38 +153,38 @@ class CollapsedHMC(Form):
         leaps = once(target, "leaps", self, lambda: self._leaps(layer, t, state.base))
         old = renewed(state, lambda: self._completed(layer, _at(layer, layer.put_together(state.base, state.a))))
         old = old._replace(age=old.age + 1)
-        v = noise.normal(self.stream, t)
-        q = layer.projected_momentum(v)
-        end, pull, b_squared = self._followed(layer, old, q, leaps)
-        alpha_1, beta = leaps.alpha_1[-1, :, None], leaps.beta[-1, :, None]
-        square, gained = _squares(layer, old, v, q, end, leaps, b_squared)
-        base, a = layer.moved(alpha_1, old.base, beta, v), torch.addcmul(end.a + old.a, old.a, alpha_1)
+        if self.eager:  # G may have another scale than in the last step
+            old = old._replace(pull=layer.multiplied(old.slopes))
+        v, q = layer.momenta(noise, self.stream, t)
+        end = layer.followed(old.inner, q, old.slopes, old.pull, leaps)
+        base, a, *sums, size = layer.arrived(old.base, old.a, old.inner, v, q, end, leaps)
+        square, gained = _squares(layer, old, leaps, *sums)
         energy = layer.energy(end.value, square)
         log_accept = torch.add(old.energy - energy, gained, alpha=-0.5)
 
         def whole() -> tuple[Point, Tensor, Tensor, Trajectory]:
             y = layer.put_together(old.base, old.a)
-            start = Point(layer.positions(old.base, old.a), old.energy, layer.gradient_from(y, old.slopes))
+            gradient = layer.gradient_from(old.base, old.a, old.slopes)
+            start = Point(layer.positions(old.base, old.a), old.energy, gradient)
             momentum = layer.momentum(leaps, y, v, end.b)
             there = layer.positions(base, a)
             moved = Trajectory(there, energy, start.gradient, momentum, leaps.n_leapfrog, log_accept)
             return start, v, self._h(t, there), moved
 
         inside = None if target.box is None else target.box.contains(layer.positions(base, a))
-        verdict = judged(target, base.sum() + a.sum(), inside, log_accept, whole)
+        verdict = judged(target, size, inside, log_accept, whole)
         if self.eager:
             base, a = layer.put_together(base, a), torch.zeros_like(a)
-        there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, pull, old.age, old.mark)
+        there = CollapsedPoint(base, a, end.u, square, end.slopes, energy, end.pull, old.age, old.mark)
         return decided(
             old, there, noise, t, log_accept, verdict, leaps.n_leapfrog,
-            lambda new: layer.gradient_from(layer.put_together(new.base, new.a), new.slopes),
+            lambda new: layer.gradient_from(new.base, new.a, new.slopes), overwritten,
         )  # fmt: skip
 
     def _completed(self, layer: Collapsed, state: CollapsedPoint) -> CollapsedPoint:
-        """The state with its energy and slopes."""
-        value, slopes = layer.evaluated(state.inner)
-        energy = layer.energy(value, state.square)
-        return state._replace(slopes=slopes, energy=energy, pull=self._pull(layer, slopes))
+        """The state with its energy, s and s G."""
+        value, slopes, pull = layer.evaluated(state.inner)
+        return state._replace(slopes=slopes, energy=layer.energy(value, state.square), pull=pull)
 
     # -- what MALA has of its own ---------------------------------------------------------------------------
 
@@ -197,14 +197,6 @@ class CollapsedHMC(Form):
     def _h(self, t: int, x: Tensor) -> Tensor:
         """The step of ``hmc.leapfrog``."""
         return scaled_step(self.sampler, t, x)
-
-    def _pull(self, layer: Collapsed, slopes: Tensor) -> Tensor:
-        return slopes[:, :0]
-
-    def _followed(self, layer: Collapsed, state: CollapsedPoint, q: Tensor, leaps: Leaps) -> tuple[End, Tensor, Tensor]:
-        """The end of a trajectory, s G there, and |B W|^2."""
-        end = layer.followed(state.inner, q, state.slopes, leaps)
-        return end, state.pull, (layer.multiplied(end.b) * end.b).sum(dim=1)
 
 
 class CollapsedMALA(CollapsedHMC):
@@ -227,22 +219,6 @@ class CollapsedMALA(CollapsedHMC):
     def _h(self, t: int, x: Tensor) -> Tensor:
         return cast(Tensor, self.sampler.scaled_step(t, x))
 
-    def _pull(self, layer: Collapsed, slopes: Tensor) -> Tensor:
-        return layer.multiplied(slopes)
-
-    def _followed(self, layer: Collapsed, state: CollapsedPoint, q: Tensor, leaps: Leaps) -> tuple[End, Tensor, Tensor]:
-        first, last = leaps.kicks[:, :, None]
-        pulled = leaps.drifts[0, :, None] * first
-        a = -pulled * state.slopes
-        u = torch.addcmul(state.inner, state.inner, leaps.alpha_1[0, :, None])
-        u.addcmul_(q, leaps.beta[0, :, None]).addcmul_(state.pull, pulled, value=-1)
-        value, slopes = layer.evaluated(u)
-        pull = layer.multiplied(slopes)
-        c = layer.curvature
-        b = -(first - c * last * pulled) * state.slopes - last * slopes
-        bg = -(first - c * last * pulled) * state.pull - last * pull
-        return End(a, b, u, value, slopes), pull, (b * bg).sum(dim=1)
-
 
 def layer_of(target: View) -> Collapsed:
     """The target of a view."""
@@ -258,23 +234,16 @@ def _at(layer: Collapsed, y: Tensor) -> CollapsedPoint:
 
 
 def _squares(
-    layer: Collapsed, state: CollapsedPoint, v: Tensor, q: Tensor, end: End, leaps: Leaps, b_squared: Tensor
+    layer: Collapsed, state: CollapsedPoint, leaps: Leaps, of_a: Tensor, of_b: Tensor, vv: Tensor, vy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """|y_L|^2, and |v_L|^2 - |v_0|^2, (n,) each. See targets/collapsed.py. b_squared: |B W|^2."""
-    vb = (q * end.b).sum(dim=1)
+    """|y|^2 and |v|^2 - |v_0|^2, (n,) each, at the end of a trajectory, as at the top of targets/collapsed.py."""
     if layer.curvature == 0.0:
-        return state.square, torch.add(b_squared, vb, alpha=2)
-    alpha_1, beta, gamma, delta_1 = leaps.alpha_1[-1], leaps.beta[-1], leaps.gamma[:, 0], leaps.delta_1[:, 0]
-    u, yy = state.inner, state.square
-    vv, vy = v.square().sum(dim=1).double(), (v * state.base).sum(dim=1).double() + (q * state.a).sum(dim=1)
-    straight = torch.addcmul(torch.addcmul(u, u, alpha_1[:, None]), q, beta[:, None])
-    alpha_1, beta = alpha_1.double(), beta.double()
-    square = yy + (alpha_1 * (2 + alpha_1)) * yy + 2 * (1 + alpha_1) * beta * vy + beta**2 * vv
-    square = square + (end.a * (end.u + straight)).sum(dim=1)
-    along = gamma * vy + delta_1 * vv + vb  # v_0 . d
-    rest = gamma * (u * end.b).sum(dim=1) + delta_1 * vb + gamma * delta_1 * vy
-    gained = 2 * along + gamma**2 * yy + delta_1**2 * vv + b_squared + 2 * rest
-    return square, gained.to(v.dtype)
+        return state.square, of_b
+    alpha_1, beta, gamma, delta_1 = (c[:, 0].double() for c in leaps[2:])
+    yy, vv, vy = state.square, vv.double(), vy.double()
+    square = yy + alpha_1 * (2 + alpha_1) * yy + 2 * (1 + alpha_1) * beta * vy + beta**2 * vv + of_a
+    gained = gamma**2 * yy + 2 * gamma * (1 + delta_1) * vy + delta_1 * (2 + delta_1) * vv + of_b
+    return square, gained.to(of_b.dtype)
 
 
 def zeros_like_rows(x: Tensor) -> Tensor:
@@ -282,12 +251,18 @@ def zeros_like_rows(x: Tensor) -> Tensor:
     return torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def resumed(fresh: _State, carried: Mapping[str, Tensor], same: Callable[[_State], Tensor]) -> _State:
-    """The state with what chains carry, where it belongs to them, and a fresh one elsewhere. same: which, (n,) bool."""
-    given: _State = fresh._replace(**carried)
-    if not carried or any(v.shape != w.shape for v, w in zip(given, fresh, strict=True)):
-        return fresh
-    return rows_of(same(given), given, fresh)
+def resumed(
+    like: _State, carried: Mapping[str, Tensor], same: Callable[[_State], Tensor], make: Callable[[], _State]
+) -> _State:  # fmt: skip
+    """The state with what chains carry, where it belongs to them, and those of ``make`` elsewhere.
+
+    like: a state of the right shapes, whose fields are kept if they are not carried. same: which belong, (n,) bool.
+    """
+    given: _State = like._replace(**carried)
+    if not carried or any(v.shape != w.shape for v, w in zip(given, like, strict=True)):
+        return make()
+    rows = same(given)
+    return given if bool(rows.all()) else rows_of(rows, given, make())
 
 
 def renewed(state: _State, make: Callable[[], _State]) -> _State:

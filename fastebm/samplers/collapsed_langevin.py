@@ -62,7 +62,11 @@ class CollapsedLangevin(Form):
         layer = layer_of(target)
         y = layer.away(x)
         fresh = CollapsedState(y, y.new_zeros(len(y), layer.layer.width), zeros_like_rows(y))
-        return resumed(fresh, carried, lambda given: same_rows(layer.positions(given.base, given.a), x))
+
+        def same(given: CollapsedState) -> Tensor:
+            return same_rows(layer.positions(given.base, given.a), x)
+
+        return resumed(fresh, carried, same, lambda: fresh)
 
     def positions(self, target: View, state: CollapsedState) -> Tensor:
         """x, put together."""
@@ -82,8 +86,8 @@ class CollapsedLangevin(Form):
             return {"clipped": 0.0, "clamped": 0.0}
 
         def last() -> Mapping[str, Tensor]:
-            y = layer.put_together(state.base, state.a)
-            return {"grad_norm": torch.linalg.vector_norm(layer.gradient_from(y, layer.slopes()[: len(y)]), dim=1)}
+            gradient = layer.gradient_from(state.base, state.a, layer.slopes()[: len(state.a)])
+            return {"grad_norm": torch.linalg.vector_norm(gradient, dim=1)}
 
         return new, Info(finite, averaged, last)
 

@@ -74,13 +74,13 @@ class CollapsedUnderdamped(Form):
         if momentum is None:
             momentum = self.sampler.drawn(x, noise)
         a = y.new_zeros(len(y), layer.layer.width)
-        state = CollapsedMotion(y, a, momentum, a, a, zeros_like_rows(y))
+        fresh = CollapsedMotion(y, a, momentum, a, a, zeros_like_rows(y))
 
         def same(given: CollapsedMotion) -> Tensor:
             of_x = same_rows(layer.positions(given.base, given.a), x)
             return of_x & same_rows(layer.put_together(given.push, given.b), momentum)
 
-        state = resumed(state, parts, same)
+        state = resumed(fresh, parts, same, lambda: fresh)
         return state._replace(slopes=layer.slopes_at(state.base, state.a))
 
     def positions(self, target: View, state: CollapsedMotion) -> Tensor:
@@ -124,7 +124,7 @@ class CollapsedUnderdamped(Form):
             new = rows_of(finite, new, state)
 
         def last() -> Mapping[str, Tensor]:
-            gradient = layer.gradient_from(layer.put_together(*where), slopes)
+            gradient = layer.gradient_from(*where, slopes)
             return {"grad_norm": torch.linalg.vector_norm(gradient, dim=1)}
 
         return new, Info(finite, last=last)

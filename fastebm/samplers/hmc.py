@@ -251,15 +251,18 @@ def transition(
 
 def decided(
     state: _State, there: _State, noise: Noise, t: int, log_accept: Tensor, verdict: Verdict, n_leapfrog: int | Tensor,
-    gradient_of: Callable[[_State], Tensor],
+    gradient_of: Callable[[_State], Tensor], chosen: Callable[[Tensor, _State, _State], _State] = rows_of,
 ) -> tuple[_State, Info]:  # fmt: skip
-    """Accept or reject the end of a trajectory, ``there``. gradient_of: a state's dE/dx, for the telemetry."""
+    """Accept or reject the end of a trajectory, ``there``.
+
+    gradient_of: a state's dE/dx, for the telemetry. chosen: makes the new state, as ``rows_of`` does.
+    """
     possible, diverged, finite = verdict
     accepted = noise.uniform(Stream.METROPOLIS, t).log() <= log_accept
     chance = log_accept.clamp(max=0.0).exp_()
     if possible is not None:
         accepted, chance = accepted & possible, torch.where(possible, chance, 0.0)
-    new = rows_of(accepted, there, state)
+    new = chosen(accepted, there, state)
 
     def averaged() -> Mapping[str, Tensor | float]:
         return {"acceptance": chance, "divergences": 0.0 if diverged is None else diverged, "gradients": n_leapfrog}

@@ -6,17 +6,16 @@ c |x - m|^2 / 2, the gradient is s W + c (x - m). So with y = x - m, every point
 
 y = alpha y_0 + beta v_0 + A W,   v = gamma y_0 + delta v_0 + B W,
 
-four numbers and two matrices, (n, width). The leapfrog steps change nothing else:
+four numbers and two matrices, (n, width). The leapfrog steps change these, u = y W^T and q = v W^T, by G = W W^T:
 
-kick of size k    B = B - k (s + c A),   gamma = gamma - k c alpha,   delta = delta - k c beta
-drift of size h   A = A + h B,           alpha = alpha + h gamma,     beta = beta + h delta
-where s is at     u = alpha u_0 + beta q_0 + A G,   u_0 = y_0 W^T,   q_0 = v_0 W^T,   G = W W^T
+kick of size k    B = B - k (s + c A),   q = q - k (s G + c u),   gamma = gamma - k c alpha,   delta = delta - k c beta
+drift of size h   A = A + h B,           u = u + h q,             alpha = alpha + h gamma,     beta = beta + h delta
 
 z is u plus the bias at y = 0. A step takes one product with G in place of two with W. The same numbers give the kinetic
-energy, by v_L = v_0 + d, and the Gaussian term:
+energy and the Gaussian term:
 
-|v_L|^2 - |v_0|^2 = 2 v_0 . d + |d|^2,   d = gamma y_0 + (delta - 1) v_0 + B W
-|y|^2 = alpha^2 |y_0|^2 + 2 alpha beta y_0 . v_0 + beta^2 |v_0|^2 + A . (u + alpha u_0 + beta q_0)
+|v|^2 - |v_0|^2 = gamma^2 |y_0|^2 + 2 gamma delta y_0 . v_0 + (delta^2 - 1) |v_0|^2 + B . (q + gamma u_0 + delta q_0)
+|y|^2 - |y_0|^2 = (alpha^2 - 1) |y_0|^2 + 2 alpha beta y_0 . v_0 + beta^2 |v_0|^2 + A . (u + alpha u_0 + beta q_0)
 
 With a scale r of each coordinate (h r in place of h, as a diagonal mass has it), the same holds for y / r and W diag(r)
 if c = 0.
@@ -40,8 +39,18 @@ from .closed_form import ClosedForm, Network, matrix, padded_rows, product, rows
 from .description import Description
 from .mlp import MLP
 
-__all__ = ["Collapsed", "Drift", "End", "FirstLayer", "Leaps", "centred", "is_isotropic", "reduced_sizes", "width_of"]
-
+__all__ = [
+    "Arrival",
+    "Collapsed",
+    "Drift",
+    "End",
+    "FirstLayer",
+    "Leaps",
+    "centred",
+    "is_isotropic",
+    "reduced_sizes",
+    "width_of",
+]
 
 # The columns of each MLP's first layer start at a multiple of this, as rows do (closed_form.py).
 _ALIGNED = 4
@@ -50,9 +59,8 @@ _ALIGNED = 4
 class Leaps(NamedTuple):
     """The leapfrog steps of a trajectory. Each tensor has one row, or one per chain.
 
-    kicks, drifts, alpha_1, beta: (n_leapfrog + 1, rows), by step: kick, drift, and then alpha - 1 and beta. The last
-    kick has no drift.
-    gamma, delta_1: (rows, 1) gamma and delta - 1 at the end.
+    kicks, drifts: (n_leapfrog + 1, rows), by step: a kick, then a drift. The last kick has no drift.
+    alpha_1, beta, gamma, delta_1: (rows, 1) alpha - 1, beta, gamma and delta - 1 at the end.
     (With alpha itself, its rounding would shrink y in the same way in every step.)
     """
 
@@ -68,15 +76,12 @@ class Leaps(NamedTuple):
         """h: the step, a number or a (n, 1) float64 tensor. curvature: c. like: a tensor of the dtype and device."""
         h = torch.as_tensor(h, dtype=torch.float64, device=like.device).reshape(-1, 1)
         alpha_1, beta, gamma, delta_1 = (torch.zeros_like(h) for _ in range(4))
-        rows: list[tuple[Tensor, ...]] = []
-        for t in range(n_leapfrog + 1):
-            kick, drift = (h / 2 if t in (0, n_leapfrog) else h), (h if t < n_leapfrog else torch.zeros_like(h))
+        kicks, drifts = [h / 2, *[h] * (n_leapfrog - 1), h / 2], [*[h] * n_leapfrog, torch.zeros_like(h)]
+        for kick, drift in zip(kicks, drifts, strict=True):
             gamma, delta_1 = gamma - kick * curvature * (1 + alpha_1), delta_1 - kick * curvature * beta
             alpha_1, beta = alpha_1 + drift * gamma, beta + drift * (1 + delta_1)
-            rows.append((kick, drift, alpha_1, beta))
-        steps = (torch.stack(column).squeeze(2).to(like.dtype) for column in zip(*rows, strict=True))
-        kicks, drifts, alphas, betas = steps
-        return cls(kicks, drifts, alphas, betas, gamma.to(like.dtype), delta_1.to(like.dtype))
+        steps = (torch.stack(column).squeeze(2) for column in (kicks, drifts))
+        return cls(*(v.to(like.dtype) for v in (*steps, alpha_1, beta, gamma, delta_1)))
 
     @property
     def n_leapfrog(self) -> int:
@@ -86,21 +91,39 @@ class Leaps(NamedTuple):
         """Those of a subset of the chains."""
         if len(self.gamma) == 1:
             return self
-        return Leaps(*(v[:, rows] for v in self[:4]), *(v[rows] for v in self[4:]))
+        return Leaps(*(v[:, rows] for v in self[:2]), *(v[rows] for v in self[2:]))
 
 
 class End(NamedTuple):
-    """The end of a trajectory.
+    """The end of a trajectory, in the first layer.
 
-    a, b: (n, width) A and B. u: (n, width). value: (n,) the energy without its Gaussian term and constant.
-    slopes: (n, width) s.
+    a, b, q: (n, width) A, B and q, overwritten by the next trajectory. u, slopes, pull: (n, width) u, s and s G.
+    value: (n,) the energy without its Gaussian term and constant.
     """
 
     a: Tensor
     b: Tensor
+    q: Tensor
     u: Tensor
     value: Tensor
     slopes: Tensor
+    pull: Tensor
+
+
+class Arrival(NamedTuple):
+    """The end of a trajectory from y_0 = base_0 + r a_0 W diag(r), in all dims.
+
+    base, a: y = base + r a W diag(r). of_a, of_b: (n,) A . (u + alpha u_0 + beta q_0), B . (q + gamma u_0 + delta q_0).
+    vv, vy: (n,) |v_0|^2 and v_0 . y_0, 0 without a Gaussian term. size: a number that is finite only if base and a are.
+    """
+
+    base: Tensor
+    a: Tensor
+    of_a: Tensor
+    of_b: Tensor
+    vv: Tensor
+    vy: Tensor
+    size: Tensor
 
 
 class Drift(NamedTuple):
@@ -228,8 +251,8 @@ class Collapsed:
         self.labels = None if labels is None else padded_rows(labels, self.n_rows)
         # Padding rows hold finite numbers, and their results are not used.
         self.x = matrix(self.n_rows, layer.description.dim, like).zero_()
-        self.a, self.b, self.u, self.q, self.z, self.h = (
-            matrix(self.n_rows, layer.width, like).zero_() for _ in range(6)
+        self.a, self.b, self.u, self.q, self.z, self.h, self.pull = (
+            matrix(self.n_rows, layer.width, like).zero_() for _ in range(7)
         )
         self.networks = [
             Network(mlp, scale, self.n_rows, (self.z[:, block], self.h[:, block]))
@@ -280,13 +303,14 @@ class Collapsed:
         """u = y W^T, (n, width)."""
         return self._product(y, self.layer.weight.t())
 
-    def projected_momentum(self, v: Tensor) -> Tensor:
-        """q = v (W diag(r))^T, (n, width)."""
-        return self._product(v, self.layer.scaled.t())
+    def momenta(self, noise: Noise, stream: Stream, t: int) -> tuple[Tensor, Tensor]:
+        """v of step t, (n, dim), and q = v (W diag(r))^T, (n, width). The next step may overwrite them."""
+        v = noise.normal(stream, t)
+        return v, self._product(v, self.layer.scaled.t())
 
-    def multiplied(self, b: Tensor) -> Tensor:
-        """b G, (n, width)."""
-        return self._product(b, self.layer.gram)
+    def multiplied(self, slopes: Tensor) -> Tensor:
+        """s G, (n, width)."""
+        return self._product(slopes, self.layer.gram)
 
     def moved(self, alpha_1: Tensor, y: Tensor, beta: Tensor, v: Tensor) -> Tensor:
         """alpha y + r beta v, (n, dim). alpha_1, beta: (1 or n, 1), alpha - 1 and beta."""
@@ -297,11 +321,11 @@ class Collapsed:
         """y = base + r a W diag(r), (n, dim)."""
         out = matrix(self.n_rows, base.shape[1], base)
         if self.layer.scale is not None:
-            product(self._padded(a, self.b), self.layer.scaled, None, out)
+            product(self._padded(a, self.u), self.layer.scaled, None, out)
             return torch.addcmul(base, out[: len(base)], self.layer.scale)
         out[len(base) :] = 0.0
         out[: len(base)] = base
-        return product(self._padded(a, self.b), self.layer.weight, None, out, add=True)[: len(base)]
+        return product(self._padded(a, self.u), self.layer.weight, None, out, add=True)[: len(base)]
 
     def positions(self, base: Tensor, a: Tensor) -> Tensor:
         """x, (n, dim)."""
@@ -316,9 +340,10 @@ class Collapsed:
         """gamma y + delta v + b W diag(r), (n, dim)."""
         return v + leaps.gamma * y + leaps.delta_1 * v + self._product(b, self.layer.scaled)
 
-    def gradient_from(self, y: Tensor, slopes: Tensor) -> Tensor:
-        """dE/dx, (n, dim), from s."""
-        return self._product(slopes, self.layer.weight).add_(y, alpha=self.curvature)
+    def gradient_from(self, base: Tensor, a: Tensor, slopes: Tensor) -> Tensor:
+        """dE/dx, (n, dim), at y = base + r a W diag(r), from s there."""
+        pulled = slopes if self.curvature == 0.0 else torch.add(slopes, a, alpha=self.curvature)
+        return self._product(pulled, self.layer.weight).add_(base, alpha=self.curvature)
 
     def energy(self, value: Tensor, square: Tensor) -> Tensor:
         """E, (n,), from its part that the first layer determines, and |y|^2 in float64."""
@@ -327,7 +352,7 @@ class Collapsed:
         return value if self.curvature == 0.0 else (value + square * (self.curvature / 2)).to(value.dtype)
 
     def _product(self, v: Tensor, w: Tensor) -> Tensor:
-        padded = self._padded(v, self.x if v.shape[1] == self.x.shape[1] else self.b)
+        padded = self._padded(v, self.x if v.shape[1] == self.x.shape[1] else self.u)
         return product(padded, w, None, matrix(self.n_rows, w.shape[1], v))[: len(v)]
 
     def _padded(self, v: Tensor, room: Tensor) -> Tensor:
@@ -339,11 +364,13 @@ class Collapsed:
 
     # -- in the first layer -------------------------------------------------------------------------------
 
-    def evaluated(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The energy's part that the first layer determines, (n,), and s, (n, width)."""
-        self.z[: len(u)] = u
+    def evaluated(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The energy's part that the first layer determines, (n,), and s and s G, (n, width)."""
+        n = len(u)
+        self.z[:n] = u
         value = self._evaluate()
-        return value[: len(u)], self.slopes()[: len(u)]
+        self._pull()
+        return value[:n], self.slopes()[:n], self.pull[:n].clone()
 
     def stepped(
         self, base: Tensor, a: Tensor, coefficients: Drift, noise: Noise, t: int
@@ -351,64 +378,81 @@ class Collapsed:
         """A step of Langevin dynamics from y = base + r a W diag(r): the next base and a, and a mask of the finite
         ones, (n,), or None for all."""
         drift, noise_std, shrunk = coefficients
-        self._differentiate_at(base, a)
+        self._project(base, a)
+        self._differentiate()
         base = self.moved(shrunk, base, noise_std, noise.normal(Stream.LANGEVIN, t))
-        a = self._pushed(a, drift, shrunk)
+        new = torch.addcmul(a, self.slopes()[: len(a)], drift, value=-1)
+        a = new if self.curvature == 0.0 else new.addcmul_(a, shrunk)
         if math.isfinite((base.sum() + a.sum()).item()):
             return base, a, None
         return base, a, base.isfinite().all(dim=1) & a.isfinite().all(dim=1)
 
     def slopes_at(self, base: Tensor, a: Tensor) -> Tensor:
         """s, (n, width), at y = base + r a W diag(r)."""
-        self._differentiate_at(base, a)
+        self._project(base, a)
+        self._differentiate()
         return self.slopes()[: len(base)]
 
-    def _differentiate_at(self, base: Tensor, a: Tensor) -> None:
+    def _project(self, base: Tensor, a: Tensor) -> None:
+        """u = y W^T to ``z``, at y = base + r a W diag(r)."""
         product(self._padded(base, self.x), self.layer.weight.t(), None, self.z)
         product(self._padded(a, self.a), self.layer.gram, None, self.z, add=True)
-        self._differentiate()
 
-    def _pushed(self, a: Tensor, drift: Tensor, shrunk: Tensor) -> Tensor:
-        """a + shrunk a - drift s, (n, width)."""
-        new = torch.addcmul(a, self.h[: len(a)], drift, value=-1)
-        return new if self.curvature == 0.0 else new.addcmul_(a, shrunk)
-
-    def followed(self, u: Tensor, q: Tensor, slopes: Tensor, leaps: Leaps) -> End:
-        """Follow a trajectory. u, q, slopes: (n, width) u_0, q_0 and s there."""
+    def followed(self, u: Tensor, q: Tensor, slopes: Tensor, pull: Tensor, leaps: Leaps) -> End:
+        """Follow a trajectory. u, q, slopes, pull: (n, width) u_0, q_0, and s and s G there."""
         n = len(u)
-        self.u[:n], self.q[:n] = u, q
-        self._load_slopes(slopes)
+        self._load(u, q, slopes, pull)
+        self._leap(leaps)
+        value = self._evaluate()
+        self._pull()
+        self._kick(leaps)
+        u, pull = self.u[:n].clone(), self.pull[:n].clone()
+        return End(self.a[:n], self.b[:n], self.q[:n], u, value[:n], self.slopes()[:n], pull)
+
+    def arrived(self, base: Tensor, a: Tensor, u: Tensor, v: Tensor, q: Tensor, end: End, leaps: Leaps) -> Arrival:
+        """The end of the trajectory from base, a, u and the momentum v, q = v W^T, in all dims."""
+        there = self.moved(leaps.alpha_1, base, leaps.beta, v)
+        a_there = torch.addcmul(end.a + a, a, leaps.alpha_1)
+        of_b = (end.b * (end.q + q + leaps.delta_1 * q + leaps.gamma * u)).sum(dim=1)
+        of_a = vv = vy = torch.zeros_like(of_b)
+        if self.curvature != 0.0:
+            of_a = (end.a * (end.u + u + leaps.alpha_1 * u + leaps.beta * q)).sum(dim=1)
+            vv, vy = v.square().sum(dim=1), (v * base).sum(dim=1) + (q * a).sum(dim=1)
+        return Arrival(there, a_there, of_a, of_b, vv, vy, there.sum() + a_there.sum())
+
+    def _load(self, u: Tensor, q: Tensor, slopes: Tensor, pull: Tensor) -> None:
+        """The start of a trajectory to the buffers."""
+        for room, v in ((self.u, u), (self.q, q), (self.h, slopes), (self.pull, pull)):
+            room[: len(v)], room[len(v) :] = v, 0.0
         self.a.zero_()
         self.b.zero_()
-        self._leap(leaps)
-        end = self.z[:n].clone()
-        value = self._evaluate()
-        self._kick(leaps)
-        return End(self.a[:n].clone(), self.b[:n].clone(), end, value[:n], self.slopes()[:n])
-
-    def _load_slopes(self, slopes: Tensor) -> None:
-        self.h[: len(slopes)] = slopes
 
     def slopes(self) -> Tensor:
         """A copy of s, (n_rows, width), where it was computed last."""
         return self.h.clone()
+
+    def _pull(self) -> None:
+        """s G to ``pull``, from s where it was computed last."""
+        product(self.h, self.layer.gram, None, self.pull)
 
     def _leap(self, leaps: Leaps) -> None:
         """All but the last kick, and u there to ``z``."""
         for t in range(leaps.n_leapfrog):
             if t > 0:
                 self._evaluate()
+                self._pull()
             self._kick(leaps, t)
-            self.a.addcmul_(self.b, self._at(leaps.drifts[t]))
-            torch.addcmul(self.u, self.u, self._at(leaps.alpha_1[t]), out=self.z)
-            self.z.addcmul_(self.q, self._at(leaps.beta[t]))
-            product(self.a, self.layer.gram, None, self.z, add=True)
+            drift = self._at(leaps.drifts[t])
+            self.a.addcmul_(self.b, drift)
+            self.u.addcmul_(self.q, drift)
+            self.z.copy_(self.u)
 
     def _kick(self, leaps: Leaps, t: int = -1) -> None:
         kick = self._at(leaps.kicks[t])
-        self.b.addcmul_(self.h, kick, value=-1)
-        if self.curvature != 0.0:
-            self.b.addcmul_(self.a, kick, value=-self.curvature)
+        for v, force, y in ((self.b, self.h, self.a), (self.q, self.pull, self.u)):
+            v.addcmul_(force, kick, value=-1)
+            if self.curvature != 0.0:
+                v.addcmul_(y, kick, value=-self.curvature)
 
     def _differentiate(self) -> None:
         """s to ``h``, at u in ``z``, which it overwrites."""

@@ -188,3 +188,22 @@ def update(
                     telemetry[n_telemetry + row] += _ONE if n_clipped > 0 else _ZERO
                     telemetry[2 * n_telemetry + row] += _ONE if n_clamped > 0 else _ZERO
         i += n_rows
+
+
+def push(
+    s: f32s, a: f32s, new: f32s, n: int, width: int, stride: int, drifts: f32s, shrunk: f32s, rows: int,
+    first_bad: i32s, t: i64s,
+):  # fmt: skip
+    """new = a - drift s + shrunk a: ``draw`` of LANGEVIN in the first layer (fastebm/samplers/collapsed_langevin.py).
+
+    s, a, new: (n, stride) float32 of width columns. drifts, shrunk: (rows,); rows is 1 or n. first_bad: as there.
+    """
+    for i in range(n):
+        at, row = i * stride, i if rows > 1 else 0
+        largest = int32(0)
+        for j in range(width):
+            v = a[at + j] - drifts[row] * s[at + j] + shrunk[row] * a[at + j]
+            new[at + j] = v
+            largest = larger(largest, v)
+        if first_bad[i] < 0 and largest >= _INFINITY:
+            first_bad[i] = int32(t[0])
