@@ -134,7 +134,7 @@ def _reduced(layer: FirstLayer, x: Tensor, h: float | Tensor, n_leapfrog: int, n
     (n_chains, dim), (q, _) = x.shape, layer.basis
     description, c, mean, scale = layer.reduced(), layer.curvature, layer.mean, layer.scale
     leaps = Leaps.of(h, n_leapfrog, c, x)
-    table = torch.stack([leaps.alpha_1[-1], leaps.beta[-1], leaps.gamma[:, 0], leaps.delta_1[:, 0]])
+    table = torch.stack([c[:, 0] for c in leaps[2:]])
     whole = [
         x, x.new_empty(n_rows, dim), x.new_empty(3, n_chains), None if mean is None else aligned(mean),
         None if scale is None else torch.stack([scale, 1 / scale]), c,
