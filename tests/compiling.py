@@ -13,7 +13,7 @@ Fields of a case; those after precision are optional:
     head            "scalar"; "logsumexp" or "class", of 10 classes
     gaussian        true: with a Gaussian term
     sum             true: with a second MLP, a Gaussian and a linear term
-    recorded        true: with frozen coordinates, a trajectory and telemetry
+    recorded        true: with a trajectory, telemetry and, but for "reduced hmc", frozen coordinates
     wanted          of "evaluate", a method of ``Target``; default: "value_and_gradient"
     silent          true: with zeros instead of normal numbers; the same for all cases of a process
     cubin           a path to write the machine code to
@@ -125,7 +125,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     options = {k: torch.tensor(v) if k in tensors and v is not None else v for k, v in options.items()}
     if options.get("clamp") is not None:  # two numbers, or two lists of one a dim
         options["clamp"] = tuple(options["clamp"])
-    recorded = bool(case.get("recorded"))
+    recorded, reduced = bool(case.get("recorded")), case["kernel"] == "reduced hmc"
     labels = torch.zeros(N_CHAINS, dtype=torch.int64) if case.get("head") == "class" else None
     chains = Chains(
         torch.zeros(N_CHAINS, dim),
@@ -133,7 +133,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         torch.arange(N_CHAINS),
         torch.zeros(N_CHAINS, dtype=torch.int64),
         labels,
-        torch.zeros(N_CHAINS, dim, dtype=torch.bool) if recorded else None,
+        torch.zeros(N_CHAINS, dim, dtype=torch.bool) if recorded and not reduced else None,
     )
     arguments = (chains, kind(**options), 1)
     recording = {"thin": int(recorded), "telemetry": recorded}
@@ -144,16 +144,17 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         description = describe(energy, labels=labels is not None)
         exact = case["kernel"] in ("hmc", "reduced hmc", "mala")
         held = "bf16x3" if exact and precision == "bf16" else precision  # of the weights
-        reduced = case["kernel"] == "reduced hmc"
         dim, networks = reduced_sizes(description) if reduced else (dim, description.networks)
         launch = choose_launch(dim, networks, held, capability)
         if not isinstance(launch, str) and exact:
             resident = launch.regime == "resident"
-            why_not = why_no_accept_test(launch, dim, networks, held, capability) if resident else "W_1 is streamed"
+            why_not: str | None = "W_1 is streamed"
+            if resident:
+                why_not = why_no_accept_test(launch, dim, networks, held, capability, reduced=reduced)
             launch = why_not or launch
         if isinstance(launch, str):
             return {**case, "refused": launch}
-        estimate = shared_bytes(launch, dim, networks, held, capability, exact=exact)
+        estimate = shared_bytes(launch, dim, networks, held, capability, exact=exact, reduced=reduced)
         options = {"precision": precision, "launch": launch}
         if case["kernel"] == "evaluate":
             wanted = case.get("wanted", "value_and_gradient")

@@ -47,6 +47,10 @@ def mala(*arguments, **options):
     return {**mlp(*arguments, **options), "kernel": "mala"}
 
 
+def reduced_hmc(*arguments, **options):
+    return {**mlp(*arguments, **options), "kernel": "reduced hmc"}
+
+
 def hmc_options(dim):
     return {"step_size": [[0.1]] * 64, "mass": [1.0] * dim, "clamp": [[-1.0] * dim, [1.0] * dim]}
 
@@ -84,6 +88,7 @@ QUICK = [
     evaluate(90, 200, "bf16x3", [33], wanted="gradient"),
     # an accept test: weights of one precision and of two, and every option
     hmc(90, 5, "bf16x3", [20]),
+    reduced_hmc(90, 130, "bf16x3", [20], gaussian=True, recorded=True),
     hmc(80, 63, "bf16", [20], head="class", rule=hmc_options(63), **SUM),
     mala(90, 4, "tf32", [20]),
 ]
@@ -140,6 +145,18 @@ SLOW = [
     ],
     hmc(90, 5, "bf16", [16] * len(ALL_ACTIVATIONS), activations=ALL_ACTIVATIONS),
     *[
+        reduced_hmc(capability, 784, precision, widths)
+        for capability in (80, 86, 90)
+        for precision in ("bf16", "bf16x3", "tf32")
+        for widths in ([16], [128], [64, 64], [128, 128], [16, 64, 128, 16], [16, 128, 128], [32, 64, 256])
+    ],
+    *[
+        reduced_hmc(90, 200, precision, [20, 16], head=head, recorded=True, **more)
+        for precision in ("bf16", "bf16x3")
+        for head in ("scalar", "logsumexp", "class")
+        for more in ({"rule": hmc_options(200)}, {"rule": {"step_size": [[0.1]] * 64}, "sum": True})
+    ],
+    *[
         case
         for capability, precision in ((80, "bf16x3"), (90, "bf16"), (90, "bf16x3"))
         for dim in (5, 128, 200)
@@ -150,7 +167,7 @@ SLOW = [
 
 
 def name(case):
-    options = "".join(f"-{key}" for key in ("activations", "rule", "sum", "recorded") if key in case)
+    options = "".join(f"-{key}" for key in ("activations", "rule", "sum", "gaussian", "recorded") if key in case)
     options += f"-{case['head']}" if "head" in case else ""
     options += "-bounds" if isinstance(case.get("rule", {}).get("clamp", [0])[0], list) else ""
     options += "".join(f"-{key}" for key in NOISE_FIRST if case.get("rule", {}).get(key))
@@ -173,7 +190,7 @@ def slow():
     return compile_all(SLOW)
 
 
-KERNELS = {"mlp": "langevin_", "evaluate": "evaluate_", "hmc": "hmc_", "mala": "hmc_"}
+KERNELS = {"mlp": "langevin_", "evaluate": "evaluate_", "hmc": "hmc_", "reduced hmc": "hmc_", "mala": "hmc_"}
 
 
 def check(case, result):

@@ -215,7 +215,7 @@ def test_every_precision_in_the_first_layer(sampler, precision):
     energy = SumEnergy([make_mlp(784, (64, 64)), GaussianEnergy(0.3, 2.0)]).cuda()
     x, options = start(300, 784), {"backend": "triton", "precision": precision}
     shown = sample(energy, sampler, init=x, steps=1, seed=SEED, **options)
-    if shown.info.path == "evaluation":
+    if shown.info.path == "evaluation" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip(shown.info.why_not_fused)
     assert (shown.info.path, shown.info.precision) == ("collapsed", precision)
     truth = sample(energy.double(), sampler, init=x.double(), steps=1, seed=SEED, backend="reference")
@@ -224,6 +224,8 @@ def test_every_precision_in_the_first_layer(sampler, precision):
     assert int((moved != should).sum()) <= 3
     both = moved & should
     assert int(both.sum()) > 200
+    difference = shown.info.acceptance - truth.info.acceptance  # rounded products with Q would raise it
+    assert abs(float(difference.mean())) < 0.01
     rounded = {"bf16": 2**-8, "tf32": 2**-10, "bf16x3": 2**-14}[precision]
     others = {"bf16": 2**-14}.get(precision, rounded)
     gradient = Energy(energy, (784,), torch.float64).gradient(x.double())

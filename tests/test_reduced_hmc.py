@@ -167,6 +167,35 @@ def test_weights_that_change_between_calls(device):
         check(advance_reduced(mlp, x, HMC(0.2, 3), 2, counters), mlp, x, HMC(0.2, 3), 2, counters)
 
 
+@pytest.mark.parametrize("place", [pytest.param("head", marks=pytest.mark.slow), "first"])
+def test_weights_that_are_not_finite_move_no_chain(device, place):
+    energy, x = make_mlp(130, [9]).to(device), torch.randn(5, 130, device=device)
+    with torch.no_grad():
+        (energy[0] if place == "first" else energy[-1]).weight[0, 3] = math.nan
+    for backend in ("triton", "auto"):
+        found = sample(energy, HMC(0.1, 2), init=x, steps=2, seed=1, backend=backend, on_nonfinite="ignore")
+        assert found.info.path == "collapsed"
+        assert torch.equal(found.x, x)
+        assert found.energies.isnan().all()
+
+
+def test_products_with_q_are_never_rounded_to_tf32(device, monkeypatch):
+    """The interpreter does not round operands to tf32, as tensor cores do."""
+    seen = []
+
+    def layers_of(*arguments, **options):
+        seen.append(arguments[2])
+        return layers_of_fused(*arguments, **options)
+
+    layers_of_fused = fused_hmc.layers_of
+    monkeypatch.setattr(fused_hmc, "layers_of", layers_of)
+    energy = make_mlp(40, [9]).to(device)
+    x, counters = start(5, 40, device)
+    for precision in ("tf32", "bf16", "bf16x3"):
+        advance_reduced(energy, x, MALA(0.1), 0, counters, precision)
+    assert seen == ["bf16x3", "tf32"] + ["bf16x3", "bf16x3"] * 2  # of Q, and of energies
+
+
 # -- which run it is -----------------------------------------------------------------------------------------------
 
 

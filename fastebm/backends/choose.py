@@ -156,8 +156,8 @@ def choose(
     wanted = precision or default_precision()
     path = "autograd" if description is None else "products"
     if no_triton is None and description is not None:
-        possible = collapses if "collapsed" in triton_paths else lambda *_: False
-        path, launch, why_not = _fused(description, wanted, device, possible)
+        reduces = collapses if "collapsed" in triton_paths and backend != "torch" else None
+        path, launch, why_not = _fused(description, wanted, device, exact, reduces)
     no_kernel = None
     if path not in triton_paths:
         no_kernel = f"{sampler} has no fused kernel{f' for such energies ({path})' if triton_paths else ''}"
@@ -190,13 +190,21 @@ def choose(
 
 
 def _fused(
-    description: Description, precision: str, device: torch.device, collapses: Callable[[Description, str], bool]
-) -> tuple[str, Any, str | None]:
-    """The path and launch of the fused kernel. Or "products", None, and why it does not run."""
+    description: Description, precision: str, device: torch.device, exact: bool,
+    collapses: Callable[[Description, str], bool] | None,
+) -> tuple[str, Any, str | None]:  # fmt: skip
+    """The path and launch of the fused kernel. Or "products", None, and why it does not run.
+
+    collapses: as ``choose`` has it, or None if the sampler has no kernel with steps in the first layer.
+    """
     launch = launch_for(description, precision, device)
-    if isinstance(launch, str) or launch.regime != "resident":
+    resident = not isinstance(launch, str) and launch.regime == "resident"
+    if resident and exact:
+        resident = why_no_accept_test(description, launch, precision, device) is None
+    if not resident and collapses is not None:
         reduced = reduced_launch(description, precision, device)
-        if reduced is not None and collapses(description, "triton"):  # the second waits for the device
+        # collapses comes last, because it waits for the device, to compare the curvatures of the dims
+        if reduced is not None and collapses(description, "triton"):
             return "collapsed", reduced, None
     return ("products", None, launch) if isinstance(launch, str) else (launch.regime, launch, None)
 
@@ -238,10 +246,13 @@ def reduced_launch(description: Description, precision: str, device: torch.devic
 
     capability = None if interpreted() else _capability(device)
     dim, networks = reduced_sizes(description)
+    if dim > of.MAX_RESIDENT_DIM:
+        return None
     launch = of.choose_launch(dim, networks, precision, capability)
     if isinstance(launch, str) or launch.regime != "resident":
         return None
-    return launch if of.why_no_accept_test(launch, dim, networks, precision, capability) is None else None
+    why_not = of.why_no_accept_test(launch, dim, networks, precision, capability, reduced=True)
+    return launch if why_not is None else None
 
 
 def why_no_accept_test(description: Description, launch: Any, precision: str, device: torch.device) -> str | None:

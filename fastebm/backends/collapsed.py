@@ -111,6 +111,8 @@ class _Together(Collapsed):
 
     def put_together(self, base: Tensor, a: Tensor) -> Tensor:
         """y = base + r a W diag(r), (n, dim)."""
+        if not self.layer.finite:
+            return base
         moved = self._product(a, self.layer.scaled)
         return base + moved if self.layer.scale is None else torch.addcmul(base, moved, self.layer.scale)
 

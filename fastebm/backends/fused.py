@@ -49,7 +49,7 @@ _LEAN_OPTIONS = {} if interpreted() else {"ptx_options": "--register-usage-level
 # Most chains per launch where each chain needs scratch memory, which the next launch reuses. An H200 works on about
 # 17,000 chains at a time (132 SMs with a tile of 128 each), so the last of a launch's eight rounds may leave SMs idle,
 # which costs a few per cent. With 256 hidden units the scratch is at most 128 MiB; for 10 million chains at once it
-# would be 10 GB.
+# would be 10 GB. (HMC in the first layer takes as much as their states, too.)
 CHAINS_AT_ONCE = 2**17
 
 

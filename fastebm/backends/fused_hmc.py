@@ -15,7 +15,7 @@ from ..rng import Stream
 from ..samplers.base import diagonal_at
 from ..samplers.hmc import HMC
 from ..samplers.mala import MALA
-from ..targets.collapsed import FirstLayer, Leaps
+from ..targets.collapsed import FirstLayer, end_of_leaps
 from ..targets.description import Description
 from . import Advanced, Chains
 from .fused import (
@@ -67,7 +67,7 @@ def run_hmc(
     n_rows = tiles_at_once * launch.block_chains
     of = _Steps(description, x, factor)
     if reduced:
-        of = _reduced(FirstLayer(description, factor), x, h, n_leapfrog, n_rows)
+        of = _reduced(FirstLayer(description, factor), x, h, n_leapfrog, n_rows, launch, precision)
     halved = precision == "bf16"
     exact = "bf16x3" if halved else precision
     scratch = x.new_empty(n_rows, hmc.PLACES.value, launch.block_dim)
@@ -117,8 +117,8 @@ def run_hmc(
 class _Steps(NamedTuple):
     """The energy and state that the kernel takes its steps with.
 
-    state: (n_chains, dim). factor: one factor of h per dim, or None. basis: as ``prepare`` takes it. whole, constants:
-    the kernel's arguments of whole states.
+    state: (n_chains, dim). factor: one factor of h per dim, or None. basis: as ``prepare`` takes it.
+    whole: the kernel's arguments from whole_ptr to stride_leaps_step. constants: its constants of whole states.
     """
 
     description: Description
@@ -126,21 +126,28 @@ class _Steps(NamedTuple):
     factor: Tensor | None = None
     basis: Tensor | None = None
     whole: Sequence[Any] = (None,) * 10
-    constants: Mapping[str, Any] = dict.fromkeys(("BASIS", "BASIS_LOWS", "WHOLE_DIM", "CHUNK_DIM", "CURVED"))
+    constants: Mapping[str, Any] = dict.fromkeys(
+        ("BASIS", "BASIS_LOWS", "OF_BASIS", "WHOLE_DIM", "CHUNK_DIM", "CURVED")
+    )
 
 
-def _reduced(layer: FirstLayer, x: Tensor, h: float | Tensor, n_leapfrog: int, n_rows: int) -> _Steps:
+def _reduced(
+    layer: FirstLayer, x: Tensor, h: float | Tensor, n_leapfrog: int, n_rows: int, launch: Launch, precision: str
+) -> _Steps:
     """Steps in the dims that the first layer sees. x: whole states. n_rows: of scratch."""
     (n_chains, dim), (q, _) = x.shape, layer.basis
     description, c, mean, scale = layer.reduced(), layer.curvature, layer.mean, layer.scale
-    leaps = Leaps.of(h, n_leapfrog, c, x)
-    table = torch.stack([c[:, 0] for c in leaps[2:]])
+    numbers = end_of_leaps(h if isinstance(h, float) else h.flatten(), n_leapfrog, c)
+    table = torch.stack([torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1) for v in numbers])
     whole = [
         x, x.new_empty(n_rows, dim), x.new_empty(3, n_chains), None if mean is None else aligned(mean),
         None if scale is None else torch.stack([scale, 1 / scale]), c,
         table, table.shape[1], *(int(isinstance(h, Tensor) and h.shape[i] > 1) for i in (0, 1)),
     ]  # fmt: skip
-    constants = {"WHOLE_DIM": dim, "CHUNK_DIM": CHUNK_DIM, "CURVED": c != 0.0}
+    of_basis = layers_of(
+        description, launch, "ieee" if precision == "ieee" else "bf16x3", halved=precision == "bf16"
+    )  # fmt: skip
+    constants = {"OF_BASIS": of_basis, "WHOLE_DIM": dim, "CHUNK_DIM": CHUNK_DIM, "CURVED": c != 0.0}
     return _Steps(description, x.new_empty(n_chains, description.dim), None, q.t(), whole, constants)
 
 

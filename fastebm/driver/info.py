@@ -22,8 +22,7 @@ class SampleInfo:
         backend: "triton", "torch" or "reference".
         path: how gradients were computed: "resident" or "streaming" (inside the fused kernel), "evaluation" (by a
             kernel that evaluates an MLP energy in one launch), "tiles" or "products" (closed form, by matrix products),
-            "collapsed" (with the sampler's steps in the first layer of the MLP: in closed form, or inside the fused
-            kernel), "marginal"
+            "collapsed" (steps in the first layer of the MLP, in closed form or inside the fused kernel), "marginal"
             (``Langevin(..., marginal_noise=True)``: steps of what the first layer sees alone), or "autograd".
         kernels: what computed noise, update and activations: "triton" (on the path "evaluation" the activations only),
             "numba" or "torch" (plain PyTorch).

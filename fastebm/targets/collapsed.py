@@ -24,9 +24,10 @@ if c = 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -47,6 +48,7 @@ __all__ = [
     "FirstLayer",
     "Leaps",
     "centred",
+    "end_of_leaps",
     "is_isotropic",
     "reduced_sizes",
     "width_of",
@@ -75,13 +77,9 @@ class Leaps(NamedTuple):
     def of(cls, h: float | Tensor, n_leapfrog: int, curvature: float, like: Tensor) -> Leaps:
         """h: the step, a number or a (n, 1) float64 tensor. curvature: c. like: a tensor of the dtype and device."""
         h = torch.as_tensor(h, dtype=torch.float64, device=like.device).reshape(-1, 1)
-        alpha_1, beta, gamma, delta_1 = (torch.zeros_like(h) for _ in range(4))
         kicks, drifts = [h / 2, *[h] * (n_leapfrog - 1), h / 2], [*[h] * n_leapfrog, torch.zeros_like(h)]
-        for kick, drift in zip(kicks, drifts, strict=True):
-            gamma, delta_1 = gamma - kick * curvature * (1 + alpha_1), delta_1 - kick * curvature * beta
-            alpha_1, beta = alpha_1 + drift * gamma, beta + drift * (1 + delta_1)
         steps = (torch.stack(column).squeeze(2) for column in (kicks, drifts))
-        return cls(*(v.to(like.dtype) for v in (*steps, alpha_1, beta, gamma, delta_1)))
+        return cls(*(v.to(like.dtype) for v in (*steps, *end_of_leaps(h, n_leapfrog, curvature))))
 
     @property
     def n_leapfrog(self) -> int:
@@ -92,6 +90,17 @@ class Leaps(NamedTuple):
         if len(self.gamma) == 1:
             return self
         return Leaps(*(v[:, rows] for v in self[:2]), *(v[rows] for v in self[2:]))
+
+
+def end_of_leaps(h: Any, n_leapfrog: int, curvature: float) -> tuple[Any, Any, Any, Any]:
+    """alpha - 1, beta, gamma and delta - 1 at the end of a trajectory. h: a number, or a float64 tensor."""
+    zero = h * 0.0
+    alpha_1, beta, gamma, delta_1 = zero, zero, zero, zero
+    for t in range(n_leapfrog + 1):
+        kick, drift = (h / 2 if t in (0, n_leapfrog) else h), (h if t < n_leapfrog else zero)
+        gamma, delta_1 = gamma - kick * curvature * (1 + alpha_1), delta_1 - kick * curvature * beta
+        alpha_1, beta = alpha_1 + drift * gamma, beta + drift * (1 + delta_1)
+    return alpha_1, beta, gamma, delta_1
 
 
 class End(NamedTuple):
@@ -148,12 +157,7 @@ class FirstLayer:
         assert centre.scales is not None
         self.mlps, self.scales = centre.scaled_heads(), list(centre.scales)
         like = self.mlps[0].weights[0]
-        # Columns in between are 0.
-        self.blocks: list[slice] = []
-        self.width = 0
-        for mlp in self.mlps:
-            self.blocks.append(slice(self.width, self.width + mlp.widths[0]))
-            self.width += -(-mlp.widths[0] // _ALIGNED) * _ALIGNED
+        self.blocks, self.width = _columns([mlp.widths[0] for mlp in self.mlps])
         self.weight = matrix(self.width, description.dim, like).zero_()
         for block, mlp in zip(self.blocks, self.mlps, strict=True):
             self.weight[block] = mlp.weights[0]
@@ -162,6 +166,8 @@ class FirstLayer:
         self.scaled = self.weight if scale is None else matrix(self.width, description.dim, like)
         if scale is not None:
             torch.mul(self.weight, scale, out=self.scaled)
+        # If they are not, every gradient is NaN, and no chain moves.
+        self.finite = bool(self.weight.isfinite().all())
 
     @cached_property
     def gram(self) -> Tensor:
@@ -226,9 +232,17 @@ def width_of(description: Description) -> int:
 def reduced_sizes(description: Description) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """The dims of ``FirstLayer.reduced``, and its ``Description.networks``. It may be bare."""
     networks = description.networks if description.linear is None else (*description.networks, (1,))
-    width = sum(-(-mlp.widths[0] // _ALIGNED) * _ALIGNED for mlp in description.mlps)
-    width += 0 if description.linear is None else _ALIGNED
+    _, width = _columns([widths[0] for widths in networks])
     return min(description.dim, width), networks
+
+
+def _columns(widths: Sequence[int]) -> tuple[list[slice], int]:
+    """The columns of each MLP's first layer, and their number. Columns in between are 0."""
+    blocks, end = [], 0
+    for width in widths:
+        blocks.append(slice(end, end + width))
+        end += -(-width // _ALIGNED) * _ALIGNED
+    return blocks, end
 
 
 def is_isotropic(description: Description) -> bool:
@@ -319,6 +333,8 @@ class Collapsed:
 
     def put_together(self, base: Tensor, a: Tensor) -> Tensor:
         """y = base + r a W diag(r), (n, dim)."""
+        if not self.layer.finite:
+            return base
         out = matrix(self.n_rows, base.shape[1], base)
         if self.layer.scale is not None:
             product(self._padded(a, self.u), self.layer.scaled, None, out)

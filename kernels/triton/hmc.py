@@ -141,9 +141,10 @@ def hmc_resident(
     OWN_CHAINS: tl.constexpr,  # each warp has 16 chains of the tile to itself
     H_PER_CHAIN: tl.constexpr, CLAMP: tl.constexpr,
     STREAM: tl.constexpr,  # rng.Stream of the momenta
-    # Of whole states: Q in the buffer (`Layout.places`), their dims, and those of a chunk. CURVED: c is not 0.
-    BASIS: tl.constexpr, BASIS_LOWS: tl.constexpr, WHOLE_DIM: tl.constexpr, CHUNK_DIM: tl.constexpr,
-    CURVED: tl.constexpr,
+    # Of whole states: Q in the buffer (`Layout.places`), as LAYERS for its products, the dims, and those of a chunk.
+    BASIS: tl.constexpr, BASIS_LOWS: tl.constexpr, OF_BASIS: tl.constexpr,
+    WHOLE_DIM: tl.constexpr, CHUNK_DIM: tl.constexpr,
+    CURVED: tl.constexpr,  # c is not 0
 ):  # fmt: skip
     weight_ptrs = weight_pointers(in_weights_ptr, WEIGHTS, LOWS)
     bias_ptrs = bias_pointers(in_biases_ptr, BIASES)
@@ -199,7 +200,7 @@ def hmc_resident(
         if whole_ptr is not None:
             counters = Counters(key0, key1, chain, step)
             leaps = load_leaps(leaps_ptr, stride_leaps_chain, stride_leaps_step, n_rows, tile, t, H_PER_CHAIN)
-            v = reduced_momentum(whole, counters, tile, BLOCK_DIM, STREAM, CHUNK, ENERGY)
+            v = reduced_momentum(whole, counters, tile, BLOCK_DIM, STREAM, CHUNK, OF_BASIS)
         else:
             v = normals(
                 key0, key1, chain, step, 0, STREAM, DIM, BLOCK_CHAINS, BLOCK_DIM, LAYERS.FAST, True
@@ -242,7 +243,7 @@ def hmc_resident(
                     )
                     counters = Counters(key0, key1, chain, step)
                     rest = x - load_place(scratch, FREE, now.shift, SCRATCH)
-                    x = whole_end(rest, leaps, whole, counters, now, room, CURVED, STREAM, CHUNK, ENERGY)
+                    x = whole_end(rest, leaps, whole, counters, now, room, CURVED, STREAM, CHUNK, OF_BASIS)
                     store_place(scratch, POSITION, x, now.shift, SCRATCH)
                     tl.debug_barrier()
             labels = load_labels(label_ptr, now)
@@ -331,7 +332,8 @@ def hmc_resident(
         if whole_ptr is not None:
             before = tl.load(sums_ptr + chains, mask=inside, other=0.0)
             tl.store(sums_ptr + chains, tl.where(accepted, square, before), mask=inside)
-            move_whole(accepted, whole, trajectory_ptr, t, thin, steps, tile, room, CHUNK)
+            # Not at step -1, where the end is x unless the weights are not finite.
+            move_whole(accepted & (t >= 0), whole, trajectory_ptr, t, thin, steps, tile, room, CHUNK)
         elif trajectory_ptr is not None:
             if t >= 0:
                 store_trajectory(trajectory_ptr, x, t, thin, steps, tile, SHAPE)
@@ -352,7 +354,7 @@ def hmc_resident(
     if telemetry_ptr is not None:
         grad = load_place(scratch, GRADIENT, tile.shift, SCRATCH)
         if whole_ptr is not None:
-            square_norm = whole_square_norm(grad, x, whole, tile, CURVED, CHUNK, ENERGY)
+            square_norm = whole_square_norm(grad, x, whole, tile, CURVED, CHUNK, OF_BASIS)
         else:
             square_norm = tl.sum(grad * grad, axis=1)
         store_telemetry(telemetry_ptr, tile, square_norm, acceptance, n_diverged, steps)

@@ -26,7 +26,7 @@ SHARED_MEMORY = {
 PRECISIONS = ("bf16x3", "tf32", "bf16", "ieee")
 
 # The state of a resident chain lives in registers: a tile of 64 x 128 already takes 64 of a thread's 255.
-_MAX_RESIDENT_DIM = 128
+MAX_RESIDENT_DIM = 128
 
 # Dims of a chunk of whole states (reduced.py).
 CHUNK_DIM = 32
@@ -68,11 +68,12 @@ Networks = tuple[tuple[int, ...], ...]
 
 
 def shared_bytes(
-    launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90, *, exact: bool = False
-) -> int:
+    launch: Launch, dim: int, networks: Networks, precision: str, capability: int = 90, *, exact: bool = False,
+    reduced: bool = False,
+) -> int:  # fmt: skip
     """An upper bound of the shared memory that a configuration takes (tests compare it with compiled kernels).
 
-    exact: in the kernel of samplers with an accept test (hmc.py).
+    exact: in the kernel of samplers with an accept test (hmc.py); reduced: with whole states (reduced.py).
     """
     # bf16x3 keeps two bf16 halves. wgmma (9.x) and tcgen05 (10.x) transpose 16-bit operands only, so 4-byte ones lie in
     # both orders.
@@ -86,14 +87,20 @@ def shared_bytes(
     # two halves. A warp of mma.sync that has all columns (both_orders) keeps its operands in registers.
     as_held = launch.regime == "streaming" and launch.own_chains and precision in ("bf16", "bf16x3")
     operand_bytes = {"bf16": 2, "bf16x3": 4 if as_held else 2}.get(precision, 4)
-    operand = 0 if launch.both_orders else launch.block_chains * sum(map(max, chains_of_sizes)) * operand_bytes
+    operand = (
+        0 if launch.both_orders and not exact else launch.block_chains * sum(map(max, chains_of_sizes)) * operand_bytes
+    )
     # The state or its noise while it changes layouts; not if stored as threads hold it, unless rows are no multiple of
     # 16 bytes or a layer is so narrow that threads share its columns.
     as_held = as_held and dim % 4 == 0 and all(w > 32 for widths in networks for w in widths)
     noise = 0 if as_held else launch.block_chains * launch.block_dim * 4
     # eight warps of mma.sync: weights while they change layouts
     turning = 8192 if launch.num_warps == 8 and launch.block_chains < 64 else 0
-    return weights + operand + noise + turning + 2048
+    most = operand + noise + turning
+    if reduced:  # a chunk of Q, one of the states, and the operand that all chunks multiply
+        of_chunk = 4 * CHUNK_DIM * (launch.block_dim + launch.block_chains)
+        most = max(most, of_chunk + 4 * launch.block_chains * launch.block_dim)
+    return weights + most + 2048
 
 
 def wide_descriptors() -> bool:
@@ -137,13 +144,13 @@ def choose_launch(dim: int, networks: Networks, precision: str, capability: int 
 
 
 def why_no_accept_test(
-    launch: Launch, dim: int, networks: Networks, precision: str, capability: int | None
+    launch: Launch, dim: int, networks: Networks, precision: str, capability: int | None, *, reduced: bool = False
 ) -> str | None:
-    """Why a launch that fits does not for samplers with an accept test, or None."""
+    """Why a launch that fits does not for samplers with an accept test, or None. reduced: with whole states."""
     if capability is None:
         return None
     need, limit = (
-        shared_bytes(launch, dim, networks, precision, capability, exact=True),
+        shared_bytes(launch, dim, networks, precision, capability, exact=True, reduced=reduced),
         SHARED_MEMORY.get(capability, SHARED_MEMORY[86]),
     )
     if need <= limit:
@@ -167,7 +174,7 @@ def _candidates(dim: int, networks: Networks, precision: str, capability: int | 
     eight = all(width > 32 for widths in networks for width in widths)
 
     # Numbers are for networks [128, 128]: warp-instructions per chain-step (spill loads + stores per warp and step).
-    if dim > _MAX_RESIDENT_DIM:
+    if dim > MAX_RESIDENT_DIM:
         tiles = []
     elif mma_sync and eight and precision != "bf16":
         # sm_80, eight warps here and four below. 2 dims: bf16x3 399 (0), 276 (1133 + 269); tf32 280 (0), 203 (5 + 0).

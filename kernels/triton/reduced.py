@@ -11,6 +11,8 @@ y_L = alpha y + beta v + (z_L - alpha z - beta q) Q^T,   |w_L|^2 = gamma^2 |p|^2
 The four numbers depend on the step, the number of steps, and c (fastebm/targets/collapsed.py). Before energy and
 gradient at the end are computed, z_L is computed anew, as y_L Q. So a step depends on the states alone, and a call that
 goes on has the same bits.
+
+Products with Q are never in bf16 or tf32: with Q^T Q far from I, the trajectory of z would not be that of y.
 """
 
 from typing import NamedTuple
@@ -51,17 +53,20 @@ def n_chunks(CHUNK):
 
 
 @triton.jit
+def load_leap(ptr, stride_chain, stride_step, tile, t, PER_CHAIN: tl.constexpr):
+    number = load_coefficient(Coefficient(ptr, stride_chain, stride_step), tile, tl.maximum(t, 0), PER_CHAIN)
+    return tl.where(t < 0, 0.0, number)
+
+
+@triton.jit
 def load_leaps(ptr, stride_chain, stride_step, n_rows, tile, t, PER_CHAIN: tl.constexpr):
     """The numbers of step t, from (4, n_rows) in memory; 0 at step -1, which goes nowhere."""
-    at = tl.maximum(t, 0)
-    alpha_1 = load_coefficient(Coefficient(ptr, stride_chain, stride_step), tile, at, PER_CHAIN)
-    beta = load_coefficient(Coefficient(ptr + n_rows, stride_chain, stride_step), tile, at, PER_CHAIN)
-    gamma = load_coefficient(Coefficient(ptr + 2 * n_rows, stride_chain, stride_step), tile, at, PER_CHAIN)
-    delta_1 = load_coefficient(Coefficient(ptr + 3 * n_rows, stride_chain, stride_step), tile, at, PER_CHAIN)
     return Leaps(
-        tl.where(t < 0, 0.0, alpha_1), tl.where(t < 0, 0.0, beta), tl.where(t < 0, 0.0, gamma),
-        tl.where(t < 0, 0.0, delta_1),
-    )  # fmt: skip
+        load_leap(ptr, stride_chain, stride_step, tile, t, PER_CHAIN),
+        load_leap(ptr + n_rows, stride_chain, stride_step, tile, t, PER_CHAIN),
+        load_leap(ptr + 2 * n_rows, stride_chain, stride_step, tile, t, PER_CHAIN),
+        load_leap(ptr + 3 * n_rows, stride_chain, stride_step, tile, t, PER_CHAIN),
+    )
 
 
 @triton.jit
@@ -131,7 +136,6 @@ def whole_end(
     end_ptr = whole.end + tile.shift * CHUNK.DIM  # the same, but addresses are not kept in registers for all steps
     COLUMNS: tl.constexpr = rest.shape[1]
     rest = operand(rest, LAYERS)
-    z = tl.zeros((CHUNK.BLOCK_CHAINS, COLUMNS), tl.float32)
     for c in tl.range(0, n_chunks(CHUNK), disable_licm=True):
         chunk = chunk_at(tile, c, CHUNK)
         w = load_basis(whole, c, COLUMNS, CHUNK, LAYERS)

@@ -188,6 +188,7 @@ def layout(
         parts.append(row._replace(reach=BOUNDS.value + 1))
     if whole is not None:
         columns = -(-whole[0] // whole[1]) * whole[1]
+        halves = 0 if precision == "ieee" else 2  # see reduced.py
         parts.append(Part(dim, whole[0], padded_dim, columns, halves, in_lanes=True, rows_in_lanes=True))
     return Layout(tuple(parts), n_layers, len(networks), curvature, linear, whole is not None)
 
