@@ -107,7 +107,7 @@ def test_part_b(tmp_path):
     assert {row["status"] for row in of(found, "tests-b").values()} == {"passed", "skipped"}
     sampled = list(of(found, "samplers").values())
     paths = {row["sampler"]: (row["status"], row["path"]) for row in sampled}
-    assert paths == {"MALA": ("ok", "resident"), "NUTS": ("ok", "evaluation")}
+    assert paths == {"MALA": ("ok", "resident"), "HMC": ("ok", "collapsed"), "NUTS": ("ok", "evaluation")}
     assert all(float(row["seconds"]) > 0 for row in sampled)
     sweep = list(of(found, "sweep").values())
     assert [row["status"] for row in sweep] == ["ok", "ok"]
