@@ -44,6 +44,7 @@ from fastebm.rng import Noise, Stream
 from fastebm.samplers.hmc import leapfrog
 from fastebm.targets.autograd import Autograd, Energy
 from fastebm.targets.base import View
+from fastebm.targets.collapsed import reduced_sizes
 from fastebm.targets.description import describe
 from fastebm.targets.mlp import read_mlp
 from fastebm.targets.remembered import Point
@@ -58,14 +59,17 @@ LAUNCHES = {
 }
 
 
-def advance_fused(energy, x, sampler, steps, counters, precision="ieee", launch="own chains", **asked):
-    """The fused kernel on a state between two guards of NaN."""
+def advance_fused(
+    energy, x, sampler, steps, counters, precision="ieee", launch="own chains", reduced=False, **asked
+):  # fmt: skip
+    """The fused kernel on a state between two guards of NaN. reduced: in the dims that the first layer sees."""
     guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
     inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)
     description = describe(energy, labels="labels" in counters)
+    dim = reduced_sizes(description)[0] if reduced else description.dim
     done = runs.fused_hmc(
-        description, Chains(inner, **counters), sampler, steps, precision=precision,
-        launch=LAUNCHES[launch](description.dim), **asked,
+        description, Chains(inner, **counters), sampler, steps, precision=precision, launch=LAUNCHES[launch](dim),
+        reduced=reduced, **asked,
     )  # fmt: skip
     assert guarded[:128].isnan().all()
     assert guarded[128 + x.numel() :].isnan().all()
@@ -358,18 +362,18 @@ N, ALPHA = 8192, 1e-6
 STD = torch.tensor([1.0, 0.5, 2.0])
 
 
-def gaussian(sampler, steps):
+def gaussian(sampler, steps, mean=0.0, std=STD, **asked):
     """From the law itself, which each step must leave as it is. The MLP adds nothing."""
-    mlp = MLPEnergy(3, (4,))
+    mlp = MLPEnergy(len(std), (4,))
     with torch.no_grad():
         mlp[-1].weight.zero_()
-    description = describe(SumEnergy([mlp, GaussianEnergy(0.0, STD)]))
+    description = describe(SumEnergy([mlp, GaussianEnergy(mean, std)]))
     numbers = torch.arange(N)
-    chains = Chains(torch.randn(N, 3) * STD, 5, numbers, torch.zeros_like(numbers))
+    chains = Chains(mean + torch.randn(N, len(std)) * std, 5, numbers, torch.zeros_like(numbers))
     # in the interpreter a program costs the same at any size
     launch = Launch("resident", 4096, 16, 4, 1)
-    done = runs.fused_hmc(description, chains, sampler, steps, precision="ieee", launch=launch, telemetry=True)
-    return fits_gaussian(done.x, STD, ALPHA), float(done.telemetry["acceptance"].mean())
+    done = runs.fused_hmc(description, chains, sampler, steps, precision="ieee", launch=launch, telemetry=True, **asked)
+    return fits_gaussian(done.x - mean, std, ALPHA), float(done.telemetry["acceptance"].mean())
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [(HMC(1.2, 3, torch.tensor([2.0, 3.0, 0.5])), 6), (MALA(0.6), 8)])
@@ -393,22 +397,30 @@ MUTANTS = {
 QUICK = ("accepts always", "wrong sign of log a", "the same momentum in every step")
 
 
+def mutate(part, right, wrong, monkeypatch, tmp_path):
+    """Run the kernel with a change in ``part``, hmc.py or reduced.py."""
+    from fastebm.backends import fused_hmc
+
+    modules, folder = {}, Path(fused_hmc.hmc.__file__).parent
+    for name in ("reduced", "hmc"):  # the second imports the first
+        text = (folder / f"{name}.py").read_text()
+        if name == part:
+            assert text.count(right) == 1
+            text = text.replace(right, wrong)
+        file = tmp_path / f"mutant_{name}.py"
+        file.write_text(text.replace("from .reduced import", "from .mutant_reduced import"))
+        spec = importlib.util.spec_from_file_location(f"fastebm.kernels.triton.mutant_{name}", file)
+        modules[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, modules[name])
+        spec.loader.exec_module(modules[name])
+    monkeypatch.setattr(fused_hmc, "hmc", modules["hmc"])
+
+
 @pytest.mark.parametrize(
     "mutant", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MUTANTS]
 )
 def test_the_law_rejects_mutants(mutant, monkeypatch, tmp_path):
-    from fastebm.backends import fused_hmc
-
-    right, wrong = MUTANTS[mutant]
-    text = Path(fused_hmc.hmc.__file__).read_text()
-    assert text.count(right) == 1
-    file = tmp_path / "mutant.py"
-    file.write_text(text.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("fastebm.kernels.triton.mutant", file)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(fused_hmc, "hmc", module)
+    mutate("hmc", *MUTANTS[mutant], monkeypatch, tmp_path)
     assert not gaussian(HMC(1.2, 3, torch.tensor([2.0, 3.0, 0.5])), 6)[0]
 
 

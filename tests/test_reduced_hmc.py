@@ -5,20 +5,15 @@ Tolerances are those of test_fused_hmc.py.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
-import runs
 import torch
-from fastebm.kernels.triton import reduced
-from fastebm.kernels.triton.launch import Launch, block
+from fastebm.kernels.triton.launch import block
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from laws import fits_gaussian
 from paths import (
     HEADS,
     YARDSTICK,
@@ -31,32 +26,29 @@ from paths import (
     start,
 )
 from test_collapsed import TERMS, make_energy
-from test_fused_hmc import DIAGONALS, LAUNCHES, STEPS, check, first_chains, make_sampler
+from test_fused_hmc import (
+    DIAGONALS,
+    LAUNCHES,
+    STEPS,
+    advance_fused,
+    check,
+    first_chains,
+    gaussian,
+    make_sampler,
+    mutate,
+)
 
 from fastebm import HMC, MALA, NUTS, GaussianEnergy, MLPEnergy, NonFiniteError, SumEnergy, sample
-from fastebm.backends import Chains, fused_hmc
+from fastebm.backends import fused_hmc
 from fastebm.backends.choose import reduced_launch
 from fastebm.energies import ACTIVATIONS
 from fastebm.targets.autograd import Energy
-from fastebm.targets.collapsed import reduced_sizes
 from fastebm.targets.description import describe
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "seeded")
 
 
-def advance_reduced(energy, x, sampler, steps, counters, precision="ieee", launch="own chains", **asked):
-    """The kernel on a state between two guards of NaN."""
-    guarded = torch.full((x.numel() + 256,), torch.nan, device=x.device)
-    inner = guarded[128 : 128 + x.numel()].view(x.shape).copy_(x)
-    description = describe(energy, labels="labels" in counters)
-    dim, _ = reduced_sizes(description)
-    done = runs.fused_hmc(
-        description, Chains(inner, **counters), sampler, steps, precision=precision, launch=LAUNCHES[launch](dim),
-        reduced=True, **asked,
-    )  # fmt: skip
-    assert guarded[:128].isnan().all()
-    assert guarded[128 + x.numel() :].isnan().all()
-    return done
+advance_reduced = partial(advance_fused, reduced=True)
 
 
 # -- agreement -----------------------------------------------------------------------------------------------------
@@ -294,24 +286,10 @@ def test_energies_that_are_not_finite(device):
 
 # -- laws ----------------------------------------------------------------------------------------------------------
 
-N, ALPHA = 8192, 1e-6
-STD = torch.full((9,), 0.7)
 
-
-def gaussian(sampler, steps):
-    """From the law itself, which each step must leave as it is. The MLP sees four dims, and adds nothing."""
-    mlp = MLPEnergy(9, (4,))
-    with torch.no_grad():
-        mlp[-1].weight.zero_()
-    description = describe(SumEnergy([mlp, GaussianEnergy(0.5, 0.7)]))
-    numbers = torch.arange(N)
-    chains = Chains(0.5 + torch.randn(N, 9) * STD, 5, numbers, torch.zeros_like(numbers))
-    # in the interpreter a program costs the same at any size
-    launch = Launch("resident", 4096, 16, 4, 1)
-    done = runs.fused_hmc(
-        description, chains, sampler, steps, precision="ieee", launch=launch, telemetry=True, reduced=True
-    )  # fmt: skip
-    return fits_gaussian(done.x - 0.5, STD, ALPHA), float(done.telemetry["acceptance"].mean())
+def gaussian_in_nine_dims(sampler, steps):
+    """The MLP sees four of them."""
+    return gaussian(sampler, steps, 0.5, torch.full((9,), 0.7), reduced=True)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +297,7 @@ def gaussian(sampler, steps):
     [(HMC(0.9, 3), 6), pytest.param(MALA(0.3), 8, marks=pytest.mark.slow)], ids=["HMC", "MALA"],
 )  # fmt: skip
 def test_a_gaussian_stays_what_it_is(sampler, steps):
-    fits, acceptance = gaussian(sampler, steps)
+    fits, acceptance = gaussian_in_nine_dims(sampler, steps)
     assert fits
     assert 0.3 < acceptance < 0.95
 
@@ -335,18 +313,5 @@ MUTANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_law_rejects_mutants(mutant, monkeypatch, tmp_path):
-    part, right, wrong = MUTANTS[mutant]
-    modules = {"reduced": reduced, "hmc": fused_hmc.hmc}
-    for name, module in modules.items():
-        text = Path(module.__file__).read_text()
-        if name == part:
-            assert text.count(right) == 1
-            text = text.replace(right, wrong)
-        file = tmp_path / f"mutant_{name}.py"
-        file.write_text(text.replace("from .reduced import", "from .mutant_reduced import"))
-        spec = importlib.util.spec_from_file_location(f"fastebm.kernels.triton.mutant_{name}", file)
-        modules[name] = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, modules[name])
-        spec.loader.exec_module(modules[name])
-    monkeypatch.setattr(fused_hmc, "hmc", modules["hmc"])
-    assert not gaussian(HMC(0.9, 3), 6)[0]
+    mutate(*MUTANTS[mutant], monkeypatch, tmp_path)
+    assert not gaussian_in_nine_dims(HMC(0.9, 3), 6)[0]
