@@ -3,8 +3,7 @@
 Every random number is a pure function of (seed, stream, chain, step, dimension), so it does not depend on the device,
 on how chains are split into batches or processes, or on what was drawn before. This file is the definition, in
 PyTorch. kernels/triton/philox.py and kernels/cpu/philox.py (Numba) compute the same numbers; all three are tested
-against the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` use the Numba kernels if these
-are available.
+against the known answers of Random123. On a CPU ``words``, ``uniform`` and ``normal`` use Numba's kernels if they can.
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (chain & 0xffffffff, chain >> 32, step, stream << 24 | block),   block = dim // 4
@@ -69,6 +68,7 @@ class Stream(IntEnum):
     TEMPERING = 5
     GIBBS = 6
     AIS = 7
+    OBJECTIVE = 8
 
 
 def philox4x32(

@@ -14,12 +14,12 @@ from ..driver.sample import sample
 from ..energies import energy as energies_of
 from ..pool import ChainPool
 from ..samplers.base import Sampler
-from .base import Loss
+from .base import Loss, Objective
 
 __all__ = ["ContrastiveDivergence", "contrastive_divergence_loss"]
 
 
-class ContrastiveDivergence(nn.Module):
+class ContrastiveDivergence(Objective):
     """Contrastive divergence as an objective: it draws the negatives, and returns the loss of a batch.
 
         objective = ContrastiveDivergence(Langevin.ula(0.01), steps=20, pool=ChainPool(10_000, 2, clamp=(-2, 2)))
@@ -32,10 +32,10 @@ class ContrastiveDivergence(nn.Module):
         sampler: how chains move.
         steps: sampler steps per call.
         pool: chains that go on from call to call; as many are drawn as the batch has rows. None: chains start at the
-            batch (Hinton's CD-k), with noise seeded from torch's global generator. The noise is that of chains
-            0, 1, ...: with several processes, give each a seed of its own (torch.manual_seed) or a pool.
+            batch (Hinton's CD-k).
         reg_alpha: weight of the regulariser, >= 0.
         backend, on_nonfinite: as for ``langevin_sample``.
+        seed: of the chains that start at the batch: see ``Objective``. A pool has a seed of its own.
     """
 
     def __init__(
@@ -47,19 +47,24 @@ class ContrastiveDivergence(nn.Module):
         reg_alpha: float = 0.01,
         backend: str = "auto",
         on_nonfinite: str = "raise",
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(seed=seed)
         self.sampler, self.steps, self.pool = sampler, steps, pool
         self.reg_alpha, self.backend, self.on_nonfinite = reg_alpha, backend, on_nonfinite
 
-    def forward(self, energy: nn.Module, batch: Tensor, *, batch_size: int | None = None) -> Loss:
-        """The loss of one batch: see ``Objective``.
-
-        Args:
-            energy: may be wrapped in DistributedDataParallel.
-        """
+    def forward(
+        self,
+        energy: nn.Module,
+        batch: Tensor,
+        *,
+        labels: Tensor | None = None,
+        batch_size: int | None = None,
+        first_row: int = 0,
+    ) -> Loss:
+        """The loss of one batch: see ``Objective``."""
         n = len(batch) if batch_size is None else batch_size
-        samples = self._negatives(energy, batch, n)
+        samples = self._negatives(energy, batch, n, first_row)
         # One forward pass of both: DistributedDataParallel allows one per backward pass.
         energies = energies_of(energy, torch.cat([batch, samples]))
         real, negative = energies[: len(batch)], energies[len(batch) :]
@@ -70,7 +75,7 @@ class ContrastiveDivergence(nn.Module):
         }
         return Loss(loss, metrics, samples)
 
-    def _negatives(self, energy: nn.Module, batch: Tensor, n: int) -> Tensor:
+    def _negatives(self, energy: nn.Module, batch: Tensor, n: int, first_row: int) -> Tensor:
         # The module itself: behind the wrapper nobody sees that it is an MLP.
         model = energy.module if isinstance(energy, nn.parallel.DistributedDataParallel) else energy
         if self.pool is not None:
@@ -78,8 +83,9 @@ class ContrastiveDivergence(nn.Module):
                 model, n, self.sampler, self.steps, backend=self.backend, on_nonfinite=self.on_nonfinite
             )[0]
         return sample(
-            model, self.sampler, init=batch, steps=self.steps, backend=self.backend, on_nonfinite=self.on_nonfinite
-        ).x
+            model, self.sampler, init=batch, steps=self.steps, seed=self.draws(batch).seed(), first_chain=first_row,
+            backend=self.backend, on_nonfinite=self.on_nonfinite,
+        ).x  # fmt: skip
 
 
 def contrastive_divergence_loss(
