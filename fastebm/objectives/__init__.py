@@ -4,5 +4,13 @@ from .base import Loss as Loss
 from .base import Objective as Objective
 from .contrastive_divergence import ContrastiveDivergence as ContrastiveDivergence
 from .contrastive_divergence import contrastive_divergence_loss as contrastive_divergence_loss
+from .flow import CouplingFlow as CouplingFlow
+from .flow_contrastive import FlowContrastiveEstimation as FlowContrastiveEstimation
+from .noise import GaussianNoise as GaussianNoise
+from .noise import MixtureNoise as MixtureNoise
+from .noise import NoiseDistribution as NoiseDistribution
+from .noise import UniformNoise as UniformNoise
+from .noise_contrastive import NoiseContrastiveEstimation as NoiseContrastiveEstimation
+from .noise_contrastive import RankingNoiseContrastiveEstimation as RankingNoiseContrastiveEstimation
 
 __all__ = sorted(name for name, value in globals().items() if callable(value))
