@@ -6,6 +6,7 @@ from .contrastive_divergence import ContrastiveDivergence as ContrastiveDivergen
 from .contrastive_divergence import contrastive_divergence_loss as contrastive_divergence_loss
 from .flow import CouplingFlow as CouplingFlow
 from .flow_contrastive import FlowContrastiveEstimation as FlowContrastiveEstimation
+from .infonce import InfoNCE as InfoNCE
 from .noise import GaussianNoise as GaussianNoise
 from .noise import MixtureNoise as MixtureNoise
 from .noise import NoiseDistribution as NoiseDistribution
