@@ -23,7 +23,14 @@ from .likelihood import (
 )
 from .robustness import pgd_accuracy, pgd_attack
 from .stein import SteinDiscrepancy, kernel_stein_discrepancy
-from .two_sample import ManifoldShares, class_shares, manifold_shares, mmd_squared, two_sample_accuracy
+from .two_sample import (
+    ManifoldShares,
+    class_shares,
+    manifold_shares,
+    median_bandwidths,
+    mmd_squared,
+    two_sample_accuracy,
+)
 
 __all__ = [
     "HeldOut",
@@ -44,6 +51,7 @@ __all__ = [
     "kernel_stein_discrepancy",
     "log_z_by_quadrature",
     "manifold_shares",
+    "median_bandwidths",
     "mmd_squared",
     "pgd_accuracy",
     "pgd_attack",

@@ -16,7 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from .rows import as_rows, checked_pair
 
-__all__ = ["ManifoldShares", "class_shares", "manifold_shares", "mmd_squared", "two_sample_accuracy"]
+__all__ = [
+    "ManifoldShares",
+    "class_shares",
+    "manifold_shares",
+    "median_bandwidths",
+    "mmd_squared",
+    "two_sample_accuracy",
+]
 
 # Bandwidths of mmd_squared, as multiples of the median distance, and the most rows whose distances it is taken of.
 _MULTIPLES, _MEDIAN_ROWS = (0.25, 0.5, 1.0, 2.0), 1000
@@ -73,11 +80,10 @@ def mmd_squared(real: ArrayLike, fake: ArrayLike, *, bandwidths: Sequence[float]
 
     Args:
         real, fake: (n_real, dim) and (n_fake, dim), at least 2 rows each.
-        bandwidths: h > 0. None: 1/4, 1/2, 1 and 2 times the median distance between rows of both sets together (of
-            at most 1,000 rows, evenly spaced). To compare several sets of samples, pass the same ones.
+        bandwidths: h > 0. None: ``median_bandwidths`` of the two. To compare several sets of samples, pass the same.
     """
     real, fake = checked_pair("mmd_squared", real, fake, least=2)
-    h = np.asarray(_bandwidths(real, fake) if bandwidths is None else bandwidths, np.float64)
+    h = np.asarray(median_bandwidths(real, fake) if bandwidths is None else bandwidths, np.float64)
     if h.ndim != 1 or len(h) == 0 or not (np.isfinite(h) & (h > 0)).all():
         raise ValueError(f"bandwidths must be numbers > 0, got {bandwidths}")
 
@@ -91,6 +97,21 @@ def mmd_squared(real: ArrayLike, fake: ArrayLike, *, bandwidths: Sequence[float]
     # The kernel of a row with itself is 1.
     within = [(kernel_sum(x, x) - len(x)) / (len(x) * (len(x) - 1)) for x in (real, fake)]
     return float(sum(within) - 2.0 * kernel_sum(real, fake) / (n * m))
+
+
+def median_bandwidths(real: ArrayLike, fake: ArrayLike) -> list[float]:
+    """1/4, 1/2, 1 and 2 times the median distance between rows of both sets together, of at most 1,000 of them.
+
+    The median alone is too wide for data with finer details. Arguments as for ``mmd_squared``.
+    """
+    from sklearn.metrics import pairwise_distances
+
+    rows = np.concatenate(checked_pair("median_bandwidths", real, fake, least=1))
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MEDIAN_ROWS)).round().astype(int)]
+    median = float(np.median(pairwise_distances(rows)[np.triu_indices(len(rows), 1)]))
+    if median == 0.0:
+        raise ValueError("more than half of the rows are equal, so their median distance is 0: pass bandwidths=")
+    return [m * median for m in _MULTIPLES]
 
 
 class ManifoldShares(NamedTuple):
@@ -152,18 +173,6 @@ def class_shares(
     predicted = KNeighborsClassifier(k).fit(as_rows(train), labels).predict(as_rows(samples))
     counts = np.bincount(predicted, minlength=int(labels.max()) + 1)
     return [float(c) for c in counts / len(predicted)]
-
-
-def _bandwidths(real: NDArray[Any], fake: NDArray[Any]) -> list[float]:
-    """The default ones of ``mmd_squared``."""
-    from sklearn.metrics import pairwise_distances
-
-    rows = np.concatenate([real, fake])
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MEDIAN_ROWS)).round().astype(int)]
-    median = float(np.median(pairwise_distances(rows)[np.triu_indices(len(rows), 1)]))
-    if median == 0.0:
-        raise ValueError("more than half of the rows are equal, so their median distance is 0: pass bandwidths=")
-    return [m * median for m in _MULTIPLES]
 
 
 def _per_block(x: NDArray[Any], y: NDArray[Any], reduce: Callable[[NDArray[Any], int], Any]) -> list[Any]:
