@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .samplers import *  # noqa: F403
     from .train.scoring import TrainedRun as TrainedRun
     from .train.scoring import load as load
+    from .train.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _PUBLIC = {
     "estimates": ["LogPartition", "log_likelihood", "log_partition"],
     "pool": ["ChainPool", "PoolCall", "PoolStats"],
     "train.scoring": ["TrainedRun", "load"],
+    "train.trainer": ["Trainer"],
 }  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ..data.info import DataInfo
-from ..energies import MLPEnergy
 from ..threads import fastest
 from ..train.apply import fresh_samples, landscape
 from ..train.atomic import write_atomically
@@ -94,7 +94,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _seconds_of_a_step(model: MLPEnergy, config: TrainConfig, n: int, backend: str, threads: int) -> dict[int, float]:
+def _seconds_of_a_step(model: nn.Module, config: TrainConfig, n: int, backend: str, threads: int) -> dict[int, float]:
     """Seconds per step of n chains, by number of threads (``threads.fastest``)."""
 
     def work() -> None:
@@ -103,7 +103,7 @@ def _seconds_of_a_step(model: MLPEnergy, config: TrainConfig, n: int, backend: s
     return {number: seconds / _TIMED_STEPS for number, seconds in fastest(work, threads).items()}
 
 
-def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo, out: Path) -> bytes:
+def _picture(x: NDArray[Any], model: nn.Module, data: DataInfo, out: Path) -> bytes:
     from .. import plot
 
     title = f"{len(x):,} sample{'s' * (len(x) > 1)}"

@@ -11,13 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..data.dataset import Data, Images
+from ..data.dataset import Data
 from ..data.info import DataInfo
 from ..driver.info import SampleInfo
-from ..driver.langevin_sample import langevin_sample
+from ..driver.result import SampleResult
+from ..driver.sample import sample
 from ..energies import energy
+from ..samplers.base import for_steps
 from ..threads import survives_fork
 from .recipe import TrainConfig
+from .samplers import build_sampler
 
 __all__ = ["MAX_STEPS_PER_CALL", "energies_of", "fresh_samples", "landscape", "train_energies"]
 
@@ -57,33 +60,29 @@ def fresh_samples(
         (n, dim) samples, and what ran.
     """
     steps = config.fresh_steps if steps is None else steps
-    sampler = config.sampler(steps)
+    sampler = build_sampler(config, steps)
+    warmup = steps // 2 if sampler.exact else 0  # which finds the step size
 
-    def advance(**options: Any) -> tuple[Tensor, SampleInfo]:
-        return langevin_sample(  # type: ignore[return-value]
-            model,
-            step_size=sampler.step_size,
-            grad_clip=sampler.grad_clip,
-            clamp=sampler.clamp,
-            seed=seed,
-            first_chain=_FIRST_FRESH_CHAIN,
-            backend=backend or config.backend,
-            return_info=True,
-            **options,
-        )
+    def advance(part: Any, **options: Any) -> SampleResult:
+        return sample(model, part, backend=backend or config.backend, **options)
 
-    x, info = advance(input_size=dim, batch_size=n, steps=0)
-    done, n_steps = 0, 1
-    on_steps(done, steps)
+    on_steps(0, steps)
+    start = for_steps(sampler, 0, warmup)
+    result = advance(
+        start, input_size=dim, n_chains=n, steps=0, warmup=warmup, seed=seed, first_chain=_FIRST_FRESH_CHAIN
+    )
+    sampler = result.sampler if warmup > 0 else sampler
+    done, n_steps = warmup, 1
     while done < steps:
+        on_steps(done, steps) if done > 0 else None
         started = time.perf_counter()
-        noise_scale = sampler.noise_scale[done : done + n_steps]  # type: ignore[index]
-        x, info = advance(init=x, steps=len(noise_scale), noise_scale=noise_scale, first_step=done)
-        done += len(noise_scale)
-        on_steps(done, steps)
+        end = min(done + n_steps, steps)
+        result = advance(for_steps(sampler, done, end), init=result, steps=end - done)
+        done = end
         n_steps = int(n_steps * _SECONDS_PER_CALL / (time.perf_counter() - started))
         n_steps = min(max(n_steps, 1), MAX_STEPS_PER_CALL)
-    return x, info
+    on_steps(done, steps)
+    return result.x, result.info
 
 
 def energies_of(model: nn.Module, states: Tensor) -> Tensor:
@@ -95,8 +94,7 @@ def energies_of(model: nn.Module, states: Tensor) -> Tensor:
 
 def train_energies(model: nn.Module, data: Data) -> NDArray[np.float32]:
     """Energies of the training rows, sorted: (n_train,)."""
-    states = data.train / data.levels if isinstance(data, Images) else data.train
-    return np.sort(energies_of(model, states).float().numpy())
+    return np.sort(energies_of(model, data.states).float().numpy())
 
 
 def landscape(model: nn.Module, info: DataInfo) -> tuple[NDArray[Any], NDArray[Any]]:

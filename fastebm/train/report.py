@@ -25,7 +25,7 @@ from .state import TrainState
 
 __all__ = ["write_report"]
 
-# The energy gap in summary.json is the mean over this many last steps.
+# Loss and energy gap in summary.json are the means over this many last steps.
 _LAST_STEPS = 50
 
 # Sets of outliers in the picture of energies: there are no more colours.
@@ -50,7 +50,7 @@ def write_report(
     Returns:
         The content of summary.json.
     """
-    config, model = state.config, state.average
+    config, model = state.config, state.trainer.average
     started = time.perf_counter()
     samples, info = fresh_samples(
         model,
@@ -76,19 +76,19 @@ def write_report(
         measures |= _point_measures(data, samples, config.seed, on_work)
 
     on_work("drawing", 0, 0)
-    widths = " → ".join(map(str, (data.dim, *config.hidden_sizes, 1)))
-    title = f"fastebm: MLP energy {widths} after {config.steps:,} steps"
+    title = f"fastebm: {_named(config)} after {config.steps:,} steps of {config.objective}"
     write_atomically(out / "samples.png", _samples_picture(model, config, data, samples, title))
     write_atomically(out / "energies.png", _energies_picture(data, energies, measures))
     if metrics:
         write_atomically(out / "training.png", plot.png(plot.training_figure(metrics, title=title)))
 
-    summary = {
+    summary: dict[str, Any] = {
         **measures,
         "seed": config.seed,
         **_what_ran(model, info),
-        "energy_gap": sum(row["energy_gap"] for row in metrics[-_LAST_STEPS:]) / max(1, len(metrics[-_LAST_STEPS:])),
-        "chain_steps": state.step * config.batch_size * config.langevin_steps,
+        **{name: _last(metrics, name) for name in ("loss", "energy_gap") if metrics and name in metrics[-1]},
+        "diverged": bool(metrics and metrics[-1].get("diverging")),
+        state.speed_of.removesuffix("_per_second"): state.step * state.work_per_step,
         "nonfinite": n_nonfinite,
         "processes": state.processes.size,
         "seconds": state.seconds,
@@ -97,6 +97,18 @@ def write_report(
     }
     write_json(out / SUMMARY, summary)
     return summary
+
+
+def _named(config: TrainConfig) -> str:
+    """The model in words, for titles."""
+    widths = " → ".join(map(str, (config.data.dim, *config.hidden_sizes, 1)))
+    return f"MLP energy {widths}" if config.model == "mlp" else f"{config.model} energy"
+
+
+def _last(metrics: list[dict[str, float]], name: str) -> float:
+    """The mean of a column over the last steps."""
+    rows = metrics[-_LAST_STEPS:]
+    return sum(row[name] for row in rows) / len(rows)
 
 
 def _what_ran(model: nn.Module, info: SampleInfo) -> dict[str, Any]:

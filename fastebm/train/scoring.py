@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.info import DataInfo
 from ..data.sets import reload
-from ..energies import MLPEnergy
 from ..words import listed
 from .apply import energies_of, fresh_samples, train_energies
 from .folder import ENERGIES, SUMMARY, load_model, located
@@ -44,7 +43,7 @@ class TrainedRun:
         train_energies: (n_train,) sorted energies of the training rows.
     """
 
-    model: MLPEnergy
+    model: nn.Module
     config: TrainConfig
     train_energies: NDArray[np.float32]
 
