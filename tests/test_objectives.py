@@ -66,7 +66,9 @@ def numbers(draws):
         "normal": draws.normal(),
         "copies": draws.normal(copies=3),
         "uniform": draws.uniform(),
+        "uniform copies": draws.uniform(copies=2),
         "uniforms": draws.uniforms(),
+        "uniforms copies": draws.uniforms(copies=2),
         "again": draws.normal(),
     }
 
@@ -76,7 +78,10 @@ def test_random_numbers_depend_on_the_seed_the_call_and_the_row_alone(dtype):
     batch = torch.zeros(7, 2, 3, dtype=dtype)
     objective = Objective(seed=-5)
     whole = numbers(objective.draws(batch))
-    shapes = {"normal": (7, 2, 3), "copies": (7, 3, 2, 3), "uniform": (7,), "uniforms": (7, 2, 3), "again": (7, 2, 3)}
+    shapes = {
+        "normal": (7, 2, 3), "copies": (7, 3, 2, 3), "uniform": (7,), "uniform copies": (7, 2), "uniforms": (7, 2, 3),
+        "uniforms copies": (7, 2, 2, 3), "again": (7, 2, 3),
+    }  # fmt: skip
     assert {name: tuple(x.shape) for name, x in whole.items()} == shapes
     assert all(x.dtype == dtype for x in whole.values())
     # a part of the rows

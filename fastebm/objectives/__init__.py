@@ -6,7 +6,16 @@ from .contrastive_divergence import ContrastiveDivergence as ContrastiveDivergen
 from .contrastive_divergence import contrastive_divergence_loss as contrastive_divergence_loss
 from .cooperative import CooperativeTraining as CooperativeTraining
 from .diffusion_recovery import DiffusionRecoveryLikelihood as DiffusionRecoveryLikelihood
+from .flow import CouplingFlow as CouplingFlow
+from .flow_contrastive import FlowContrastiveEstimation as FlowContrastiveEstimation
 from .hinge import HingeLoss as HingeLoss
+from .infonce import InfoNCE as InfoNCE
 from .jem import JEM as JEM
+from .noise import GaussianNoise as GaussianNoise
+from .noise import MixtureNoise as MixtureNoise
+from .noise import NoiseDistribution as NoiseDistribution
+from .noise import UniformNoise as UniformNoise
+from .noise_contrastive import NoiseContrastiveEstimation as NoiseContrastiveEstimation
+from .noise_contrastive import RankingNoiseContrastiveEstimation as RankingNoiseContrastiveEstimation
 
 __all__ = sorted(name for name, value in globals().items() if callable(value))

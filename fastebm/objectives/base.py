@@ -106,15 +106,18 @@ class Draws:
             return noise.normal(Stream.OBJECTIVE, 0).reshape(-1, *shape)
         return noise.copies(copies).normal(Stream.OBJECTIVE, 0).reshape(-1, copies, *shape)
 
-    def uniform(self) -> Tensor:
-        """One number in (0, 1] per row: (n,)."""
-        return self._noise(self._dim).uniform(Stream.OBJECTIVE, 0)
+    def uniform(self, copies: int | None = None) -> Tensor:
+        """One number in (0, 1] per row: (n,), or (n, copies)."""
+        if copies is None:
+            return self._noise(self._dim).uniform(Stream.OBJECTIVE, 0)
+        return self._noise(self._dim).copies(copies).uniform(Stream.OBJECTIVE, 0).reshape(-1, copies)
 
-    def uniforms(self) -> Tensor:
-        """Numbers in (0, 1]: (n, *shape)."""
-        step = self._next_step()
-        numbers = rng.uniform(self._seed, Stream.OBJECTIVE, self._rows, step, self._dim, dtype=self._dtype)
-        return numbers.reshape(-1, *self._shape)
+    def uniforms(self, copies: int | None = None) -> Tensor:
+        """Numbers in (0, 1]: (n, *shape), or (n, copies, *shape)."""
+        shape = self._shape if copies is None else (copies, *self._shape)
+        n_each, step = math.prod(shape), self._next_step()
+        numbers = rng.uniform(self._seed, Stream.OBJECTIVE, self._rows, step, n_each, dtype=self._dtype)
+        return numbers.reshape(-1, *shape)
 
     def seed(self) -> int:
         """A 64-bit seed for a sampler. It does not depend on the rows, so it is the same on all processes."""
