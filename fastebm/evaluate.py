@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["auroc", "baseline_aurocs", "class_shares", "two_sample_accuracy"]
+__all__ = ["auroc", "baseline_aurocs", "class_shares", "knn_accuracy", "two_sample_accuracy"]
 
 
 def auroc(inlier_energies: ArrayLike, outlier_energies: ArrayLike) -> float:
@@ -103,6 +103,18 @@ def class_shares(
     predicted = KNeighborsClassifier(k).fit(_rows(train), labels).predict(_rows(samples))
     counts = np.bincount(predicted, minlength=int(labels.max()) + 1)
     return [float(c) for c in counts / len(predicted)]
+
+
+def knn_accuracy(train: ArrayLike, labels: ArrayLike, test: ArrayLike, test_labels: ArrayLike, *, k: int = 5) -> float:
+    """Accuracy of a k-nearest-neighbour classifier on held-out rows: what a set of features is worth.
+
+    Args:
+        train, test: (n, dim) and (n_test, dim), with labels (n,) and (n_test,).
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(k).fit(_rows(train), np.asarray(labels))
+    return float(classifier.score(_rows(test), np.asarray(test_labels)))
 
 
 def _rows(x: ArrayLike) -> NDArray[Any]:

@@ -270,13 +270,19 @@ def show_summary(out: Path, config: TrainConfig, summary: dict[str, Any]) -> Non
     """Print the measures of a finished run."""
     what = "digits" if config.data.kind == "images" else "rows"
     print(
-        f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"
+        f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s "
+        f"({summary.get('backend', config.objective)} on {summary['device']})"
     )
     aurocs = {k.removeprefix("auroc_"): v for k, v in summary.items() if k.startswith("auroc_")}
     if aurocs:
         print(f"  AUROC against held-out {what}: {', '.join(f'{k} {v:.3f}' for k, v in aurocs.items())}")
     if "two_sample_accuracy" in summary:
         print(f"  a random forest tells samples from {what}: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
+    for name, words in (("accuracy", "of held-out images have"), ("knn_accuracy", "by nearest features have")):
+        if name in summary:
+            pixels = summary.get("knn_accuracy_of_pixels")
+            beside = "" if pixels is None else f" (by nearest pixels: {pixels:.1%})"
+            print(f"  {summary[name]:.1%} {words} the right class{beside}")
     if "classes_present" in summary:
         n = len(summary["class_shares"])
         print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of {n}")
@@ -287,7 +293,8 @@ def show_summary(out: Path, config: TrainConfig, summary: dict[str, Any]) -> Non
             f"  training diverged{words} (training.png): try --set learning_rate={config.learning_rate / 3:.1g}, or "
             "logarithms of heavy tails"
         )
-    print(f"  look at {out / 'samples.png'}, energies.png and training.png")
+    pictures = [name for name in ("samples.png", "energies.png", "training.png") if (out / name).exists()]
+    print(f"  look at {out / pictures[0]}{''.join(f', {name}' for name in pictures[1:])}")
 
 
 def _has_checkpoint(out: Path) -> bool:

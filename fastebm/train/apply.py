@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from ..driver.info import SampleInfo
 from ..driver.result import SampleResult
 from ..driver.sample import sample
 from ..energies import energy
-from ..samplers.base import for_steps
+from ..samplers import AnnealedLangevin, Langevin, PredictorCorrector
+from ..samplers.base import Sampler, for_steps
 from ..threads import survives_fork
+from .models import exploding, row_energy
 from .recipe import TrainConfig
 from .samplers import build_sampler
 
-__all__ = ["MAX_STEPS_PER_CALL", "energies_of", "fresh_samples", "landscape", "train_energies"]
+__all__ = ["MAX_STEPS_PER_CALL", "energies_of", "features_of", "fresh_samples", "landscape", "train_energies"]
 
 # Rows whose energies are computed at once.
 _ROWS_PER_CALL = 65536
@@ -60,8 +62,20 @@ def fresh_samples(
         (n, dim) samples, and what ran.
     """
     steps = config.fresh_steps if steps is None else steps
+    model = exploding(model) if config.model == "noise_conditional" else model
     sampler = build_sampler(config, steps)
-    warmup = steps // 2 if sampler.exact else 0  # which finds the step size
+    if sampler is None:
+        row_energy(model, config)  # this says why there is nothing to sample
+    if not isinstance(sampler, Sampler):
+        on_steps(0, 1)
+        x = sampler(model, n, seed)
+        on_steps(1, 1)
+        return x, sample(row_energy(model, config), Langevin(1.0), init=x, steps=0, seed=seed).info
+    if isinstance(sampler, (AnnealedLangevin, PredictorCorrector)):
+        steps = len(sampler.levels)  # type: ignore[arg-type]  # __post_init__ made it a tensor
+    warmup = steps // 2 if sampler.adaptation(steps) is not None else 0  # which finds the step size
+    # Classes in turn: as many chains of each.
+    labels = torch.arange(n) % config.n_classes if config.model == "conditional" else None
 
     def advance(part: Any, **options: Any) -> SampleResult:
         return sample(model, part, backend=backend or config.backend, **options)
@@ -69,19 +83,19 @@ def fresh_samples(
     on_steps(0, steps)
     start = for_steps(sampler, 0, warmup)
     result = advance(
-        start, input_size=dim, n_chains=n, steps=0, warmup=warmup, seed=seed, first_chain=_FIRST_FRESH_CHAIN
-    )
+        start, input_size=dim, n_chains=n, steps=0, warmup=warmup, labels=labels, seed=seed,
+        first_chain=_FIRST_FRESH_CHAIN,
+    )  # fmt: skip
     sampler = result.sampler if warmup > 0 else sampler
     done, n_steps = warmup, 1
     while done < steps:
-        on_steps(done, steps) if done > 0 else None
         started = time.perf_counter()
         end = min(done + n_steps, steps)
         result = advance(for_steps(sampler, done, end), init=result, steps=end - done)
         done = end
+        on_steps(done, steps)
         n_steps = int(n_steps * _SECONDS_PER_CALL / (time.perf_counter() - started))
         n_steps = min(max(n_steps, 1), MAX_STEPS_PER_CALL)
-    on_steps(done, steps)
     return result.x, result.info
 
 
@@ -90,6 +104,13 @@ def energies_of(model: nn.Module, states: Tensor) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
         return torch.cat([energy(model, part.to(device)).cpu() for part in torch.split(states, _ROWS_PER_CALL)])
+
+
+def features_of(model: nn.Module, states: Tensor) -> Tensor:
+    """(n, dim) states on any device -> (n, feature_size) features of a ``PairEnergy``, on the CPU."""
+    device, features = next(model.parameters()).device, cast("Any", model).features
+    with torch.no_grad():
+        return torch.cat([features(part.to(device)).cpu() for part in torch.split(states, _ROWS_PER_CALL)])
 
 
 def train_energies(model: nn.Module, data: Data) -> NDArray[np.float32]:

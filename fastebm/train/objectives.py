@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +10,24 @@ import torch
 import torch.distributed as dist
 
 from ..data.dataset import Data
-from ..objectives import ContrastiveDivergence, Objective
+from ..energies import MLPEnergy
+from ..objectives import (
+    JEM,
+    ContrastiveDivergence,
+    CooperativeTraining,
+    CouplingFlow,
+    DiffusionRecoveryLikelihood,
+    FlowContrastiveEstimation,
+    GaussianNoise,
+    HingeLoss,
+    InfoNCE,
+    MixtureNoise,
+    NoiseContrastiveEstimation,
+    NoiseDistribution,
+    Objective,
+    RankingNoiseContrastiveEstimation,
+    UniformNoise,
+)
 from ..pool import ChainPool
 from .options import Entry, built
 from .samplers import build_sampler
@@ -47,18 +64,21 @@ def _chains(place: Place) -> dict[str, Any]:
     return {
         "sampler": build_sampler(config, config.langevin_steps),
         "steps": config.langevin_steps,
-        "reg_alpha": config.reg_alpha,
         "backend": config.backend,
         "on_nonfinite": config.on_nonfinite,
         "seed": config.seed,
     }
 
 
-_CHAINS = ("sampler", "steps", "pool", "reg_alpha", "backend", "on_nonfinite", "seed")
+# What ``_chains`` and the settings of a run say.
+_CHAINS = ("sampler", "steps", "pool", "reg_alpha", "backend", "on_nonfinite", "clamp", "seed", "generator")
 
 
 def _pool(place: Place) -> ChainPool:
-    config = place.config
+    """Persistent chains. Those of a class-conditional energy have classes, in the shares of the data."""
+    config, labels = place.config, None
+    if config.model == "conditional" and place.data.classes is not None:
+        labels = place.data.classes[torch.arange(config.pool_size) % len(place.data.classes)]
     return ChainPool(
         config.pool_size,
         place.data.dim,
@@ -66,28 +86,121 @@ def _pool(place: Place) -> ChainPool:
         seed=config.seed,
         device=place.device,
         reinit_prob=config.reinit_prob,
+        labels=labels,
         process_group=place.process_group,
     )
 
 
 def _cd(place: Place, **options: Any) -> Objective:
-    return ContrastiveDivergence(**_chains(place), **options)
+    return ContrastiveDivergence(
+        **_chains(place), reg_alpha=place.config.reg_alpha, clamp=place.config.clamp, **options
+    )
 
 
 def _pcd(place: Place, **options: Any) -> Objective:
-    return ContrastiveDivergence(**_chains(place), pool=_pool(place), **options)
+    return ContrastiveDivergence(**_chains(place), reg_alpha=place.config.reg_alpha, pool=_pool(place), **options)
 
 
+def _hinge(place: Place, **options: Any) -> Objective:
+    if place.process_group is not None:
+        raise ValueError("the objective hinge pairs each row with a chain: train it by one process, without torchrun")
+    return HingeLoss(**_chains(place), pool=_pool(place), **options)
+
+
+def _jem(place: Place, **options: Any) -> Objective:
+    return JEM(**_chains(place), reg_alpha=place.config.reg_alpha, pool=_pool(place), **options)
+
+
+def _cooperative(
+    place: Place, *, latent_dim: int = 8, generator_sizes: Sequence[int] = (128, 128), **options: Any
+) -> Objective:
+    generator = MLPEnergy(latent_dim, generator_sizes, place.config.activation, outputs=place.data.dim)
+    return CooperativeTraining(
+        generator, **_chains(place), reg_alpha=place.config.reg_alpha, clamp=place.config.clamp, latent_dim=latent_dim,
+        **options,
+    )  # fmt: skip
+
+
+def _recovery(place: Place, **options: Any) -> Objective:
+    config = place.config
+    return DiffusionRecoveryLikelihood(
+        reg_alpha=config.reg_alpha, on_nonfinite=config.on_nonfinite, seed=config.seed, **options
+    )
+
+
+def _noise(place: Place, noise: str, n_components: int, reg_covar: float) -> NoiseDistribution:
+    """Noise of a known density, fitted to the data."""
+    states = place.data.states
+    if noise == "gaussian":
+        return GaussianNoise.fit(states, reg_covar=reg_covar)
+    if noise == "mixture":
+        return MixtureNoise.fit(states, n_components, reg_covar=reg_covar, seed=place.config.seed % 2**32)
+    if noise == "uniform":
+        lo, hi = place.data.info.clamp
+        return UniformNoise(torch.full((place.data.dim,), lo), torch.full((place.data.dim,), hi))
+    raise ValueError(f"objective.noise must be gaussian, mixture or uniform, got {noise!r}")
+
+
+def _nce(
+    place: Place, *, noise: str = "mixture", n_components: int = 10, reg_covar: float = 1e-3, **options: Any
+) -> Objective:
+    found = _noise(place, noise, n_components, reg_covar)
+    return NoiseContrastiveEstimation(found, seed=place.config.seed, **options)
+
+
+def _ranking_nce(
+    place: Place, *, noise: str = "mixture", n_components: int = 10, reg_covar: float = 1e-3, **options: Any
+) -> Objective:
+    found = _noise(place, noise, n_components, reg_covar)
+    return RankingNoiseContrastiveEstimation(found, seed=place.config.seed, **options)
+
+
+def _flow_contrastive(place: Place, **options: Any) -> Objective:
+    states = place.data.states
+    # A pixel that is always white has no spread of its own.
+    flow = CouplingFlow(states.mean(0), states.std(0).clamp(min=0.05 * float(states.std())), **options)
+    return FlowContrastiveEstimation(flow, seed=place.config.seed)
+
+
+def _seeded(make: Callable[..., Objective]) -> Callable[..., Objective]:
+    """An objective that needs nothing of the run but its seed."""
+    return lambda place, **options: make(seed=place.config.seed, **options)
+
+
+_PLAIN = ("mlp", "conv", "resnet", "conditional")
 _MOVES = ("langevin", "mala", "hmc", "underdamped")
+_FRESH = ("hmc", "mala", "langevin", "underdamped", "tempering")
+
+
+def _with_chains(words: str, build: Callable[..., Objective], of: Any, **options: Any) -> ObjectiveEntry:
+    return ObjectiveEntry(
+        words, build, of, _CHAINS, **{"models": _PLAIN, "samplers": _MOVES, "chains": True, **options}
+    )
+
+
+def _without(words: str, build: Callable[..., Objective], of: Any, **options: Any) -> ObjectiveEntry:
+    return ObjectiveEntry(
+        words, build, of, ("noise", "augment", "seed"), **{"models": _PLAIN, "samplers": _FRESH, **options}
+    )
+
 
 OBJECTIVES: Mapping[str, ObjectiveEntry] = {
-    "pcd": ObjectiveEntry(
-        "contrastive divergence with persistent chains", _pcd, ContrastiveDivergence, _CHAINS, samplers=_MOVES,
-        chains=True, pool=True,
+    "pcd": _with_chains("contrastive divergence with persistent chains", _pcd, ContrastiveDivergence, pool=True),
+    "cd": _with_chains("contrastive divergence, chains from the data", _cd, ContrastiveDivergence),
+    "hinge": _with_chains("margin between data and chains", _hinge, HingeLoss, pool=True),
+    "jem": _with_chains("classifier and density of its inputs", _jem, JEM, models=("classifier",), pool=True),
+    "cooperative": _with_chains("with a generator that starts the chains", _cooperative, CooperativeTraining),
+    "diffusion_recovery": ObjectiveEntry(
+        "recovery of data from more noise", _recovery, DiffusionRecoveryLikelihood,
+        ("reg_alpha", "on_nonfinite", "seed"), models=("noise_conditional",), samplers=("recovery",),
     ),
-    "cd": ObjectiveEntry(
-        "contrastive divergence, with chains from the data", _cd, ContrastiveDivergence, _CHAINS, samplers=_MOVES,
-        chains=True,
+    "nce": _without("data against noise, with log Z", _nce, NoiseContrastiveEstimation),
+    "ranking_nce": _without("each row against its noise", _ranking_nce, RankingNoiseContrastiveEstimation),
+    "flow_contrastive": ObjectiveEntry(
+        "data against a flow that learns too", _flow_contrastive, CouplingFlow, ("mean", "std"), _PLAIN[:3], _FRESH
+    ),
+    "infonce": _without(
+        "features by which a row is found again", _seeded(InfoNCE), InfoNCE, models=("pair",), samplers=("none",)
     ),
 }  # fmt: skip
 

@@ -47,7 +47,7 @@ def options_of(entry: Entry) -> dict[str, inspect.Parameter]:
     own = inspect.signature(entry.build).parameters.values()
     found = {p.name: p for p in own if p.kind is p.KEYWORD_ONLY}
     passed = () if entry.of is None else inspect.signature(entry.of).parameters.values()
-    return found | {p.name: p for p in passed if p.name not in entry.given and p.kind is not p.VAR_KEYWORD}
+    return {p.name: p for p in passed if p.name not in entry.given and p.kind is not p.VAR_KEYWORD} | found
 
 
 def check_options(kind: str, name: str, entry: Entry, options: Mapping[str, Any]) -> None:

@@ -36,8 +36,38 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# What differs from those, by kind of data and objective.
-_OF_OBJECTIVE: dict[tuple[str, str], dict[str, Any]] = {}
+# Standard deviation of states, roughly (data/info.py). Noise levels are in its units.
+_SPREAD = {"images": 0.4, "plane": 4.0, "table": 1.0}
+
+# What an objective changes in these, for each kind of data.
+_OF_OBJECTIVE: dict[str, Callable[[str], dict[str, Any]]] = {
+    "hinge": lambda kind: {},
+    "jem": lambda kind: {"reg_alpha": 0.01},
+    "cooperative": lambda kind: {"objective_learning_rate": 1e-3},
+    "diffusion_recovery": lambda kind: _without_chains(
+        sigmas=_geometric(5.0 * _SPREAD[kind], 0.04 * _SPREAD[kind], 10), sampler_steps=10
+    ),
+    "dsm": lambda kind: _without_chains(sigma=0.05 * _SPREAD[kind]),
+    "multi_dsm": lambda kind: _without_chains(sigmas=_geometric(10.0 * _SPREAD[kind], 0.025 * _SPREAD[kind], 20)),
+    "vp_dsm": lambda kind: _without_chains(),
+    "ssm": lambda kind: _without_chains(noise_std=0.05 * _SPREAD[kind]),
+    "esm": lambda kind: _without_chains(noise_std=0.05 * _SPREAD[kind]),
+    "energy_discrepancy": lambda kind: _without_chains(t=(0.25 * _SPREAD[kind]) ** 2),
+    "nce": lambda kind: {**_without_chains(noise_ratio=4), "objective_learning_rate": 1e-2},
+    "ranking_nce": lambda kind: _without_chains(n_noise=10),
+    "flow_contrastive": lambda kind: {**_without_chains(), "objective_learning_rate": 1e-3},
+    "infonce": lambda kind: _without_chains(noise_std=0.5 * _SPREAD[kind]),
+}
+
+
+def _without_chains(**options: Any) -> dict[str, Any]:
+    """For objectives without chains, whose energies are at temperature 1: fresh chains have a constant noise."""
+    return {"learning_rate": 2e-3, "cooling": 0.0, "objective_options": options}
+
+
+def _geometric(largest: float, smallest: float, n: int) -> tuple[float, ...]:
+    """Noise levels, decreasing: each is the same fraction of the one before."""
+    return tuple(float(f"{largest * (smallest / largest) ** (i / (n - 1)):.4g}") for i in range(n))
 
 
 def recipe(data: Data, objective: str = "pcd", model: str | None = None, sampler: str | None = None) -> dict[str, Any]:
@@ -47,7 +77,9 @@ def recipe(data: Data, objective: str = "pcd", model: str | None = None, sampler
         model, sampler: names. None: the first that goes with the objective.
     """
     info, entry = data.info, entry_of("objective", OBJECTIVES, objective)
-    found = _RECIPES.get(info.name, _RECIPES[info.kind]) | _OF_OBJECTIVE.get((info.kind, objective), {})
+    found = _RECIPES.get(info.name, _RECIPES[info.kind])
+    if objective in _OF_OBJECTIVE:
+        found = found | _OF_OBJECTIVE[objective](info.kind)
     chosen = {"objective": objective, "model": model or entry.models[0], "sampler": sampler or entry.samplers[0]}
     n_classes = int(data.classes.max()) + 1 if chosen["model"] in LABELLED and data.classes is not None else 0
     return {

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.dataset import Data
 from ..devices import checked_device
@@ -42,12 +42,12 @@ def check_memory(config: TrainConfig, dim: int, device: torch.device) -> None:
         ValueError: it says what takes how much.
     """
     with torch.device("meta"):
-        model, x = build_model(config), torch.empty(1, dim)
+        model = build_model(config)
     # The weights, their gradient, Adam's two moments, their average, and a copy that is being written to disk.
     weights = 6 * sum(p.numel() for p in model.parameters())
     pool = 2 * config.pool_size * dim * OBJECTIVES[config.objective].pool
     # Data and negatives, and the gradients of all numbers.
-    batch = 4 * config.batch_size * _numbers_per_row(model, x)
+    batch = 4 * config.batch_size * _numbers_per_row(model, config, dim)
     gib, there = [4 * n / 2**30 for n in (weights, pool, batch)], _memory(device) / 2**30
     if sum(gib) > there:
         raise ValueError(
@@ -57,12 +57,14 @@ def check_memory(config: TrainConfig, dim: int, device: torch.device) -> None:
         )
 
 
-def _numbers_per_row(model: nn.Module, x: Tensor) -> int:
-    """Numbers that the layers of a model compute for one row, and the row's own. x: (1, dim), without values."""
-    sizes = [x.numel()]
+def _numbers_per_row(model: nn.Module, config: TrainConfig, dim: int) -> int:
+    """Numbers that the layers of a model compute for one row, and the row's own. model: without values."""
+    sizes = [dim]
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     hooks = [leaf.register_forward_hook(lambda _, __, out: sizes.append(out.numel())) for leaf in leaves]
-    model(x)
+    x = torch.empty(1, dim, device="meta")
+    conditions = {"noise_conditional": (x[:, 0],), "pair": (x,)}
+    model(x, *conditions.get(config.model, ()))
     for hook in hooks:
         hook.remove()
     return sum(sizes)

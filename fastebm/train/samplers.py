@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from ..samplers import HMC, MALA, Langevin, UnderdampedLangevin
-from ..samplers.base import Sampler
+from ..objectives import DiffusionRecoveryLikelihood
+from ..samplers import (
+    HMC,
+    MALA,
+    AnnealedLangevin,
+    Langevin,
+    ParallelTempering,
+    PredictorCorrector,
+    UnderdampedLangevin,
+)
+from .models import noise_range
 from .options import Entry, built
 
 if TYPE_CHECKING:
     from .recipe import TrainConfig
 
-__all__ = ["SAMPLERS", "build_sampler"]
+__all__ = ["SAMPLERS", "Draw", "build_sampler"]
+
+# Samples without chains that could be continued: (model, n, seed) -> (n, dim).
+Draw = Callable[[nn.Module, int, int], Tensor]
 
 
 def _langevin(config: TrainConfig, steps: int, **options: Any) -> Langevin:
@@ -48,7 +61,47 @@ def _underdamped(
     return UnderdampedLangevin(step, clamp=config.clamp, **options)
 
 
+def _tempering(config: TrainConfig, steps: int, *, max_temperature: float = 30.0, **options: Any) -> ParallelTempering:
+    inner = MALA(2.0 * config.drift, clamp=config.clamp)
+    return ParallelTempering(inner, "auto", max_temperature=max_temperature, **options)
+
+
+def _annealed(
+    config: TrainConfig, steps: int, *, n_levels: int = 20, step_scale: float = 0.3, **options: Any
+) -> AnnealedLangevin:
+    """Levels from the largest to the smallest sigma of training. A step is step_scale sigma long."""
+    sigmas = _levels(config, n_levels)
+    per_level = max(1, steps // n_levels)
+    return AnnealedLangevin(sigmas, per_level, (step_scale * sigmas[-1]) ** 2, clamp=config.clamp, **options)
+
+
+def _predictor_corrector(config: TrainConfig, steps: int, **options: Any) -> PredictorCorrector:
+    return PredictorCorrector(_levels(config, max(steps, 2)), clamp=config.clamp, **options)
+
+
+def _levels(config: TrainConfig, n: int) -> list[float]:
+    """Noise levels from the largest to the smallest sigma of training, in a geometric sequence."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise ValueError(f"sampler.n_levels must be an int >= 2, got {n!r}")
+    largest, smallest = noise_range(config)
+    return torch.logspace(math.log10(largest), math.log10(smallest), n, dtype=torch.float64).tolist()
+
+
+def _recovery(config: TrainConfig, steps: int) -> Draw:
+    """The levels and steps of training, one after another (Gao et al. 2021)."""
+    options = config.objective_options
+    objective = DiffusionRecoveryLikelihood(
+        options["sigmas"], options["sampler_steps"], step_scale=options.get("step_scale", 0.3), seed=0
+    )
+    return lambda model, n, seed: objective.sample(model, n, config.data.dim, seed=seed)
+
+
+def _none(config: TrainConfig, steps: int) -> None:
+    return None
+
+
 _STEP = ("step_size", "clamp")
+_LEVELS = ("sigmas", "steps_per_level", "step_size", "clamp", "levels")
 
 SAMPLERS: Mapping[str, Entry] = {
     "langevin": Entry(
@@ -57,11 +110,16 @@ SAMPLERS: Mapping[str, Entry] = {
     "mala": Entry("Langevin with an accept test", _mala, MALA, _STEP),
     "hmc": Entry("Hamiltonian Monte Carlo", _hmc, HMC, _STEP),
     "underdamped": Entry("Langevin with momentum", _underdamped, UnderdampedLangevin, _STEP),
+    "tempering": Entry(
+        "MALA at several temperatures", _tempering, ParallelTempering, ("sampler", "temperatures", "factors", "clamp")
+    ),
+    "annealed": Entry("Langevin from noise level to noise level", _annealed, AnnealedLangevin, _LEVELS),
+    "predictor_corrector": Entry("reverse diffusion and Langevin", _predictor_corrector, PredictorCorrector, _LEVELS),
+    "recovery": Entry("the chains of diffusion_recovery", _recovery),
+    "none": Entry("no samples", _none),
 }
 
 
-def build_sampler(config: TrainConfig, steps: int) -> Sampler:
-    """The sampler of a configuration, for this many steps."""
-    entry = SAMPLERS[config.sampler]
-    sampler: Sampler = built("sampler", config.sampler, entry, config, steps, options=config.sampler_options)
-    return sampler
+def build_sampler(config: TrainConfig, steps: int) -> Any:
+    """What samples a run's energy in this many steps: a ``Sampler``; or a ``Draw``; or None, for energies of pairs."""
+    return built("sampler", config.sampler, SAMPLERS[config.sampler], config, steps, options=config.sampler_options)

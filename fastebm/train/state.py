@@ -14,7 +14,7 @@ from ..driver.langevin_sample import langevin_sample
 from ..pool.pool import ChainPool
 from ..pool.processes import Processes
 from .checkpoint import Saved
-from .models import build_model
+from .models import build_model, row_energy
 from .objectives import OBJECTIVES, Place, build_objective
 from .recipe import TrainConfig
 from .resources import check_memory
@@ -50,7 +50,9 @@ class TrainState:
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order of the data, and dequantisation
         self.seconds = 0.0
         # Sample no chain: if the backend can't run, this fails before anything is written.
-        langevin_sample(self.trainer.energy, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend)
+        if config.model != "pair":
+            energy = row_energy(self.trainer.energy, config)
+            langevin_sample(energy, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend)
 
     @property
     def step(self) -> int:
