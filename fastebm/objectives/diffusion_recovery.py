@@ -27,7 +27,7 @@ from ..driver.sample import sample
 from ..energies import energy as energies_of
 from ..energies import first_tensor
 from ..rng import Stream, draw_seed, normal
-from ..samplers.annealed import AnnealedLangevin
+from ..samplers.annealed import checked_sigmas
 from ..samplers.langevin import Langevin
 from ..scalars import checked_integer
 from .base import Loss, Objective, checked_weight
@@ -63,7 +63,7 @@ class DiffusionRecoveryLikelihood(Objective):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed=seed)
-        self.sigmas: tuple[float, ...] = AnnealedLangevin(sigmas, 1, 1.0).sigmas  # type: ignore[assignment]  # checked
+        self.sigmas = checked_sigmas(sigmas)
         if len(self.sigmas) < 2:
             raise ValueError(f"sigmas must be two or more noise levels, got {sigmas!r}")
         if not step_scale > 0:

@@ -1,4 +1,4 @@
-"""The margin loss (LeCun, Chopra, Hadsell, Ranzato & Huang 2006, the hinge loss of their section 2.2):
+"""The margin loss (the hinge loss of LeCun, Chopra, Hadsell, Ranzato & Huang 2006):
 
 loss = mean_i max(0, margin + E(x_i) - E(y_i)),   x_i a row of data, y_i a sample from chains
 

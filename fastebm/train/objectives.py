@@ -16,17 +16,23 @@ from ..objectives import (
     ContrastiveDivergence,
     CooperativeTraining,
     CouplingFlow,
+    DenoisingScoreMatching,
     DiffusionRecoveryLikelihood,
+    EnergyDiscrepancy,
+    ExactScoreMatching,
     FlowContrastiveEstimation,
     GaussianNoise,
     HingeLoss,
     InfoNCE,
     MixtureNoise,
+    MultiLevelDenoisingScoreMatching,
     NoiseContrastiveEstimation,
     NoiseDistribution,
     Objective,
     RankingNoiseContrastiveEstimation,
+    SlicedScoreMatching,
     UniformNoise,
+    VariancePreservingScoreMatching,
 )
 from ..pool import ChainPool
 from .options import Entry, built
@@ -169,6 +175,7 @@ def _seeded(make: Callable[..., Objective]) -> Callable[..., Objective]:
 
 _PLAIN = ("mlp", "conv", "resnet", "conditional")
 _MOVES = ("langevin", "mala", "hmc", "underdamped")
+_OF_NOISE = ("annealed", "predictor_corrector", "probability_flow")
 _FRESH = ("hmc", "mala", "langevin", "underdamped", "tempering")
 
 
@@ -180,7 +187,7 @@ def _with_chains(words: str, build: Callable[..., Objective], of: Any, **options
 
 def _without(words: str, build: Callable[..., Objective], of: Any, **options: Any) -> ObjectiveEntry:
     return ObjectiveEntry(
-        words, build, of, ("noise", "augment", "seed"), **{"models": _PLAIN, "samplers": _FRESH, **options}
+        words, build, of, ("noise", "augment", "sigma_0", "seed"), **{"models": _PLAIN, "samplers": _FRESH, **options}
     )
 
 
@@ -194,6 +201,18 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
         "recovery of data from more noise", _recovery, DiffusionRecoveryLikelihood,
         ("reg_alpha", "on_nonfinite", "seed"), models=("noise_conditional",), samplers=("recovery",),
     ),
+    "dsm": _without("denoising score matching", _seeded(DenoisingScoreMatching), DenoisingScoreMatching),
+    "multi_dsm": _without(
+        "denoising at several noise levels", _seeded(MultiLevelDenoisingScoreMatching),
+        MultiLevelDenoisingScoreMatching, models=("noise_conditional",), samplers=_OF_NOISE,
+    ),
+    "vp_dsm": _without(
+        "denoising along a variance-preserving diffusion", _seeded(VariancePreservingScoreMatching),
+        VariancePreservingScoreMatching, models=("noise_conditional",), samplers=_OF_NOISE,
+    ),
+    "ssm": _without("sliced score matching", _seeded(SlicedScoreMatching), SlicedScoreMatching),
+    "esm": _without("exact score matching, in few dims", _seeded(ExactScoreMatching), ExactScoreMatching),
+    "energy_discrepancy": _without("data against perturbed data", _seeded(EnergyDiscrepancy), EnergyDiscrepancy),
     "nce": _without("data against noise, with log Z", _nce, NoiseContrastiveEstimation),
     "ranking_nce": _without("each row against its noise", _ranking_nce, RankingNoiseContrastiveEstimation),
     "flow_contrastive": ObjectiveEntry(

@@ -24,7 +24,7 @@ from .models import row_energy
 from .recipe import TrainConfig
 from .state import TrainState
 
-__all__ = ["write_report"]
+__all__ = ["OnWork", "held_out_states", "write_report"]
 
 # Loss and energy gap in summary.json are the means over this many last steps.
 _LAST_STEPS = 50
@@ -95,7 +95,7 @@ def _energy_report(
     )
     samples, of_rows = samples.cpu(), row_energy(model, config)
 
-    held_out = _held_out(data, config)
+    held_out = held_out_states(data, config)
     energies = {name: energies_of(of_rows, x).numpy() for name, x in {**held_out, "samples": samples}.items()}
     file = io.BytesIO()
     np.save(file, train_energies(of_rows, data))
@@ -145,7 +145,7 @@ def _what_ran(model: nn.Module) -> dict[str, Any]:
 # -- measures -----------------------------------------------------------------------------------------------
 
 
-def _held_out(data: Data, config: TrainConfig) -> dict[str, Tensor]:
+def held_out_states(data: Data, config: TrainConfig) -> dict[str, Tensor]:
     """States by name: "test" is the held-out data, the others are what an energy should tell from it."""
     generator = torch.Generator().manual_seed(config.seed)
     if isinstance(data, Images):

@@ -1,8 +1,8 @@
 """Training any energy with any objective: one step, and all that it changes.
 
 A step is loss -> gradients -> clip -> optimizer -> moving average of the weights. With several processes, each takes
-its rows of the batch, and one all-reduce sums the gradients. (DistributedDataParallel would average them during the
-backward pass. It waits for a gradient of every weight, and score matching gives the last bias none.)
+its rows of the batch, and one all-reduce sums the gradients of all parameters. (DistributedDataParallel would do so for the
+energy alone, and asks of its objectives one forward pass per step and a gradient of every weight.)
 """
 
 from __future__ import annotations
