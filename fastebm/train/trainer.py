@@ -1,8 +1,8 @@
 """Training any energy with any objective: one step, and all that it changes.
 
 A step is loss -> gradients -> clip -> optimizer -> moving average of the weights. With several processes, each takes
-its rows of the batch, and one all-reduce sums the gradients of all parameters. (DistributedDataParallel would do so for the
-energy alone, and asks of its objectives one forward pass per step and a gradient of every weight.)
+its rows of the batch, and one all-reduce sums the gradients of all parameters. (DistributedDataParallel would do so for
+the energy alone, and asks of objectives one forward pass per step and a gradient of every weight.)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..backends.settle import NonFiniteError
 from ..energies import first_tensor
 from ..objectives import Objective
+from ..objectives.negatives import ChainObjective
 from ..pool.processes import Processes
 
 __all__ = ["DECAYS", "Divergence", "Trainer", "learning_rate_factor"]
@@ -114,7 +115,7 @@ class Trainer:
                 "add objective.parameters() to it"
             )
         self._peaks = [group["lr"] for group in optimizer.param_groups]
-        self._divergence = Divergence("energy_gap" if hasattr(objective, "sampler") else "loss")
+        self._divergence = Divergence("energy_gap" if isinstance(objective, ChainObjective) else "loss")
 
     def fit(
         self,
