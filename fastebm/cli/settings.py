@@ -63,7 +63,10 @@ def parsed(words: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--set takes KEY=VALUE, as in --set learning_rate=0.001, got {word!r}")
         kind, dot, option = key.partition(".")
         if dot and kind in _TABLES:
-            values.setdefault(f"{kind}_options", {})[option] = _literal(text.strip())
+            options = values.setdefault(f"{kind}_options", {})
+            if option in options:
+                raise ValueError(f"--set was given {key} twice: {_as_text(options[option])} and {text}")
+            options[option] = _literal(text.strip())
             continue
         if key not in fields:
             of_data = f": {key} comes from the data" if key in _OF_DATA else did_you_mean(key, fields)

@@ -168,6 +168,11 @@ def _flow_contrastive(place: Place, **options: Any) -> Objective:
     return FlowContrastiveEstimation(flow, seed=place.config.seed)
 
 
+def _esm(place: Place, **options: Any) -> Objective:
+    ExactScoreMatching.check_dim(place.data.dim)
+    return ExactScoreMatching(seed=place.config.seed, **options)
+
+
 def _seeded(make: Callable[..., Objective]) -> Callable[..., Objective]:
     """An objective that needs nothing of the run but its seed."""
     return lambda place, **options: make(seed=place.config.seed, **options)
@@ -211,7 +216,7 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
         VariancePreservingScoreMatching, models=("noise_conditional",), samplers=_OF_NOISE,
     ),
     "ssm": _without("sliced score matching", _seeded(SlicedScoreMatching), SlicedScoreMatching),
-    "esm": _without("exact score matching, in few dims", _seeded(ExactScoreMatching), ExactScoreMatching),
+    "esm": _without("exact score matching, in few dims", _esm, ExactScoreMatching),
     "energy_discrepancy": _without("data against perturbed data", _seeded(EnergyDiscrepancy), EnergyDiscrepancy),
     "nce": _without("data against noise, with log Z", _nce, NoiseContrastiveEstimation),
     "ranking_nce": _without("each row against its noise", _ranking_nce, RankingNoiseContrastiveEstimation),

@@ -61,9 +61,13 @@ def _underdamped(
     return UnderdampedLangevin(step, clamp=config.clamp, **options)
 
 
-def _tempering(config: TrainConfig, steps: int, *, max_temperature: float = 30.0, **options: Any) -> ParallelTempering:
+def _tempering(
+    config: TrainConfig, steps: int, *, n_temperatures: int = 8, max_temperature: float = 30.0, **options: Any
+) -> ParallelTempering:
+    """Temperatures in a geometric sequence from 1 on."""
     inner = MALA(2.0 * config.drift, clamp=config.clamp)
-    return ParallelTempering(inner, "auto", max_temperature=max_temperature, **options)
+    temperatures = geometric("temperatures", 1.0, max_temperature, n_temperatures)
+    return ParallelTempering(inner, temperatures, **options)
 
 
 def _annealed(
@@ -80,11 +84,19 @@ def _predictor_corrector(config: TrainConfig, steps: int, **options: Any) -> Pre
 
 
 def _levels(config: TrainConfig, n: int) -> list[float]:
-    """Noise levels from the largest to the smallest sigma of training, in a geometric sequence."""
+    """Noise levels from the largest to the smallest sigma of training."""
+    return geometric("levels", *noise_range(config), n)
+
+
+def geometric(what: str, first: float, last: float, n: int) -> list[float]:
+    """n numbers from the first to the last, each the same multiple of the one before.
+
+    Raises:
+        ValueError: n is not an int >= 2. what: of what it is the number, for the error.
+    """
     if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise ValueError(f"sampler.n_levels must be an int >= 2, got {n!r}")
-    largest, smallest = noise_range(config)
-    return torch.logspace(math.log10(largest), math.log10(smallest), n, dtype=torch.float64).tolist()
+        raise ValueError(f"sampler.n_{what} must be an int >= 2, got {n!r}")
+    return [first, *(first * (last / first) ** (i / (n - 1)) for i in range(1, n - 1)), last]
 
 
 def _recovery(config: TrainConfig, steps: int) -> Draw:
@@ -111,7 +123,10 @@ SAMPLERS: Mapping[str, Entry] = {
     "hmc": Entry("Hamiltonian Monte Carlo", _hmc, HMC, _STEP),
     "underdamped": Entry("Langevin with momentum", _underdamped, UnderdampedLangevin, _STEP),
     "tempering": Entry(
-        "MALA at several temperatures", _tempering, ParallelTempering, ("sampler", "temperatures", "factors", "clamp")
+        "MALA at several temperatures",
+        _tempering,
+        ParallelTempering,
+        ("sampler", "temperatures", "n_temperatures", "max_temperature", "factors", "clamp"),
     ),
     "annealed": Entry("Langevin from noise level to noise level", _annealed, AnnealedLangevin, _LEVELS),
     "predictor_corrector": Entry("reverse diffusion and Langevin", _predictor_corrector, PredictorCorrector, _LEVELS),
