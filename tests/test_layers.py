@@ -46,6 +46,7 @@ EXEMPT = {
     "fastebm/objectives/contrastive_divergence.py:ContrastiveDivergence.__init__": PUBLIC,
     "fastebm/pool/pool.py:ChainPool.__init__": PUBLIC,
     "fastebm/train/loop.py:train": PUBLIC,
+    "fastebm/train/trainer.py:Trainer.__init__": PUBLIC,
     "kernels/cpu/leapfrog.py:arrive": NUMBA,
     "kernels/cpu/leapfrog.py:leap": NUMBA,
     "kernels/cpu/mlp.py:_up.up": NUMBA,
