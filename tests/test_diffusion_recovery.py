@@ -117,6 +117,8 @@ def test_bad_input_is_refused(energy, batch):
         DiffusionRecoveryLikelihood([1.0], 3)
     with pytest.raises(ValueError, match="step_scale must be > 0"):
         DiffusionRecoveryLikelihood(SIGMAS, 3, step_scale=0.0)
+    with pytest.raises(ValueError, match="on_nonfinite must be one of"):
+        DiffusionRecoveryLikelihood(SIGMAS, 3, on_nonfinite="drop")
     with pytest.raises(ValueError, match="sampler_steps must be >= 1"):
         DiffusionRecoveryLikelihood(SIGMAS, 0)
     with pytest.raises(ValueError, match="leave labels= out"):

@@ -25,7 +25,7 @@ def case(request, seeded):
 
 
 def trained(objective, energy, x, **place):
-    """The loss of a call, its metrics, and the gradients of all weights."""
+    """The loss of a call, its metrics, and the gradients of all weights, the objective's own among them."""
     energy.zero_grad()
     found = objective(energy, x, **place)
     assert isinstance(found, Loss)
@@ -33,7 +33,8 @@ def trained(objective, energy, x, **place):
     assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in found.metrics.values())
     found.loss.backward()
     gradients = {name.removeprefix("module."): p.grad.clone() for name, p in energy.named_parameters()}
-    return {"loss": found.loss.detach(), **found.metrics, **gradients}
+    own = {f"own {name}": p.grad for name, p in objective.named_parameters()}
+    return {"loss": found.loss.detach(), **found.metrics, **gradients, **own}
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(case):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..driver.arguments import state_shape
 from ..driver.result import SampleResult
 from ..driver.sample import sample
+from ..driver.settings import Settings
 from ..energies import energy as energies_of
 from ..energies import first_tensor
 from ..rng import Stream, draw_seed, normal
@@ -66,10 +67,11 @@ class DiffusionRecoveryLikelihood(Objective):
         self.sigmas = checked_sigmas(sigmas)
         if len(self.sigmas) < 2:
             raise ValueError(f"sigmas must be two or more noise levels, got {sigmas!r}")
-        if not step_scale > 0:
-            raise ValueError(f"step_scale must be > 0, got {step_scale!r}")
+        self.step_scale = checked_weight("step_scale", step_scale)
+        if self.step_scale == 0:
+            raise ValueError("step_scale must be > 0, or chains do not move, got 0")
         self.sampler_steps = checked_integer("sampler_steps", sampler_steps, least=1)
-        self.step_scale = float(step_scale)
+        Settings(on_nonfinite=on_nonfinite).check()
         self.reg_alpha, self.on_nonfinite = checked_weight("reg_alpha", reg_alpha), on_nonfinite
 
     def forward(
