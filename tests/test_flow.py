@@ -4,23 +4,14 @@ import math
 
 import pytest
 import torch
+from objective_cases import a_flow
 
 from fastebm import CouplingFlow, GaussianNoise, Objective
 
 
-def flow_of(dim, shape=None, **options):
-    """A flow in float64 whose weights are not those of the identity."""
-    flow = CouplingFlow(torch.zeros(shape or dim) + 0.5, 1.5, **options).double()
-    generator = torch.Generator().manual_seed(dim)
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[-1] ** 0.5)
-    return flow
-
-
 @pytest.mark.parametrize("dim", [1, 2, 5, 64])
 def test_the_inverse_is_exact(dim, seeded):
-    flow, z = flow_of(dim), torch.randn(50, dim, dtype=torch.float64)
+    flow, z = a_flow(dim, 8, 64).double(), torch.randn(50, dim, dtype=torch.float64)
     x, log_prob = flow(z)
     assert (x - 0.5 - 1.5 * z).abs().max() > 0.5
     back, log_prob_of_x = flow.inverse(x)
@@ -32,7 +23,7 @@ def test_the_inverse_is_exact(dim, seeded):
 
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_the_density_is_that_of_the_change_of_variables(dim, seeded):
-    flow, z = flow_of(dim), torch.randn(6, dim, dtype=torch.float64)
+    flow, z = a_flow(dim, 8, 64).double(), torch.randn(6, dim, dtype=torch.float64)
     _, log_prob = flow(z)
     for row, found in zip(z, log_prob, strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda row: flow(row[None])[0][0], row)
@@ -41,7 +32,7 @@ def test_the_density_is_that_of_the_change_of_variables(dim, seeded):
 
 
 def test_the_density_integrates_to_one():
-    flow, cells = flow_of(2, n_layers=4, width=16), 600
+    flow, cells = a_flow(2, 4, 16).double(), 600
     with torch.no_grad():
         x, _ = flow(torch.randn(20_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
         half = 1.2 * x.abs().max().item()

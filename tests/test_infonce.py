@@ -5,31 +5,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from fastebm import InfoNCE, MLPEnergy
+from fastebm import InfoNCE, MLPEnergy, PairEnergy
 
 TEMPERATURE = 0.3
 
 
-class Cosine(nn.Module):
-    """E(x, y) = -cos(f(x), f(y)) / temperature, with the interface of a pair energy."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-
-    def features(self, x):
-        return self.encoder(x)
-
-    def forward(self, x, condition, all_pairs=False):
-        f, g = self.features(torch.cat([x, condition])).tensor_split([len(x)])
-        if all_pairs:
-            f = f[:, None]
-        return -cosine_similarity(f, g, dim=-1) / TEMPERATURE
-
-
 @pytest.fixture
 def energy(seeded):
-    return Cosine()
+    return PairEnergy(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)), TEMPERATURE).double()
 
 
 @pytest.fixture
@@ -43,6 +26,8 @@ def views(batch, noise_std, seed, first_row=0):
 
 
 def test_the_loss_is_the_cross_entropy_of_the_similarities(energy, batch):
+    passes = []
+    energy.register_forward_hook(lambda *_: passes.append(1))
     found = InfoNCE(noise_std=0.5, seed=1)(energy, batch)
     a, b = (torch.nn.functional.normalize(energy.encoder(x)) for x in views(batch, 0.5, 1))
     similarities = a @ b.T / TEMPERATURE
@@ -52,6 +37,7 @@ def test_the_loss_is_the_cross_entropy_of_the_similarities(energy, batch):
     for x, y in zip(*(torch.autograd.grad(loss, parameters) for loss in (found.loss, expected)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
     assert found.samples is None
+    assert passes == [1]  # of the module itself, as DistributedDataParallel needs
     assert found.metrics["accuracy"].item() == pytest.approx(
         (similarities.argmax(1) == torch.arange(6)).double().mean()
     )
@@ -96,7 +82,7 @@ def test_a_saved_objective_goes_on(energy, batch):
 
 
 def test_bad_input_is_refused(batch):
-    with pytest.raises(TypeError, match="features of a PairEnergy, got MLPEnergy"):
+    with pytest.raises(TypeError, match="trains a PairEnergy, got MLPEnergy"):
         InfoNCE()(MLPEnergy(3), batch.float())
-    with pytest.raises(ValueError, match=r"noise_std must be >= 0, got -1\.0"):
+    with pytest.raises(ValueError, match=r"noise_std must be finite and >= 0, got -1\.0"):
         InfoNCE(noise_std=-1.0)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from objective_cases import a_flow
 from torch import nn
 
 from fastebm import (
-    CouplingFlow,
     FlowContrastiveEstimation,
     GaussianNoise,
     MLPEnergy,
@@ -25,18 +25,8 @@ OBJECTIVES = {
     "nce": (lambda: NoiseContrastiveEstimation(WIDE, seed=1), 1),
     "nce, ratio 3": (lambda: NoiseContrastiveEstimation(WIDE, noise_ratio=3, seed=1), 3),
     "ranking": (lambda: RankingNoiseContrastiveEstimation(WIDE, n_noise=4, seed=1), 4),
-    "flow": (lambda: FlowContrastiveEstimation(small_flow(), seed=1), 1),
+    "flow": (lambda: FlowContrastiveEstimation(a_flow(2).double(), seed=1), 1),
 }
-
-
-def small_flow():
-    """A flow that is not the identity, the same each time."""
-    flow = CouplingFlow([0.5, 0.0], [1.5, 2.0], n_layers=3, width=8).double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.copy_(0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return flow
 
 
 class Quadratic(nn.Module):
@@ -123,10 +113,10 @@ def test_the_ranking_loss_is_that_of_the_formula(energy, batch):
 
 def test_the_energy_and_the_flow_play_one_game(energy, batch):
     """The gradient is that of -V for the energy and log Z, and that of V for the flow, by its density and samples."""
-    objective = FlowContrastiveEstimation(small_flow(), seed=1)
+    objective = FlowContrastiveEstimation(a_flow(2).double(), seed=1)
     flow = objective.noise
     found = objective(energy, batch)
-    z = FlowContrastiveEstimation(small_flow(), seed=1).draws(batch).normal()
+    z = FlowContrastiveEstimation(a_flow(2).double(), seed=1).draws(batch).normal()
     samples = flow(z)[0]
     assert torch.equal(found.samples, samples)
 
@@ -176,45 +166,6 @@ def fit(objective, energy, data):
 
     for _ in range(2):
         optimiser.step(closure)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_parts_of_a_batch_add_up(energy, batch, name):
-    """As processes do that share a batch: losses, metrics and gradients. One of them has no rows."""
-    make, n_noise = OBJECTIVES[name]
-    objective = make()
-    whole = objective(energy, batch)
-    expected = gradients(whole.loss, energy, objective)
-    losses, sums, samples, found = 0.0, dict.fromkeys(whole.metrics, 0.0), [], [0.0] * len(expected)
-    for first, last in ((0, 3), (3, 3), (3, 7)):
-        objective = make()
-        part = objective(energy, batch[first:last], batch_size=7, first_row=first)
-        losses += part.loss.item()
-        sums = {key: sums[key] + value.item() for key, value in part.metrics.items()}
-        samples.append(part.samples)
-        found = [a + b for a, b in zip(found, gradients(part.loss, energy, objective), strict=True)]
-    assert losses == pytest.approx(whole.loss.item(), rel=1e-6)
-    assert sums == pytest.approx({key: value.item() for key, value in whole.metrics.items()}, rel=1e-6)
-    torch.testing.assert_close(torch.cat(samples), whole.samples)
-    assert len(whole.samples) == 7 * n_noise
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_saved_objective_goes_on(energy, batch, name):
-    objective, resumed = OBJECTIVES[name][0](), OBJECTIVES[name][0]()
-    first = objective(energy, batch)
-    with torch.no_grad():
-        for p in objective.parameters():
-            p.add_(0.1)
-    resumed.load_state_dict(objective.state_dict())
-    random_state = torch.get_rng_state()
-    second, again = objective(energy, batch), resumed(energy, batch)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert torch.equal(second.loss, again.loss)
-    assert torch.equal(second.samples, again.samples)
-    assert not torch.isin(second.samples, first.samples).any()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -273,4 +224,4 @@ def test_bad_input_is_refused(energy, batch):
     with pytest.raises(TypeError, match="flow must be a CouplingFlow"):
         FlowContrastiveEstimation(WIDE)
     with pytest.raises(ValueError, match=r"states of shape \(2,\), and the batch's have \(3,\)"):
-        FlowContrastiveEstimation(small_flow())(energy, torch.zeros(4, 3, dtype=torch.float64))
+        FlowContrastiveEstimation(a_flow(2).double())(energy, torch.zeros(4, 3, dtype=torch.float64))

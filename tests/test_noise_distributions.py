@@ -59,6 +59,8 @@ def test_a_uniform_density_is_zero_outside():
     noise = UniformNoise([0.0, 0.0], [1.0, 2.0])
     x = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1.1, 1.0], [0.5, -1e-6]])
     assert torch.equal(noise.log_prob(x).exp(), torch.tensor([0.5, 0.5, 0.0, 0.0]))
+    # states on a bound that float32 rounds outwards
+    assert UniformNoise([-8.97], 8.97).log_prob(torch.tensor([[-8.97], [8.97]])).isfinite().all()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..energies import PairEnergy
 from ..energies.conditions import unwrapped
+from ..scalars import checked_number
 from .base import Draws, Loss, Objective
 
 __all__ = ["InfoNCE"]
@@ -46,9 +48,7 @@ class InfoNCE(Objective):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed=seed)
-        if not noise_std >= 0:
-            raise ValueError(f"noise_std must be >= 0, got {noise_std}")
-        self.augment, self.noise_std = augment, noise_std
+        self.augment, self.noise_std = augment, checked_number("noise_std", noise_std, positive=False)
 
     def forward(
         self,
@@ -60,8 +60,8 @@ class InfoNCE(Objective):
         first_row: int = 0,
     ) -> Loss:
         """The loss of one batch: see ``Objective``."""
-        if not callable(getattr(unwrapped(energy), "features", None)):
-            raise TypeError(f"InfoNCE trains the features of a PairEnergy, got {type(unwrapped(energy)).__name__}")
+        if not isinstance(unwrapped(energy), PairEnergy):
+            raise TypeError(f"InfoNCE trains a PairEnergy, got {type(unwrapped(energy)).__name__}")
         rows, n = len(batch), len(batch) if batch_size is None else batch_size
         draws = self.draws(batch, first_row)
         # All pairs by one call of the module: DistributedDataParallel does not see calls of its other methods.

@@ -72,7 +72,8 @@ class UniformNoise(NoiseDistribution):
     def log_prob(self, x: Tensor) -> Tensor:
         """-log of the volume, or -inf outside: (n, *shape) -> (n,)."""
         self.check_shape(x.shape[1:])
-        inside = ((x >= self.low) & (x <= self.high)).flatten(1).all(dim=1)
+        # The bounds are rounded as x is: float32 data may lie on a bound that float32 doesn't have.
+        inside = ((x >= self.low.to(x.dtype)) & (x <= self.high.to(x.dtype))).flatten(1).all(dim=1)
         return torch.where(inside, -(self.high - self.low).log().sum(), -torch.inf).to(x.dtype)
 
     def sample(self, draws: Draws, copies: int) -> Tensor:
