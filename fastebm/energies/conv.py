@@ -23,7 +23,7 @@ class ConvEnergy(ImageEnergy):
 
     Each layer is a 3x3 convolution of stride 2, which halves height and width, and an activation. Full resolution is
     where convolutions are slow: with stride 1 in the first layer, a pass takes some four times as long. On a CPU,
-    ``model.to(memory_format=torch.channels_last)`` takes up to a tenth of the time off, or a fifth with a ResNetEnergy.
+    ``model.to(memory_format=torch.channels_last)`` saves about a tenth of the time, and a fifth with a ResNetEnergy.
     safetensors then asks for contiguous copies of the weights.
 
     Args:

@@ -19,8 +19,8 @@ __all__ = ["ImageEnergy", "Shift"]
 class ImageEnergy(nn.Module):
     """Base class of the energies of images, with checked settings.
 
-    States are images, (batch, *shape) or (batch, channels, height, width), or flat rows, (batch, dim), as training loops
-    hold them.
+    States are images, (batch, *shape) or (batch, channels, height, width), or flat rows, (batch, dim), as training
+    loops hold them.
 
     Args:
         shape: (height, width), or (channels, height, width).
