@@ -276,13 +276,12 @@ class _ClosedForm:
         if self.trajectory is None:
             at = torch.zeros(1, dtype=torch.int64, device="cpu")
             sizes = n, v.shape[1], v.stride(0)
-            move = kernels.load("leapfrog.move").prepared(v, tile.grad, tile.x, *sizes, None, 0, 0, 0, at)
+            move = kernels.load("leapfrog.move").prepared(v, tile.grad, tile.x, *sizes, None, 0, 0, at)
             calls = [move, *tile.gradients[0]]
             self.trajectory = move, Program(calls, calls, at)
         move, program = self.trajectory
-        h = h.contiguous()
-        per_chain, per_dim = h.ndim == 2 and len(h) > 1, h.ndim > 0 and h.shape[-1] > 1
-        move.aim(h=h, h_chain=h.stride(0) if per_chain else 0, h_dim=int(per_dim), n=n, n_leapfrog=n_leapfrog)
+        h = h.expand(len(h) if h.ndim == 2 else 1, v.shape[1]).contiguous()  # h of each dim: the loop is a vector loop
+        move.aim(h=h, h_chain=h.stride(0) if len(h) > 1 else 0, n=n, n_leapfrog=n_leapfrog)
         program.run(0, n_leapfrog)
         x, gradient = tile.x[:n].clone(), tile.grad[:n].clone()
         program.t.fill_(n_leapfrog)

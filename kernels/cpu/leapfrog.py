@@ -12,24 +12,23 @@ _ZERO, _HALF, _ONE = float32(0.0), float32(0.5), float32(1.0)
 
 
 def move(
-    v: f32s, grad: f32s, x: f32s, n: int, dim: int, stride: int, h: f32s, h_chain: int, h_dim: int, n_leapfrog: int,
-    t: i64s,
+    v: f32s, grad: f32s, x: f32s, n: int, dim: int, stride: int, h: f32s, h_chain: int, n_leapfrog: int, t: i64s
 ):  # fmt: skip
     """v -= h grad, with h / 2 at t = 0 and t = n_leapfrog, then x += h v, but not at t = n_leapfrog.
 
-    v, grad, x: (n, stride) float32 of dim columns. h: h_chain apart per chain and h_dim per dim. t: (1,).
+    v, grad, x: (n, stride) float32 of dim columns. h: of each dim, rows h_chain apart. t: (1,).
     """
     share = _HALF if t[0] == 0 or t[0] == n_leapfrog else _ONE
     for i in range(n):
         at, step = i * stride, i * h_chain
         if t[0] < n_leapfrog:
             for j in range(dim):
-                w = v[at + j] - share * h[step + j * h_dim] * grad[at + j]
+                w = v[at + j] - share * h[step + j] * grad[at + j]
                 v[at + j] = w
-                x[at + j] += h[step + j * h_dim] * w
+                x[at + j] += h[step + j] * w
         else:
             for j in range(dim):
-                v[at + j] -= share * h[step + j * h_dim] * grad[at + j]
+                v[at + j] -= share * h[step + j] * grad[at + j]
 
 
 def leap(
