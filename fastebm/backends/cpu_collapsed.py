@@ -29,10 +29,10 @@ class _Collapsed(Collapsed):
     def __init__(self, layer: FirstLayer, weights: list[Weights], n_chains: int, labels: Tensor | None) -> None:
         super().__init__(layer, n_chains, labels)
         self.t = torch.zeros(1, dtype=torch.int64, device="cpu")
-        pairs = zip(weights, self.networks, strict=True)
-        found = [NetworkCalls(w, network, self.labels).slopes() for w, network in pairs]
+        parts = zip(weights, self.networks, layer.blocks, strict=True)
+        found = [NetworkCalls(w, network, self.labels).slopes(self.u[:, block]) for w, network, block in parts]
         self.places = [where for _, where in found]
-        self.gradient_calls = [call for calls, _ in found for call in calls]
+        self.gradient_calls, at_u = ([call for calls, _ in found for call in calls[k]] for k in range(2))
         leap = kernels.load("leapfrog.leap")
         self.leaps = [
             leap.prepared(
@@ -46,7 +46,7 @@ class _Collapsed(Collapsed):
             for k, (s, block) in enumerate(zip(self.places, layer.blocks, strict=True))
         ]
         self.pull_calls = [call for calls in products for call in calls]
-        calls = [*self.leaps, *self.gradient_calls, *self.pull_calls]
+        calls = [*self.leaps, *at_u, *self.pull_calls]
         self.program = Program(calls, calls, self.t)
         self.scale = self.x.new_ones(self.x.shape[1]) if layer.scale is None else layer.scale.contiguous()
         self.scratch = Scratch(self.x.shape[1])

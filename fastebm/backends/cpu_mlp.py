@@ -69,10 +69,14 @@ class NetworkCalls:
         rest = self._rest() + self._down(out, add)
         return [[*self._up(0, x), *rest] for x in states]
 
-    def slopes(self) -> tuple[list[Callable[[], object]], Tensor]:
-        """The calls that compute dE_k/dz of the first layer from its product with x in z[0], and where they put it."""
+    def slopes(self, u: Tensor) -> tuple[list[list[Callable[[], object]]], Tensor]:
+        """The calls that compute dE_k/dz of the first layer, and where they put it: calls that find its product with x
+        in z[0], and calls that find it in u."""
         where = self.z[0] if len(self.z) == 1 and self.weights.mlp.head != "logsumexp" else self.h[0]
-        return [*self._up(0, None), *self._rest(), *self._down(None, False)], where
+        rest = self._rest() + self._down(None, False)
+        (first,) = self._up(0, None)
+        assert isinstance(first, Call)  # no product comes before it
+        return [[call, *rest] for call in (first, first.again(x=u, x_stride=u.stride(0), few=-1))], where
 
     def _rest(self) -> list[Callable[[], object]]:
         return [call for i in range(1, len(self.z)) for call in self._up(i, self.h[i - 1])]

@@ -37,8 +37,7 @@ def leap(
     curvature: float, t: i64s,
 ):  # fmt: skip
     """The same in the first layer (fastebm/targets/collapsed.py): b -= kick (s + curvature a) and
-    q -= kick (pull + curvature u), then a += drift b, u += drift q and z = u, but not at t = n_leapfrog.
-
+XX
     At t = 0, a and b count as 0, and u, q, s and pull are read from u_0 to pull_0, (n_chains, stride); rows from
     n_chains on start at 0.
 
@@ -55,12 +54,10 @@ def leap(
                 a[j] = drift * v
                 w = q_0[j] - kick * (pull_0[j] + curvature * u_0[j])
                 q[j] = w
-                x = u_0[j] + drift * w
-                u[j] = x
-                z[j] = x
+                u[j] = u_0[j] + drift * w
         elif t[0] == 0:
             for j in range(at, at + width):
-                a[j], b[j], u[j], q[j], z[j] = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
+                a[j], b[j], u[j], q[j] = _ZERO, _ZERO, _ZERO, _ZERO
         elif t[0] < n_leapfrog:
             for j in range(at, at + width):
                 v = b[j] - kick * (s[j] + curvature * a[j])
@@ -69,13 +66,14 @@ def leap(
             for j in range(at, at + width):
                 w = q[j] - kick * (pull[j] + curvature * u[j])
                 q[j] = w
-                x = u[j] + drift * w
-                u[j] = x
-                z[j] = x
+                u[j] += drift * w
         else:
             for j in range(at, at + width):
                 b[j] -= kick * (s[j] + curvature * a[j])
                 q[j] -= kick * (pull[j] + curvature * u[j])
+        if t[0] == n_leapfrog - 1:
+            for j in range(at, at + width):
+                z[j] = u[j]
 
 
 def _along(a, y, y_0, v_0, at, n, alpha_1, beta):  # type: ignore[no-untyped-def]

@@ -20,7 +20,7 @@ def _up(activation):
 
         z, h: (n, stride) float32 of width columns. head: (classes or 1, width), the head's weights if this is the last
         hidden layer, else ones. few: 0, or the number of dims if this call is to compute z = x w first, from
-        x (n, x_stride) and w (few, width).
+        x (n, x_stride) and w (few, width). -1: z = x first.
         """
         for i in range(n):
             at = i * stride
@@ -32,6 +32,9 @@ def _up(activation):
                     v = x[i * x_stride + d]
                     for j in range(width):
                         z[at + j] += v * w[d * width + j]
+            elif few < 0:
+                for j in range(width):
+                    z[at + j] = x[i * x_stride + j]
             row = labels[i] * width if has_labels != 0 else 0
             for j in range(width):
                 value, slope = activation(z[at + j] + bias[j], parameter)
