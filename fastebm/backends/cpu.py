@@ -186,10 +186,10 @@ class _Tile:
         self.evaluator = Evaluator(description, n_rows, [weights.mlp for weights in mlps])
         self.scratch = Scratch(dim)
         pairs = zip(mlps, self.evaluator.networks, strict=True)
-        networks = [NetworkCalls(weights, evaluated, self.labels) for weights, evaluated in pairs]
+        networks = self.networks = [NetworkCalls(weights, evaluated, self.labels) for weights, evaluated in pairs]
         d, grad = description, self.grad
         curvature, mean, linear = (None if v is None else v.contiguous() for v in (d.curvature, d.mean, d.linear))
-        terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
+        terms = self.terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
         states = self.x, self.new
         parts = [network.gradients(states, grad, add=k > 0) for k, network in enumerate(networks)]
         if curvature is not None or linear is not None:
@@ -247,6 +247,7 @@ class _ClosedForm:
         self._built_from = description, mlps, n_chains, labels
         self.exponential = any(weights.mlp.head == "logsumexp" for weights in mlps)
         self.trajectory: tuple[Call, Program] | None = None
+        self.energies: tuple[Tensor, list[Call]] | None = None
         if self.tile.labels is not None and labels is not None:
             self.tile.labels.copy_(padded_rows(labels, self.tile.n_rows))
 
@@ -291,7 +292,15 @@ class _ClosedForm:
 
     def _value_after(self) -> Tensor:
         """E at the states of the last gradient, which left the activations of the last hidden layer unchanged."""
-        return self.tile.evaluator.energy_after(self.tile.x, self.tile.labels)
+        if self.energies is None:
+            tile, out = self.tile, self.tile.x.new_empty(self.tile.n_rows)
+            terms = tile.x, tile.x.shape[1], tile.x.stride(0), *tile.terms
+            first, *others = tile.networks
+            self.energies = out, [first.energy(out, False, terms), *(network.energy(out, True) for network in others)]
+        out, calls = self.energies
+        for call in calls:
+            call()
+        return out + self.tile.evaluator.constant
 
     def repeated(self, k: int) -> _ClosedForm:
         """The energy of k copies of each chain."""

@@ -29,9 +29,12 @@ class _Collapsed(Collapsed):
     def __init__(self, layer: FirstLayer, weights: list[Weights], n_chains: int, labels: Tensor | None) -> None:
         super().__init__(layer, n_chains, labels)
         self.t = torch.zeros(1, dtype=torch.int64, device="cpu")
-        parts = zip(weights, self.networks, layer.blocks, strict=True)
-        found = [NetworkCalls(w, network, self.labels).slopes(self.u[:, block]) for w, network, block in parts]
+        pairs = zip(weights, self.networks, strict=True)
+        networks = [NetworkCalls(w, network, self.labels) for w, network in pairs]
+        found = [calls.slopes(self.u[:, block]) for calls, block in zip(networks, layer.blocks, strict=True)]
         self.places = [where for _, where in found]
+        self.total = self.x.new_empty(self.n_rows)
+        self.energy_calls = [calls.energy(self.total, k > 0) for k, calls in enumerate(networks)]
         self.gradient_calls, at_u = ([call for calls, _ in found for call in calls[k]] for k in range(2))
         leap = kernels.load("leapfrog.leap")
         self.leaps = [
@@ -147,9 +150,9 @@ class _Collapsed(Collapsed):
             self._differentiate()
             return value
         self._differentiate()
-        # The gradient leaves the activations of the last hidden layer unchanged.
-        values = [network.energy(network.h[-1], self.labels) for network in self.networks]
-        return sum(values[1:], values[0])
+        for call in self.energy_calls:
+            call()
+        return self.total.clone()
 
 
 class _Step:

@@ -37,12 +37,14 @@ def leap(
     curvature: float, t: i64s,
 ):  # fmt: skip
     """The same in the first layer (fastebm/targets/collapsed.py): b -= kick (s + curvature a) and
-XX
+    q -= kick (pull + curvature u), then a += drift b and u += drift q, but not at t = n_leapfrog. The last u is also
+    written to z.
+
     At t = 0, a and b count as 0, and u, q, s and pull are read from u_0 to pull_0, (n_chains, stride); rows from
     n_chains on start at 0.
 
-    s, pull, a, b, u, q, z: (n, stride) float32 of width columns. s may be z. kicks, drifts: (steps, rows), of which row
-    t[0] is used; rows is 1 or n.
+    s, pull, a, b, u, q, z: (n, stride) float32 of width columns. s may be z. kicks, drifts: (steps, rows), of which
+    row t[0] is used; rows is 1 or n.
     """
     for i in range(n):
         at, row = i * stride, t[0] * rows + (i if rows > 1 else 0)
