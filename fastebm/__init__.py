@@ -13,17 +13,25 @@ if TYPE_CHECKING:
     from .driver.result import SampleResult as SampleResult
     from .driver.sample import sample as sample
     from .energies import Activation as Activation
+    from .energies import ClassConditionalEnergy as ClassConditionalEnergy
     from .energies import ClassifierEnergy as ClassifierEnergy
+    from .energies import ConvEnergy as ConvEnergy
     from .energies import GaussianEnergy as GaussianEnergy
     from .energies import MLPEnergy as MLPEnergy
     from .energies import Negative as Negative
+    from .energies import NoiseConditionalEnergy as NoiseConditionalEnergy
+    from .energies import PairEnergy as PairEnergy
+    from .energies import ResNetEnergy as ResNetEnergy
     from .energies import SumEnergy as SumEnergy
     from .energies import build as build
     from .energies import build_energy_fn as build_energy_fn
     from .energies import energy as energy
+    from .estimates import FlowLikelihood as FlowLikelihood
     from .estimates import LogPartition as LogPartition
+    from .estimates import flow_likelihood as flow_likelihood
     from .estimates import log_likelihood as log_likelihood
     from .estimates import log_partition as log_partition
+    from .estimates import probability_flow as probability_flow
     from .objectives import *  # noqa: F403
     from .pool import ChainPool as ChainPool
     from .pool import PoolCall as PoolCall
@@ -45,10 +53,13 @@ _PUBLIC = {
     "driver.result": ["SampleResult"],
     "driver.sample": ["sample"],
     "energies": [
-        "Activation", "ClassifierEnergy", "GaussianEnergy", "MLPEnergy", "Negative", "SumEnergy", "build",
-        "build_energy_fn", "energy",
+        "Activation", "ClassConditionalEnergy", "ClassifierEnergy", "ConvEnergy", "GaussianEnergy", "MLPEnergy",
+        "Negative", "NoiseConditionalEnergy", "PairEnergy", "ResNetEnergy", "SumEnergy", "build", "build_energy_fn",
+        "energy",
     ],
-    "estimates": ["LogPartition", "log_likelihood", "log_partition"],
+    "estimates": [
+        "FlowLikelihood", "LogPartition", "flow_likelihood", "log_likelihood", "log_partition", "probability_flow",
+    ],
     "pool": ["ChainPool", "PoolCall", "PoolStats"],
     "train.scoring": ["TrainedRun", "load"],
 }  # fmt: skip

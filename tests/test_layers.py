@@ -43,6 +43,7 @@ EXEMPT = {
     "fastebm/backends/op.py:langevin": SCHEMA,
     "fastebm/driver/langevin_sample.py:langevin_sample": PUBLIC,
     "fastebm/driver/sample.py:sample": PUBLIC,
+    "fastebm/objectives/contrastive_divergence.py:ContrastiveDivergence.__init__": PUBLIC,
     "fastebm/pool/pool.py:ChainPool.__init__": PUBLIC,
     "fastebm/train/loop.py:train": PUBLIC,
     "kernels/cpu/leapfrog.py:arrive": NUMBA,

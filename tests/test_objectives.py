@@ -1,9 +1,18 @@
-"""Objectives: one type of result, the loss of the function, and the chains of the pool."""
+"""Objectives: one type of result, their random numbers, the loss of the function, and the chains of the pool."""
 
 import pytest
 import torch
+from scipy import stats
 
-from fastebm import ChainPool, ContrastiveDivergence, Langevin, Loss, MLPEnergy, contrastive_divergence_loss
+from fastebm import (
+    ChainPool,
+    ContrastiveDivergence,
+    Langevin,
+    Loss,
+    MLPEnergy,
+    Objective,
+    contrastive_divergence_loss,
+)
 
 SAMPLER = Langevin(0.1)
 
@@ -50,6 +59,74 @@ def test_without_a_pool_chains_start_at_the_data(energy, batch):
     torch.manual_seed(5)
     assert torch.equal(ContrastiveDivergence(SAMPLER, steps=4)(energy, batch).samples, first)
     assert not torch.equal(first, again)
+
+
+def numbers(draws):
+    """One of each kind of draw, by name."""
+    return {
+        "normal": draws.normal(),
+        "copies": draws.normal(copies=3),
+        "uniform": draws.uniform(),
+        "uniform copies": draws.uniform(copies=2),
+        "uniforms": draws.uniforms(),
+        "uniforms copies": draws.uniforms(copies=2),
+        "again": draws.normal(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_numbers_depend_on_the_seed_the_call_and_the_row_alone(dtype):
+    batch = torch.zeros(7, 2, 3, dtype=dtype)
+    objective = Objective(seed=-5)
+    whole = numbers(objective.draws(batch))
+    shapes = {
+        "normal": (7, 2, 3), "copies": (7, 3, 2, 3), "uniform": (7,), "uniform copies": (7, 2), "uniforms": (7, 2, 3),
+        "uniforms copies": (7, 2, 2, 3), "again": (7, 2, 3),
+    }  # fmt: skip
+    assert {name: tuple(x.shape) for name, x in whole.items()} == shapes
+    assert all(x.dtype == dtype for x in whole.values())
+    # a part of the rows
+    part = numbers(Objective(seed=-5).draws(batch[4:], first_row=4))
+    assert all(torch.equal(part[name], x[4:]) for name, x in whole.items())
+    # another call, seed or draw has other numbers
+    later, other = numbers(objective.draws(batch)), numbers(Objective(seed=6).draws(batch))
+    assert not any(torch.isin(new[name], x).any() for new in (later, other) for name, x in whole.items())
+    assert not torch.isin(whole["again"], torch.cat([whole["normal"].flatten(), whole["copies"].flatten()])).any()
+    # a saved objective goes on
+    resumed = Objective(seed=0)
+    resumed.load_state_dict(objective.state_dict())
+    assert resumed.seed == objective.seed
+    next_call = numbers(objective.draws(batch))
+    assert all(torch.equal(x, next_call[name]) for name, x in numbers(resumed.draws(batch)).items())
+
+
+def test_seeds_for_samplers():
+    draws = Objective(seed=1).draws(torch.zeros(2, 3))
+    first, second = draws.seed(), draws.seed()
+    assert first != second
+    assert Objective(seed=1).draws(torch.zeros(5, 4), first_row=9).seed() == first  # the same for any rows
+    assert 0 <= first < 2**64
+    for _ in range(14):
+        draws.uniform()
+    with pytest.raises(RuntimeError, match="16 draws"):
+        draws.uniform()
+
+
+def test_normal_numbers_are_normal():
+    draws = Objective(seed=3).draws(torch.zeros(20_000, 2))
+    x, u = draws.normal(copies=2).flatten(1), draws.uniforms()
+    assert (x.mean(0).abs() < 4.9 / 20_000**0.5).all()
+    assert ((x.T @ x / 20_000 - torch.eye(4)).abs() < 4.9 * 2**0.5 / 20_000**0.5).all()
+    assert ((u.mean(0) - 0.5).abs() < 4.9 / (12 * 20_000) ** 0.5).all()
+
+
+def test_strata_divide_the_batch_evenly():
+    objective, n = Objective(seed=3), 8
+    calls = torch.stack([objective.draws(torch.zeros(n, 2, dtype=torch.float64)).strata(n) for _ in range(1000)])
+    torch.testing.assert_close(calls.sort(dim=1).values.diff(dim=1), torch.full((1000, n - 1), 1 / n).double())
+    assert all(stats.kstest(row, "uniform").pvalue > 1e-6 for row in calls.T)
+    part = Objective(seed=3).draws(torch.zeros(3, 2, dtype=torch.float64), first_row=5).strata(n)
+    assert torch.equal(part, calls[0, 5:])
 
 
 def test_a_part_of_a_batch_is_divided_by_the_whole(energy, batch):

@@ -19,6 +19,7 @@ from fastebm import (
     GaussianEnergy,
     MLPEnergy,
     NonFiniteError,
+    PredictorCorrector,
     SumEnergy,
     sample,
 )
@@ -74,7 +75,8 @@ every_energy = pytest.mark.parametrize("name", ENERGIES)
 
 
 def test_every_sampler_is_here():
-    apart = {AnnealedLangevin}  # it needs an energy with a noise level: test_annealed.py
+    # they need an energy with a noise level: test_annealed.py and test_predictor_corrector.py
+    apart = {AnnealedLangevin, PredictorCorrector}
     assert {type(case.make()) for case in CASES.values()} | apart == set(ALL.values())
     for sampler in ALL.values():
         assert issubclass(sampler, Sampler)

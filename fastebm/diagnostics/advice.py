@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..driver.result import SampleResult
-from ..samplers.annealed import AnnealedLangevin
 from ..samplers.langevin import Langevin
 from .draws import Draws
 from .modes import apart
@@ -68,7 +67,7 @@ def advice(
             "compare chains, do not apply: diagnose the chains of each law by themselves, as in "
             "diagnose(result, chains=labels == 0)"
         )
-    elif not isinstance(result.sampler, AnnealedLangevin):  # no law to have explored: _law says so
+    elif result.sampler.condition is None:  # at falling noise levels there is no law to have explored: _law says so
         found += [*_mixing(draws, table)]
     return found
 
@@ -117,10 +116,10 @@ def _failures(result: SampleResult, draws: Draws, energies: Tensor | None) -> It
 def _law(result: SampleResult, draws: Draws, mala_acceptance: float | None) -> Iterator[str]:
     """What else than exp(-E) the chains sample."""
     info = result.info
-    if isinstance(result.sampler, AnnealedLangevin):
+    if result.sampler.condition is not None:
         yield (
-            "the noise level of AnnealedLangevin falls over the steps, so the stored states have no common law: its "
-            "samples are the last states. Diagnose Langevin at the last level, started from them"
+            f"the noise level of {type(result.sampler).__name__} falls over the steps, so the stored states have no "
+            "common law: its samples are the last states. Diagnose Langevin at the last level, started from them"
         )
     schedule = info.temperature
     temperature = one_number(schedule, draws.x.shape[1])
@@ -138,7 +137,7 @@ def _law(result: SampleResult, draws: Draws, mala_acceptance: float | None) -> I
         )
     sampler = result.sampler
     measured = isinstance(sampler, Langevin) and not sampler.noise_first
-    if not (sampler.exact or measured or sampler.coupled or isinstance(sampler, AnnealedLangevin)):
+    if not (sampler.exact or measured or sampler.coupled or sampler.condition is not None):
         yield (
             f"the moves of {type(sampler).__name__} have no accept test, and their bias is not measured: repeat the "
             "call with half the step size and compare"

@@ -88,7 +88,7 @@ def sample(
             sampler's clamp, or on [-1, 1] without a clamp.
         labels: (n_chains,) integers, the class of each chain, for an energy that takes labels besides x.
         condition: (n_chains, ...) tensor in place of labels: what each chain is conditioned on. None for
-            ``AnnealedLangevin``, which gives the energy its noise level.
+            ``AnnealedLangevin`` and ``PredictorCorrector``, which give the energy its noise level.
         frozen: bool, of one state's shape or (n_chains, *shape). True marks coordinates that keep their start value.
         seed: 64-bit seed of the noise. None: drawn from ``generator``. An int64 tensor of one element is read on the
             device.

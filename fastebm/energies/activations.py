@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "Activation", "ActivationKind"]
+__all__ = ["ACTIVATIONS", "Activation", "ActivationKind", "activation_layer"]
 
 _aten = torch.ops.aten
 
@@ -123,3 +123,16 @@ ACTIVATIONS: dict[str, ActivationKind] = {
         nn.Identity,
     ),
 }
+
+
+def activation_layer(activation: str | Activation) -> nn.Module:
+    """The layer of an activation: by its name, with the default parameter, or an ``Activation``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    name = activation if isinstance(activation, str) else activation.name
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    kind = ACTIVATIONS[name]
+    return kind.module(kind.default if isinstance(activation, str) else activation.parameter)

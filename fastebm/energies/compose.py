@@ -14,6 +14,9 @@ from .classifier import ClassifierEnergy, checked_logits
 from .conditions import condition_parameter, unwrapped
 from .functions import EnergyLike, as_module
 from .gaussian import GaussianEnergy
+from .images import ImageEnergy
+from .noise_conditional import NoiseConditionalEnergy
+from .pair import PairEnergy
 
 __all__ = ["Negative", "SumEnergy", "n_classes", "shape_of", "takes_condition"]
 
@@ -77,9 +80,16 @@ class Negative(SumEnergy):
 
 
 def shape_of(model: nn.Module) -> tuple[int, ...] | None:
-    """The shape of one state, known if the energy is, or contains, a ``GaussianEnergy`` with a mean or std of that
-    shape; otherwise None."""
+    """The shape of one state, known if the energy is, or contains, an energy of images, or a ``GaussianEnergy`` with a
+    mean or std of that shape; otherwise None."""
     model = unwrapped(model)
+    if isinstance(model, ImageEnergy):
+        return model.shape
+    for cls, inner in ((ClassifierEnergy, "classifier"), (NoiseConditionalEnergy, "network"), (PairEnergy, "encoder")):
+        if isinstance(model, cls):
+            return shape_of(getattr(model, inner))
+    if isinstance(model, nn.Sequential) and len(model) > 0:
+        return shape_of(model[0])
     if isinstance(model, GaussianEnergy):
         return np.broadcast_shapes(model.mean.shape, model.std.shape) or None
     if isinstance(model, SumEnergy):

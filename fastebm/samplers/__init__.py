@@ -10,6 +10,7 @@ from .langevin import Langevin as Langevin
 from .mala import MALA as MALA
 from .nuts import NUTS as NUTS
 from .parallel_tempering import ParallelTempering as ParallelTempering
+from .predictor_corrector import PredictorCorrector as PredictorCorrector
 from .svgd import SVGD as SVGD
 from .tempered_transitions import TemperedTransitions as TemperedTransitions
 from .underdamped import UnderdampedLangevin as UnderdampedLangevin

@@ -25,7 +25,7 @@ from ..targets.base import View
 from .base import Info, Sampler
 from .langevin import Langevin, LangevinState
 
-__all__ = ["AnnealedLangevin"]
+__all__ = ["AnnealedLangevin", "checked_levels", "checked_sigmas"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +62,7 @@ class AnnealedLangevin(Sampler):
     reports: ClassVar[Mapping[str, float]] = {"grad_norm": math.nan}
 
     def __post_init__(self) -> None:
-        values = number_or_tensor(self.sigmas)
-        values = values.tolist() if isinstance(values, Tensor) else values
-        if not isinstance(values, Sequence) or not all(_is_positive(plain_number(v)) for v in values) or not values:
-            raise ValueError(f"sigmas must be one or more finite numbers > 0, got {self.sigmas!r}")
-        sigmas = tuple(float(plain_number(v)) for v in values)
-        if rising := [(a, b) for a, b in pairwise(sigmas) if a <= b]:
-            raise ValueError(f"sigmas must decrease, got {rising[0][1]:g} after {rising[0][0]:g}")
+        sigmas = checked_sigmas(self.sigmas)
         object.__setattr__(self, "sigmas", sigmas)
         n = checked_integer("steps_per_level", self.steps_per_level, least=1)
         object.__setattr__(self, "steps_per_level", n)
@@ -77,14 +71,7 @@ class AnnealedLangevin(Sampler):
             raise ValueError(f"step_size must be a finite number > 0, got {step_size!r}")
         object.__setattr__(self, "step_size", step_size)
         object.__setattr__(self, "clamp", Box.of(self.clamp))
-        levels = self.levels
-        if levels is None:
-            levels = torch.arange(len(sigmas), device="cpu").repeat_interleave(n)
-        if not isinstance(levels, Tensor) or levels.dtype != torch.int64 or levels.ndim != 1:
-            raise TypeError(f"levels must be a (n_steps,) tensor of int64, got {levels!r}")
-        if bool(((levels < 0) | (levels >= len(sigmas))).any()):
-            raise ValueError(f"levels must be in [0, {len(sigmas)}), got {levels.tolist()}")
-        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "levels", checked_levels(self.levels, len(sigmas), n))
 
     @property
     def condition(self) -> float:
@@ -101,6 +88,29 @@ class AnnealedLangevin(Sampler):
         sigma = float(self.sigmas[int(self.levels[t])])
         sampler = Langevin(self.step_size * (sigma / self.condition) ** 2)
         return sampler.step(target.at(sigma), state, noise, t)
+
+
+def checked_sigmas(sigmas: object) -> tuple[float, ...]:
+    """Check noise levels: one or more numbers > 0, decreasing."""
+    values = number_or_tensor(sigmas)
+    values = values.tolist() if isinstance(values, Tensor) else values
+    if not isinstance(values, Sequence) or not all(_is_positive(plain_number(v)) for v in values) or not values:
+        raise ValueError(f"sigmas must be one or more finite numbers > 0, got {sigmas!r}")
+    numbers = tuple(float(plain_number(v)) for v in values)
+    if rising := [(a, b) for a, b in pairwise(numbers) if a <= b]:
+        raise ValueError(f"sigmas must decrease, got {rising[0][1]:g} after {rising[0][0]:g}")
+    return numbers
+
+
+def checked_levels(levels: object, n_levels: int, steps_per_level: int) -> Tensor:
+    """Check the index of each step's noise level, (n_steps,) int64. None: all levels in order."""
+    if levels is None:
+        return torch.arange(n_levels, device="cpu").repeat_interleave(steps_per_level)
+    if not isinstance(levels, Tensor) or levels.dtype != torch.int64 or levels.ndim != 1:
+        raise TypeError(f"levels must be a (n_steps,) tensor of int64, got {levels!r}")
+    if bool(((levels < 0) | (levels >= n_levels)).any()):
+        raise ValueError(f"levels must be in [0, {n_levels}), got {levels.tolist()}")
+    return levels
 
 
 def _is_positive(value: object) -> bool:

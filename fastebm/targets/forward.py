@@ -14,9 +14,11 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..energies.class_conditional import Projection
 from ..energies.functions import FunctionModule, name_of_forward
+from ..energies.images import ImageEnergy
 from .checks import check_code, check_hooks, check_submodules, is_layer, plain
-from .operations import NotAnMLP, Operation, is_batch_size, is_shape, recognised
+from .operations import Affine, NotAnMLP, Operation, is_batch_size, is_shape, recognised
 from .symbols import graph_of
 
 __all__ = ["operations"]
@@ -50,10 +52,13 @@ def _operations(module: nn.Module, path: str) -> Iterator[Operation]:
         for name, child in module._modules.items():
             if child is not None:
                 yield from _operations(child, _joined(path, name))
-    elif is_layer(module):
+    elif is_layer(module) or isinstance(module, ImageEnergy):  # known, so that no graph is needed to refuse it
         yield Operation(where, module)
     elif torch.compiler.is_compiling():
         raise NotAnMLP(f"the forward of {where} can't be read in a compiled call")
+    elif isinstance(module, Projection) and plain(module, Projection):
+        check_submodules(module, where, f"{path}." if path else "")
+        yield Operation(where, Affine(module.weight, module.classes.bias))
     else:
         yield from _traced(module, path, where)
 

@@ -8,8 +8,9 @@
     summary.json              held-out measures, device, backend and versions
     train_energies.npy        sorted energies of the training rows
     samples.png  energies.png  training.png
+    evaluation.json           measures by ``fastebm evaluate``
 
-summary.json and all below are written when training is done.
+The others from summary.json on are written when training is done.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "CHECKPOINTS",
     "CONFIG",
     "ENERGIES",
+    "EVALUATION",
     "FREE_SETTINGS",
     "METRICS",
     "SUMMARY",
@@ -51,6 +53,8 @@ CHECKPOINTS, CONFIG, METRICS, SUMMARY = "checkpoints", "config.json", "metrics.j
 
 # float32 (n,): with these a run can score other rows on a machine that does not have its data.
 ENERGIES = "train_energies.npy"
+
+EVALUATION = "evaluation.json"
 
 _LOCK = ".lock"
 

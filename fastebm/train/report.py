@@ -23,7 +23,7 @@ from .folder import ENERGIES, SUMMARY, write_json
 from .recipe import TrainConfig
 from .state import TrainState
 
-__all__ = ["write_report"]
+__all__ = ["OnWork", "held_out_states", "write_report"]
 
 # The energy gap in summary.json is the mean over this many last steps.
 _LAST_STEPS = 50
@@ -62,7 +62,7 @@ def write_report(
     )
     samples = samples.cpu()
 
-    held_out = _held_out(data, config)
+    held_out = held_out_states(data, config)
     energies = {name: energies_of(model, x).numpy() for name, x in {**held_out, "samples": samples}.items()}
     file = io.BytesIO()
     np.save(file, train_energies(model, data))
@@ -119,7 +119,7 @@ def _what_ran(model: nn.Module, info: SampleInfo) -> dict[str, Any]:
 # -- measures -----------------------------------------------------------------------------------------------
 
 
-def _held_out(data: Data, config: TrainConfig) -> dict[str, Tensor]:
+def held_out_states(data: Data, config: TrainConfig) -> dict[str, Tensor]:
     """States by name: "test" is the held-out data, the others are what an energy should tell from it."""
     generator = torch.Generator().manual_seed(config.seed)
     if isinstance(data, Images):
