@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .samplers import *  # noqa: F403
     from .train.scoring import TrainedRun as TrainedRun
     from .train.scoring import load as load
+    from .train.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ _PUBLIC = {
     ],
     "pool": ["ChainPool", "PoolCall", "PoolStats"],
     "train.scoring": ["TrainedRun", "load"],
+    "train.trainer": ["Trainer"],
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .tracing import readable
 
-__all__ = ["checked_integer", "number_or_tensor", "plain_number"]
+__all__ = ["checked_integer", "checked_number", "number_or_tensor", "plain_number"]
 
 
 def plain_number(value: Any) -> Any:
@@ -40,3 +41,17 @@ def checked_integer(name: str, value: Any, *, least: int, most: int | None = Non
     if value < least or (most is not None and value > most):
         raise ValueError(f"{name} must be {f'>= {least}' if most is None else f'{least} to {most}'}, got {value}")
     return value
+
+
+def checked_number(name: str, value: Any, *, positive: bool) -> float:
+    """Check a finite number > 0, or >= 0 unless ``positive``.
+
+    Raises:
+        TypeError, ValueError: the message states the requirement and the value received.
+    """
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (0 < value < math.inf or (value == 0 and not positive)):
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
+    return float(value)

@@ -81,3 +81,137 @@ def test_images_need_not_be_flat():
     assert evaluate.class_shares(x, labels, x[:15]) == pytest.approx([2 / 3, 1 / 3])
     with pytest.raises(ValueError, match=r"got shape \(5,\)"):
         evaluate.class_shares(np.zeros(5), np.zeros(5, int), x)
+
+
+def test_fpr_at_tpr_by_hand():
+    inliers = np.arange(20.0)  # 19 of 20 pass up to an energy of 18
+    assert evaluate.fpr_at_tpr(inliers, [17.0, 18.0, 18.5, 30.0]) == 0.5
+    assert evaluate.fpr_at_tpr(inliers, [17.0, 18.0, 18.5, 19.0], tpr=1.0) == 1.0
+    assert evaluate.fpr_at_tpr(np.arange(100.0), [93.5, 94.0, 94.5], tpr=0.95) == pytest.approx(2 / 3)
+    assert evaluate.fpr_at_tpr(inliers, inliers + 100) == 0.0
+
+
+def test_fpr_at_tpr_of_two_gaussians():
+    """With N(2, 1) as outliers it is Phi(1.645 - 2) = 0.361; within 5 standard errors, of the quantile too."""
+    rng = np.random.default_rng(6)
+    n = 20_000
+    found = evaluate.fpr_at_tpr(rng.normal(size=n), rng.normal(2.0, size=n))
+    expected = 0.5 * math.erfc((2.0 - 1.6449) / math.sqrt(2))
+    quantile_error = math.sqrt(0.95 * 0.05 / n) / 0.1031  # over the density of N(0, 1) there
+    error = math.hypot(math.sqrt(expected * (1 - expected) / n), 0.375 * quantile_error)
+    assert abs(found - expected) < 5 * error
+
+
+def test_fpr_at_tpr_refuses():
+    with pytest.raises(ValueError, match="fpr_at_tpr needs energies on both sides, got 0 inliers and 1 outliers"):
+        evaluate.fpr_at_tpr([], [1.0])
+    with pytest.raises(ValueError, match=r"tpr must be in \(0, 1\], got 95"):
+        evaluate.fpr_at_tpr([1.0], [1.0], tpr=95)
+
+
+def test_mmd_of_gaussians_has_its_closed_form():
+    """For N(0, I) and N(m, I) in d dims: 2 (h^2 / (h^2 + 2))^(d/2) (1 - exp(-|m|^2 / (2 (h^2 + 2)))), for each h."""
+    rng = np.random.default_rng(7)
+    n, d, h = 2000, 3, 1.5
+    x, y = rng.normal(size=(n, d)), rng.normal(size=(n, d))
+    same = evaluate.mmd_squared(x, y, bandwidths=[h])
+    assert abs(same) < 5 * 2 / n  # degenerate: of order 1 / n, as k <= 1
+    for m in ([1.0, 0.0, 0.0], [1.0, 2.0, 2.0]):
+        expected = [
+            2 * (s**2 / (s**2 + 2)) ** (d / 2) * -math.expm1(-np.dot(m, m) / (2 * (s**2 + 2))) for s in (h, 2 * h)
+        ]
+        found = [evaluate.mmd_squared(x, y + m, bandwidths=[s]) for s in (h, 2 * h)]
+        assert found == pytest.approx(expected, abs=5 * 0.5 / math.sqrt(n))  # 5 standard errors of a mean of k <= 1
+        assert evaluate.mmd_squared(x, y + m, bandwidths=[h, 2 * h]) == pytest.approx(np.mean(found))
+
+
+def test_mmd_by_its_definition():
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=(6, 2)), rng.normal(size=(4, 2))
+
+    def k(a, b):
+        return math.exp(-((a - b) ** 2).sum() / 2)
+
+    within = [np.mean([k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]) for s in (x, y)]
+    between = np.mean([k(a, b) for a in x for b in y])
+    assert evaluate.mmd_squared(x, y, bandwidths=[1.0]) == pytest.approx(sum(within) - 2 * between, abs=1e-12)
+
+
+def test_mmd_takes_bandwidths_from_the_data():
+    rng = np.random.default_rng(9)
+    x, y = rng.normal(size=(300, 2)), rng.normal(1.0, size=(200, 2))
+    assert evaluate.mmd_squared(1e3 * x, 1e3 * y) == pytest.approx(evaluate.mmd_squared(x, y), rel=1e-6)
+    assert evaluate.mmd_squared(x, y) > 0.1
+
+
+def test_blocks_change_nothing():
+    """scikit-learn gives as many rows at once as fit in its working memory: here a few."""
+    import sklearn
+
+    rng = np.random.default_rng(10)
+    x, y = rng.normal(size=(500, 2)), rng.normal(0.3, size=(400, 2))
+    whole = evaluate.mmd_squared(x, y), *evaluate.manifold_shares(x, y)
+    with sklearn.config_context(working_memory=0.02):
+        assert (evaluate.mmd_squared(x, y), *evaluate.manifold_shares(x, y)) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("measure", [evaluate.mmd_squared, evaluate.manifold_shares])
+def test_two_sets_must_fit(measure):
+    ok = np.arange(20.0).reshape(10, 2)
+    with pytest.raises(ValueError, match="compares states of one dim, got 2 and 3"):
+        measure(ok, np.zeros((10, 3)))
+    with pytest.raises(ValueError, match=r"rows a side, got 10 and 1"):
+        measure(ok, ok[:1])
+    with pytest.raises(ValueError, match="got 1 rows of the second set that are not"):
+        measure(ok, np.where(ok == 3, np.nan, ok))
+
+
+def test_mmd_refuses_bandwidths():
+    ok = np.arange(20.0).reshape(10, 2)
+    for bandwidths in ([0.0], [], [1.0, math.nan]):
+        with pytest.raises(ValueError, match="bandwidths must be numbers > 0"):
+            evaluate.mmd_squared(ok, ok, bandwidths=bandwidths)
+    with pytest.raises(ValueError, match="median distance is 0: pass bandwidths="):
+        evaluate.mmd_squared(np.zeros((10, 2)), np.zeros((10, 2)))
+
+
+def test_manifold_shares_by_hand():
+    """On a line, with k = 1: data 0, 1, 3, 100 have radii 1, 1, 2, 97; samples 0.5, 0.6, -50 have 0.1, 0.1, 50.5."""
+    real, fake = np.array([[0.0], [1], [3], [100]]), np.array([[0.5], [0.6], [-50]])
+    shares = evaluate.manifold_shares(real, fake, k=1)
+    # Samples: 0.5 is in the balls of 0 and 1, 0.6 too, -50 in none.
+    assert shares.precision == pytest.approx(2 / 3)
+    assert shares.density == pytest.approx((2 + 2 + 0) / 3)
+    # Data: 0 is in the ball [-100.5, 0.5] of -50 alone, the others in none.
+    assert shares.recall == 0.25
+    # Balls with a sample in them: those of 0 and 1.
+    assert shares.coverage == 0.5
+
+
+def test_manifold_shares_see_lost_and_invented_modes():
+    rng = np.random.default_rng(11)
+    modes = np.array([[0.0, 0.0], [20.0, 0.0], [0.0, 20.0]])
+
+    def draws(which, n=900):
+        return modes[which][rng.integers(len(which), size=n)] + rng.normal(size=(n, 2))
+
+    real = draws([0, 1])
+    same, lost, invented = (evaluate.manifold_shares(real, draws(w)) for w in ([0, 1], [0], [0, 1, 2]))
+    # Of the same law nearly all are inside, and a ball is empty if its k nearest rows are all real: 1 in 2^k.
+    assert min(same.precision, same.recall) > 0.9
+    assert same.coverage == pytest.approx(1 - 2**-3, abs=5 * math.sqrt(0.11 / 900))
+    assert same.density == pytest.approx(1.0, abs=0.1)
+    assert lost.precision > 0.9
+    assert lost.recall == pytest.approx(0.5, abs=0.06)
+    assert lost.coverage == pytest.approx(0.5, abs=0.06)
+    assert invented.precision == pytest.approx(2 / 3, abs=0.06)
+    assert invented.recall > 0.9
+
+
+def test_manifold_shares_refuse():
+    ok = np.arange(20.0).reshape(10, 2)
+    for k in (0, 1.5, True):
+        with pytest.raises(ValueError, match="k must be an int >= 1"):
+            evaluate.manifold_shares(ok, ok, k=k)
+    with pytest.raises(ValueError, match="at least 4 rows a side, got 10 and 3"):
+        evaluate.manifold_shares(ok, ok[:3])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy import stats
 
 from fastebm import (
     ChainPool,
@@ -66,7 +67,9 @@ def numbers(draws):
         "normal": draws.normal(),
         "copies": draws.normal(copies=3),
         "uniform": draws.uniform(),
+        "uniform copies": draws.uniform(copies=2),
         "uniforms": draws.uniforms(),
+        "uniforms copies": draws.uniforms(copies=2),
         "again": draws.normal(),
     }
 
@@ -76,7 +79,10 @@ def test_random_numbers_depend_on_the_seed_the_call_and_the_row_alone(dtype):
     batch = torch.zeros(7, 2, 3, dtype=dtype)
     objective = Objective(seed=-5)
     whole = numbers(objective.draws(batch))
-    shapes = {"normal": (7, 2, 3), "copies": (7, 3, 2, 3), "uniform": (7,), "uniforms": (7, 2, 3), "again": (7, 2, 3)}
+    shapes = {
+        "normal": (7, 2, 3), "copies": (7, 3, 2, 3), "uniform": (7,), "uniform copies": (7, 2), "uniforms": (7, 2, 3),
+        "uniforms copies": (7, 2, 2, 3), "again": (7, 2, 3),
+    }  # fmt: skip
     assert {name: tuple(x.shape) for name, x in whole.items()} == shapes
     assert all(x.dtype == dtype for x in whole.values())
     # a part of the rows
@@ -112,6 +118,15 @@ def test_normal_numbers_are_normal():
     assert (x.mean(0).abs() < 4.9 / 20_000**0.5).all()
     assert ((x.T @ x / 20_000 - torch.eye(4)).abs() < 4.9 * 2**0.5 / 20_000**0.5).all()
     assert ((u.mean(0) - 0.5).abs() < 4.9 / (12 * 20_000) ** 0.5).all()
+
+
+def test_strata_divide_the_batch_evenly():
+    objective, n = Objective(seed=3), 8
+    calls = torch.stack([objective.draws(torch.zeros(n, 2, dtype=torch.float64)).strata(n) for _ in range(1000)])
+    torch.testing.assert_close(calls.sort(dim=1).values.diff(dim=1), torch.full((1000, n - 1), 1 / n).double())
+    assert all(stats.kstest(row, "uniform").pvalue > 1e-6 for row in calls.T)
+    part = Objective(seed=3).draws(torch.zeros(3, 2, dtype=torch.float64), first_row=5).strata(n)
+    assert torch.equal(part, calls[0, 5:])
 
 
 def test_a_part_of_a_batch_is_divided_by_the_whole(energy, batch):

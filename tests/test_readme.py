@@ -36,7 +36,7 @@ def test_the_two_commands_are_there_word_for_word():
 
 def test_every_command_of_the_readme_exists():
     commands = set(re.findall(r"^ +fastebm (\w+)", README, re.MULTILINE))
-    assert commands == {"sample", "score", "train", "info", "bench"}
+    assert commands == {"sample", "score", "evaluate", "train", "info", "bench"}
     for command in commands:
         with pytest.raises(SystemExit, match=r"^0$"):
             main([command, "--help"])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import bench, info, sample, score, train
+from . import bench, evaluate, info, sample, score, train
 from .options import Parser, rank, version
 
 __all__ = ["main"]
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fastebm", description=_WORDS)
     parser.add_argument("--version", action="version", version=f"fastebm {version('fastebm')}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
-    for command in (train, sample, score, info, bench):
+    for command in (train, sample, score, evaluate, info, bench):
         command.add(commands)
     try:
         arguments, unknown = parser.parse_known_args(argv)

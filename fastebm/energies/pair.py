@@ -45,11 +45,15 @@ class PairEnergy(nn.Module):
             )
         return nn.functional.normalize(features, dim=1)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """States and their partners y, both (batch, *shape) -> (batch,)."""
+    def forward(self, x: Tensor, condition: Tensor, all_pairs: bool = False) -> Tensor:
+        """States and their partners y, both (batch, *shape) -> (batch,).
+
+        all_pairs: every state with every partner: (batch, batch), a row per state.
+        """
         if condition.shape != x.shape:
             raise ValueError(
                 f"condition must have one partner of the states' shape {tuple(x.shape)} for each, got "
                 f"{tuple(condition.shape)}"
             )
-        return -(self.features(x) * self.features(condition)).sum(dim=1) / self.temperature
+        f, g = self.features(x), self.features(condition)
+        return -(f @ g.T if all_pairs else (f * g).sum(dim=1)) / self.temperature

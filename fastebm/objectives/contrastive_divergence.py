@@ -1,6 +1,16 @@
 """Contrastive divergence (Hinton 2002; Tieleman 2008), with the energy regulariser of Du & Mordatch (2019).
 
 loss = mean E(data) - mean E(samples) + reg_alpha (mean E(data)^2 + mean E(samples)^2)
+
+and, each with a weight that is 0 by default:
+
+gradient_penalty   mean ||dE/dx||^2 at the data + the same at the samples (R1 is the first; Mescheder et al. 2018)
+entropy            mean E'(y) - dim mean log min_j ||y_i - y_j||,   y = x - drift dE/dx(x)
+                   (the KL term of Du, Li, Tenenbaum & Mordatch 2021): E' has the weights held fixed, and y is one more
+                   step from each sample x, whose gradient with respect to the weights is kept. The second mean is the
+                   entropy of the samples up to a constant (Kozachenko & Leonenko 1987; the paper leaves out its factor
+                   dim). If the samples follow the model, the term has no gradient on average, for small steps.
+pull_away          mean of cos(f_i, f_j)^2 over all pairs of samples i != j (Zhao, Mathieu & LeCun 2017), f the features
 """
 
 from __future__ import annotations
@@ -10,32 +20,37 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..driver.sample import sample
+from ..box import Bounds
 from ..energies import energy as energies_of
+from ..energies.conditions import unwrapped
+from ..energies.eval_mode import evaluating
 from ..pool import ChainPool
-from ..samplers.base import Sampler
-from .base import Loss, Objective
+from ..samplers.base import Sampler, diagonal_at
+from ..samplers.langevin import Langevin
+from .base import Loss, calls_of, checked_weight
+from .negatives import ChainObjective
 
 __all__ = ["ContrastiveDivergence", "contrastive_divergence_loss"]
 
 
-class ContrastiveDivergence(Objective):
+class ContrastiveDivergence(ChainObjective):
     """Contrastive divergence as an objective: it draws the negatives, and returns the loss of a batch.
 
         objective = ContrastiveDivergence(Langevin.ula(0.01), steps=20, pool=ChainPool(10_000, 2, clamp=(-2, 2)))
         loss, metrics, samples = objective(energy, batch)
         loss.backward()
 
-    Metrics: ``energy_real`` and ``energy_samples``, the two mean energies.
+    With ``labels`` the energy is E(x, labels), and each row's negative has its label.
+
+    Metrics: ``energy_real`` and ``energy_samples``, the two mean energies, and each term whose weight is not 0.
 
     Args:
-        sampler: how chains move.
-        steps: sampler steps per call.
-        pool: chains that go on from call to call; as many are drawn as the batch has rows. None: chains start at the
-            batch (Hinton's CD-k).
         reg_alpha: weight of the regulariser, >= 0.
-        backend, on_nonfinite: as for ``langevin_sample``.
-        seed: of the chains that start at the batch: see ``Objective``. A pool has a seed of its own.
+        gradient_penalty, entropy, pull_away: weights >= 0 of the terms at the top of this file. entropy needs
+            ``Langevin`` as the sampler, and neighbours are sought among this process' samples. pull_away takes the
+            input of the energy's last nn.Linear for the features, and pairs of this process' samples; an energy has
+            no generator to push, so it acts on the weights of the features.
+        sampler, steps, pool, start, clamp, backend, on_nonfinite, seed: see ``ChainObjective``.
     """
 
     def __init__(
@@ -44,14 +59,24 @@ class ContrastiveDivergence(Objective):
         steps: int,
         *,
         pool: ChainPool | None = None,
+        start: str = "data",
+        clamp: Bounds | None = None,
         reg_alpha: float = 0.01,
+        gradient_penalty: float = 0.0,
+        entropy: float = 0.0,
+        pull_away: float = 0.0,
         backend: str = "auto",
         on_nonfinite: str = "raise",
         seed: int | None = None,
     ) -> None:
-        super().__init__(seed=seed)
-        self.sampler, self.steps, self.pool = sampler, steps, pool
-        self.reg_alpha, self.backend, self.on_nonfinite = reg_alpha, backend, on_nonfinite
+        super().__init__(
+            sampler, steps, pool=pool, start=start, clamp=clamp, backend=backend, on_nonfinite=on_nonfinite, seed=seed
+        )
+        self.reg_alpha = checked_weight("reg_alpha", reg_alpha)
+        self.gradient_penalty = checked_weight("gradient_penalty", gradient_penalty)
+        self.entropy, self.pull_away = checked_weight("entropy", entropy), checked_weight("pull_away", pull_away)
+        if self.entropy > 0 and not isinstance(sampler, Langevin):
+            raise ValueError(f"entropy takes one more step of Langevin: the sampler must be one, got {sampler!r}")
 
     def forward(
         self,
@@ -64,28 +89,67 @@ class ContrastiveDivergence(Objective):
     ) -> Loss:
         """The loss of one batch: see ``Objective``."""
         n = len(batch) if batch_size is None else batch_size
-        samples = self._negatives(energy, batch, n, first_row)
+        negatives = self.negatives(energy, batch, labels, self.draws(batch, first_row), n, first_row)
+        x = torch.cat([batch, negatives.x]).detach()
+        both = None if labels is None or negatives.labels is None else torch.cat([labels, negatives.labels])
+        linears = [m for m in energy.modules() if isinstance(m, nn.Linear)] if self.pull_away > 0 else []
         # One forward pass of both: DistributedDataParallel allows one per backward pass.
-        energies = energies_of(energy, torch.cat([batch, samples]))
+        with calls_of(linears) as calls:
+            energies = energies_of(energy, x.requires_grad_(self.gradient_penalty + self.entropy > 0), labels=both)
         real, negative = energies[: len(batch)], energies[len(batch) :]
         loss = contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=n)
         metrics: dict[str, float | Tensor] = {
             "energy_real": real.detach().sum() / n,
             "energy_samples": negative.detach().sum() / n,
         }
-        return Loss(loss, metrics, samples)
+        terms: dict[str, Tensor] = {}  # sums over rows, by the names of their weights
+        if x.requires_grad:
+            (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=True)
+            if self.gradient_penalty > 0:
+                terms["gradient_penalty"] = gradient.square().sum()
+            if self.entropy > 0:
+                moved = self._moved_once(negatives.x, gradient[len(batch) :])
+                terms["entropy"] = _kl_term(energy, moved, negatives.labels)
+        if self.pull_away > 0:
+            if not calls:
+                raise ValueError("pull_away compares the inputs of the energy's last nn.Linear, and it has none")
+            features, _ = calls[-1]
+            terms["pull_away"] = _pull_away_term(features[len(batch) :])
+        for name, term in terms.items():
+            loss = loss + getattr(self, name) * term / n
+            metrics[name] = term.detach() / n
+        return Loss(loss, metrics, negatives.x)
 
-    def _negatives(self, energy: nn.Module, batch: Tensor, n: int, first_row: int) -> Tensor:
-        # The module itself: behind the wrapper nobody sees that it is an MLP.
-        model = energy.module if isinstance(energy, nn.parallel.DistributedDataParallel) else energy
-        if self.pool is not None:
-            return self.pool.sample(
-                model, n, self.sampler, self.steps, backend=self.backend, on_nonfinite=self.on_nonfinite
-            )[0]
-        return sample(
-            model, self.sampler, init=batch, steps=self.steps, seed=self.draws(batch).seed(), first_chain=first_row,
-            backend=self.backend, on_nonfinite=self.on_nonfinite,
-        ).x  # fmt: skip
+    def _moved_once(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Samples after one more step of the sampler without noise. gradient: of their energies, with its graph."""
+        sampler, rows = self.sampler, x.flatten(1)
+        assert isinstance(sampler, Langevin)  # __init__
+        drift, _ = sampler.coefficients(len(rows), max(self.steps, 1), dtype=x.dtype, device=x.device)
+        c = diagonal_at("preconditioner", sampler.preconditioner, rows)
+        return self.clamped(rows - drift[:, -1:] * c * sampler.clip(gradient.flatten(1))).reshape(x.shape)
+
+
+def _kl_term(energy: nn.Module, moved: Tensor, labels: Tensor | None) -> Tensor:
+    """The sum over samples of E' - dim log distance to the nearest other sample. moved: (m, *shape), with a graph."""
+    model = unwrapped(energy)
+    fixed = {name: p.detach() for name, p in model.named_parameters()}
+    with evaluating(model):
+        energies = energies_of(model, moved, fixed, labels=labels)
+    if len(moved) < 2:  # of a pool that processes share, this one may have drawn a single chain, or none
+        return energies.sum()
+    rows = moved.flatten(1)
+    nearest = torch.cdist(rows.detach(), rows.detach()).fill_diagonal_(torch.inf).argmin(dim=1)
+    # Samples at a corner of the clamp may be equal: their distance has no gradient, and a finite log with this.
+    distance = torch.linalg.vector_norm(rows - rows[nearest], dim=1).clamp(min=torch.finfo(rows.dtype).eps)
+    term: Tensor = energies.sum() - rows.shape[1] * distance.log().sum()
+    return term
+
+
+def _pull_away_term(features: Tensor) -> Tensor:
+    """The sum over rows i of the mean over the other rows j of cos(f_i, f_j)^2. features: (m, ...)."""
+    rows = nn.functional.normalize(features.flatten(1), dim=1)
+    cosines = rows @ rows.T
+    return (cosines.square().sum() - cosines.diagonal().square().sum()) / max(len(rows) - 1, 1)
 
 
 def contrastive_divergence_loss(

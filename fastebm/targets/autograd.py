@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from ..energies.base import values_of
 from ..energies.conditions import unwrapped
 
-__all__ = ["Autograd", "Energy"]
+__all__ = ["NO_GRADIENT", "Autograd", "Energy"]
+
+NO_GRADIENT = (
+    "the energy does not depend on x through differentiable operations "
+    "(is there a detach(), an item(), torch.no_grad() or a torch.tensor(...) of its values in its forward?)"
+)
 
 
 def _gradient(value: Tensor, x: Tensor, twice: bool) -> Tensor | None:
@@ -147,10 +152,7 @@ class Energy:
         value = self._evaluated(x, condition)
         if value.requires_grad and (grad := _gradient(value, x, twice)) is not None:
             return value, grad
-        raise ValueError(
-            "the energy does not depend on x through differentiable operations "
-            "(is there a detach(), an item(), torch.no_grad() or a torch.tensor(...) of its values in its forward?)"
-        )
+        raise ValueError(NO_GRADIENT)
 
     def _evaluated(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """The module's output. If its first call fails, before any chain has moved, the error explains the input."""
