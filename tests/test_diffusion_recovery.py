@@ -86,6 +86,8 @@ def test_generation_has_the_law_of_the_energy():
     # the step's size is at most 0.09 of each posterior's variance, and a Langevin step's bias a quarter of that
     assert (x.var(0) / variance - 1).abs().max() < 4.9 * math.sqrt(2 / n) + 0.09 / 4
     assert abs(torch.corrcoef(x.T)[0, 1]) < 4.9 / math.sqrt(n)
+    still = DiffusionRecoveryLikelihood([3.0, 1.0], 1, step_scale=1e-6).sample(energy, n, 2, seed=1)
+    assert (still.var(0) / 9.0 - 1).abs().max() < 4.9 * math.sqrt(2 / n)  # chains start from N(0, sigma_1^2)
     again = objective.sample(energy, 100, 2, seed=1)
     assert torch.equal(again, x[:100])  # other rows change nothing
 
