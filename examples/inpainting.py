@@ -13,6 +13,7 @@ import torch
 import fastebm
 from fastebm.data.images import load_digits
 from fastebm.train.folder import load_model
+from fastebm.train.samplers import build_sampler
 
 
 def main(run: str) -> Path:
@@ -24,7 +25,7 @@ def main(run: str) -> Path:
 
     start = torch.where(given.flatten(), real, torch.rand_like(real))
     steps = 200
-    sampler = config.sampler(steps)  # as in training
+    sampler = build_sampler(config, steps)  # as in training
     trajectory = fastebm.langevin_sample(
         energy, init=start, frozen=given.flatten(), steps=steps, step_size=sampler.step_size,
         noise_scale=sampler.noise_scale, clamp=sampler.clamp, seed=0, return_trajectory=True, thin=steps // 4,

@@ -272,7 +272,8 @@ def bin_edges(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def training_figure(metrics: Sequence[Mapping[str, float]], *, title: str = "Training") -> Figure:
-    """Curves over the steps of a run: energies, their gap, the norm of the gradient, and the speed."""
+    """Curves over the steps of a run: energies and their gap, or else the loss and the learning rate; the norm of the
+    gradient, and the speed."""
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
     if not metrics:
@@ -282,19 +283,26 @@ def training_figure(metrics: Sequence[Mapping[str, float]], *, title: str = "Tra
     figure = blank(WIDTH, 6.6, title)
     (energies, gap), (norm, speed) = figure.subplots(2, 2, sharex=True)
 
-    _curve(energies, step, columns["energy_real"], _REAL, "energy of real data")
-    _curve(energies, step, columns["energy_samples"], _SAMPLES, "energy of the pool's samples")
-    energies.set(title="Mean energies", ylabel="energy (nats)")
-    _curve(gap, step, columns["energy_gap"], _OTHER)
-    gap.axhline(0.0, color=_QUIET, linewidth=0.8)
-    gap.set(title="Energy gap: samples minus real", ylabel="energy (nats)")
+    if "energy_gap" in columns:
+        _curve(energies, step, columns["energy_real"], _REAL, "energy of real data")
+        _curve(energies, step, columns["energy_samples"], _SAMPLES, "energy of samples")
+        energies.set(title="Mean energies", ylabel="energy (nats)")
+        _curve(gap, step, columns["energy_gap"], _OTHER)
+        gap.axhline(0.0, color=_QUIET, linewidth=0.8)
+        gap.set(title="Energy gap: samples minus real", ylabel="energy (nats)")
+    else:
+        _curve(energies, step, columns["loss"], _OTHER)
+        energies.set(title="Loss", ylabel="loss")
+        _curve(gap, step, columns["learning_rate"], _OTHER)
+        gap.set(title="Learning rate", ylabel="learning rate")
     _curve(norm, step, columns["grad_norm"], _OTHER)
     norm.set(title="Gradient norm before clipping", xlabel="step", ylabel="norm")
     if (columns["grad_norm"] > 0).any():
         norm.set_yscale("log")
         log_ticks(norm.yaxis, StrMethodFormatter("{x:g}"))
-    _curve(speed, step, columns["chain_steps_per_second"], _OTHER)
-    speed.set(title="Speed", xlabel="step", ylabel="chain-steps / s")
+    rate = "chain_steps_per_second" if "chain_steps_per_second" in columns else "rows_per_second"
+    _curve(speed, step, columns[rate], _OTHER)
+    speed.set(title="Speed", xlabel="step", ylabel=f"{rate.removesuffix('_per_second').replace('_', '-')} / s")
     speed.set_ylim(bottom=0.0)
     speed.yaxis.set_major_formatter(EngFormatter())
     for axes in (energies, gap, norm, speed):

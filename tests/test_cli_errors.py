@@ -18,7 +18,7 @@ from fastebm.cli import train as train_command
 from fastebm.cli.progress import Progress, Signals
 from fastebm.pool import processes
 from fastebm.train.folder import saved_config
-from fastebm.train.recipe import recipe
+from fastebm.train.recipe import configured
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         (["train", "people.csv"], "did you mean --data people.csv?"),
         (["train", "--data", "moons"], "--data takes a file: did you mean fastebm train moons?"),
         (["train", "--data", "fil"], "fil: No such file or directory: did you mean file?"),
-        (["train", "digits", "--hidden-sizes", "100000000"], "for the weights of hidden_sizes (100000000,)"),
+        (["train", "digits", "--hidden-sizes", "100000000"], "for the weights of the mlp (hidden_sizes (100000000,))"),
         (["train", "digits", "--pool-size", "2000000000"], "for a pool_size of 2,000,000,000"),
         (["train", "digits", "--threads", "1000"], "--threads must be at most"),
         (["train", "digits", "--set", "decay"], "--set takes KEY=VALUE, as in --set learning_rate=0.001, got 'decay'"),
@@ -231,7 +231,8 @@ def test_missing_packages_say_what_to_install(run, tmp_path, monkeypatch, capsys
 
 
 def test_an_explosion_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_command, "recipe", lambda data: {**recipe(data), "clamp": None, "drift": 1e38})
+    exploding = {"clamp": None, "drift": 1e38}
+    monkeypatch.setattr(train_command, "configured", lambda data, changes: configured(data, {**changes, **exploding}))
     monkeypatch.setattr(Progress, "show", lambda *_, **__: None)
     message = "training failed in step 1"
     assert message in error(capsys, "train", "digits", *SMALL, "--out", tmp_path / "run", status=1)

@@ -178,10 +178,11 @@ def test_sets_are_loaded_again_with_the_scaling_of_the_run():
 
 def test_a_batch_has_distinct_rows():
     points = load("pinwheel")
-    rows = points.batch(512, 0.0, torch.Generator().manual_seed(0))
+    rows, classes = points.batch(512, 0.0, torch.Generator().manual_seed(0))
+    assert classes is None
     assert rows.shape == (512, 2)
     assert len(rows.unique(dim=0)) == 512
-    assert Points(points.info, points.train[:5], points.test).batch(5, 0.0, torch.Generator()).shape == (5, 2)
+    assert Points(points.info, points.train[:5], points.test).batch(5, 0.0, torch.Generator())[0].shape == (5, 2)
 
 
 # -- a value that leaves the others no room ------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fastebm.train.apply import fresh_samples
 from fastebm.train.folder import load_model, saved_config
 from fastebm.train.loop import Stopped, train
 from fastebm.train.recipe import TrainConfig, recipe
-from fastebm.train.state import TrainState
+from fastebm.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 
@@ -77,15 +77,15 @@ def test_a_run_that_was_cut_off_resumes_from_its_last_checkpoint(tmp_path, tiny_
 
 
 def test_interrupted_in_the_middle_of_a_step(tmp_path, tiny_images, whole, no_report, monkeypatch):
-    average = TrainState.average_weights
+    average = Trainer._average_weights
 
-    def cut(run):
-        if run.step == 3:
+    def cut(trainer):
+        if trainer.steps_done == 3:
             raise KeyboardInterrupt
-        average(run)
+        average(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainState, "average_weights", cut)
+        patch.setattr(Trainer, "_average_weights", cut)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, tmp_path / "run", data=tiny_images)
     train(TINY, tmp_path / "run", data=tiny_images, resume=True)

@@ -8,6 +8,8 @@ from tiny_runs import TINY
 
 from fastebm.data.sets import load
 from fastebm.train.recipe import TrainConfig
+from fastebm.train.samplers import build_sampler
+from fastebm.train.trainer import learning_rate_factor
 
 pytestmark = pytest.mark.usefixtures("few_trees")
 
@@ -45,21 +47,20 @@ def test_config_refuses_impossible_values(changes, message):
 
 def test_learning_rate_goes_from_its_value_to_zero():
     for decay, middle in (("cosine", 0.5), ("linear", 0.5), ("none", 1.0)):
-        config = dataclasses.replace(TINY, learning_rate=0.01, decay=decay)
-        assert config.learning_rate_at(0) == 0.01
-        assert config.learning_rate_at(3) == pytest.approx(0.01 * middle)
-        assert config.learning_rate_at(6) == pytest.approx(0.01 if decay == "none" else 0.0)
+        assert learning_rate_factor(0, 6, 0, decay) == 1.0
+        assert learning_rate_factor(3, 6, 0, decay) == pytest.approx(middle)
+        assert learning_rate_factor(6, 6, 0, decay) == pytest.approx(1.0 if decay == "none" else 0.0)
 
 
 def test_noise_cools_over_the_last_part_of_every_block():
     config = dataclasses.replace(TINY, noise_std=0.02, drift=0.5, langevin_steps=5, cooling=0.8)
     block = [0.02, 0.015, 0.01, 0.005, 0.0]
-    assert config.sampler(10).noise_scale.tolist() == pytest.approx(block * 2)
-    assert config.sampler(7).noise_scale.tolist() == pytest.approx(block[-2:] + block)
-    assert config.sampler(7).step_size == 1.0
-    assert dataclasses.replace(config, cooling=0.0).sampler(3).noise_scale.tolist() == pytest.approx([0.02] * 3)
+    assert build_sampler(config, 10).noise_scale.tolist() == pytest.approx(block * 2)
+    assert build_sampler(config, 7).noise_scale.tolist() == pytest.approx(block[-2:] + block)
+    assert build_sampler(config, 7).step_size == 1.0
+    assert build_sampler(dataclasses.replace(config, cooling=0.0), 3).noise_scale.tolist() == pytest.approx([0.02] * 3)
 
 
 def test_learning_rate_warms_up():
-    config = dataclasses.replace(TINY, learning_rate=0.01, decay="none", warmup_steps=4)
-    assert [config.learning_rate_at(step) for step in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+    factors = [learning_rate_factor(done, 6, warmup_steps=4, decay="none") for done in range(5)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])

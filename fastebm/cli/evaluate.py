@@ -10,6 +10,7 @@ from ..data.sets import reload
 from ..train.apply import fresh_samples
 from ..train.folder import EVALUATION, load_model, located, write_json
 from ..train.measures import MEASURES, Subject, measured
+from ..train.models import row_energy
 from ..train.resources import resolve_device
 from .options import add_device, add_threads, check_writable, count, need, on_threads, positive, version
 from .progress import Progress
@@ -44,11 +45,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_writable(out, (".json",))
     device = resolve_device(arguments.device)
     model, config = load_model(arguments.source)
+    model.to(device).eval()
     with Progress() as progress, on_threads(getattr(arguments, "threads", None)):
         progress.show(f"reading {config.data.name}")
         data = reload(config.data, config.seed)
         samples, info = fresh_samples(
-            model.to(device),
+            model,
             config,
             getattr(arguments, "n", config.n_fresh),
             dim=config.data.dim,
@@ -56,7 +58,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             on_steps=lambda done, steps: progress.show("sampling", done, steps),
         )
-        subject = Subject(model, config, data, samples.cpu(), arguments.seed, progress.show)
+        subject = Subject(row_energy(model, config), config, data, samples.cpu(), arguments.seed, progress.show)
         results = measured(subject, MEASURES if arguments.measures is None else arguments.measures)
     what = {
         "run": str(folder),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -52,11 +55,22 @@ class Progress:
             self.close()
             print(f"fastebm: {text}", file=sys.stderr, flush=True)
 
+    @contextlib.contextmanager
+    def noting_warnings(self) -> Iterator[None]:
+        """Warnings become notes."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = lambda message, *_, **__: self.note(str(message))
+            yield
+
     def train(self, row: dict[str, float], steps: int) -> None:
         """Show a finished step of training. row: its line of metrics.jsonl."""
         step = int(row["step"])
         self.nonfinite += int(row["nonfinite"])
-        detail = f"gap {row['energy_gap']:+.3f}, {row['chain_steps_per_second'] / 1e3:.0f}k chain-steps/s"
+        shown = "energy_gap" if "energy_gap" in row else "loss"
+        speed = "chain_steps_per_second" if "chain_steps_per_second" in row else "rows_per_second"
+        work = speed.removesuffix("_per_second").replace("_", "-")
+        detail = f"{shown.removeprefix('energy_')} {row[shown]:+.3f}, {row[speed] / 1e3:.0f}k {work}/s"
         if self.nonfinite > 0:
             detail += f", {self.nonfinite} chains started again (not finite)"
         self.show("", step, steps, detail, always=step == steps or self.words != "")

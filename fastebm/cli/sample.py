@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ..data.info import DataInfo
-from ..energies import MLPEnergy
 from ..threads import fastest
 from ..train.apply import fresh_samples, landscape
 from ..train.atomic import write_atomically
 from ..train.folder import load_model
+from ..train.models import row_energy
 from ..train.recipe import TrainConfig
 from ..train.resources import resolve_device
 from .options import Threads, add_device, add_threads, check_writable, count, need, on_threads, positive
@@ -88,13 +89,15 @@ def _sample(arguments: argparse.Namespace) -> int:
             on_steps=on_steps,
         )
     x = config.data.to_data(samples)
-    write_atomically(out, _picture(x, model, config.data, out) if is_picture else _array(x, config.data, out))
+    write_atomically(
+        out, _picture(x, row_energy(model, config), config.data, out) if is_picture else _array(x, config.data, out)
+    )
     many = "sample" if arguments.n == 1 else "samples"
     print(f"{out}: {arguments.n:,} {many} ({info.backend}, {info.path}, on {device})")
     return 0
 
 
-def _seconds_of_a_step(model: MLPEnergy, config: TrainConfig, n: int, backend: str, threads: int) -> dict[int, float]:
+def _seconds_of_a_step(model: nn.Module, config: TrainConfig, n: int, backend: str, threads: int) -> dict[int, float]:
     """Seconds per step of n chains, by number of threads (``threads.fastest``)."""
 
     def work() -> None:
@@ -103,14 +106,14 @@ def _seconds_of_a_step(model: MLPEnergy, config: TrainConfig, n: int, backend: s
     return {number: seconds / _TIMED_STEPS for number, seconds in fastest(work, threads).items()}
 
 
-def _picture(x: NDArray[Any], model: MLPEnergy, data: DataInfo, out: Path) -> bytes:
+def _picture(x: NDArray[Any], energy: nn.Module, data: DataInfo, out: Path) -> bytes:
     from .. import plot
 
     title = f"{len(x):,} sample{'s' * (len(x) > 1)}"
     if data.kind == "images":
         figure = plot.samples_figure({title: (x * data.levels).round() / data.levels})
     else:
-        figure = plot.plane_figure({title: x}, landscape(model, data), data.columns, over=True)
+        figure = plot.plane_figure({title: x}, landscape(energy, data), data.columns, over=True)
     return plot.encoded(figure, out.suffix.lower().removeprefix("."))
 
 

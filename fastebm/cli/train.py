@@ -7,7 +7,6 @@ import dataclasses
 import shlex
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,23 @@ from ..pool.processes import Processes, launched
 from ..train import checkpoint
 from ..train.folder import CHECKPOINTS, FREE_SETTINGS, SUMMARY, check_empty, located, saved_config
 from ..train.loop import CHECKPOINT_EVERY, Stopped, train
-from ..train.recipe import TrainConfig, recipe
+from ..train.models import MODELS
+from ..train.objectives import OBJECTIVES
+from ..train.recipe import TrainConfig, configured
 from ..train.resources import check_memory, resolve_device, seconds_of_a_step
+from ..train.samplers import SAMPLERS
 from ..words import did_you_mean
 from . import settings as recipe_settings
 from .options import Threads, add_device, add_threads, flat, need, on_threads, positive, rank, sizes
 from .progress import Progress, Signals
 
 _DEFAULTS = TrainConfig()
-_WORDS = """Train an MLP energy by persistent contrastive divergence, then sample from it, measure it on held-out data
-and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume continues it with the same bits. On several processes:
-torchrun --nproc-per-node 2 -m fastebm train ..."""
+_WORDS = """Train an energy (by default an MLP, by persistent contrastive divergence), then sample from it, measure it
+on held-out data and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume continues it with the same bits. On
+several processes: torchrun --nproc-per-node 2 -m fastebm train ..."""
 
 # Options of how a file is read. A resumed run reads it as before.
 _READING = ("columns", "drop", "header", "label")
-
-# Mean energy gap, in nats, above which training diverged. Converged runs end below 15, diverged ones above 300.
-_DIVERGED = 100.0
 
 
 def add(commands: Any) -> None:
@@ -74,6 +73,7 @@ def add(commands: Any) -> None:
         "--header", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="of --data in a text file: whether the first line holds names (default: detected)",
     )  # fmt: skip
+    _add_names(command)
     for flag, kind, default, text in (
         (
             "--steps",
@@ -118,6 +118,19 @@ def add(commands: Any) -> None:
     )  # fmt: skip
 
 
+def _add_names(command: argparse.ArgumentParser) -> None:
+    """Add --objective, --model and --sampler."""
+    for flag, table, default in (
+        ("--objective", OBJECTIVES, _DEFAULTS.objective),
+        ("--model", MODELS, "what fits the objective"),
+        ("--sampler", SAMPLERS, "what fits the objective"),
+    ):
+        listed = "; ".join(f"{name}: {entry.words}" for name, entry in table.items())
+        command.add_argument(
+            flag, choices=list(table), default=argparse.SUPPRESS, metavar="NAME", help=f"{listed} (default: {default})"
+        )
+
+
 def _train(arguments: argparse.Namespace) -> int:
     need("matplotlib", "pandas", "sklearn", "safetensors")
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "checkpoint_every")}
@@ -134,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
             if out is not None:
                 check_empty(out)
             data = _data(name, file, {**given, **settings}.get("seed", _DEFAULTS.seed), reading, progress)
-            config = TrainConfig(**{**recipe(data), **given, **settings})
+            config = configured(data, {**given, **settings})
         else:
             _check_resumed(given, settings, file)
             out, data = located(resume)[0], None
@@ -160,12 +173,16 @@ def _train(arguments: argparse.Namespace) -> int:
             if resume is not None and "steps" in {**given, **settings}:
                 again += f" --steps {config.steps}"
 
+            seconds = 0.0
+
             def on_step(row: dict[str, float]) -> None:
+                nonlocal seconds
                 progress.train(row, config.steps)
                 if timed is not None:
-                    timed.watch(config.batch_size * config.langevin_steps / row["chain_steps_per_second"])
+                    timed.watch(row["seconds"] - seconds)
+                seconds = row["seconds"]
 
-            with Signals() as signals:
+            with Signals() as signals, progress.noting_warnings():
                 try:
                     summary = train(
                         config,
@@ -215,11 +232,8 @@ def _read(file: Path, seed: int, reading: dict[str, Any], progress: Progress) ->
         raise ValueError(f"--data takes a file: did you mean fastebm train {file}?")
     find(file)
     progress.show(f"reading {file}")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with progress.noting_warnings():
         data = load_array(file, seed, **reading)
-    for warning in caught:
-        progress.note(str(warning.message))
     for finding in data.findings:
         progress.note(f"{file.name}: {finding}")
     names = ", ".join(data.info.columns[:8]) + (", ..." if data.dim > 8 else "")
@@ -256,20 +270,31 @@ def show_summary(out: Path, config: TrainConfig, summary: dict[str, Any]) -> Non
     """Print the measures of a finished run."""
     what = "digits" if config.data.kind == "images" else "rows"
     print(
-        f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s ({summary['backend']} on {summary['device']})"
+        f"{out}: {summary['steps']:,} steps in {summary['seconds']:.0f} s "
+        f"({summary.get('backend', config.objective)} on {summary['device']})"
     )
     aurocs = {k.removeprefix("auroc_"): v for k, v in summary.items() if k.startswith("auroc_")}
-    print(f"  AUROC against held-out {what}: {', '.join(f'{k} {v:.3f}' for k, v in aurocs.items())}")
-    print(f"  a random forest tells samples from {what}: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
+    if aurocs:
+        print(f"  AUROC against held-out {what}: {', '.join(f'{k} {v:.3f}' for k, v in aurocs.items())}")
+    if "two_sample_accuracy" in summary:
+        print(f"  a random forest tells samples from {what}: {summary['two_sample_accuracy']:.3f} (0.5 is chance)")
+    for name, words in (("accuracy", "of held-out images have"), ("knn_accuracy", "by nearest features have")):
+        if name in summary:
+            pixels = summary.get("knn_accuracy_of_pixels")
+            beside = "" if pixels is None else f" (by nearest pixels: {pixels:.1%})"
+            print(f"  {summary[name]:.1%} {words} the right class{beside}")
     if "classes_present" in summary:
         n = len(summary["class_shares"])
         print(f"  classes among {config.n_fresh:,} samples: {summary['classes_present']} of {n}")
-    if summary["energy_gap"] > _DIVERGED:
+    if summary["diverged"]:
+        gap = summary.get("energy_gap")
+        words = "" if gap is None else f": samples have {gap:.0f} nats more energy than {what} in the end"
         print(
-            f"  training diverged: samples have {summary['energy_gap']:.0f} nats more energy than {what} in the end "
-            f"(training.png): try --set learning_rate={config.learning_rate / 3:.1g}, or logarithms of heavy tails"
+            f"  training diverged{words} (training.png): try --set learning_rate={config.learning_rate / 3:.1g}, or "
+            "logarithms of heavy tails"
         )
-    print(f"  look at {out / 'samples.png'}, energies.png and training.png")
+    pictures = [name for name in ("samples.png", "energies.png", "training.png") if (out / name).exists()]
+    print(f"  look at {out / pictures[0]}{''.join(f', {name}' for name in pictures[1:])}")
 
 
 def _has_checkpoint(out: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,10 +51,20 @@ class Images:
         """The nearest grey level, as a float."""
         return (x * self.levels).round_()
 
-    def batch(self, size: int, width: float, generator: torch.Generator) -> Tensor:
-        """Distinct dequantised training images: (size, dim)."""
+    @property
+    def states(self) -> Tensor:
+        """The training images without dequantisation: (n_train, dim) in [0, 1]."""
+        return self.train / self.levels
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each training image: (n_train,) int64."""
+        return self.train_labels
+
+    def batch(self, size: int, width: float, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Distinct dequantised training images, (size, dim), and their classes, (size,)."""
         rows = torch.randperm(len(self.train), generator=generator)[:size]
-        return self.dequantise(self.train[rows], width, generator)
+        return self.dequantise(self.train[rows], width, generator), self.train_labels[rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +86,25 @@ class Points:
     def dim(self) -> int:
         return self.info.dim
 
-    def batch(self, size: int, width: float, generator: torch.Generator) -> Tensor:
-        """Distinct training rows: (size, dim). width: not used; only images are dequantised."""
-        return self.train[torch.randperm(len(self.train), generator=generator)[:size]]
+    @property
+    def states(self) -> Tensor:
+        """The training rows."""
+        return self.train
+
+    @functools.cached_property
+    def classes(self) -> Tensor | None:
+        """The class of each training row, (n_train,) int64: the place of its label in their order. None: no labels."""
+        if self.train_labels is None:
+            return None
+        return torch.from_numpy(np.unique(self.train_labels, return_inverse=True)[1]).long()
+
+    def batch(self, size: int, width: float, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Distinct training rows, (size, dim), and their classes, (size,), if there are any.
+
+        width: not used; only images are dequantised.
+        """
+        rows = torch.randperm(len(self.train), generator=generator)[:size]
+        return self.train[rows], None if self.classes is None else self.classes[rows]
 
 
 Data: TypeAlias = Images | Points

@@ -26,6 +26,7 @@ from .stein import SteinDiscrepancy, kernel_stein_discrepancy
 from .two_sample import (
     ManifoldShares,
     class_shares,
+    knn_accuracy,
     manifold_shares,
     median_bandwidths,
     mmd_squared,
@@ -49,6 +50,7 @@ __all__ = [
     "inception_score",
     "kernel_density",
     "kernel_stein_discrepancy",
+    "knn_accuracy",
     "log_z_by_quadrature",
     "manifold_shares",
     "median_bandwidths",

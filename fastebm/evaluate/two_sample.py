@@ -4,6 +4,7 @@ two_sample_accuracy     a random forest tells them apart
 mmd_squared             distance of kernel means
 manifold_shares         precision, recall, density and coverage, by nearest neighbours
 class_shares            the share of samples in each class of the data
+knn_accuracy            features by the classes of nearest neighbours
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .rows import as_rows, checked_pair
 __all__ = [
     "ManifoldShares",
     "class_shares",
+    "knn_accuracy",
     "manifold_shares",
     "median_bandwidths",
     "mmd_squared",
@@ -157,6 +159,18 @@ def manifold_shares(real: ArrayLike, fake: ArrayLike, *, k: int = 3) -> Manifold
         density=float(around_fake.mean() / k),
         coverage=float((samples_in_ball > 0).mean()),
     )
+
+
+def knn_accuracy(train: ArrayLike, labels: ArrayLike, test: ArrayLike, test_labels: ArrayLike, *, k: int = 5) -> float:
+    """Accuracy of a k-nearest-neighbour classifier on held-out rows: what a set of features is worth.
+
+    Args:
+        train, test: (n, dim) and (n_test, dim), with labels (n,) and (n_test,).
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(k).fit(as_rows(train), np.asarray(labels))
+    return float(classifier.score(as_rows(test), np.asarray(test_labels)))
 
 
 def class_shares(

@@ -123,13 +123,18 @@ class ExactScoreMatching(_ScoreMatching):
     def __init__(self, *, noise_std: float = 0.0, seed: int | None = None) -> None:
         super().__init__(noise_std, seed)
 
-    def _directions(self, x: Tensor, draws: Draws) -> Tensor:
-        dim = math.prod(x.shape[1:])
+    @staticmethod
+    def check_dim(dim: int) -> None:
+        """Raise ValueError if states have too many dims."""
         if dim > _MOST_DIMS:
             raise ValueError(
                 f"ExactScoreMatching takes a backward pass per dim, and at most {_MOST_DIMS} dims, got {dim}: use "
                 "SlicedScoreMatching, or DenoisingScoreMatching"
             )
+
+    def _directions(self, x: Tensor, draws: Draws) -> Tensor:
+        dim = math.prod(x.shape[1:])
+        self.check_dim(dim)
         return torch.eye(dim, dtype=x.dtype, device=x.device).reshape(dim, 1, *x.shape[1:])
 
 

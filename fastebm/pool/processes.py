@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -68,6 +68,13 @@ class Processes:
         sums = values.to(self._device, copy=True)
         dist.all_reduce(sums, group=self.group)
         return sums.to(values.device)
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with those of the first process."""
+        if self.size > 1:
+            first = dist.get_global_rank(self.group, 0)  # type: ignore[arg-type]  # a group: there are several
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), first, group=self.group)
 
     def concatenated(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks. rows: (n, ...), where n may differ."""

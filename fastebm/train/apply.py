@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..data.dataset import Data, Images
+from ..data.dataset import Data
 from ..data.info import DataInfo
 from ..driver.info import SampleInfo
-from ..driver.langevin_sample import langevin_sample
+from ..driver.result import SampleResult
+from ..driver.sample import sample
 from ..energies import energy
+from ..samplers import AnnealedLangevin, Langevin, PredictorCorrector
+from ..samplers.base import Sampler, for_steps
 from ..threads import survives_fork
+from .models import exploding, row_energy
 from .recipe import TrainConfig
+from .samplers import build_sampler
 
-__all__ = ["MAX_STEPS_PER_CALL", "energies_of", "fresh_samples", "landscape", "train_energies"]
+__all__ = ["MAX_STEPS_PER_CALL", "energies_of", "features_of", "fresh_samples", "landscape", "train_energies"]
 
 # Rows whose energies are computed at once.
 _ROWS_PER_CALL = 65536
@@ -57,33 +62,41 @@ def fresh_samples(
         (n, dim) samples, and what ran.
     """
     steps = config.fresh_steps if steps is None else steps
-    sampler = config.sampler(steps)
+    model = exploding(model) if config.model == "noise_conditional" else model
+    sampler = build_sampler(config, steps)
+    if sampler is None:
+        row_energy(model, config)  # this says why there is nothing to sample
+    if not isinstance(sampler, Sampler):
+        on_steps(0, 1)
+        x = sampler(model, n, seed)
+        on_steps(1, 1)
+        return x, sample(row_energy(model, config), Langevin(1.0), init=x, steps=0, seed=seed).info
+    if isinstance(sampler, (AnnealedLangevin, PredictorCorrector)):
+        steps = len(sampler.levels)  # type: ignore[arg-type]  # __post_init__ made it a tensor
+    warmup = steps // 2 if sampler.adaptation(steps) is not None else 0  # which finds the step size
+    # Classes in turn: as many chains of each.
+    labels = torch.arange(n) % config.n_classes if config.model == "conditional" else None
 
-    def advance(**options: Any) -> tuple[Tensor, SampleInfo]:
-        return langevin_sample(  # type: ignore[return-value]
-            model,
-            step_size=sampler.step_size,
-            grad_clip=sampler.grad_clip,
-            clamp=sampler.clamp,
-            seed=seed,
-            first_chain=_FIRST_FRESH_CHAIN,
-            backend=backend or config.backend,
-            return_info=True,
-            **options,
-        )
+    def advance(part: Any, **options: Any) -> SampleResult:
+        return sample(model, part, backend=backend or config.backend, **options)
 
-    x, info = advance(input_size=dim, batch_size=n, steps=0)
-    done, n_steps = 0, 1
-    on_steps(done, steps)
+    on_steps(0, steps)
+    start = for_steps(sampler, 0, warmup)
+    result = advance(
+        start, input_size=dim, n_chains=n, steps=0, warmup=warmup, labels=labels, seed=seed,
+        first_chain=_FIRST_FRESH_CHAIN,
+    )  # fmt: skip
+    sampler = result.sampler if warmup > 0 else sampler
+    done, n_steps = warmup, 1
     while done < steps:
         started = time.perf_counter()
-        noise_scale = sampler.noise_scale[done : done + n_steps]  # type: ignore[index]
-        x, info = advance(init=x, steps=len(noise_scale), noise_scale=noise_scale, first_step=done)
-        done += len(noise_scale)
+        end = min(done + n_steps, steps)
+        result = advance(for_steps(sampler, done, end), init=result, steps=end - done)
+        done = end
         on_steps(done, steps)
         n_steps = int(n_steps * _SECONDS_PER_CALL / (time.perf_counter() - started))
         n_steps = min(max(n_steps, 1), MAX_STEPS_PER_CALL)
-    return x, info
+    return result.x, result.info
 
 
 def energies_of(model: nn.Module, states: Tensor) -> Tensor:
@@ -93,10 +106,16 @@ def energies_of(model: nn.Module, states: Tensor) -> Tensor:
         return torch.cat([energy(model, part.to(device)).cpu() for part in torch.split(states, _ROWS_PER_CALL)])
 
 
+def features_of(model: nn.Module, states: Tensor) -> Tensor:
+    """(n, dim) states on any device -> (n, feature_size) features of a ``PairEnergy``, on the CPU."""
+    device, features = next(model.parameters()).device, cast("Any", model).features
+    with torch.no_grad():
+        return torch.cat([features(part.to(device)).cpu() for part in torch.split(states, _ROWS_PER_CALL)])
+
+
 def train_energies(model: nn.Module, data: Data) -> NDArray[np.float32]:
     """Energies of the training rows, sorted: (n_train,)."""
-    states = data.train / data.levels if isinstance(data, Images) else data.train
-    return np.sort(energies_of(model, states).float().numpy())
+    return np.sort(energies_of(model, data.states).float().numpy())
 
 
 def landscape(model: nn.Module, info: DataInfo) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -23,12 +23,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..energies import MLPEnergy
+from torch import nn
+
 from ..pool.processes import Processes
 from ..words import did_you_mean
 from . import checkpoint
 from .atomic import write_atomically
-from .recipe import TrainConfig, build_model, current
+from .models import build_model
+from .recipe import TrainConfig, current
 
 __all__ = [
     "CHECKPOINTS",
@@ -111,7 +113,7 @@ def fixed_settings(config: Any) -> Any:
     return {k: v for k, v in current(config).items() if k not in FREE_SETTINGS} if isinstance(config, dict) else config
 
 
-def load_model(run: str | os.PathLike[str]) -> tuple[MLPEnergy, TrainConfig]:
+def load_model(run: str | os.PathLike[str]) -> tuple[nn.Module, TrainConfig]:
     """The energy of a run folder, or of a checkpoint in it, with the averaged weights; and its configuration.
 
     Raises:
@@ -121,7 +123,7 @@ def load_model(run: str | os.PathLike[str]) -> tuple[MLPEnergy, TrainConfig]:
     saved = checkpoint.Saved(path)
     config, tensors = _config_of(path, saved.values), saved.tensors("model")
     try:
-        model = build_model(config, config.data.dim)
+        model = build_model(config)
         model.load_state_dict(tensors)
     except (KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold the energy that its configuration describes: {error}") from None

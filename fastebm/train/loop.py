@@ -1,4 +1,4 @@
-"""The training loop: persistent contrastive divergence, from the data to a run folder, by one process or several.
+"""The training loop, from the data to a run folder, by one process or several.
 
 Every random number comes from ``TrainConfig.seed``. ``folder.py`` says what is written, ``state.py`` what changes.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..backends.settle import NonFiniteError
 from ..data.dataset import Data
@@ -49,9 +47,6 @@ __all__ = ["CHECKPOINT_EVERY", "Stopped", "train"]
 
 # Steps between checkpoints: an interruption loses a few seconds of work, and writing takes far less time than training.
 CHECKPOINT_EVERY = 250
-
-# With on_nonfinite="reinit", a run ends if more than this share of a batch is not finite: that is no accident.
-_MAX_NONFINITE_SHARE = 0.1
 
 
 class Stopped(Exception):
@@ -130,7 +125,7 @@ def train(
             state.save(writer)
             writer.finish()
         while state.step < config.steps:
-            row, stop = _logged_step(state, data, writer, log, should_stop)
+            row, stop = _logged_step(state, writer, log, should_stop)
             metrics.append(row)
             is_last = state.step == config.steps
             if stop or is_last or state.step % checkpoint_every == 0:
@@ -143,7 +138,7 @@ def train(
             on_step(row)
             if stop and not is_last:
                 raise Stopped(out, state.step, config.steps)
-        n_nonfinite = state.pool.stats().nonfinite
+        n_nonfinite = 0 if state.pool is None else state.pool.stats().nonfinite
         with processes.together():
             pass  # all have ended well: now the first process goes on alone
         if processes.rank > 0:
@@ -212,69 +207,22 @@ def _resumed(
 
 
 def _logged_step(
-    state: TrainState, data: Data, writer: Writer, log: Any, should_stop: Callable[[], bool]
+    state: TrainState, writer: Writer, log: Any, should_stop: Callable[[], bool]
 ) -> tuple[dict[str, float], bool]:
     """One iteration, its line in the log, and a pending checkpoint that is ready. Returns the line, and whether to
     stop."""
+    started = time.perf_counter()
     try:
-        row, n_stop, n_ready = _train_step(state, data, lambda: (should_stop(), writer.ready))
+        row = state.train_step()
     except NonFiniteError as error:
         writer.finish()  # all processes have this error
         raise NonFiniteError(f"training failed in step {state.step + 1}: {error} (the last checkpoint stays)") from None
+    flags = torch.tensor([should_stop(), writer.ready], dtype=torch.float64, device="cpu")
+    n_stop, n_ready = state.processes.total(flags).tolist()
+    seconds = time.perf_counter() - started
+    state.seconds += seconds
+    row |= {state.speed_of: state.work_per_step / seconds, "seconds": state.seconds}
     log.write(json.dumps(row) + "\n")
     if n_ready == state.processes.size:
         writer.finish()
     return row, n_stop > 0
-
-
-def _train_step(
-    state: TrainState, data: Data, flags: Callable[[], tuple[bool, bool]]
-) -> tuple[dict[str, float], int, int]:
-    """One iteration. Returns its line of metrics.jsonl, and on how many processes each of the ``flags`` is true."""
-    config, processes = state.config, state.processes
-    started = time.perf_counter()
-
-    n = config.batch_size
-    real = data.batch(n, config.dequantisation, state.generator)  # the whole batch, the same on all processes
-    real = real[slice(*processes.share(n))].to(state.device)
-    loss, metrics, _ = state.objective(state.wrapped, real, batch_size=n)
-    n_nonfinite = state.pool.last.nonfinite if state.pool.last is not None else 0
-    if n_nonfinite > max(1, _MAX_NONFINITE_SHARE * n):
-        raise NonFiniteError(
-            f"{n_nonfinite} of {n} chains are not finite, and on_nonfinite='reinit' goes on with up to "
-            f"{_MAX_NONFINITE_SHARE:.0%} of them; try a smaller drift or learning_rate, or grad_clip"
-        )
-
-    learning_rate = config.learning_rate_at(state.step)
-    state.optimizer.param_groups[0]["lr"] = learning_rate
-    state.optimizer.zero_grad(set_to_none=True)
-    (loss * processes.size).backward()  # DistributedDataParallel divides by the number of processes
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm or math.inf)
-    values = torch.stack([norm, *(torch.as_tensor(v).to(norm) for v in (loss.detach(), *metrics.values()))])
-    grad_norm, *parts = values.tolist()  # the second and last time that a step waits for the device
-    sums = processes.total(torch.tensor([*parts, *flags()], dtype=torch.float64))
-    loss_value, *totals, n_stop, n_ready = sums.tolist()
-    if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-        raise NonFiniteError(
-            f"the loss is {loss_value:g} and the norm of its gradient {grad_norm:g}; "
-            "try a smaller learning_rate or drift, or a larger reg_alpha"
-        )
-    state.optimizer.step()
-    state.step += 1
-    state.average_weights()
-
-    seconds = time.perf_counter() - started
-    state.seconds += seconds
-    metrics = dict(zip(metrics, totals, strict=True))
-    row = {
-        "step": state.step,
-        "loss": loss_value,
-        **metrics,
-        "energy_gap": metrics["energy_samples"] - metrics["energy_real"],
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
-        "nonfinite": n_nonfinite,
-        "chain_steps_per_second": n * config.langevin_steps / seconds,
-        "seconds": state.seconds,
-    }
-    return row, int(n_stop), int(n_ready)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from ..data.dataset import Data
 from ..data.info import DIGITS, DataInfo
-from ..energies import MLPEnergy
-from ..samplers.langevin import Langevin
+from .models import LABELLED, MODELS
+from .objectives import OBJECTIVES
+from .options import check_options, entry_of
+from .samplers import SAMPLERS, build_sampler
+from .trainer import DECAYS
 
-__all__ = ["TrainConfig", "build_model", "current", "recipe"]
+__all__ = ["TrainConfig", "configured", "current", "recipe"]
 
 # Entries in configurations of earlier versions: those that no longer exist, and those with another name now.
 _RETIRED = ("compile",)
 _RENAMED = {"alpha": "reg_alpha", "restart_prob": "reinit_prob"}
+
+# Entries that earlier versions did not have, with what they did.
+_ADDED: dict[str, Any] = {
+    "objective": "pcd", "model": "mlp", "sampler": "langevin", "objective_options": {}, "model_options": {},
+    "sampler_options": {}, "n_classes": 0, "objective_learning_rate": None,
+}  # fmt: skip
 
 # What differs from TrainConfig's defaults, by the name of a data set or else by its kind.
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -30,31 +36,87 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(data: Data) -> dict[str, Any]:
-    """The arguments of TrainConfig for a data set, its description included."""
-    info = data.info
+# Standard deviation of states, roughly (data/info.py). Noise levels are in its units.
+_SPREAD = {"images": 0.4, "plane": 4.0, "table": 1.0}
+
+# What an objective changes in these, for each kind of data.
+_OF_OBJECTIVE: dict[str, Callable[[str], dict[str, Any]]] = {
+    "hinge": lambda kind: {},
+    "jem": lambda kind: {"reg_alpha": 0.01},
+    "cooperative": lambda kind: {"objective_learning_rate": 1e-3},
+    "diffusion_recovery": lambda kind: _without_chains(
+        sigmas=_geometric(5.0 * _SPREAD[kind], 0.04 * _SPREAD[kind], 10), sampler_steps=10
+    ),
+    "dsm": lambda kind: _without_chains(sigma=0.05 * _SPREAD[kind]),
+    "multi_dsm": lambda kind: _without_chains(sigmas=_geometric(10.0 * _SPREAD[kind], 0.025 * _SPREAD[kind], 20)),
+    "vp_dsm": lambda kind: _without_chains(),
+    "ssm": lambda kind: _without_chains(noise_std=0.05 * _SPREAD[kind]),
+    "esm": lambda kind: _without_chains(noise_std=0.05 * _SPREAD[kind]),
+    "energy_discrepancy": lambda kind: _without_chains(t=(0.25 * _SPREAD[kind]) ** 2),
+    "nce": lambda kind: {**_without_chains(noise_ratio=4), "objective_learning_rate": 1e-2},
+    "ranking_nce": lambda kind: _without_chains(n_noise=10),
+    "flow_contrastive": lambda kind: {**_without_chains(), "objective_learning_rate": 1e-3},
+    "infonce": lambda kind: _without_chains(noise_std=0.5 * _SPREAD[kind]),
+}
+
+
+def _without_chains(**options: Any) -> dict[str, Any]:
+    """For objectives without chains, whose energies are at temperature 1: fresh chains have a constant noise."""
+    return {"learning_rate": 2e-3, "cooling": 0.0, "objective_options": options}
+
+
+def _geometric(largest: float, smallest: float, n: int) -> tuple[float, ...]:
+    """Noise levels, decreasing: each is the same fraction of the one before."""
+    return tuple(float(f"{largest * (smallest / largest) ** (i / (n - 1)):.4g}") for i in range(n))
+
+
+def recipe(data: Data, objective: str = "pcd", model: str | None = None, sampler: str | None = None) -> dict[str, Any]:
+    """The arguments of TrainConfig for a data set and an objective, the data's description included.
+
+    Args:
+        model, sampler: names. None: the first that goes with the objective.
+    """
+    info, entry = data.info, entry_of("objective", OBJECTIVES, objective)
     found = _RECIPES.get(info.name, _RECIPES[info.kind])
-    return {"batch_size": min(TrainConfig.batch_size, len(data.train)), **found, "clamp": info.clamp, "data": info}
+    if objective in _OF_OBJECTIVE:
+        found = found | _OF_OBJECTIVE[objective](info.kind)
+    chosen = {"objective": objective, "model": model or entry.models[0], "sampler": sampler or entry.samplers[0]}
+    n_classes = int(data.classes.max()) + 1 if chosen["model"] in LABELLED and data.classes is not None else 0
+    return {
+        "batch_size": min(TrainConfig.batch_size, len(data.train)), **found, **chosen, "n_classes": n_classes,
+        "clamp": info.clamp, "data": info,
+    }  # fmt: skip
+
+
+def configured(data: Data, changes: Mapping[str, Any]) -> TrainConfig:
+    """The recipe with changes: fields of TrainConfig. Options add to those of the recipe."""
+    found = recipe(data, **{k: changes[k] for k in ("objective", "model", "sampler") if k in changes})
+    options = {k: {**found.get(k, {}), **v} for k, v in changes.items() if k.endswith("_options")}
+    return TrainConfig(**{**found, **changes, **options})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Every hyper-parameter of a run. The defaults are the recipe for the digits; ``recipe`` has the others.
 
-    Chains move by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of langevin_steps, both in
-    training and when sampling afresh. Within a block the noise is noise_std, and falls linearly to 0 over its last
-    part (the fraction cooling), so a block ends with a step without noise. drift = noise_std^2 / 2 is temperature 1:
-    the energy is then the negative log-density.
+    With sampler="langevin", chains move by x' = clamp(x - drift clip(dE/dx, grad_clip) + noise xi) in blocks of
+    langevin_steps, both in training and when sampling afresh. Within a block the noise is noise_std, and falls linearly
+    to 0 over its last part (the fraction cooling), so a block ends with a step without noise. drift = noise_std^2 / 2
+    is temperature 1: the energy is then the negative log-density.
 
     Args:
         data: the data set. seed: of everything random.
+        objective, model, sampler: names in OBJECTIVES, MODELS and SAMPLERS (objectives.py, models.py, samplers.py).
+        objective_options, model_options, sampler_options: option -> value, for what these build.
+        n_classes: of the data, for models that take labels; else 0.
         steps: training iterations. batch_size: data rows per iteration, and chains drawn from the pool.
-        hidden_sizes, activation: of the MLPEnergy.
+        hidden_sizes, activation: of an MLP.
         dequantisation: width, in grey levels, of the uniform noise added to images. 1 fills the gaps between levels;
             0 leaves black and white exactly on the bounds of the clamp, where clamped chains lie as well.
         pool_size: persistent chains. reinit_prob: the probability that a drawn chain starts again from noise.
-        langevin_steps: per iteration.
-        learning_rate, betas: Adam's. warmup_steps: over which the learning rate rises from 0. decay: of the learning
+        langevin_steps: steps of the sampler per iteration.
+        learning_rate, betas: Adam's. objective_learning_rate: for parameters of the objective, such as log Z; None:
+            learning_rate. warmup_steps: over which the learning rate rises from 0. decay: of the learning
             rate, to 0 at the end: "cosine", "linear" or "none".
         reg_alpha: weight of the squared energies in the loss.
         max_grad_norm: the gradient of the weights is clipped to this norm; None: never.
@@ -67,6 +129,13 @@ class TrainConfig:
 
     data: DataInfo = DIGITS
     seed: int = 0
+    objective: str = "pcd"
+    model: str = "mlp"
+    sampler: str = "langevin"
+    objective_options: Mapping[str, Any] = field(default_factory=dict)
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
+    n_classes: int = 0
     steps: int = 2500
     batch_size: int = 256
     hidden_sizes: tuple[int, ...] = (256, 128)
@@ -83,6 +152,7 @@ class TrainConfig:
     clamp: tuple[float, float] | None = (0.0, 1.0)
 
     learning_rate: float = 3e-3
+    objective_learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 100
     decay: str = "linear"
@@ -113,45 +183,47 @@ class TrainConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         for beta in self.betas:
             _require("betas", beta, float, lambda v: 0 <= v < 1, "two numbers in [0, 1)")
-        self.sampler(1)  # checks grad_clip and clamp
-        if self.max_grad_norm is not None:
-            _require("max_grad_norm", self.max_grad_norm, float, lambda v: v > 0, "a number > 0, or None")
-        if self.decay not in ("cosine", "linear", "none"):
+        self._check_names()
+        build_sampler(self, 1)  # checks grad_clip, clamp and the sampler's options
+        for name in ("max_grad_norm", "objective_learning_rate"):
+            if (value := getattr(self, name)) is not None:
+                _require(name, value, float, lambda v: v > 0, "a number > 0, or None")
+        if self.decay not in DECAYS:
             raise ValueError(f'decay must be "cosine", "linear" or "none", got {self.decay!r}')
         if self.dequantisation > 0 and self.data.kind != "images":
             raise ValueError(f"dequantisation is for images: it must be 0, got {self.dequantisation!r}")
         if self.on_nonfinite not in ("raise", "reinit"):
             raise ValueError(f'on_nonfinite must be "raise" or "reinit", got {self.on_nonfinite!r}')
-        if self.batch_size > self.pool_size:
+        if OBJECTIVES[self.objective].pool and self.batch_size > self.pool_size:
             raise ValueError(f"batch_size must be <= pool_size: got {self.batch_size} chains from {self.pool_size}")
 
-    def sampler(self, steps: int) -> Langevin:
-        """The sampler for this many steps: whole blocks, and before them the end of one if it does not divide."""
-        cooling = round(self.cooling * self.langevin_steps)
-        noise = torch.full((self.langevin_steps,), self.noise_std)
-        noise[self.langevin_steps - cooling :] *= torch.linspace(1.0, 0.0, cooling + 1)[1:]
-        blocks = noise.repeat(-(-steps // self.langevin_steps))
-        return Langevin.from_drift_and_noise(
-            self.drift, blocks[len(blocks) - steps :], grad_clip=self.grad_clip, clamp=self.clamp
-        )
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate after ``step`` finished iterations."""
-        done = step / self.steps
-        factor = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "none": 1.0}
-        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
-        return self.learning_rate * factor[self.decay] * warmup
+    def _check_names(self) -> None:
+        objective = entry_of("objective", OBJECTIVES, self.objective)
+        for kind, table, allowed in (
+            ("model", MODELS, objective.models),
+            ("sampler", SAMPLERS, objective.samplers),
+        ):
+            name = getattr(self, kind)
+            check_options(kind, name, entry_of(kind, table, name), getattr(self, f"{kind}_options"))
+            if name not in allowed:
+                raise ValueError(
+                    f"the objective {self.objective} goes with the {kind} {' or '.join(allowed)}, got {name}"
+                )
+        check_options("objective", self.objective, objective, self.objective_options)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. Data without a layout have no such entry, as in runs of earlier versions."""
 
         def listed(values: dict[str, Any]) -> dict[str, Any]:
-            return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+            return {
+                k: list(v) if isinstance(v, tuple) else listed(v) if isinstance(v, dict) else v
+                for k, v in values.items()
+            }
 
         values = dataclasses.asdict(self)
-        layout = values["data"].pop("layout")
-        data = listed(values["data"]) | ({} if layout is None else {"layout": listed(layout)})
-        return listed({**values, "data": data})
+        if values["data"]["layout"] is None:
+            del values["data"]["layout"]
+        return listed(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -165,20 +237,17 @@ class TrainConfig:
         if values.keys() != names:
             odd = ", ".join(sorted(values.keys() ^ names))
             raise ValueError(f"these entries of the configuration are missing or unknown: {odd}")
-        entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**{**entries, "data": DataInfo.from_dict(values["data"])})
+
+        def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+        options = {k: tuples(v) for k, v in values.items() if k.endswith("_options")}
+        return cls(**{**tuples(values), **options, "data": DataInfo.from_dict(values["data"])})
 
 
 def current(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a configuration by their names of today."""
-    return {_RENAMED.get(k, k): v for k, v in values.items() if k not in _RETIRED}
-
-
-def build_model(config: TrainConfig, data_dim: int) -> MLPEnergy:
-    """The energy with the initial weights of the seed. The global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return MLPEnergy(data_dim, config.hidden_sizes, config.activation)
+    return {**_ADDED, **{_RENAMED.get(k, k): v for k, v in values.items() if k not in _RETIRED}}
 
 
 def _require(name: str, value: Any, kind: type, rule: Callable[[Any], bool], words: str) -> None:

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from .. import evaluate, plot
 from ..data.dataset import Data, Images, Points
-from ..driver.info import SampleInfo
-from .apply import energies_of, fresh_samples, landscape, train_energies
+from ..energies import energy
+from .apply import energies_of, features_of, fresh_samples, landscape, train_energies
 from .atomic import write_atomically
 from .folder import ENERGIES, SUMMARY, write_json
+from .models import row_energy
 from .recipe import TrainConfig
 from .state import TrainState
 
 __all__ = ["OnWork", "held_out_states", "write_report"]
 
-# The energy gap in summary.json is the mean over this many last steps.
+# Loss and energy gap in summary.json are the means over this many last steps.
 _LAST_STEPS = 50
 
 # Sets of outliers in the picture of energies: there are no more colours.
@@ -33,6 +34,9 @@ _MAX_SHOWN = 4
 
 # A class is present if it has at least this share of the samples; one or two stray samples are no mode.
 _MIN_CLASS_SHARE = 0.01
+
+# Names of samplers in titles.
+_STEPS = {"langevin": "Langevin", "mala": "MALA", "hmc": "HMC", "predictor_corrector": "predictor-corrector"}
 
 # Called with the work at hand in words, the steps done, and their number (0 if there are none to count).
 OnWork = Callable[[str, int, int], None]
@@ -50,45 +54,23 @@ def write_report(
     Returns:
         The content of summary.json.
     """
-    config, model = state.config, state.average
+    config, model = state.config, state.trainer.average
     started = time.perf_counter()
-    samples, info = fresh_samples(
-        model,
-        config,
-        config.n_fresh,
-        dim=data.dim,
-        seed=config.seed,
-        on_steps=lambda done, steps: on_work(f"sampling {config.n_fresh:,} fresh chains", done, steps),
-    )
-    samples = samples.cpu()
-
-    held_out = held_out_states(data, config)
-    energies = {name: energies_of(model, x).numpy() for name, x in {**held_out, "samples": samples}.items()}
-    file = io.BytesIO()
-    np.save(file, train_energies(model, data))
-    write_atomically(out / ENERGIES, file.getvalue())
-    measures: dict[str, Any] = {
-        f"auroc_{name}": evaluate.auroc(energies["test"], energies[name]) for name in held_out if name != "test"
-    }
-    if isinstance(data, Images):
-        measures |= _image_measures(data, samples, config.seed, on_work)
+    title = f"fastebm: {_named(config)} after {config.steps:,} steps of {config.objective}"
+    if config.model == "pair":
+        measures = _feature_measures(model, data, on_work)
     else:
-        measures |= _point_measures(data, samples, config.seed, on_work)
-
-    on_work("drawing", 0, 0)
-    widths = " → ".join(map(str, (data.dim, *config.hidden_sizes, 1)))
-    title = f"fastebm: MLP energy {widths} after {config.steps:,} steps"
-    write_atomically(out / "samples.png", _samples_picture(model, config, data, samples, title))
-    write_atomically(out / "energies.png", _energies_picture(data, energies, measures))
+        measures = _energy_report(model, config, data, out, title, on_work)
     if metrics:
         write_atomically(out / "training.png", plot.png(plot.training_figure(metrics, title=title)))
 
-    summary = {
+    summary: dict[str, Any] = {
         **measures,
         "seed": config.seed,
-        **_what_ran(model, info),
-        "energy_gap": sum(row["energy_gap"] for row in metrics[-_LAST_STEPS:]) / max(1, len(metrics[-_LAST_STEPS:])),
-        "chain_steps": state.step * config.batch_size * config.langevin_steps,
+        **_what_ran(model),
+        **{name: _last(metrics, name) for name in ("loss", "energy_gap") if metrics and name in metrics[-1]},
+        "diverged": bool(metrics and metrics[-1].get("diverging")),
+        state.speed_of.removesuffix("_per_second"): state.step * state.work_per_step,
         "nonfinite": n_nonfinite,
         "processes": state.processes.size,
         "seconds": state.seconds,
@@ -99,7 +81,55 @@ def write_report(
     return summary
 
 
-def _what_ran(model: nn.Module, info: SampleInfo) -> dict[str, Any]:
+def _energy_report(
+    model: nn.Module, config: TrainConfig, data: Data, out: Path, title: str, on_work: OnWork
+) -> dict[str, Any]:
+    """Fresh samples, energies and their pictures. Returns the measures, and what ran."""
+    samples, info = fresh_samples(
+        model,
+        config,
+        config.n_fresh,
+        dim=data.dim,
+        seed=config.seed,
+        on_steps=lambda done, steps: on_work(f"sampling {config.n_fresh:,} fresh chains", done, steps),
+    )
+    samples, of_rows = samples.cpu(), row_energy(model, config)
+
+    held_out = held_out_states(data, config)
+    energies = {name: energies_of(of_rows, x).numpy() for name, x in {**held_out, "samples": samples}.items()}
+    file = io.BytesIO()
+    np.save(file, train_energies(of_rows, data))
+    write_atomically(out / ENERGIES, file.getvalue())
+    measures: dict[str, Any] = {
+        f"auroc_{name}": evaluate.auroc(energies["test"], energies[name]) for name in held_out if name != "test"
+    }
+    if isinstance(data, Images):
+        measures |= _image_measures(data, samples, config.seed, on_work)
+        if config.n_classes > 0:
+            measures["accuracy"] = _accuracy(model, data, config)
+    else:
+        measures |= _point_measures(data, samples, config.seed, on_work)
+
+    on_work("drawing", 0, 0)
+    write_atomically(out / "samples.png", _samples_picture(of_rows, config, data, samples, title))
+    write_atomically(out / "energies.png", _energies_picture(data, energies, measures))
+    ran = {name: getattr(info, name) for name in ("backend", "path", "precision", "why_not_fused")}
+    return {**measures, **ran}
+
+
+def _named(config: TrainConfig) -> str:
+    """The model in words, for titles."""
+    widths = " → ".join(map(str, (config.data.dim, *config.hidden_sizes, 1)))
+    return f"MLP energy {widths}" if config.model == "mlp" else f"{config.model} energy"
+
+
+def _last(metrics: list[dict[str, float]], name: str) -> float:
+    """The mean of a column over the last steps."""
+    rows = metrics[-_LAST_STEPS:]
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def _what_ran(model: nn.Module) -> dict[str, Any]:
     from importlib.metadata import version
 
     device = next(model.parameters()).device
@@ -108,10 +138,6 @@ def _what_ran(model: nn.Module, info: SampleInfo) -> dict[str, Any]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "backend": info.backend,
-        "path": info.path,
-        "precision": info.precision,
-        "why_not_fused": info.why_not_fused,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
 
@@ -141,6 +167,31 @@ def held_out_states(data: Data, config: TrainConfig) -> dict[str, Tensor]:
         order = torch.rand(data.test.shape, generator=generator).argsort(dim=0)
         states["shuffled"] = data.test.gather(0, order)
     return {**states, **data.outliers}
+
+
+def _accuracy(model: nn.Module, data: Images, config: TrainConfig) -> float:
+    """The share of held-out images whose class has the lowest energy E(x, class)."""
+    x, device = data.test / data.levels, next(model.parameters()).device
+    with torch.no_grad():
+        energies = torch.stack(
+            [energy(model, x.to(device), labels=torch.full((len(x),), k)).cpu() for k in range(config.n_classes)]
+        )
+    return float((energies.argmin(dim=0) == data.test_labels).double().mean())
+
+
+def _feature_measures(model: nn.Module, data: Data, on_work: OnWork) -> dict[str, Any]:
+    """How well the nearest neighbours of held-out images tell their classes: by features, and by pixels."""
+    if not isinstance(data, Images):
+        return {}
+    on_work("measuring", 0, 0)
+    train, test = data.states, data.test / data.levels
+    features = [features_of(model, x).numpy() for x in (train, test)]
+    pixels = [x.numpy() for x in (train, test)]
+    labels = data.train_labels.numpy(), data.test_labels.numpy()
+    return {
+        "knn_accuracy": evaluate.knn_accuracy(features[0], labels[0], features[1], labels[1]),
+        "knn_accuracy_of_pixels": evaluate.knn_accuracy(pixels[0], labels[0], pixels[1], labels[1]),
+    }
 
 
 def _image_measures(data: Images, samples: Tensor, seed: int, on_work: OnWork) -> dict[str, Any]:
@@ -183,7 +234,7 @@ def _two_sample_accuracy(real: NDArray[Any], fake: NDArray[Any], seed: int, on_w
 
 def _samples_picture(model: nn.Module, config: TrainConfig, data: Data, samples: Tensor, title: str) -> bytes:
     """Fresh samples beside held-out data."""
-    fresh = f"Fresh samples: noise, then {config.fresh_steps:,} Langevin steps"
+    fresh = f"Fresh samples: noise, then {config.fresh_steps:,} {_STEPS.get(config.sampler, config.sampler)} steps"
     if isinstance(data, Images):
         grids = {fresh: data.quantise(samples)[:100], "Real digits, held out": data.test[:100]}
         images = {name: k.reshape(-1, *data.shape).numpy() / data.levels for name, k in grids.items()}

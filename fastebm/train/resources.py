@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..data.dataset import Data
 from ..devices import checked_device
-from ..objectives import ContrastiveDivergence
 from ..threads import fastest
-from .recipe import TrainConfig, build_model
+from .models import build_model
+from .objectives import OBJECTIVES, Place, build_objective
+from .recipe import TrainConfig
 
 __all__ = ["check_memory", "resolve_device", "seconds_of_a_step"]
 
@@ -39,17 +41,33 @@ def check_memory(config: TrainConfig, dim: int, device: torch.device) -> None:
     Raises:
         ValueError: it says what takes how much.
     """
-    sizes = (dim, *config.hidden_sizes, 1)
+    with torch.device("meta"):
+        model = build_model(config)
     # The weights, their gradient, Adam's two moments, their average, and a copy that is being written to disk.
-    weights = 6 * sum(n_in * n_out + n_out for n_in, n_out in pairwise(sizes))
-    pool, batch = 2 * config.pool_size * dim, 4 * config.batch_size * sum(sizes)
+    weights = 6 * sum(p.numel() for p in model.parameters())
+    pool = 2 * config.pool_size * dim * OBJECTIVES[config.objective].pool
+    # Data and negatives, and the gradients of all numbers.
+    batch = 4 * config.batch_size * _numbers_per_row(model, config, dim)
     gib, there = [4 * n / 2**30 for n in (weights, pool, batch)], _memory(device) / 2**30
     if sum(gib) > there:
         raise ValueError(
             f"training needs some {sum(gib):,.0f} GiB, and {device} has {there:,.0f}: {gib[0]:,.1f} for the weights "
-            f"of hidden_sizes {config.hidden_sizes}, {gib[1]:,.1f} for a pool_size of {config.pool_size:,}, and "
-            f"{gib[2]:,.1f} for a batch_size of {config.batch_size:,}: take less"
+            f"of the {config.model} (hidden_sizes {config.hidden_sizes}), {gib[1]:,.1f} for a pool_size of "
+            f"{config.pool_size:,}, and {gib[2]:,.1f} for a batch_size of {config.batch_size:,}: take less"
         )
+
+
+def _numbers_per_row(model: nn.Module, config: TrainConfig, dim: int) -> int:
+    """Numbers that the layers of a model compute for one row, and the row's own. model: without values."""
+    sizes = [dim]
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    hooks = [leaf.register_forward_hook(lambda _, __, out: sizes.append(out.numel())) for leaf in leaves]
+    x = torch.empty(1, dim, device="meta")
+    conditions = {"noise_conditional": (x[:, 0],), "pair": (x,)}
+    model(x, *conditions.get(config.model, ()))
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
 
 
 def _memory(device: torch.device) -> float:
@@ -70,18 +88,13 @@ def seconds_of_a_step(config: TrainConfig, data: Data, threads: int) -> dict[int
 
     The steps train a model of their own, so a run is not affected.
     """
-    model = build_model(config, data.dim)
-    real = data.batch(config.batch_size, config.dequantisation, torch.Generator().manual_seed(config.seed))
-    objective = ContrastiveDivergence(
-        config.sampler(config.langevin_steps),
-        config.langevin_steps,
-        reg_alpha=config.reg_alpha,
-        backend=config.backend,
-        on_nonfinite="ignore",
-    )
+    model, device = build_model(config), torch.device("cpu")
+    # A small pool is as fast as a large one. Chains that explode are the run's business.
+    small = dataclasses.replace(config, pool_size=config.batch_size, on_nonfinite="reinit")
+    objective = build_objective(Place(small, data, device))
+    real, labels = data.batch(config.batch_size, config.dequantisation, torch.Generator().manual_seed(config.seed))
 
     def step() -> None:
-        with torch.random.fork_rng(devices=[]):  # the chains' noise is seeded from the global generator
-            objective(model, real).loss.backward()
+        objective(model, real, labels=labels if config.n_classes > 0 else None).loss.backward()
 
     return fastest(step, threads)

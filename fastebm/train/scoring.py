@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.info import DataInfo
 from ..data.sets import reload
-from ..energies import MLPEnergy
 from ..words import listed
-from .apply import energies_of, fresh_samples, train_energies
+from .apply import energies_of, features_of, fresh_samples, train_energies
 from .folder import ENERGIES, SUMMARY, load_model, located
+from .models import row_energy
 from .recipe import TrainConfig
 
 __all__ = ["TrainedRun", "load"]
@@ -38,13 +38,14 @@ class TrainedRun:
     """What ``load`` returns.
 
     Args:
-        model: the energy of states (n, dim), as ``langevin_sample`` and pools take it. For images, states are values
-            in [0, 1]; for rows, ``(x - data.offset) / data.scale`` within ``data.clamp``.
+        model: the energy of states (n, dim), as ``langevin_sample`` and pools take it; with labels= or condition= if
+            its kind (``config.model``) takes these. For images, states are values in [0, 1]; for rows,
+            ``(x - data.offset) / data.scale`` within ``data.clamp``.
         config: all hyper-parameters. data: the data set and its units.
-        train_energies: (n_train,) sorted energies of the training rows.
+        train_energies: (n_train,) sorted energies of the training rows; none for energies of pairs.
     """
 
-    model: MLPEnergy
+    model: nn.Module
     config: TrainConfig
     train_energies: NDArray[np.float32]
 
@@ -71,7 +72,7 @@ class TrainedRun:
             ValueError: the rows have another shape, are not finite, or are in other units.
         """
         rows = self._rows(x)
-        e = energies_of(self.model, self._states(rows))
+        e = self._energies(self._states(rows))
         if check_units and self.data.kind != "images" and len(rows) > 0:
             self._check_units(rows, e)
         return e
@@ -101,6 +102,19 @@ class TrainedRun:
         """
         samples, _ = fresh_samples(self.model, self.config, n, dim=self.data.dim, steps=steps, seed=seed)
         return self.data.to_data(samples)
+
+    def features(self, x: Any) -> Tensor:
+        """Features of rows by a run of infonce: (n, feature_size), of length 1. x: as for ``energy``.
+
+        Raises:
+            ValueError: the run trained an energy of rows, which has no features.
+        """
+        if self.config.model != "pair":
+            raise ValueError(f"the run trained an energy of rows by {self.config.objective}: features are infonce's")
+        return features_of(self.model, self._states(self._rows(x)))
+
+    def _energies(self, states: Tensor) -> Tensor:
+        return energies_of(row_energy(self.model, self.config), states)
 
     def _rows(self, x: Any) -> NDArray[np.float64]:
         """Checked rows, (n, dim), in the units of the data."""
@@ -159,7 +173,7 @@ class TrainedRun:
         way_out = "check_units=False (fastebm score --no-check-units) scores them as they are"
         raw = rows * deviation + mean
         could_be_raw = not was_standardised and self._outside(raw).mean() <= _MOST_OUTSIDE
-        if could_be_raw and self._share_far(energies_of(self.model, self._states(raw))) < _NOT_FAR:
+        if could_be_raw and self._share_far(self._energies(self._states(raw))) < _NOT_FAR:
             raise ValueError(
                 f"these rows seem to be standardised, and the run was trained on values as they are: {where}; give "
                 f"rows in its units ({way_out})"
@@ -205,11 +219,13 @@ def load(run: str | os.PathLike[str]) -> TrainedRun:
     out, path = located(run)
     kept = out / ENERGIES
     # The saved energies are of the end of the run: not of a run that is still training, nor of an earlier checkpoint.
-    if kept.exists() and (out / SUMMARY).exists() and located(out)[1].resolve() == path.resolve():
+    if config.model == "pair":
+        energies = np.empty(0, np.float32)
+    elif kept.exists() and (out / SUMMARY).exists() and located(out)[1].resolve() == path.resolve():
         try:
             energies = np.load(kept, allow_pickle=False)
         except ValueError as error:
             raise ValueError(f"{kept} is damaged ({error}): delete it, and it is computed from the data") from None
     else:
-        energies = train_energies(model, reload(config.data, config.seed))
+        energies = train_energies(row_energy(model, config), reload(config.data, config.seed))
     return TrainedRun(model, config, energies)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.dataset import Data
 from ..driver.langevin_sample import langevin_sample
-from ..objectives import ContrastiveDivergence
 from ..pool.pool import ChainPool
 from ..pool.processes import Processes
 from .checkpoint import Saved
-from .recipe import TrainConfig, build_model
+from .models import build_model, row_energy
+from .objectives import OBJECTIVES, Place, build_objective
+from .recipe import TrainConfig
 from .resources import check_memory
+from .trainer import Trainer
 from .writer import Writer
 
 __all__ = ["TrainState"]
@@ -29,51 +31,56 @@ class TrainState:
         if config.batch_size > len(data.train):
             raise ValueError(f"batch_size must be <= {len(data.train)}, the training rows, got {config.batch_size}")
         check_memory(config, data.dim, device)
-        self.config, self.device, self.processes = config, device, processes
-        self.model = build_model(config, data.dim).to(device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        # The loss goes through the wrapper, which averages the gradients of all processes.
-        self.wrapped: nn.Module = self.model
-        if processes.size > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(self.model, process_group=processes.group)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, betas=config.betas)
-        self.pool = ChainPool(
-            config.pool_size,
-            data.dim,
-            clamp=config.clamp,
-            seed=config.seed,
-            device=device,
-            reinit_prob=config.reinit_prob,
+        self.config, self.data, self.device, self.processes = config, data, device, processes
+        objective = build_objective(Place(config, data, device, processes.group))
+        self.trainer = Trainer(
+            build_model(config).to(device),
+            objective,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            betas=config.betas,
+            warmup_steps=config.warmup_steps,
+            decay=config.decay,
+            max_grad_norm=config.max_grad_norm,
+            ema_decay=config.ema_decay,
+            objective_learning_rate=config.objective_learning_rate,
             process_group=processes.group,
         )
-        self.objective = ContrastiveDivergence(
-            config.sampler(config.langevin_steps),
-            config.langevin_steps,
-            pool=self.pool,
-            reg_alpha=config.reg_alpha,
-            backend=config.backend,
-            on_nonfinite=config.on_nonfinite,
-        )
+        self.pool: ChainPool | None = getattr(objective, "pool", None)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order of the data, and dequantisation
-        self.step = 0
         self.seconds = 0.0
         # Sample no chain: if the backend can't run, this fails before anything is written.
-        langevin_sample(self.model, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend)
+        if config.model != "pair":
+            energy = row_energy(self.trainer.energy, config)
+            langevin_sample(energy, data.dim, batch_size=0, steps=0, seed=0, backend=config.backend)
 
-    def average_weights(self) -> None:
-        """Update the exponential moving average. Its decay starts small, so that it forgets the initial weights."""
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(p, 1.0 - decay)
+    @property
+    def step(self) -> int:
+        """Iterations that are done."""
+        return self.trainer.steps_done
+
+    @property
+    def speed_of(self) -> str:
+        """What the speed of training is measured in: the name of its column in metrics.jsonl."""
+        return "chain_steps_per_second" if OBJECTIVES[self.config.objective].chains else "rows_per_second"
+
+    @property
+    def work_per_step(self) -> int:
+        """Steps of chains in an iteration; or, without chains, rows of data."""
+        return self.config.batch_size * (self.config.langevin_steps if "chain" in self.speed_of else 1)
+
+    def train_step(self) -> dict[str, float]:
+        """One iteration, on a batch that is the same on all processes: see ``Trainer.step``."""
+        batch, labels = self.data.batch(self.config.batch_size, self.config.dequantisation, self.generator)
+        return self.trainer.step(batch, labels if self.config.n_classes > 0 else None)
 
     def save(self, writer: Writer) -> None:
         """Begin a checkpoint. Only the rows of the pool differ between processes."""
+        trained = self.trainer.state_dict()
         state = {"generator": self.generator.get_state()}
-        state |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            state |= {f"adam.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
-        pool = self.pool.state_dict(copy=False)
+        for part, prefix in _PREFIXES.items():
+            state |= {prefix + k: v for k, v in trained[part].items()}
+        pool = {} if self.pool is None else self.pool.state_dict(copy=False)
         values = {
             "config": self.config.to_dict(),
             "seconds": self.seconds,
@@ -81,29 +88,33 @@ class TrainState:
             "pool": {k: v for k, v in pool.items() if not isinstance(v, Tensor)},
         }
         rows = {k: v for k, v in pool.items() if isinstance(v, Tensor)}
-        writer.begin(self.step, {"model": self.average.state_dict(), "state": state}, rows, values)
+        writer.begin(self.step, {"model": trained["average"], "state": state}, rows, values)
 
     def load(self, saved: Saved) -> None:
         """Become the saved run. After an error this state must not be used."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
         with self.processes.together():
             average, state = saved.tensors("model"), saved.tensors("state")
-            rows = saved.rows(self.pool.first_chain, self.pool.n_local)
+            rows = {} if self.pool is None else saved.rows(self.pool.first_chain, self.pool.n_local)
             with _explaining(saved):
-                self.model.load_state_dict(part("model."))
-                self.average.load_state_dict(average)
-                for name, p in self.model.named_parameters():
-                    for k, v in part(f"adam.{name}.").items():
-                        # Adam keeps its step count in a tensor on the CPU.
-                        self.optimizer.state[p][k] = v if k == "step" else v.to(self.device)
+                trained: dict[str, Any] = {"average": average, "steps_done": saved.step}
+                for part, prefix in _PREFIXES.items():
+                    trained[part] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                for part in ("objective", "divergence"):  # runs of earlier versions have not saved these
+                    trained[part] = trained[part] or self.trainer.state_dict()[part]
+                self.trainer.load_state_dict(trained)
                 self.generator.set_state(state["generator"])
-                self.step, self.seconds = saved.step, saved.values["seconds"]
+                self.seconds = saved.values["seconds"]
                 pool = {**saved.values["pool"], **rows}
         with _explaining(saved):
-            self.pool.load_state_dict(pool)
+            if self.pool is not None:
+                self.pool.load_state_dict(pool)
+
+
+# Parts of ``Trainer.state_dict`` -> how their names begin in a checkpoint.
+_PREFIXES = {
+    "energy": "model.", "moments": "adam.", "objective": "objective.", "objective_moments": "objective_adam.",
+    "divergence": "divergence.",
+}  # fmt: skip
 
 
 @contextlib.contextmanager

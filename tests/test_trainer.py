@@ -1,0 +1,182 @@
+"""The trainer: its step is the loop that people write, nothing bad reaches the weights, and its state goes on."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fastebm import ChainPool, ContrastiveDivergence, Langevin, Loss, MLPEnergy, NonFiniteError, Objective, Trainer
+from fastebm.train.trainer import Divergence
+
+
+class Shifted(Objective):
+    """mean (E(x + noise) - level)^2: it draws, and has a parameter of its own. With labels, they are the levels."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed=seed)
+        self.level = nn.Parameter(torch.ones(()))
+
+    def forward(self, energy, batch, *, labels=None, batch_size=None, first_row=0):
+        x = batch + self.draws(batch, first_row).normal()
+        level = self.level if labels is None else labels
+        loss = (energy(x)[:, 0] - level).square().sum() / (batch_size or len(batch))
+        return Loss(loss, {"level": self.level.detach()})
+
+
+@pytest.fixture
+def energy(seeded):
+    return MLPEnergy(3, [5, 4])
+
+
+@pytest.fixture
+def batches(seeded):
+    return [torch.randn(6, 3) for _ in range(4)]
+
+
+def test_a_step_is_the_loop_that_people_write(energy, batches):
+    by_hand, average, objective = copy.deepcopy(energy), copy.deepcopy(energy), Shifted()
+    optimizer = torch.optim.Adam(
+        [{"params": by_hand.parameters(), "lr": 0.01}, {"params": objective.parameters(), "lr": 0.1}], betas=(0.5, 0.9)
+    )
+    trainer = Trainer(
+        energy, Shifted(), steps=4, learning_rate=0.01, betas=(0.5, 0.9), max_grad_norm=0.5, ema_decay=0.3,
+        objective_learning_rate=0.1, decay="linear",
+    )  # fmt: skip
+    for t, batch in enumerate(batches):
+        loss = objective(by_hand, batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(objective.parameters(), 0.5)
+        for group, rate in zip(optimizer.param_groups, (0.01, 0.1), strict=True):
+            group["lr"] = rate * (1 - t / 4)
+        optimizer.step()
+        decay = min(0.3, (2 + t) / (11 + t))
+        for mean, p in zip(average.parameters(), by_hand.parameters(), strict=True):
+            mean.data.lerp_(p.data, 1 - decay)
+        row = trainer.step(batch)
+        assert (row["step"], row["loss"], row["grad_norm"]) == (t + 1, loss.item(), norm.item())
+        assert row["learning_rate"] == 0.01 * (1 - t / 4)
+    for found, expected in (
+        (energy, by_hand), (trainer.objective, objective), (trainer.average, average),
+    ):  # fmt: skip
+        for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert objective.level.item() != 1.0
+
+
+def test_fit_goes_over_the_batches_until_the_steps_are_done(energy, batches):
+    rows = []
+    pairs = [(x, torch.full((6,), float(i))) for i, x in enumerate(batches)]
+    trainer = Trainer(energy, Shifted(), steps=10)
+    trainer.fit(pairs, on_step=rows.append)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    again = Trainer(MLPEnergy(3, [5, 4]), Shifted(), steps=10)
+    with pytest.raises(ValueError, match="batches ended after 4 of 10 steps"):
+        again.fit(iter(batches))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_reaches_no_weight(energy, batches, where):
+    class Broken(Shifted):
+        def forward(self, energy, batch, **options):
+            loss, metrics, _ = super().forward(energy, batch, **options)
+            if where == "loss":
+                return Loss(loss * torch.inf, metrics)
+            return Loss(loss + (self.level - self.level.detach()).abs().sqrt(), metrics)  # infinite slope at 0
+
+    trainer = Trainer(energy, Broken(), steps=3)
+    before = copy.deepcopy(trainer.state_dict()["energy"] | trainer.state_dict()["objective"])
+    with pytest.raises(NonFiniteError, match="try a smaller learning_rate"):
+        trainer.step(batches[0])
+    after = trainer.state_dict()["energy"] | trainer.state_dict()["objective"]
+    assert all(torch.equal(after[k], v) for k, v in before.items() if k != "_extra_state")
+    assert trainer.steps_done == 0
+
+
+def test_a_saved_trainer_goes_on_bit_for_bit(energy, batches):
+    trainer = Trainer(energy, Shifted(seed=1), steps=4)
+    trainer.step(batches[0])
+    trainer.step(batches[1])
+    saved = copy.deepcopy(trainer.state_dict())
+    other = Trainer(MLPEnergy(3, [5, 4]), Shifted(seed=2), steps=4)
+    other.load_state_dict(saved)
+    for batch in batches[2:]:
+        assert trainer.step(batch) == other.step(batch)
+    a, b = trainer.state_dict(), other.state_dict()
+    for part in ("energy", "average", "objective", "moments", "objective_moments", "divergence"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
+    assert set(a["objective_moments"]) == {"level.step", "level.exp_avg", "level.exp_avg_sq"}
+
+
+def test_buffers_of_the_average_are_those_of_the_energy(batches, seeded):
+    energy = MLPEnergy(3, [4], spectral_norm=True)
+    trainer = Trainer(energy, Shifted(), steps=4)
+    trainer.fit(batches)
+    for a, b in zip(trainer.average.buffers(), energy.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_optimizer_holds_all_parameters_and_keeps_its_rates(energy, batches):
+    objective = Shifted()
+    with pytest.raises(ValueError, match=r"lacks 1: add objective.parameters\(\) to it"):
+        Trainer(energy, objective, steps=2, optimizer=torch.optim.SGD(energy.parameters(), lr=0.5))
+    optimizer = torch.optim.SGD([*energy.parameters(), *objective.parameters()], lr=0.5)
+    trainer = Trainer(energy, objective, steps=2, optimizer=optimizer)
+    assert [trainer.step(x)["learning_rate"] for x in batches[:2]] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be an int >= 1, got 0"),
+        ({"decay": "step"}, "decay must be"),
+        ({"ema_decay": 1.0}, "ema_decay must be"),
+    ],
+)
+def test_bad_settings(energy, options, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(energy, Shifted(), **{"steps": 3, **options})
+
+
+def test_too_many_chains_that_start_again_end_training(energy, batches):
+    pool = ChainPool(20, 3, seed=0)
+    objective = ContrastiveDivergence(Langevin(0.1), 2, pool=pool, on_nonfinite="reinit")
+    trainer = Trainer(energy, objective, steps=5)
+    assert trainer.step(batches[0])["nonfinite"] == 0
+    pool.states[:] = torch.inf
+    before = copy.deepcopy(energy.state_dict())
+    with pytest.raises(NonFiniteError, match="of 6 chains are not finite"):
+        trainer.step(batches[1])
+    assert all(torch.equal(v, before[k]) for k, v in energy.state_dict().items())
+
+
+def rows_of(values, name="loss"):
+    return [{"step": i + 1, "loss": 0.0, name: v} for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "first"),
+    [
+        (rows_of([5.0] * 50 + [-500.0] * 100), None),  # a loss may fall as far as it likes
+        (rows_of([5.0] * 50 + [56.0] * 100), 76),  # 5 + 10 * 5 = 55, and most of the last 50 are above
+        (rows_of([0.1] * 50 + [10.0] * 100), None),  # 0.1 + 10
+        (rows_of([1.0, 900.0] * 100, "energy_gap"), 50),  # the median is the mean of both
+        (rows_of([1.0] * 60 + [900.0] * 20 + [1.0] * 60, "energy_gap"), None),  # a spike
+        (rows_of([1.0] * 60 + [-900.0] * 40, "energy_gap"), 85),
+    ],
+)
+def test_divergence_is_noticed_once_by_its_rule(rows, first):
+    watched = Divergence("energy_gap" if "energy_gap" in rows[0] else "loss")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [watched.watch(row) for row in rows]
+    assert next((i + 1 for i, diverging in enumerate(found) if diverging), None) == first
+    assert len(caught) == (first is not None)
+    again = Divergence("loss")
+    again.load_state_dict(watched.state_dict())
+    assert again.state_dict().keys() == watched.state_dict().keys()
+    assert (again.recent, again.first, again.warned) == (watched.recent, watched.first, watched.warned)
