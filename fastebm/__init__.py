@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from .energies import build as build
     from .energies import build_energy_fn as build_energy_fn
     from .energies import energy as energy
+    from .estimates import FlowLikelihood as FlowLikelihood
     from .estimates import LogPartition as LogPartition
+    from .estimates import flow_likelihood as flow_likelihood
     from .estimates import log_likelihood as log_likelihood
     from .estimates import log_partition as log_partition
+    from .estimates import probability_flow as probability_flow
     from .objectives import *  # noqa: F403
     from .pool import ChainPool as ChainPool
     from .pool import PoolCall as PoolCall
@@ -55,7 +58,9 @@ _PUBLIC = {
         "Negative", "NoiseConditionalEnergy", "PairEnergy", "ResNetEnergy", "SumEnergy", "build", "build_energy_fn",
         "energy",
     ],
-    "estimates": ["LogPartition", "log_likelihood", "log_partition"],
+    "estimates": [
+        "FlowLikelihood", "LogPartition", "flow_likelihood", "log_likelihood", "log_partition", "probability_flow",
+    ],
     "pool": ["ChainPool", "PoolCall", "PoolStats"],
     "train.scoring": ["TrainedRun", "load"],
     "train.trainer": ["Trainer"],

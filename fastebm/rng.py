@@ -43,6 +43,7 @@ __all__ = [
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # the kernel adds this step number to ``steps``
 
 # Counters per CPU thread and chunk: the fastest of 4,096 to 131,072 on Zen 4 cores. With fewer, PyTorch's cost per
 # operation dominates, or it uses no second thread; with more, the chunk does not fit the cache.
@@ -53,8 +54,6 @@ _COUNTERS_PER_THREAD = 8192
 
 # Steps for which a kernel draws at once, if each needs few numbers. Parts keep theirs, so it costs memory.
 _AHEAD = 16
-
-_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # the kernel adds this step number to ``steps``
 
 
 class Stream(IntEnum):
@@ -69,6 +68,7 @@ class Stream(IntEnum):
     GIBBS = 6
     AIS = 7
     OBJECTIVE = 8
+    PROBE = 9
 
 
 def philox4x32(

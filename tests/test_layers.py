@@ -50,6 +50,7 @@ EXEMPT = {
     "kernels/cpu/leapfrog.py:arrive": NUMBA,
     "kernels/cpu/leapfrog.py:leap": NUMBA,
     "kernels/cpu/mlp.py:_up.up": NUMBA,
+    "kernels/cpu/mlp.py:energy": NUMBA,
     "kernels/cpu/pool.py:draw": NUMBA,
     "kernels/cpu/pool.py:put": NUMBA,
     "kernels/cpu/update.py:draw": NUMBA,

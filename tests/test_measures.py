@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from commands import SMALL, error
 from tiny_runs import TINY, images
 from torch import nn
 
-from fastebm import ClassifierEnergy, MLPEnergy, SumEnergy, evaluate
+from fastebm import ClassifierEnergy, MLPEnergy, SumEnergy
 from fastebm.cli import main
 from fastebm.data.sets import load
 from fastebm.train import measures
@@ -110,11 +111,14 @@ def test_measures_of_images(digit_like):
     assert judge["judge_frechet_distance"] == pytest.approx(judge["judge_frechet_distance_of_train"])
     assert judge["judge_accuracy"] > 0.9
     assert sum(judge["judge_class_shares"]) == pytest.approx(1.0)
-    for name in ("likelihood", "kernel_density"):
-        # The clamped cells of one image, in nats: minus their mean over images is what the bits have on top.
-        volumes = digit_like.cells[1].mean()
-        expected = evaluate.bits_per_dim(torch.tensor(results[name]["mean"]), volumes, 9)
-        assert results[name]["bits_per_dim"] == pytest.approx(float(expected), rel=1e-6)
+    likelihood, density = results["likelihood"], results["kernel_density"]
+    for nats, bits in (
+        (likelihood["upper"], likelihood["bits_per_dim_lower"]),
+        (likelihood["lower"], likelihood["bits_per_dim_upper"]),
+        (density["mean"], density["bits_per_dim"]),
+    ):
+        # Of each image the log density and the log volume of its cells, and then the mean over images.
+        assert bits == pytest.approx(-(nats + float(digit_like.cells[1].mean())) / (9 * math.log(2)), rel=1e-6)
     assert results["likelihood"]["n_outside"] == 0
 
 

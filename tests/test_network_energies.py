@@ -171,8 +171,9 @@ def test_resnet_by_hand(downsample):
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 8), (28, 28), (3, 7, 9)])
 @pytest.mark.parametrize("make", [ConvEnergy, ResNetEnergy])
 def test_any_size_of_image(make, size):
-    model = make(size, (4, 4, 4))
-    assert model(torch.randn(2, *size)).shape == (2, 1)
+    model, x = make(size, (4, 4, 4)), torch.randn(2, *size)
+    assert model(x).shape == (2, 1)
+    assert torch.equal(model(x.view(2, -1, *size[-2:])), model(x))
 
 
 @pytest.mark.parametrize("make", [ConvEnergy, ResNetEnergy])
@@ -205,10 +206,11 @@ def test_why_images_are_not_fused():
         assert "autograd's gradient runs instead" in why
 
 
-def test_weights_are_laid_out_by_channels():
-    for model in (ConvEnergy((8, 8)), copy.deepcopy(ConvEnergy((8, 8))), ResNetEnergy((8, 8))):
-        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-        assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in layers)
+def test_the_memory_format_changes_no_value():
+    for model in (ConvEnergy((8, 8)), ResNetEnergy((8, 8), spectral_norm=True)):
+        model, x = model.eval(), torch.rand(N, 64)
+        other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(other(x), model(x))
 
 
 # -- classes ---------------------------------------------------------------------------------------------------------
@@ -349,8 +351,8 @@ def test_bad_settings(make, error, match):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: ConvEnergy((2, 3))(torch.zeros(4, 5)), r"states \(n, 6\) or \(n, 2, 3\), got \(4, 5\): build it"),
-        (lambda: ConvEnergy((2, 3))(torch.zeros(4, 3, 2)), r"takes states \(n, 6\) or \(n, 2, 3\), got \(4, 3, 2\)"),
+        (lambda: ConvEnergy((2, 3))(torch.zeros(4, 5)), r"states \(n, 6\) or \(n, 1, 2, 3\), got \(4, 5\): build it"),
+        (lambda: ConvEnergy((2, 3))(torch.zeros(4, 3, 2)), r"takes states \(n, 6\) or \(n, 1, 2, 3\), got \(4, 3, 2\)"),
         (lambda: ConvEnergy((2, 3), condition_size=2)(ROWS), r"condition must be \(3, 2\) .* numbers, got None"),
         (
             lambda: energy(ConvEnergy((2, 3), condition_size=2), ROWS, condition=torch.ones(N, 1)),

@@ -186,10 +186,10 @@ class _Tile:
         self.evaluator = Evaluator(description, n_rows, [weights.mlp for weights in mlps])
         self.scratch = Scratch(dim)
         pairs = zip(mlps, self.evaluator.networks, strict=True)
-        networks = [NetworkCalls(weights, evaluated, self.labels) for weights, evaluated in pairs]
+        networks = self.networks = [NetworkCalls(weights, evaluated, self.labels) for weights, evaluated in pairs]
         d, grad = description, self.grad
         curvature, mean, linear = (None if v is None else v.contiguous() for v in (d.curvature, d.mean, d.linear))
-        terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
+        terms = self.terms = [curvature, mean, int(curvature is not None), linear, int(linear is not None)]
         states = self.x, self.new
         parts = [network.gradients(states, grad, add=k > 0) for k, network in enumerate(networks)]
         if curvature is not None or linear is not None:
@@ -247,6 +247,7 @@ class _ClosedForm:
         self._built_from = description, mlps, n_chains, labels
         self.exponential = any(weights.mlp.head == "logsumexp" for weights in mlps)
         self.trajectory: tuple[Call, Program] | None = None
+        self.energies: tuple[Tensor, list[Call]] | None = None
         if self.tile.labels is not None and labels is not None:
             self.tile.labels.copy_(padded_rows(labels, self.tile.n_rows))
 
@@ -276,13 +277,12 @@ class _ClosedForm:
         if self.trajectory is None:
             at = torch.zeros(1, dtype=torch.int64, device="cpu")
             sizes = n, v.shape[1], v.stride(0)
-            move = kernels.load("leapfrog.move").prepared(v, tile.grad, tile.x, *sizes, None, 0, 0, 0, at)
+            move = kernels.load("leapfrog.move").prepared(v, tile.grad, tile.x, *sizes, None, 0, 0, at)
             calls = [move, *tile.gradients[0]]
             self.trajectory = move, Program(calls, calls, at)
         move, program = self.trajectory
-        h = h.contiguous()
-        per_chain, per_dim = h.ndim == 2 and len(h) > 1, h.ndim > 0 and h.shape[-1] > 1
-        move.aim(h=h, h_chain=h.stride(0) if per_chain else 0, h_dim=int(per_dim), n=n, n_leapfrog=n_leapfrog)
+        h = h.expand(len(h) if h.ndim == 2 else 1, v.shape[1]).contiguous()  # h of each dim: the loop is a vector loop
+        move.aim(h=h, h_chain=h.stride(0) if len(h) > 1 else 0, n=n, n_leapfrog=n_leapfrog)
         program.run(0, n_leapfrog)
         x, gradient = tile.x[:n].clone(), tile.grad[:n].clone()
         program.t.fill_(n_leapfrog)
@@ -292,7 +292,15 @@ class _ClosedForm:
 
     def _value_after(self) -> Tensor:
         """E at the states of the last gradient, which left the activations of the last hidden layer unchanged."""
-        return self.tile.evaluator.energy_after(self.tile.x, self.tile.labels)
+        if self.energies is None:
+            tile, out = self.tile, self.tile.x.new_empty(self.tile.n_rows)
+            terms = tile.x, tile.x.shape[1], tile.x.stride(0), *tile.terms
+            first, *others = tile.networks
+            self.energies = out, [first.energy(out, False, terms), *(network.energy(out, True) for network in others)]
+        out, calls = self.energies
+        for call in calls:
+            call()
+        return out + self.tile.evaluator.constant
 
     def repeated(self, k: int) -> _ClosedForm:
         """The energy of k copies of each chain."""

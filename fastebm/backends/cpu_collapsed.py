@@ -30,9 +30,12 @@ class _Collapsed(Collapsed):
         super().__init__(layer, n_chains, labels)
         self.t = torch.zeros(1, dtype=torch.int64, device="cpu")
         pairs = zip(weights, self.networks, strict=True)
-        found = [NetworkCalls(w, network, self.labels).slopes() for w, network in pairs]
+        networks = [NetworkCalls(w, network, self.labels) for w, network in pairs]
+        found = [calls.slopes(self.u[:, block]) for calls, block in zip(networks, layer.blocks, strict=True)]
         self.places = [where for _, where in found]
-        self.gradient_calls = [call for calls, _ in found for call in calls]
+        self.total = self.x.new_empty(self.n_rows)
+        self.energy_calls = [calls.energy(self.total, k > 0) for k, calls in enumerate(networks)]
+        self.gradient_calls, at_u = ([call for calls, _ in found for call in calls[k]] for k in range(2))
         leap = kernels.load("leapfrog.leap")
         self.leaps = [
             leap.prepared(
@@ -46,7 +49,7 @@ class _Collapsed(Collapsed):
             for k, (s, block) in enumerate(zip(self.places, layer.blocks, strict=True))
         ]
         self.pull_calls = [call for calls in products for call in calls]
-        calls = [*self.leaps, *self.gradient_calls, *self.pull_calls]
+        calls = [*self.leaps, *at_u, *self.pull_calls]
         self.program = Program(calls, calls, self.t)
         self.scale = self.x.new_ones(self.x.shape[1]) if layer.scale is None else layer.scale.contiguous()
         self.scratch = Scratch(self.x.shape[1])
@@ -147,9 +150,9 @@ class _Collapsed(Collapsed):
             self._differentiate()
             return value
         self._differentiate()
-        # The gradient leaves the activations of the last hidden layer unchanged.
-        values = [network.energy(network.h[-1], self.labels) for network in self.networks]
-        return sum(values[1:], values[0])
+        for call in self.energy_calls:
+            call()
+        return self.total.clone()
 
 
 class _Step:

@@ -20,6 +20,9 @@ __all__ = ["FEW_DIMS", "NetworkCalls", "Program", "Weights", "weights_of"]
 # Up to this many dims, the activation loops compute the products with the first weight, for which BLAS is slow.
 FEW_DIMS = 4
 
+# Arguments of ``mlp.energy`` for an energy without a quadratic and a linear term.
+_NO_TERMS = (None, 0, 0, None, None, 0, None, 0)
+
 
 class Weights:
     """The weights of one MLP of the energy's sum, in the layouts that the kernels read. Shared by all tiles."""
@@ -69,10 +72,23 @@ class NetworkCalls:
         rest = self._rest() + self._down(out, add)
         return [[*self._up(0, x), *rest] for x in states]
 
-    def slopes(self) -> tuple[list[Callable[[], object]], Tensor]:
-        """The calls that compute dE_k/dz of the first layer from its product with x in z[0], and where they put it."""
+    def slopes(self, u: Tensor) -> tuple[list[list[Callable[[], object]]], Tensor]:
+        """The calls that compute dE_k/dz of the first layer, and where they put it: calls that find its product with x
+        in z[0], and calls that find it in u."""
         where = self.z[0] if len(self.z) == 1 and self.weights.mlp.head != "logsumexp" else self.h[0]
-        return [*self._up(0, None), *self._rest(), *self._down(None, False)], where
+        rest = self._rest() + self._down(None, False)
+        (first,) = self._up(0, None)
+        assert isinstance(first, Call)  # no product comes before it
+        return [[call, *rest] for call in (first, first.again(x=u, x_stride=u.stride(0), few=-1))], where
+
+    def energy(self, out: Tensor, add: bool, terms: Sequence[Any] = _NO_TERMS) -> Call:
+        """The call that computes out (+)= w_k E_k plus the terms, (n_rows,), after a gradient.
+
+        It reads the activations of the last layer, which the gradient of a logsumexp overwrites.
+        """
+        w, h, labels = self.weights, self.h[-1], self.labels
+        layer = h, self.n_rows, h.shape[1], h.stride(0), w.heads[-1], w.biases[-1], labels, int(labels is not None)
+        return kernels.load("mlp.energy").prepared(out, *layer, int(add), *terms)
 
     def _rest(self) -> list[Callable[[], object]]:
         return [call for i in range(1, len(self.z)) for call in self._up(i, self.h[i - 1])]

@@ -45,11 +45,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_writable(out, (".json",))
     device = resolve_device(arguments.device)
     model, config = load_model(arguments.source)
+    model.to(device).eval()
     with Progress() as progress, on_threads(getattr(arguments, "threads", None)):
         progress.show(f"reading {config.data.name}")
         data = reload(config.data, config.seed)
         samples, info = fresh_samples(
-            model.to(device),
+            model,
             config,
             getattr(arguments, "n", config.n_fresh),
             dim=config.data.dim,

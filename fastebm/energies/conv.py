@@ -22,7 +22,9 @@ class ConvEnergy(ImageEnergy):
     """E(x) of a small convolutional network: (batch, dim) or (batch, *shape) -> (batch, outputs).
 
     Each layer is a 3x3 convolution of stride 2, which halves height and width, and an activation. Full resolution is
-    where convolutions are slow: with stride 1 in the first layer, a pass takes some four times as long.
+    where convolutions are slow: with stride 1 in the first layer, a pass takes some four times as long. On a CPU,
+    ``model.to(memory_format=torch.channels_last)`` saves about a tenth of the time, and a fifth with a ResNetEnergy.
+    safetensors then asks for contiguous copies of the weights.
 
     Args:
         shape: of one state, (height, width) or (channels, height, width).
@@ -52,7 +54,6 @@ class ConvEnergy(ImageEnergy):
         self.shifts = nn.ModuleList(self.shift(n) for n in self.channels)
         height, width = (-(-size // 2 ** len(self.channels)) for size in self.shape[-2:])
         self.head = self.normed(nn.Linear(self.channels[-1] * height * width, self.outputs))
-        self.finish()
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """(batch, dim) or (batch, *shape), and (batch, condition_size) if built for one -> (batch, outputs)."""

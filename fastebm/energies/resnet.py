@@ -69,7 +69,6 @@ class ResNetEnergy(ImageEnergy):
         )
         self.norm = _norm(groups, self.channels[-1])
         self.head = self.normed(nn.Linear(self.channels[-1], self.outputs))
-        self.finish()
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """(batch, dim) or (batch, *shape), and (batch, condition_size) if built for one -> (batch, outputs)."""

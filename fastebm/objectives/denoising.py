@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..energies.conditions import condition_parameter
+from ..energies import takes_condition
 from ..energies.functions import name_of_forward
-from ..scalars import checked_number, number_or_tensor
+from ..energies.noise_conditional import checked_betas, variance_preserving
+from ..samplers.annealed import checked_sigmas
+from ..scalars import checked_number
 from .base import Loss, Objective
 from .gradients import input_gradient, with_all_weights
 
@@ -57,7 +59,7 @@ class _Denoising(Objective):
         n = len(batch) if batch_size is None else batch_size
         draws = self.draws(batch, first_row)
         alpha, sigma, scale, condition = self._levels(draws.strata(n))
-        if condition is not None and condition_parameter(energy, "condition") is None:
+        if condition is not None and not takes_condition(energy, "condition"):
             raise ValueError(
                 f"{type(self).__name__} trains an energy of states and noise levels, and {name_of_forward(energy)} "
                 "takes x only: use a noise-conditional energy, forward(x, sigma), or DenoisingScoreMatching"
@@ -112,8 +114,8 @@ class MultiLevelDenoisingScoreMatching(_Denoising):
     Metrics: ``noise_error``, as ``DenoisingScoreMatching`` has it.
 
     Args:
-        sigmas: the noise levels, > 0, in units of the state: a sequence of numbers, a tensor or an array. A geometric
-            sequence from the spread of the data down to its finest details is usual.
+        sigmas: noise levels, decreasing and > 0, in units of the state: a sequence of numbers or a (n_levels,) tensor
+            or array. Usual is a geometric sequence from the largest distance between data to their finest details.
         sigma_0: noise level of a single energy E(x), > 0. None: the energy takes the level as its second argument.
         seed: of the noise and of the levels: see ``Objective``.
     """
@@ -122,11 +124,7 @@ class MultiLevelDenoisingScoreMatching(_Denoising):
         self, sigmas: Sequence[float] | Tensor, *, sigma_0: float | None = None, seed: int | None = None
     ) -> None:
         super().__init__(seed=seed)
-        values: Any = number_or_tensor(sigmas)
-        values = values.tolist() if isinstance(values, Tensor) else values
-        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-            raise ValueError(f"sigmas must be one or more numbers > 0, got {sigmas!r}")
-        self.sigmas = tuple(checked_number("each of sigmas", value, positive=True) for value in values)
+        self.sigmas = checked_sigmas(sigmas)
         self.sigma_0 = None if sigma_0 is None else checked_number("sigma_0", sigma_0, positive=True)
 
     def _levels(self, u: Tensor) -> _Levels:
@@ -156,19 +154,15 @@ class VariancePreservingScoreMatching(_Denoising):
         self, beta_min: float = 0.1, beta_max: float = 20.0, *, t_min: float = 1e-5, seed: int | None = None
     ) -> None:
         super().__init__(seed=seed)
-        self.beta_min = checked_number("beta_min", beta_min, positive=True)
-        self.beta_max = checked_number("beta_max", beta_max, positive=True)
+        self.betas = checked_betas((beta_min, beta_max))
         self.t_min = checked_number("t_min", t_min, positive=True)
-        if not self.beta_min <= self.beta_max:
-            raise ValueError(f"beta_min must be at most beta_max, got {beta_min} and {beta_max}")
         if not self.t_min < 1:
             raise ValueError(f"t_min must be in (0, 1), got {t_min}")
 
     def _levels(self, u: Tensor) -> _Levels:
         t = 1.0 - (1.0 - self.t_min) * u
-        log_alpha = -0.5 * t * self.beta_min - 0.25 * t.square() * (self.beta_max - self.beta_min)
-        sigma = (-torch.expm1(2.0 * log_alpha)).sqrt()  # 1 - alpha^2 would lose its digits near t = 0
-        return _Levels(log_alpha.exp(), sigma, sigma, t)
+        alpha, sigma = variance_preserving(t, self.betas)
+        return _Levels(alpha, sigma, sigma, t)
 
 
 def _per_row(values: Tensor, batch: Tensor) -> Tensor:

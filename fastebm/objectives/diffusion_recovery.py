@@ -48,6 +48,7 @@ class DiffusionRecoveryLikelihood(Objective):
             deviation, so that blurred data are close to N(0, sigma_1^2), and the last smaller than the data's details.
         sampler_steps: Langevin steps per level, >= 1.
         step_scale: > 0. A step has the size (step_scale s)^2, so a chain moves by s in about 1 / step_scale^2 steps.
+            Chains explode unless it is well below 2 sigma_k / sigma_{k-1}, for all levels.
         reg_alpha: weight of the regulariser of ``contrastive_divergence_loss``, >= 0; 0 in the paper.
         on_nonfinite: as for ``langevin_sample``.
         seed: see ``Objective``.

@@ -20,9 +20,14 @@ NO_GRADIENT = (
 )
 
 
-def _gradient(value: Tensor, x: Tensor) -> Tensor | None:
-    """The gradient of value.sum() with respect to x; None if value does not depend on x."""
+def _gradient(value: Tensor, x: Tensor, twice: bool) -> Tensor | None:
+    """The gradient of value.sum() with respect to x; None if value does not depend on x.
+
+    twice: with a graph, to be differentiated again.
+    """
     ones = torch.ones_like(value)  # the same gradient, without computing the sum
+    if twice:
+        return torch.autograd.grad(value, x, ones, create_graph=True, allow_unused=True)[0]
     if value.is_cpu and x.is_cpu and type(value) is Tensor and (engine := _engine()) is not None:
         return engine(value, x, ones)
     return torch.autograd.grad(value, x, ones, allow_unused=True)[0]
@@ -119,9 +124,33 @@ class Energy:
         """``gradient`` for loops that enter ``differentiating`` once themselves. x: a leaf that requires grad."""
         return self._both(x, condition)[1]
 
-    def _both(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gradient_and_trace(
+        self, x: Tensor, condition: Tensor | None = None, probes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """dE/dx, (n, dim), and the trace of each chain's Hessian, (n,).
+
+        probes: (k, n, dim) vectors v of covariance I: the trace is estimated by the mean of v^T H v (Hutchinson 1989),
+        for k backward passes. None: it is exact, for one backward pass per dim.
+        """
+        if len(x) == 0:
+            return x, x.new_empty(0)
+        with self.differentiating():
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+            gradient = self._both(x, condition, twice=True)[1]
+
+            if not gradient.requires_grad:  # E is linear in x
+                return gradient, x.new_zeros(len(x))
+            vectors = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, None] if probes is None else probes
+            traces = [
+                (torch.autograd.grad((gradient * v).sum(), x, retain_graph=True)[0] * v).sum(dim=1) for v in vectors
+            ]
+            trace = torch.stack(traces).sum(dim=0) / (1 if probes is None else len(probes))
+            return gradient.detach(), trace.detach()
+
+    def _both(self, x: Tensor, condition: Tensor | None, *, twice: bool = False) -> tuple[Tensor, Tensor]:
+        """twice: the gradient has a graph, to be differentiated again."""
         value = self._evaluated(x, condition)
-        if value.requires_grad and (grad := _gradient(value, x)) is not None:
+        if value.requires_grad and (grad := _gradient(value, x, twice)) is not None:
             return value, grad
         raise ValueError(NO_GRADIENT)
 

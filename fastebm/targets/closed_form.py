@@ -195,10 +195,6 @@ class Evaluator:
         values = [network.energy(network.forward(x), labels) for network in self.networks]
         return self._energy(x, values)
 
-    def energy_after(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """``energy`` without a forward pass: from the last layer's activations in the buffers."""
-        return self._energy(x, [network.energy(network.h[-1], labels) for network in self.networks])
-
     def energy_and_gradient(self, x: Tensor, labels: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
         """E(x), and out = dE/dx, from one forward pass."""
         values = []

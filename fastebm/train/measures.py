@@ -223,11 +223,8 @@ def _likelihood(subject: Subject) -> dict[str, Any]:
         n_temperatures=_TEMPERATURES, n_chains=_AIS_CHAINS, seed=subject.seed, device=subject.device,
     )  # fmt: skip
     held_out = evaluate.held_out_likelihood(subject.model, states.to(subject.device), log_z)
-    result = {
-        "log_z": log_z.log_z, "log_z_error": log_z.standard_error, "log_z_upper": log_z.upper, "ess": log_z.ess,
-        **dataclasses.asdict(held_out),
-    }  # fmt: skip
-    return result | _bits(subject, held_out.mean, volumes)
+    of_bounds = {"log_z": log_z.log_z, "log_z_upper": log_z.upper, "ess": log_z.ess, **dataclasses.asdict(held_out)}
+    return of_bounds | _bits(subject, volumes, bits_per_dim_lower=held_out.upper, bits_per_dim_upper=held_out.lower)
 
 
 def _quadrature(subject: Subject) -> dict[str, Any]:
@@ -251,15 +248,16 @@ def _kernel_density(subject: Subject) -> dict[str, Any]:
         )[0].numpy()  # fmt: skip
     log_density, bandwidth = evaluate.kernel_density(train, states.numpy(), seed=subject.seed)
     mean = float(log_density.mean())
-    return {"mean": mean, "bandwidth": bandwidth, **_bits(subject, mean, volumes)}
+    return {"mean": mean, "bandwidth": bandwidth, **_bits(subject, volumes, bits_per_dim=mean)}
 
 
-def _bits(subject: Subject, mean: float, volumes: Tensor) -> dict[str, Any]:
-    """Bits per dim, for images alone."""
+def _bits(subject: Subject, volumes: Tensor, **likelihoods: float) -> dict[str, Any]:
+    """Bits per dim in place of log-likelihoods, by name; for images alone."""
     if not isinstance(subject.data, Images):
         return {}
-    likelihood = torch.tensor(mean, dtype=torch.float64)
-    return {"bits_per_dim": float(evaluate.bits_per_dim(likelihood, volumes.mean(), subject.data.dim))}
+    nats = torch.tensor(list(likelihoods.values()), dtype=torch.float64)
+    bits = evaluate.bits_per_dim(nats, volumes.mean().expand(len(nats)), subject.data.dim)
+    return dict(zip(likelihoods, bits.tolist(), strict=True))
 
 
 # -- classifiers --------------------------------------------------------------------------------------------

@@ -90,10 +90,10 @@ class Call:
     def __call__(self) -> None:
         self.kernel.run(self.block)
 
-    def again(self, **tensors: Tensor) -> Call:
-        """A copy of this call with other tensors for some arguments."""
-        call = Call(self.kernel, type(self.block).from_buffer_copy(self.block), (self.kept, tensors))
-        call.aim(**tensors)
+    def again(self, **arguments: Tensor | int) -> Call:
+        """A copy of this call with other values of some arguments."""
+        call = Call(self.kernel, type(self.block).from_buffer_copy(self.block), (self.kept, arguments))
+        call.aim(**arguments)
         return call
 
     def aim(self, **arguments: Tensor | int) -> None:

@@ -12,24 +12,23 @@ _ZERO, _HALF, _ONE = float32(0.0), float32(0.5), float32(1.0)
 
 
 def move(
-    v: f32s, grad: f32s, x: f32s, n: int, dim: int, stride: int, h: f32s, h_chain: int, h_dim: int, n_leapfrog: int,
-    t: i64s,
+    v: f32s, grad: f32s, x: f32s, n: int, dim: int, stride: int, h: f32s, h_chain: int, n_leapfrog: int, t: i64s
 ):  # fmt: skip
     """v -= h grad, with h / 2 at t = 0 and t = n_leapfrog, then x += h v, but not at t = n_leapfrog.
 
-    v, grad, x: (n, stride) float32 of dim columns. h: h_chain apart per chain and h_dim per dim. t: (1,).
+    v, grad, x: (n, stride) float32 of dim columns. h: of each dim, rows h_chain apart. t: (1,).
     """
     share = _HALF if t[0] == 0 or t[0] == n_leapfrog else _ONE
     for i in range(n):
         at, step = i * stride, i * h_chain
         if t[0] < n_leapfrog:
             for j in range(dim):
-                w = v[at + j] - share * h[step + j * h_dim] * grad[at + j]
+                w = v[at + j] - share * h[step + j] * grad[at + j]
                 v[at + j] = w
-                x[at + j] += h[step + j * h_dim] * w
+                x[at + j] += h[step + j] * w
         else:
             for j in range(dim):
-                v[at + j] -= share * h[step + j * h_dim] * grad[at + j]
+                v[at + j] -= share * h[step + j] * grad[at + j]
 
 
 def leap(
@@ -38,13 +37,14 @@ def leap(
     curvature: float, t: i64s,
 ):  # fmt: skip
     """The same in the first layer (fastebm/targets/collapsed.py): b -= kick (s + curvature a) and
-    q -= kick (pull + curvature u), then a += drift b, u += drift q and z = u, but not at t = n_leapfrog.
+    q -= kick (pull + curvature u), then a += drift b and u += drift q, but not at t = n_leapfrog. The last u is also
+    written to z.
 
     At t = 0, a and b count as 0, and u, q, s and pull are read from u_0 to pull_0, (n_chains, stride); rows from
     n_chains on start at 0.
 
-    s, pull, a, b, u, q, z: (n, stride) float32 of width columns. s may be z. kicks, drifts: (steps, rows), of which row
-    t[0] is used; rows is 1 or n.
+    s, pull, a, b, u, q, z: (n, stride) float32 of width columns. s may be z. kicks, drifts: (steps, rows), of which
+    row t[0] is used; rows is 1 or n.
     """
     for i in range(n):
         at, row = i * stride, t[0] * rows + (i if rows > 1 else 0)
@@ -56,12 +56,10 @@ def leap(
                 a[j] = drift * v
                 w = q_0[j] - kick * (pull_0[j] + curvature * u_0[j])
                 q[j] = w
-                x = u_0[j] + drift * w
-                u[j] = x
-                z[j] = x
+                u[j] = u_0[j] + drift * w
         elif t[0] == 0:
             for j in range(at, at + width):
-                a[j], b[j], u[j], q[j], z[j] = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
+                a[j], b[j], u[j], q[j] = _ZERO, _ZERO, _ZERO, _ZERO
         elif t[0] < n_leapfrog:
             for j in range(at, at + width):
                 v = b[j] - kick * (s[j] + curvature * a[j])
@@ -70,13 +68,14 @@ def leap(
             for j in range(at, at + width):
                 w = q[j] - kick * (pull[j] + curvature * u[j])
                 q[j] = w
-                x = u[j] + drift * w
-                u[j] = x
-                z[j] = x
+                u[j] += drift * w
         else:
             for j in range(at, at + width):
                 b[j] -= kick * (s[j] + curvature * a[j])
                 q[j] -= kick * (pull[j] + curvature * u[j])
+        if t[0] == n_leapfrog - 1:
+            for j in range(at, at + width):
+                z[j] = u[j]
 
 
 def _along(a, y, y_0, v_0, at, n, alpha_1, beta):  # type: ignore[no-untyped-def]
