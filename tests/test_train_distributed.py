@@ -27,18 +27,26 @@ from fastebm.train import checkpoint, writer
 from fastebm.train import loop as training
 from fastebm.train.folder import saved_config
 from fastebm.train.loop import train
-from fastebm.train.recipe import TrainConfig
+from fastebm.train.recipe import TrainConfig, configured
 
 TINY = TrainConfig(
     seed=3, steps=6, batch_size=9, hidden_sizes=(7, 5), pool_size=20, langevin_steps=2, warmup_steps=0, device="cpu"
 )  # fmt: skip
 FEW = dataclasses.replace(TINY, batch_size=2)
+SMALL = {"seed": 3, "steps": 6, "batch_size": 9, "hidden_sizes": (7, 5), "langevin_steps": 2, "warmup_steps": 0}
+OTHERS = {  # chains from the data, draws alone, and a parameter of its own
+    "cd": configured(images(), {**SMALL, "objective": "cd", "device": "cpu"}),
+    "multi_dsm": configured(images(), {**SMALL, "objective": "multi_dsm", "device": "cpu"}),
+    "nce": configured(
+        images(), {**SMALL, "objective": "nce", "device": "cpu", "objective_options": {"n_components": 2}}
+    ),
+}
 TIMEOUT = 60  # seconds; a process that is left waiting fails the test
 
 
 def run(config, out, *, rank=0, size=1, meet=None, **options):
     """One process of a run; what it tells."""
-    training.write_report = lambda run, *_: {"n_nonfinite": run.pool.stats().nonfinite} if size == 1 else {"here": rank}
+    training.write_report = lambda *_: {"here": rank}
     group = None
     if size > 1:
         dist.init_process_group(
@@ -61,6 +69,18 @@ def whole(folder, **place):
 def few(folder, **place):
     """Some have no chain and no data in a step."""
     return run(FEW, folder / "run", **place)
+
+
+def cd(folder, **place):
+    return run(OTHERS["cd"], folder / "run", **place)
+
+
+def multi_dsm(folder, **place):
+    return run(OTHERS["multi_dsm"], folder / "run", **place)
+
+
+def nce(folder, **place):
+    return run(OTHERS["nce"], folder / "run", **place)
 
 
 def stopped(folder, rank, **place):
@@ -156,7 +176,7 @@ def damaged(folder, rank, **place):
 
 SCENES = [
     (whole, 2), (whole, 3), (few, 3), (stopped, 3), (resumed, 2), (killed, 2), (other_configs, 2), (in_use, 2),
-    (full_disk, 2), (not_finite, 2), (reinit, 2), (damaged, 3),
+    (full_disk, 2), (not_finite, 2), (reinit, 2), (damaged, 3), (cd, 2), (multi_dsm, 2), (nce, 2),
 ]  # fmt: skip
 
 
@@ -200,7 +220,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "write_report", lambda *_: {})
-        for name, config in (("whole", TINY), ("few", FEW)):
+        for name, config in (("whole", TINY), ("few", FEW), *OTHERS.items()):
             train(config, folder / name, data=images())
     return folder
 
@@ -217,18 +237,21 @@ def same_run(out, expected):
     """The same numbers but for the order of sums."""
     a, b = metrics(out), metrics(expected)
     assert [row["step"] for row in a] == [row["step"] for row in b] == [1, 2, 3, 4, 5, 6]
-    for name in ("loss", "energy_real", "energy_samples", "grad_norm"):
+    assert a[0].keys() == b[0].keys()
+    for name in a[0].keys() - {"seconds", "chain_steps_per_second", "rows_per_second"}:
         assert [row[name] for row in a] == pytest.approx([row[name] for row in b], rel=1e-4, abs=1e-6)
     a_end, b_end = (checkpoint.Saved(checkpoint.newest(run / "checkpoints")) for run in (out, expected))
     assert a_end.step == b_end.step == 6
     for name, t in b_end.tensors("model").items():
         torch.testing.assert_close(a_end.tensors("model")[name], t, rtol=1e-4, atol=1e-6)
-    for name in ("steps", "reinits"):
-        assert torch.equal(a_end.rows(0, 20)[name], b_end.rows(0, 20)[name])
-    assert torch.equal(a_end.tensors("state")["generator"], b_end.tensors("state")["generator"])
+    for name, t in b_end.tensors("state").items():
+        torch.testing.assert_close(a_end.tensors("state")[name], t, rtol=1e-4, atol=1e-6)
+    if b_end.values["pool"]:
+        for name in ("steps", "reinits"):
+            assert torch.equal(a_end.rows(0, 20)[name], b_end.rows(0, 20)[name])
 
 
-@pytest.mark.parametrize("name", ["whole 2", "whole 3", "few 3"])
+@pytest.mark.parametrize("name", ["whole 2", "whole 3", "few 3", "cd 2", "multi_dsm 2", "nce 2"])
 def test_distributed_training_is_that_of_one_process(scenes, alone, name):
     same_run(scenes / name / "run", alone / name.split()[0])
     assert told(scenes, name) == [{"here": 0}] + [{}] * (int(name[-1]) - 1)  # only the first one reports

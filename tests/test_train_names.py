@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_runs import images, same_end, tree
+from tiny_runs import images, metrics, same_end, tree
 
 import fastebm
 from fastebm.cli.settings import parsed
+from fastebm.data.dataset import Images
 from fastebm.data.sets import load
 from fastebm.train import loop as training
 from fastebm.train.apply import fresh_samples
@@ -174,7 +175,6 @@ def test_fresh_chains_of_a_conditional_energy_have_classes_in_turn():
         ("moons", {"objective": "nce", "objective_options": {"noise": "pink"}}, "objective.noise must be gaussian"),
         ("moons", {"model_options": {"input_size": 3}}, "the model mlp has no option 'input_size'"),
         ("moons", {"sampler_options": {"step_size": 3}}, "the sampler langevin has no option 'step_size'"),
-        ("mnist5k", {"objective": "esm"}, "ExactScoreMatching .* at most .* dims, got 784"),
         ("moons", {"objective_learning_rate": 0.0}, "objective_learning_rate must be a number > 0, or None"),
     ],
 )
@@ -185,6 +185,29 @@ def test_names_and_options_that_do_not_go_together_are_refused_before_anything_i
     with pytest.raises(ValueError, match=message):
         train(configured(rows, {**SMALL, "batch_size": 8, **changes}), tmp_path / "run", data=rows)
     assert not (tmp_path / "run").exists()
+
+
+def test_exact_score_matching_refuses_many_dims_before_a_run_begins(tmp_path):
+    x = torch.zeros(20, 121)
+    rows = Images(x, torch.zeros(20).long(), x, torch.zeros(20).long(), shape=(11, 11), levels=8)
+    with pytest.raises(ValueError, match=r"ExactScoreMatching .* at most 100 dims, got 121: use SlicedScoreMatching"):
+        train(configured(rows, {**SMALL, "objective": "esm"}), tmp_path / "run", data=rows)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_rows_of_the_metrics(tmp_path, no_report, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"tensorboard.* is missing: pip install .fastebm\[tensorboard\]"):
+            train(tiny("dsm"), tmp_path / "run", data=images(), tensorboard=True)
+    assert not (tmp_path / "run").exists()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tiny("dsm"), tmp_path / "run", data=images(), tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = events.Scalars("loss")
+    assert [e.step for e in found] == [1, 2, 3, 4, 5, 6]
+    assert [e.value for e in found] == pytest.approx([row["loss"] for row in metrics(tmp_path / "run")])
 
 
 def test_options_survive_json_and_add_to_the_recipe():

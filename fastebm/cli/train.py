@@ -35,6 +35,9 @@ _WORDS = """Train an energy (by default an MLP, by persistent contrastive diverg
 on held-out data and draw it. Ctrl-C (or SIGTERM) saves the run, and --resume continues it with the same bits. On
 several processes: torchrun --nproc-per-node 2 -m fastebm train ..."""
 
+# Options that say nothing about the run.
+_OF_CALL = ("checkpoint_every", "tensorboard")
+
 # Options of how a file is read. A resumed run reads it as before.
 _READING = ("columns", "drop", "header", "label")
 
@@ -108,6 +111,9 @@ def add(commands: Any) -> None:
         "--checkpoint-every", type=positive, default=CHECKPOINT_EVERY, metavar="N", help="steps between checkpoints"
     )
     command.add_argument(
+        "--tensorboard", action="store_true", help="also write the metrics for TensorBoard, into RUN/tensorboard"
+    )
+    command.add_argument(
         "--out", type=Path, default=argparse.SUPPRESS, metavar="RUN",
         help="run folder to write, new or empty (default: runs/<data>-<time>)",
     )  # fmt: skip
@@ -133,7 +139,7 @@ def _add_names(command: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     need("matplotlib", "pandas", "sklearn", "safetensors")
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "checkpoint_every")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", *_OF_CALL)}
     if "hidden_sizes" in given:
         given["hidden_sizes"] = flat(given["hidden_sizes"])
     settings = recipe_settings.parsed(given.pop("settings", ()))
@@ -190,6 +196,7 @@ def _train(arguments: argparse.Namespace) -> int:
                         data=data,
                         resume=resume is not None,
                         checkpoint_every=arguments.checkpoint_every,
+                        tensorboard=arguments.tensorboard,
                         process_group=group,
                         on_step=on_step,
                         on_phase=progress.show,
@@ -293,8 +300,8 @@ def show_summary(out: Path, config: TrainConfig, summary: dict[str, Any]) -> Non
             f"  training diverged{words} (training.png): try --set learning_rate={config.learning_rate / 3:.1g}, or "
             "logarithms of heavy tails"
         )
-    pictures = [name for name in ("samples.png", "energies.png", "training.png") if (out / name).exists()]
-    print(f"  look at {out / pictures[0]}{''.join(f', {name}' for name in pictures[1:])}")
+    pictures = "training.png" if config.model == "pair" else "samples.png, energies.png and training.png"
+    print(f"  look at {out / pictures}")
 
 
 def _has_checkpoint(out: Path) -> bool:

@@ -5,6 +5,7 @@
       step-00001200/
         model.safetensors     the averaged weights, for sampling
     metrics.jsonl             one line per step
+    tensorboard/              the same for TensorBoard, if asked for
     summary.json              held-out measures, device, backend and versions
     train_energies.npy        sorted energies of the training rows
     samples.png  energies.png  training.png
@@ -16,10 +17,11 @@ The others from summary.json on are written when training is done.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from .models import build_model
 from .recipe import TrainConfig, current
 
 __all__ = [
+    "BOARD",
     "CHECKPOINTS",
     "CONFIG",
     "ENERGIES",
@@ -46,6 +49,8 @@ __all__ = [
     "located",
     "locked",
     "metrics_up_to",
+    "need_tensorboard",
+    "open_board",
     "open_log",
     "saved_config",
     "write_json",
@@ -57,6 +62,8 @@ CHECKPOINTS, CONFIG, METRICS, SUMMARY = "checkpoints", "config.json", "metrics.j
 ENERGIES = "train_energies.npy"
 
 EVALUATION = "evaluation.json"
+
+BOARD = "tensorboard"
 
 _LOCK = ".lock"
 
@@ -180,6 +187,33 @@ def open_log(path: Path | None) -> Iterator[Any]:
         if error.filename is None:  # a failed write does not say which file it was
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def need_tensorboard() -> None:
+    """Raise ValueError unless tensorboard is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError('--tensorboard needs a package that is missing: pip install "fastebm[tensorboard]"')
+
+
+@contextlib.contextmanager
+def open_board(out: Path | None, step: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A function that writes rows of metrics.jsonl for TensorBoard. None: it does nothing.
+
+    step: iterations that are done. What an earlier call wrote of later ones is hidden.
+    """
+    if out is None:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(out / BOARD), purge_step=step + 1) as board:
+
+        def write(row: Mapping[str, float]) -> None:
+            for name, value in row.items():
+                if name != "step":
+                    board.add_scalar(name, value, int(row["step"]))
+
+        yield write
 
 
 def metrics_up_to(step: int, path: Path) -> list[dict[str, float]]:

@@ -33,6 +33,8 @@ from .folder import (
     located,
     locked,
     metrics_up_to,
+    need_tensorboard,
+    open_board,
     open_log,
     saved_config,
     write_json,
@@ -65,6 +67,7 @@ def train(
     data: Data | None = None,
     resume: bool = False,
     checkpoint_every: int = CHECKPOINT_EVERY,
+    tensorboard: bool = False,
     process_group: dist.ProcessGroup | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda row: None,
     on_phase: Callable[[str, int, int], None] = lambda words, done, total: None,
@@ -83,6 +86,7 @@ def train(
             on_nonfinite and the number of processes may differ, and steps may be larger: the learning rate is then
             that of the longer run.
         checkpoint_every: steps between checkpoints. One is also written at the start, at the end and when stopped.
+        tensorboard: also write the metrics for TensorBoard, into the folder ``tensorboard`` of the run.
         process_group: processes that train this run together and make the same call. Each moves its part of the
             chains and takes its part of the data; ``out`` is one folder for all. Losses and gradients equal those of
             a single process up to the order of sums. The first process writes, samples and measures.
@@ -108,6 +112,8 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes.told_apart())
         with processes.together():
+            if tensorboard:
+                need_tensorboard()
             device = resolve_device(config.device)
             data = data or reload(config.data, config.seed)
             config = dataclasses.replace(config, data=data.info)
@@ -120,6 +126,7 @@ def train(
         else:
             state, metrics = _started(stack, out, config, data, device, processes), []
         writer = stack.enter_context(Writer(out / CHECKPOINTS, processes))
+        board = stack.enter_context(open_board(out if tensorboard and processes.rank == 0 else None, state.step))
         log = stack.enter_context(open_log(out / METRICS if processes.rank == 0 else None))
         if not resume:
             state.save(writer)
@@ -127,6 +134,7 @@ def train(
         while state.step < config.steps:
             row, stop = _logged_step(state, writer, log, should_stop)
             metrics.append(row)
+            board(row)
             is_last = state.step == config.steps
             if stop or is_last or state.step % checkpoint_every == 0:
                 log.flush()  # before the checkpoint, so that no line of a saved step is missing

@@ -180,7 +180,7 @@ def _seeded(make: Callable[..., Objective]) -> Callable[..., Objective]:
 
 _PLAIN = ("mlp", "conv", "resnet", "conditional")
 _MOVES = ("langevin", "mala", "hmc", "underdamped")
-_OF_NOISE = ("annealed", "predictor_corrector")
+_OF_NOISE = ("annealed", "predictor_corrector", "probability_flow")
 _FRESH = ("hmc", "mala", "langevin", "underdamped", "tempering")
 
 

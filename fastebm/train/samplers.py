@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..estimates import probability_flow
 from ..objectives import DiffusionRecoveryLikelihood
+from ..rng import Stream, normal
 from ..samplers import (
     HMC,
     MALA,
@@ -108,6 +110,18 @@ def _recovery(config: TrainConfig, steps: int) -> Draw:
     return lambda model, n, seed: objective.sample(model, n, config.data.dim, seed=seed)
 
 
+def _probability_flow(config: TrainConfig, steps: int, *, rtol: float = 1e-4, atol: float = 1e-4) -> Draw:
+    """The probability-flow ODE from noise to data. Its solver chooses its steps."""
+    sigma_max, sigma_min = noise_range(config)
+
+    def draw(model: nn.Module, n: int, seed: int) -> Tensor:
+        rows = torch.arange(n, device=next(model.parameters()).device)
+        noise = sigma_max * normal(seed, Stream.INITIAL, rows, 0, config.data.dim, dtype=torch.float32)
+        return probability_flow(model, noise, sigmas=(sigma_min, sigma_max), rtol=rtol, atol=atol)
+
+    return draw
+
+
 def _none(config: TrainConfig, steps: int) -> None:
     return None
 
@@ -130,6 +144,7 @@ SAMPLERS: Mapping[str, Entry] = {
     ),
     "annealed": Entry("Langevin from noise level to noise level", _annealed, AnnealedLangevin, _LEVELS),
     "predictor_corrector": Entry("reverse diffusion and Langevin", _predictor_corrector, PredictorCorrector, _LEVELS),
+    "probability_flow": Entry("the probability-flow ODE, without noise", _probability_flow),
     "recovery": Entry("the chains of diffusion_recovery", _recovery),
     "none": Entry("no samples", _none),
 }
