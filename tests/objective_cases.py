@@ -6,12 +6,17 @@ import torch
 from torch import nn
 
 from fastebm import (
+    ContrastiveDivergence,
+    CooperativeTraining,
     CouplingFlow,
     DenoisingScoreMatching,
+    DiffusionRecoveryLikelihood,
     EnergyDiscrepancy,
     ExactScoreMatching,
     FlowContrastiveEstimation,
     GaussianNoise,
+    HingeLoss,
+    Langevin,
     MixtureNoise,
     MLPEnergy,
     MultiLevelDenoisingScoreMatching,
@@ -53,6 +58,13 @@ def flow_contrastive(seed):
     return FlowContrastiveEstimation(a_flow(DIM), seed=seed)
 
 
+def cooperative(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = nn.Linear(2, DIM)
+    return CooperativeTraining(generator, Langevin(0.1), 2, latent_dim=2, seed=seed)
+
+
 GAUSSIAN = GaussianNoise(torch.zeros(DIM), std=1.5)
 MIXTURE = MixtureNoise([1.0, 2.0], torch.tensor([[-1.0] * DIM, [1.0] * DIM]), torch.eye(DIM).expand(2, DIM, DIM))
 
@@ -69,4 +81,9 @@ OBJECTIVES = {
     "nce": (partial(NoiseContrastiveEstimation, GAUSSIAN, noise_ratio=2), mlp),
     "ranking_nce": (partial(RankingNoiseContrastiveEstimation, MIXTURE, n_noise=4), mlp),
     "flow_contrastive": (flow_contrastive, mlp),
+    "cd": (partial(ContrastiveDivergence, Langevin(0.1), 2), mlp),
+    "cd, penalised": (partial(ContrastiveDivergence, Langevin(0.1), 2, start="noise", gradient_penalty=0.3), mlp),
+    "hinge": (partial(HingeLoss, Langevin(0.5), 2), mlp),
+    "cooperative": (cooperative, mlp),
+    "diffusion_recovery": (partial(DiffusionRecoveryLikelihood, [2.0, 1.0, 0.5], 2), Conditional),
 }

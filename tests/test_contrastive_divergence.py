@@ -148,29 +148,6 @@ def test_chains_from_noise_start_uniformly_on_the_bounds(energy):
     assert (two(energy, batch).samples != two(energy, batch).samples).all(dim=1).all()  # each call has new starts
 
 
-@pytest.mark.parametrize("start", ["data", "noise"])
-def test_the_losses_of_parts_add_up(energy, batch, start):
-    def objective():
-        return ContrastiveDivergence(SAMPLER, 3, start=start, gradient_penalty=0.3, seed=2)
-
-    whole = objective()(energy, batch)
-    parts = [
-        objective()(energy, batch[rows], batch_size=6, first_row=rows.start) for rows in (slice(0, 2), slice(2, 6))
-    ]
-    assert torch.allclose(torch.cat([p.samples for p in parts]), whole.samples, rtol=1e-12)
-    assert sum(p.loss.item() for p in parts) == pytest.approx(whole.loss.item(), rel=1e-12)
-    for name, value in whole.metrics.items():
-        assert sum(p.metrics[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-12)
-
-
-def test_a_saved_objective_goes_on_with_the_same_bits(energy, batch):
-    objective = ContrastiveDivergence(SAMPLER, 2, start="noise", entropy=0.5, seed=4)
-    objective(energy, batch)
-    resumed = ContrastiveDivergence(SAMPLER, 2, start="noise", entropy=0.5)
-    resumed.load_state_dict(objective.state_dict())
-    assert torch.equal(resumed(energy, batch).loss, objective(energy, batch).loss)
-
-
 @pytest.mark.parametrize("pooled", [False, True])
 def test_negatives_have_the_labels_of_the_batch(seeded, pooled):
     energy, batch, labels = Conditional(), torch.randn(5, 2), torch.tensor([2, 0, 0, 1, 2])

@@ -55,25 +55,6 @@ def test_chains_start_within_the_bounds(energy, batch):
     assert still(energy, batch).samples.abs().max() == 0.1
 
 
-def test_the_losses_of_parts_add_up(energy, batch):
-    whole = objective()(energy, batch)
-    parts = [
-        objective()(energy, batch[rows], batch_size=6, first_row=rows.start) for rows in (slice(0, 2), slice(2, 6))
-    ]
-    assert torch.allclose(torch.cat([p.samples for p in parts]), whole.samples, rtol=1e-12)
-    assert sum(p.loss.item() for p in parts) == pytest.approx(whole.loss.item(), rel=1e-12)
-    for name, value in whole.metrics.items():
-        assert sum(p.metrics[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-12)
-
-
-def test_a_saved_objective_goes_on_with_the_same_bits(energy, batch):
-    before = objective()
-    before(energy, batch)
-    resumed = CooperativeTraining(generator(), SAMPLER, 3, latent_dim=2)
-    resumed.load_state_dict(before.state_dict())
-    assert torch.equal(resumed(energy, batch).loss, before(energy, batch).loss)
-
-
 def test_samples_of_the_generator(energy):
     cooperative = objective()
     x = cooperative.sample(7, seed=3)

@@ -34,17 +34,6 @@ def test_the_loss_is_its_formula(energy, batch):
         assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-14)
 
 
-def test_the_losses_of_parts_add_up(energy, batch):
-    whole = HingeLoss(SAMPLER, 3, start="noise", seed=2)(energy, batch)
-    parts = [
-        HingeLoss(SAMPLER, 3, start="noise", seed=2)(energy, batch[rows], batch_size=6, first_row=rows.start)
-        for rows in (slice(0, 2), slice(2, 6))
-    ]
-    assert sum(p.loss.item() for p in parts) == pytest.approx(whole.loss.item(), rel=1e-12)
-    for name, value in whole.metrics.items():
-        assert sum(p.metrics[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-6)
-
-
 def test_a_pool_gives_each_row_a_sample(energy, batch):
     pool = ChainPool(20, 3, seed=1)
     found = HingeLoss(SAMPLER, 2, pool=pool)(energy.float(), batch.float(), batch_size=12)

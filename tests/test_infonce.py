@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from fastebm import InfoNCE, MLPEnergy, PairEnergy
+from fastebm import InfoNCE, MLPEnergy, PairEnergy, RandomAffine
 
 TEMPERATURE = 0.3
 
@@ -65,11 +65,57 @@ def test_views_of_the_user(energy, batch):
         seen.append(draws.uniform())
         return x.flip(1) if len(seen) == 1 else x
 
-    found = InfoNCE(augment=augment, seed=1)(energy, batch)
+    found = InfoNCE(augment=augment, noise_std=0.0, seed=1)(energy, batch)
     assert len(seen) == 2
     assert not torch.isin(seen[0], seen[1]).any()
     expected = energy(batch.flip(1), batch).mean()
     assert found.metrics["energy_real"].item() == pytest.approx(expected.item())
+
+
+class Fixed:
+    """Draws whose uniform numbers are these, the same for each row."""
+
+    def __init__(self, *numbers):
+        self.numbers = torch.tensor(numbers)
+
+    def uniform(self, copies):
+        assert copies == len(self.numbers)
+        return self.numbers.expand(2, -1)
+
+
+STILL = {"degrees": 0.0, "stretch": 0.0, "shear": 0.0, "shift": 0.0}
+
+
+def test_affine_views_of_images(seeded):
+    images = torch.rand(2, 3, 5, 5)
+
+    def view(numbers, **options):
+        return RandomAffine((3, 5, 5), **{**STILL, **options})(images, Fixed(*numbers))
+
+    middle, end = [0.5] * 6, [1.0] * 6
+    torch.testing.assert_close(view(middle, degrees=90.0, stretch=0.5, shear=1.0, shift=2.0), images)
+    torch.testing.assert_close(view(end), images)
+    torch.testing.assert_close(view(end, degrees=90.0), images.rot90(1, (2, 3)))
+    torch.testing.assert_close(view(end, shift=1.0)[:, :, :4, :4], images[:, :, 1:, 1:])
+    assert view(end, shift=1.0)[:, :, 4].abs().max() < 1e-6
+    torch.testing.assert_close(view(end, stretch=1.0)[:, :, 2, 1:4], images[:, :, 2, ::2])
+    # the row below the centre comes from one pixel further right
+    torch.testing.assert_close(view(end, shear=1.0)[:, :, 3, :4], images[:, :, 3, 1:])
+
+
+def test_an_image_that_is_not_square_is_turned_by_its_pixels(seeded):
+    images = torch.rand(2, 2, 5, 3)
+    turned = RandomAffine((2, 5, 3), **{**STILL, "degrees": 90.0})(images, Fixed(*[1.0] * 6))
+    torch.testing.assert_close(turned[:, :, 1:4], images[:, :, 1:4].rot90(1, (2, 3)))
+
+
+def test_affine_views_depend_on_the_row_alone(seeded):
+    images, augment = torch.rand(6, 20), RandomAffine((5, 4))
+    whole = augment(images, InfoNCE(seed=1).draws(images))
+    assert whole.shape == images.shape
+    assert not torch.isclose(whole, images).all(dim=1).any()
+    assert torch.equal(augment(images[4:], InfoNCE(seed=1).draws(images[4:], 4)), whole[4:])
+    assert augment(images[:0], InfoNCE(seed=1).draws(images[:0])).shape == (0, 20)
 
 
 def test_a_saved_objective_goes_on(energy, batch):
@@ -86,3 +132,7 @@ def test_bad_input_is_refused(batch):
         InfoNCE()(MLPEnergy(3), batch.float())
     with pytest.raises(ValueError, match=r"noise_std must be finite and >= 0, got -1\.0"):
         InfoNCE(noise_std=-1.0)
+    with pytest.raises(ValueError, match=r"\(height, width\) or \(channels, height, width\), got \(64,\)"):
+        RandomAffine((64,))
+    with pytest.raises(ValueError, match=r"shear must be finite and >= 0, got -0\.1"):
+        RandomAffine((8, 8), shear=-0.1)

@@ -102,7 +102,7 @@ def test_measures_of_images(digit_like):
     results = measured(digit_like, MEASURES)
     assert "it needs states in the plane, and these have 9 dims" in results["quadrature"]["skipped"]
     assert "lie on them" in results["stein"]["skipped"]  # level 0 lies on the bound
-    assert "the energy is a MLPEnergy" in results["calibration"]["skipped"]
+    assert "got MLPEnergy" in results["calibration"]["skipped"]
     assert results["manifold"]["space"] == "features of the judge"
     assert results["judge"]["rows"] == 20  # as many as are held out
     # Samples and training rows are the same ones here.
@@ -135,6 +135,39 @@ def test_measures_of_a_classifier(digit_like):
         assert [calibration["accuracy"], *accuracies] == sorted([calibration["accuracy"], *accuracies], reverse=True)
     assert robustness["accuracy_l2_1"] < calibration["accuracy"]
     assert "auroc_uniform" in results["detection"]
+
+
+def test_samples_drawn_by_class_are_judged_by_their_class(digit_like):
+    labels = digit_like.data.train_labels[:25]
+    right, wrong = (
+        measured(dataclasses.replace(digit_like, labels=k), ["judge"])["judge"]["judge_accuracy_of_samples"]
+        for k in (labels, 1 - labels)
+    )
+    assert right > 0.9
+    assert right + wrong == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "measured_at_least"),
+    [
+        (["moons", "--objective", "multi_dsm"], {"detection", "likelihood", "quadrature"}),
+        (["digits", "--model", "conditional"], {"judge", "detection", "calibration", "robustness"}),
+    ],
+)
+def test_runs_of_other_models(arguments, measured_at_least, tmp_path):
+    """An energy of a noise level is measured at the lowest one, and classifiers as such."""
+    assert main(["train", *arguments, *SMALL, "--out", str(tmp_path / "run")]) == 0
+    options = ["--measures", *sorted(measured_at_least), "--device", "cpu", "--threads", "1"]
+    assert main(["evaluate", str(tmp_path / "run"), *options]) == 0
+    results = numbers(tmp_path / "run" / "evaluation.json")
+    assert not {name for name, result in results.items() if "skipped" in result}
+    assert ("judge_accuracy_of_samples" in results.get("judge", ())) == ("conditional" in arguments)
+
+
+def test_a_run_of_pairs_has_nothing_to_measure(tmp_path, capsys):
+    assert main(["train", "digits", "--objective", "infonce", *SMALL, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert "infonce trains energies of pairs of rows" in error(capsys, "evaluate", tmp_path / "run")
 
 
 class OfNoise(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastebm import (
     FlowContrastiveEstimation,
+    GaussianEnergy,
     GaussianNoise,
     MLPEnergy,
     NoiseContrastiveEstimation,
@@ -73,9 +74,7 @@ def gradients(loss, *modules):
 @pytest.mark.parametrize("ratio", [1, 3])
 def test_the_loss_is_that_of_the_classifier(energy, batch, ratio):
     """Written with densities: h = p / (p + k q)."""
-    objective = NoiseContrastiveEstimation(WIDE, noise_ratio=ratio, seed=1)
-    with torch.no_grad():
-        objective.log_z.fill_(0.7)
+    objective = NoiseContrastiveEstimation(WIDE, noise_ratio=ratio, log_z=0.7, seed=1)
     found = objective(energy, batch)
     assert found.samples.shape == (7 * ratio, 2)
 
@@ -168,6 +167,14 @@ def fit(objective, energy, data):
         optimiser.step(closure)
 
 
+def test_an_energy_that_is_the_noise_at_first(batch):
+    """The start that the docstring advises: the classifier knows nothing, so the loss is 2 log 2."""
+    mean, std = torch.tensor([3.0, -2.0]), torch.tensor([0.1, 20.0])
+    noise = GaussianNoise(mean, std=std)
+    objective = NoiseContrastiveEstimation(noise, log_z=-noise.log_prob(mean[None]).item())
+    assert objective(GaussianEnergy(mean, std), batch).loss.item() == pytest.approx(2 * math.log(2), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_forward_pass_of_the_energy(energy, batch, name):
     passes = []
@@ -219,6 +226,8 @@ def test_bad_input_is_refused(energy, batch):
             make(GaussianNoise([0.0, 0.0, 0.0], std=1.0))(energy, batch)
     with pytest.raises(ValueError, match="noise_ratio must be >= 1, got 0"):
         NoiseContrastiveEstimation(WIDE, noise_ratio=0)
+    with pytest.raises(ValueError, match="log_z must be finite, got inf"):
+        NoiseContrastiveEstimation(WIDE, log_z=math.inf)
     with pytest.raises(TypeError, match=r"n_noise must be an int, got 2\.5"):
         RankingNoiseContrastiveEstimation(WIDE, n_noise=2.5)
     with pytest.raises(TypeError, match="flow must be a CouplingFlow"):

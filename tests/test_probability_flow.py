@@ -213,6 +213,20 @@ def test_shapes_dtypes_and_the_model_left_as_it_was():
     assert cube.x.shape == (4, 1, 3)
 
 
+@pytest.mark.parametrize("to_noise", [False, True])
+def test_no_level_beyond_the_ends_is_asked_for(to_noise):
+    """Where states hardly move, a guess of the first step may be of any size."""
+    seen = []
+
+    def energy(x, sigma):
+        seen.append(float(sigma[0]))
+        return 1e-3 * x.square().sum(dim=1)
+
+    probability_flow(energy, torch.ones(2, 3), sigmas=(0.1, 1.0), to_noise=to_noise)
+    assert min(seen) == pytest.approx(0.1)
+    assert max(seen) == pytest.approx(1.0)
+
+
 def test_a_linear_energy_has_no_trace():
     def energy(x, sigma):
         return x.sum(dim=1) + 0 * sigma

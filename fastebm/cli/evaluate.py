@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sets import reload
-from ..train.apply import fresh_samples
+from ..train.apply import fresh_labels, fresh_samples
 from ..train.folder import EVALUATION, load_model, located, write_json
 from ..train.measures import MEASURES, Subject, measured
 from ..train.models import row_energy
@@ -58,7 +58,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             on_steps=lambda done, steps: progress.show("sampling", done, steps),
         )
-        subject = Subject(row_energy(model, config), config, data, samples.cpu(), arguments.seed, progress.show)
+        subject = Subject(
+            row_energy(model, config),
+            config,
+            data,
+            samples.cpu(),
+            fresh_labels(config, len(samples)),
+            seed=arguments.seed,
+            on_work=progress.show,
+        )
         results = measured(subject, MEASURES if arguments.measures is None else arguments.measures)
     what = {
         "run": str(folder),

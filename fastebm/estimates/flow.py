@@ -216,8 +216,8 @@ class _Flow(NamedTuple):
         with evaluating(self.module), torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
             states = odeint(
                 lambda u, state: field(u, state[0]), start, ends, rtol=rtol, atol=atol, method="dopri5",
-                # a step ends where the ODE does: beyond it there may be no energy
-                options={"step_t": ends, "norm": _largest},
+                # no step, a first guess included, goes beyond the end: there may be no energy
+                options={"step_t": ends, "first_step": abs(float(ends[1] - ends[0])) / 100, "norm": _largest},
             )  # fmt: skip
         return tuple(part[-1] for part in states)
 

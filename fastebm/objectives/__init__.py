@@ -1,5 +1,6 @@
 """Training objectives, one file each. This is their registry: what is imported here is public."""
 
+from .augment import RandomAffine as RandomAffine
 from .base import Loss as Loss
 from .base import Objective as Objective
 from .contrastive_divergence import ContrastiveDivergence as ContrastiveDivergence

@@ -28,6 +28,7 @@ from ..pool import ChainPool
 from ..samplers.base import Sampler, diagonal_at
 from ..samplers.langevin import Langevin
 from .base import Loss, calls_of, checked_weight
+from .gradients import input_gradient
 from .negatives import ChainObjective
 
 __all__ = ["ContrastiveDivergence", "contrastive_divergence_loss"]
@@ -90,12 +91,15 @@ class ContrastiveDivergence(ChainObjective):
         """The loss of one batch: see ``Objective``."""
         n = len(batch) if batch_size is None else batch_size
         negatives = self.negatives(energy, batch, labels, self.draws(batch, first_row), n, first_row)
-        x = torch.cat([batch, negatives.x]).detach()
+        x = torch.cat([batch, negatives.x])
         both = None if labels is None or negatives.labels is None else torch.cat([labels, negatives.labels])
         linears = [m for m in energy.modules() if isinstance(m, nn.Linear)] if self.pull_away > 0 else []
         # One forward pass of both: DistributedDataParallel allows one per backward pass.
         with calls_of(linears) as calls:
-            energies = energies_of(energy, x.requires_grad_(self.gradient_penalty + self.entropy > 0), labels=both)
+            if self.gradient_penalty + self.entropy > 0:
+                _, energies, gradient = input_gradient(energy, x, labels=both)
+            else:
+                energies = energies_of(energy, x, labels=both)
         real, negative = energies[: len(batch)], energies[len(batch) :]
         loss = contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=n)
         metrics: dict[str, float | Tensor] = {
@@ -103,13 +107,11 @@ class ContrastiveDivergence(ChainObjective):
             "energy_samples": negative.detach().sum() / n,
         }
         terms: dict[str, Tensor] = {}  # sums over rows, by the names of their weights
-        if x.requires_grad:
-            (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=True)
-            if self.gradient_penalty > 0:
-                terms["gradient_penalty"] = gradient.square().sum()
-            if self.entropy > 0:
-                moved = self._moved_once(negatives.x, gradient[len(batch) :])
-                terms["entropy"] = _kl_term(energy, moved, negatives.labels)
+        if self.gradient_penalty > 0:
+            terms["gradient_penalty"] = gradient.square().sum()
+        if self.entropy > 0:
+            moved = self._moved_once(negatives.x, gradient[len(batch) :])
+            terms["entropy"] = _kl_term(energy, moved, negatives.labels)
         if self.pull_away > 0:
             if not calls:
                 raise ValueError("pull_away compares the inputs of the energy's last nn.Linear, and it has none")

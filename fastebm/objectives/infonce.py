@@ -34,9 +34,9 @@ class InfoNCE(Objective):
     energies of positive and negative pairs. Samples: None.
 
     Args:
-        augment: (batch, draws) -> a view of each row, of the batch's shape. Its random numbers come from ``draws``
-            (``Draws``). Each call gives new ones; it is called twice. None: normal noise of std ``noise_std``.
-        noise_std: >= 0, for states of a standard deviation near 1.
+        augment: (batch, draws) -> a view of each row, of the batch's shape, such as ``RandomAffine`` for images. Its
+            random numbers come from ``draws`` (``Draws``). It is called twice. None: the row itself.
+        noise_std: >= 0, of the normal noise that is added to each view.
         seed: see ``Objective``.
     """
 
@@ -79,4 +79,5 @@ class InfoNCE(Objective):
         return Loss(loss, metrics)
 
     def _view(self, batch: Tensor, draws: Draws) -> Tensor:
-        return batch + self.noise_std * draws.normal() if self.augment is None else self.augment(batch, draws)
+        view = batch if self.augment is None else self.augment(batch, draws)
+        return view + self.noise_std * draws.normal()

@@ -59,8 +59,12 @@ class NoiseContrastiveEstimation(_NoiseContrastive):
 
         objective = NoiseContrastiveEstimation(GaussianNoise.fit(data), noise_ratio=4)
 
-    ``log_z`` is a parameter of the objective, to be optimised with the energy's weights; a learning rate above theirs
-    spares many steps if log Z is large.
+    ``log_z`` is a parameter of the objective, to be optimised with the energy's weights. In many dims a network alone
+    is far from any density at first: start at the noise instead, with an energy that is a network plus a Gaussian.
+
+        base = GaussianEnergy(mean, std)  # as a term of SumEnergy([network, base])
+        noise = GaussianNoise(mean, std=std)
+        objective = NoiseContrastiveEstimation(noise, log_z=-noise.log_prob(mean[None]).item())
 
     Metrics: ``accuracy`` of the classifier p(x) > q(x) if data and noise are equally frequent: 1/2 means that the noise
     is like the data; ``log_z``; ``energy_real`` and ``energy_samples``, mean energies of data and noise. Samples: the
@@ -69,12 +73,17 @@ class NoiseContrastiveEstimation(_NoiseContrastive):
     Args:
         noise: density > 0 wherever there is data.
         noise_ratio: noise rows per row of data.
+        log_z: where log Z starts.
         seed: see ``Objective``.
     """
 
-    def __init__(self, noise: NoiseDistribution, *, noise_ratio: int = 1, seed: int | None = None) -> None:
+    def __init__(
+        self, noise: NoiseDistribution, *, noise_ratio: int = 1, log_z: float = 0.0, seed: int | None = None
+    ) -> None:
         super().__init__(noise, checked_integer("noise_ratio", noise_ratio, least=1), seed=seed)
-        self.log_z = nn.Parameter(torch.zeros(()))
+        if not math.isfinite(log_z):
+            raise ValueError(f"log_z must be finite, got {log_z}")
+        self.log_z = nn.Parameter(torch.tensor(float(log_z)))
 
     def forward(
         self,

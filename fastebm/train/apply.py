@@ -24,7 +24,15 @@ from .models import exploding, row_energy
 from .recipe import TrainConfig
 from .samplers import build_sampler
 
-__all__ = ["MAX_STEPS_PER_CALL", "energies_of", "features_of", "fresh_samples", "landscape", "train_energies"]
+__all__ = [
+    "MAX_STEPS_PER_CALL",
+    "energies_of",
+    "features_of",
+    "fresh_labels",
+    "fresh_samples",
+    "landscape",
+    "train_energies",
+]
 
 # Rows whose energies are computed at once.
 _ROWS_PER_CALL = 65536
@@ -74,8 +82,7 @@ def fresh_samples(
     if isinstance(sampler, (AnnealedLangevin, PredictorCorrector)):
         steps = len(sampler.levels)  # type: ignore[arg-type]  # __post_init__ made it a tensor
     warmup = steps // 2 if sampler.adaptation(steps) is not None else 0  # which finds the step size
-    # Classes in turn: as many chains of each.
-    labels = torch.arange(n) % config.n_classes if config.model == "conditional" else None
+    labels = fresh_labels(config, n)
 
     def advance(part: Any, **options: Any) -> SampleResult:
         return sample(model, part, backend=backend or config.backend, **options)
@@ -97,6 +104,11 @@ def fresh_samples(
         n_steps = int(n_steps * _SECONDS_PER_CALL / (time.perf_counter() - started))
         n_steps = min(max(n_steps, 1), MAX_STEPS_PER_CALL)
     return result.x, result.info
+
+
+def fresh_labels(config: TrainConfig, n: int) -> Tensor | None:
+    """The classes of n fresh samples, (n,), if they are drawn by class: each in turn, so as many chains of each."""
+    return torch.arange(n) % config.n_classes if config.model == "conditional" else None
 
 
 def energies_of(model: nn.Module, states: Tensor) -> Tensor:
