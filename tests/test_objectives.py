@@ -13,6 +13,7 @@ from fastebm import (
     Objective,
     contrastive_divergence_loss,
 )
+from fastebm.objectives.base import Draws
 
 SAMPLER = Langevin(0.1)
 
@@ -89,11 +90,13 @@ def test_random_numbers_depend_on_the_seed_the_call_and_the_row_alone(dtype):
     part = numbers(Objective(seed=-5).draws(batch[4:], first_row=4))
     assert all(torch.equal(part[name], x[4:]) for name, x in whole.items())
     # another call, seed or draw has other numbers
+    objective.calls += 1
     later, other = numbers(objective.draws(batch)), numbers(Objective(seed=6).draws(batch))
     assert not any(torch.isin(new[name], x).any() for new in (later, other) for name, x in whole.items())
     assert not torch.isin(whole["again"], torch.cat([whole["normal"].flatten(), whole["copies"].flatten()])).any()
     # a saved objective goes on
     resumed = Objective(seed=0)
+    objective.calls += 1
     resumed.load_state_dict(objective.state_dict())
     assert resumed.seed == objective.seed
     next_call = numbers(objective.draws(batch))
@@ -121,12 +124,22 @@ def test_normal_numbers_are_normal():
 
 
 def test_strata_divide_the_batch_evenly():
-    objective, n = Objective(seed=3), 8
-    calls = torch.stack([objective.draws(torch.zeros(n, 2, dtype=torch.float64)).strata(n) for _ in range(1000)])
+    n, batch = 8, torch.zeros(8, 2, dtype=torch.float64)
+    calls = torch.stack([Draws(3, call, batch).strata() for call in range(1000)])
     torch.testing.assert_close(calls.sort(dim=1).values.diff(dim=1), torch.full((1000, n - 1), 1 / n).double())
     assert all(stats.kstest(row, "uniform").pvalue > 1e-6 for row in calls.T)
-    part = Objective(seed=3).draws(torch.zeros(3, 2, dtype=torch.float64), first_row=5).strata(n)
-    assert torch.equal(part, calls[0, 5:])
+    # in random order: rows are in the same half as the first, 3 times of 7, and one row's rank follows no other's
+    same_half = ((calls - calls[:, :1]) % 1.0 < 0.5)[:, 1:].double().mean(0)
+    assert ((same_half - 3 / 7).abs() < 4.9 * 0.5 / 1000**0.5).all()
+    part = Draws(3, 0, batch[4:6], first_row=4, n_rows=n).strata()
+    assert torch.equal(part, calls[0, 4:6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_strata_of_half_precision_have_all_levels(dtype):
+    u = Draws(3, 0, torch.zeros(1000, 1, dtype=dtype)).strata()
+    assert u.dtype == torch.float32
+    assert len((u * 1000).long().unique()) > 990  # of 1000, up to rounding
 
 
 def test_a_part_of_a_batch_is_divided_by_the_whole(energy, batch):
