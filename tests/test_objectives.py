@@ -1,15 +1,27 @@
 """Objectives: one type of result, their random numbers, the loss of the function, and the chains of the pool."""
 
+from functools import partial
+
 import pytest
 import torch
+from objective_cases import LABELS, OBJECTIVES
 from scipy import stats
+from torch import nn
 
 from fastebm import (
+    JEM,
     ChainPool,
+    ClassifierEnergy,
     ContrastiveDivergence,
+    CooperativeTraining,
+    DenoisingScoreMatching,
+    DiffusionRecoveryLikelihood,
+    GaussianEnergy,
+    HingeLoss,
     Langevin,
     Loss,
     MLPEnergy,
+    MultiLevelDenoisingScoreMatching,
     Objective,
     contrastive_divergence_loss,
 )
@@ -151,3 +163,70 @@ def test_a_part_of_a_batch_is_divided_by_the_whole(energy, batch):
     assert found.metrics["energy_real"].item() == pytest.approx(energies[:6].sum().item() / 12)
     expected = contrastive_divergence_loss(energies[:6], energies[6:], batch_size=12)
     assert found.loss.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        ({"rows": 0}, ValueError, "a batch must have rows, got 0: .* passes batch_size="),
+        ({"dtype": torch.int64}, TypeError, r"got torch.int64: pass batch.float\(\)"),
+        ({"batch_size": 5}, ValueError, "batch_size, the rows over all processes, must be >= 6, got 5"),
+        ({"batch_size": 6.0}, TypeError, "must be an int, got 6.0"),
+        ({"batch_size": 0, "rows": 0}, ValueError, "must be >= 1, got 0"),
+        ({"batch_size": 8, "first_row": 3}, ValueError, "first_row must be 0 to 2, got 3"),
+        ({"labels": torch.zeros(6)}, ValueError, r"labels must be \(6,\) integers, .* got \(6,\) torch.float32"),
+        ({"labels": torch.zeros(5).long()}, ValueError, r"labels must be \(6,\) integers, .* got \(5,\)"),
+    ],
+)
+def test_bad_arguments_change_nothing(energy, call, error, match):
+    batch = torch.zeros(call.pop("rows", 6), 3, dtype=call.pop("dtype", torch.float32))
+    objective = ContrastiveDivergence(SAMPLER, 2, pool=pool())
+    with pytest.raises(error, match=match):
+        objective(energy, batch, **call)
+    assert objective.calls == 0
+    assert objective.pool.draws == 0
+
+
+def test_a_refused_call_is_not_counted(energy, batch):
+    """Else a run that goes on after it would have other numbers."""
+    refused = [
+        MultiLevelDenoisingScoreMatching([2.0, 1.0]),  # the energy takes no condition
+        DiffusionRecoveryLikelihood([2.0, 1.0], 1),
+        CooperativeTraining(nn.Linear(2, 4), SAMPLER, 1, latent_dim=2),  # states have 3 dims
+        ContrastiveDivergence(SAMPLER, 2, pool=ChainPool(20, 3, labels=torch.arange(20) % 3)),  # no labels in the call
+        HingeLoss(SAMPLER, 2, pool=ChainPool(20, 3, labels=torch.arange(20) % 3)),
+    ]
+    for objective in refused:
+        with pytest.raises(ValueError, match=r"x only|must return \(6, 3\)|pool's chains have labels: pass labels="):
+            objective(energy, batch)
+        assert objective.calls == 0
+        assert getattr(objective, "pool", None) is None or objective.pool.draws == 0
+    with pytest.raises(ValueError, match="takes x only, and labels="):
+        DenoisingScoreMatching(0.1)(energy, batch, labels=torch.zeros(6).long())
+    objective = ContrastiveDivergence(SAMPLER, 2, pool=pool(), pull_away=0.1)
+    with pytest.raises(ValueError, match=r"last nn.Linear, and it has none"):
+        objective(GaussianEnergy(torch.zeros(3), 1.0), batch)
+    assert (objective.calls, objective.pool.draws) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cd", "cd, penalised", "jem", "hinge", "diffusion_recovery", "vp_dsm", "entropy"])
+def test_energies_in_half_precision(name, dtype, seeded):
+    entropy = partial(ContrastiveDivergence, SAMPLER, 2, entropy=0.1), OBJECTIVES["cd"][1]
+    objective, energy = {**OBJECTIVES, "entropy": entropy}[name]
+    energy, x = energy(), torch.randn(12, 3)
+    labels = LABELS if name == "jem" else None
+    found = objective(seed=1)(energy.to(dtype), x.to(dtype), labels=labels)
+    assert found.samples is None or found.samples.dtype == dtype
+    found.loss.backward()
+    assert all(p.grad.isfinite().all() for p in energy.parameters())
+
+
+@pytest.mark.parametrize("objective", [partial(ContrastiveDivergence, pull_away=0.1), JEM])
+def test_a_compiled_energy_that_was_called_before(batch, objective):
+    energy, labels = ClassifierEnergy(MLPEnergy(3, [4], outputs=3)), torch.arange(6) % 3
+    compiled = torch.compile(energy, backend="eager")
+    compiled(torch.cat([batch, batch]))
+    found, expected = (objective(SAMPLER, 1, seed=1)(model, batch, labels=labels) for model in (compiled, energy))
+    assert found.loss.item() == pytest.approx(expected.loss.item())
+    assert found.metrics.keys() == expected.metrics.keys()
