@@ -29,6 +29,7 @@ from ..objectives import (
     NoiseContrastiveEstimation,
     NoiseDistribution,
     Objective,
+    RandomAffine,
     RankingNoiseContrastiveEstimation,
     SlicedScoreMatching,
     UniformNoise,
@@ -177,6 +178,12 @@ def _flow_contrastive(place: Place, **options: Any) -> Objective:
     return FlowContrastiveEstimation(flow, seed=place.config.seed)
 
 
+def _infonce(place: Place, **options: Any) -> Objective:
+    info = place.data.info
+    augment = RandomAffine(info.shape) if info.kind == "images" else None
+    return InfoNCE(augment=augment, seed=place.config.seed, **options)
+
+
 def _esm(place: Place, **options: Any) -> Objective:
     ExactScoreMatching.check_dim(place.data.dim)
     return ExactScoreMatching(seed=place.config.seed, **options)
@@ -237,7 +244,7 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
         "data against a flow that learns too", _flow_contrastive, CouplingFlow, ("mean", "std"), _PLAIN[:3], _FRESH
     ),
     "infonce": _without(
-        "features by which a row is found again", _seeded(InfoNCE), InfoNCE, models=("pair",), samplers=("none",)
+        "features by which a row is found again", _infonce, InfoNCE, models=("pair",), samplers=("none",)
     ),
 }  # fmt: skip
 
