@@ -55,8 +55,8 @@ class Trainer:
     diverge warns once (``Divergence``).
 
     Args:
-        energy: the model that is trained, on its device. objective: see ``fastebm.Objective``. Parameters of its own
-            (log Z, a generator, a flow) are trained too.
+        energy: the model that is trained. objective: see ``fastebm.Objective``, on the same device. Parameters of its
+            own (log Z, a generator, a flow) are trained too.
         steps: iterations of the whole training, over which the learning rate decays.
         learning_rate, betas: Adam's. objective_learning_rate: of the objective's own parameters; None: learning_rate.
         warmup_steps: over which the learning rate rises from 0.
@@ -64,7 +64,7 @@ class Trainer:
         max_grad_norm: the gradient of the energy's weights is clipped to this norm, and so is that of the objective's
             own. None: never.
         ema_decay: of the averaged weights, in [0, 1).
-        optimizer: of all parameters, in place of Adam. Its own learning rates are used, and decay likewise.
+        optimizer: of all parameters, in place of Adam. Its own learning rates warm up and decay in the same way.
         process_group: processes that train together and make the same calls with the same batches. Each takes its
             part of the rows. The result is that of one process up to the order of sums.
     """
@@ -91,6 +91,10 @@ class Trainer:
             raise ValueError(f'decay must be "cosine", "linear" or "none", got {decay!r}')
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be a number in [0, 1), got {ema_decay!r}")
+        if isinstance(energy, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "pass the energy itself, not in DistributedDataParallel: process_group= says who trains it"
+            )
         self.energy, self.objective = energy, objective
         self.steps, self.steps_done = steps, 0
         self.warmup_steps, self.decay = warmup_steps, decay
@@ -98,14 +102,14 @@ class Trainer:
         tensor = first_tensor(energy)
         self.device = torch.device("cpu") if tensor is None else tensor.device
         self.processes = Processes(process_group, self.device)
-        self.processes.copy_first(chain(energy.state_dict().values(), objective.parameters()))
+        self.processes.copy_first(chain(energy.parameters(), energy.buffers(), objective.parameters()))
         self.average = copy.deepcopy(energy).requires_grad_(False)
         self._own = [p for p in objective.parameters() if p.requires_grad]
         self._weights = [p for p in energy.parameters() if p.requires_grad]
         if optimizer is None:
-            groups = [{"params": self._weights}]
+            groups: list[dict[str, Any]] = [{"params": self._weights}]
             if self._own:
-                groups.append({"params": self._own, "lr": objective_learning_rate or learning_rate})  # type: ignore[dict-item]
+                groups.append({"params": self._own, "lr": objective_learning_rate or learning_rate})
             optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=betas)
         self.optimizer = optimizer
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
