@@ -125,7 +125,7 @@ def kernel_density(
     best of eight in cross-validation on the training rows.
 
     Distances are computed once for all bandwidths, so 2,000 rows of 784 dims take a second. There, scikit-learn's
-    KernelDensity takes a minute, and loses hundreds of nats to rounding.
+    KernelDensity takes half a minute, and is off by hundreds of nats.
 
     Args:
         train, x: (n_train, dim) and (n, dim). max_rows: a subset of so many training rows is used; the time goes with
