@@ -3,9 +3,13 @@
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastebm import (
+    JEM,
+    ChainPool,
+    ClassifierEnergy,
     ContrastiveDivergence,
     CooperativeTraining,
     CouplingFlow,
@@ -26,7 +30,8 @@ from fastebm import (
     VariancePreservingScoreMatching,
 )
 
-DIM = 3
+DIM, ROWS = 3, 12
+LABELS = torch.arange(ROWS) % 3  # for energies that are classifiers
 
 
 class Conditional(nn.Module):
@@ -42,6 +47,10 @@ class Conditional(nn.Module):
 
 def mlp():
     return MLPEnergy(DIM, [6, 5])
+
+
+def classifier():
+    return ClassifierEnergy(MLPEnergy(DIM, [6, 5], outputs=3))
 
 
 def a_flow(dim, n_layers=3, width=8):
@@ -65,6 +74,17 @@ def cooperative(seed):
     return CooperativeTraining(generator, Langevin(0.1), 2, latent_dim=2, seed=seed)
 
 
+def on_shared_pool(objective, **options):
+    """A way to make the objective, with a pool that all processes share."""
+
+    def make(seed):
+        group, labels = dist.group.WORLD if dist.is_initialized() else None, torch.arange(3 * ROWS) % 3
+        pool = ChainPool(3 * ROWS, DIM, labels=labels, seed=1, process_group=group)
+        return objective(Langevin(0.1), 2, pool=pool, seed=seed, **options)
+
+    return make
+
+
 GAUSSIAN = GaussianNoise(torch.zeros(DIM), std=1.5)
 MIXTURE = MixtureNoise([1.0, 2.0], torch.tensor([[-1.0] * DIM, [1.0] * DIM]), torch.eye(DIM).expand(2, DIM, DIM))
 
@@ -83,7 +103,15 @@ OBJECTIVES = {
     "flow_contrastive": (flow_contrastive, mlp),
     "cd": (partial(ContrastiveDivergence, Langevin(0.1), 2), mlp),
     "cd, penalised": (partial(ContrastiveDivergence, Langevin(0.1), 2, start="noise", gradient_penalty=0.3), mlp),
+    "cd, classes": (partial(ContrastiveDivergence, Langevin(0.1), 2), classifier),
+    "jem": (partial(JEM, Langevin(0.1), 2, weight=0.5), classifier),
     "hinge": (partial(HingeLoss, Langevin(0.5), 2), mlp),
     "cooperative": (cooperative, mlp),
     "diffusion_recovery": (partial(DiffusionRecoveryLikelihood, [2.0, 1.0, 0.5], 2), Conditional),
+}
+
+# As above. A call draws the chains of the whole batch, so that only real processes share it.
+SHARED_POOLS = {
+    "cd, shared pool": (on_shared_pool(ContrastiveDivergence, gradient_penalty=0.1), classifier),
+    "jem, shared pool": (on_shared_pool(JEM), classifier),
 }

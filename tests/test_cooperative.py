@@ -32,7 +32,6 @@ def batch(seeded):
 def test_the_loss_is_its_formula(energy, batch):
     cooperative = objective(weight=0.5, reg_alpha=0.1)
     z = cooperative.draws(batch).normal(shape=(2,))
-    cooperative.calls = 0
     loss, metrics, revised = cooperative(energy, batch)
     generated = cooperative.generator(z)
     teaching = torch.stack([(g - r).square().sum() for g, r in zip(generated, revised, strict=True)]).mean()

@@ -68,7 +68,7 @@ CASES = {
 def test_the_loss_and_its_gradient_are_those_of_the_formula(objective, of, shape, seeded):
     """weight / 2 |dE/dx(x') - (x' - alpha x) / sigma_0^2|^2, as the papers write it."""
     batch, draws = torch.randn(6, *shape, dtype=torch.float64), Objective(seed=8).draws(torch.zeros(6, *shape).double())
-    alpha, sigma, condition, weight, sigma_0 = of(draws.strata(6))
+    alpha, sigma, condition, weight, sigma_0 = of(draws.strata())
     dim = math.prod(shape)
     rows = (-1, *[1] * len(shape))
     noisy = alpha.reshape(rows) * batch + sigma.reshape(rows) * draws.normal()
@@ -166,9 +166,8 @@ def test_levels_are_taken_in_equal_shares():
 def test_labels_go_to_the_energy(seeded):
     classifier, batch, labels = nn.Linear(3, 4), torch.randn(5, 3), torch.tensor([3, 0, 2, 2, 1])
     found = DenoisingScoreMatching(0.5, seed=1)(ClassifierEnergy(classifier), batch, labels=labels)
-    noise = Objective(seed=1)
-    draws = noise.draws(batch)
-    draws.strata(5)
+    draws = Objective(seed=1).draws(batch)
+    draws.strata()
     expected = 0.5 * (-0.5 * classifier.weight[labels] - draws.normal()).square().sum(1).mean()
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -46,7 +46,6 @@ def batch(seeded):
 def test_the_loss_is_its_formula(energy, batch):
     objective = DiffusionRecoveryLikelihood(SIGMAS, 4, step_scale=0.2, reg_alpha=0.1, seed=3)
     draws = objective.draws(batch)
-    objective.calls = 0
     loss, metrics, samples = objective(energy, batch)
     second = (draws.uniform() > 0.5).double()  # of two levels
     assert 0 < second.sum() < 7
@@ -97,7 +96,7 @@ def test_bad_input_is_refused(energy, batch):
         DiffusionRecoveryLikelihood([1.0, 2.0], 3)
     with pytest.raises(ValueError, match="two or more noise levels"):
         DiffusionRecoveryLikelihood([1.0], 3)
-    with pytest.raises(ValueError, match="step_scale must be > 0"):
+    with pytest.raises(ValueError, match="step_scale must be finite and > 0"):
         DiffusionRecoveryLikelihood(SIGMAS, 3, step_scale=0.0)
     with pytest.raises(ValueError, match="on_nonfinite must be one of"):
         DiffusionRecoveryLikelihood(SIGMAS, 3, on_nonfinite="drop")

@@ -298,8 +298,9 @@ def test_contrastive_divergence_loss_has_the_gradient_of_the_likelihood():
 @pytest.mark.parametrize(
     ("real", "neg", "alpha", "match"),
     [
-        (2, 2, -1.0, "reg_alpha must be >= 0, got -1.0"),
-        (2, 2, float("nan"), "reg_alpha must be >= 0, got nan"),
+        (2, 2, -1.0, "reg_alpha must be finite and >= 0, got -1.0"),
+        (2, 2, float("nan"), "reg_alpha must be finite and >= 0, got nan"),
+        (2, 2, float("inf"), "reg_alpha must be finite and >= 0, got inf"),
         (0, 2, 0.1, "at least one energy on each side"),
         (2, 0, 0.1, "at least one energy on each side"),
     ],

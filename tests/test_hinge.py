@@ -53,7 +53,7 @@ def test_a_pool_that_processes_share_is_refused():
 
     with pytest.raises(ValueError, match="no pool that processes share"):
         HingeLoss(SAMPLER, 2, pool=Shared())
-    with pytest.raises(ValueError, match="margin must be a finite number >= 0"):
+    with pytest.raises(ValueError, match="margin must be finite and >= 0"):
         HingeLoss(SAMPLER, 2, margin=-1.0)
 
 

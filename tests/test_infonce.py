@@ -47,6 +47,11 @@ def test_the_loss_is_the_cross_entropy_of_the_similarities(energy, batch):
     assert not any(value.requires_grad for value in found.metrics.values())
 
 
+def test_a_tie_is_not_found(batch):
+    collapsed = PairEnergy(nn.Sequential(nn.Linear(3, 4), nn.Threshold(1e9, 1.0))).double()
+    assert InfoNCE(seed=1)(collapsed, batch).metrics["accuracy"] == 0
+
+
 def test_parts_are_contrasted_among_themselves(energy, batch):
     losses, expected = 0.0, 0.0
     for first, last in ((0, 2), (2, 2), (2, 6)):
@@ -127,7 +132,9 @@ def test_a_saved_objective_goes_on(energy, batch):
     assert not torch.equal(first, second)
 
 
-def test_bad_input_is_refused(batch):
+def test_bad_input_is_refused(energy, batch):
+    with pytest.raises(ValueError, match="needs at least 2, got 1"):
+        InfoNCE()(energy, batch[:1])
     with pytest.raises(TypeError, match="trains a PairEnergy, got MLPEnergy"):
         InfoNCE()(MLPEnergy(3), batch.float())
     with pytest.raises(ValueError, match=r"noise_std must be finite and >= 0, got -1\.0"):

@@ -167,5 +167,17 @@ def test_errors_name_the_rule_and_the_value(make, error, match):
         make()
 
 
+@pytest.mark.parametrize("clip", [1e-3, 1.0, 1e3])
+def test_the_norm_clip_has_a_derivative(clip):
+    """Of clip g / |g| beyond the clip, and of g within it, also where g is 0."""
+    slopes = torch.tensor([[0.0, 0.0], [0.3 * clip, 0.4 * clip], [0.6 * clip, -0.79 * clip], [3 * clip, 4 * clip]])
+    slopes.requires_grad_()
+    clipped = Langevin(0.1, grad_norm_clip=clip).clip(slopes)
+    torch.testing.assert_close(clipped, torch.cat([slopes[:3], slopes[3:] / 5]))
+    clipped[:, 0].sum().backward()
+    expected = torch.tensor([[1.0, 0.0]] * 3 + [[0.2 * (1 - 0.36), -0.2 * 0.48]])
+    torch.testing.assert_close(slopes.grad, expected)
+
+
 def test_one_sided_clamp_is_legal():
     assert Langevin(clamp=(0.0, math.inf)).clamp == (0.0, math.inf)

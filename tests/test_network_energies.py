@@ -301,6 +301,27 @@ def test_a_variance_preserving_energy_is_that_of_the_scaled_state():
     torch.testing.assert_close(model(x, t), scaled(x / alpha[:, None], sigma / alpha))
 
 
+def test_the_condition_of_a_network_may_have_any_name():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of_state, self.of_level = nn.Linear(2, 2), nn.Linear(5, 2)
+
+        def forward(self, x, emb):
+            return self.of_state(x) + self.of_level(emb)
+
+    class PositionalOnly(Network):
+        def forward(self, x, emb, /):
+            return super().forward(x, emb)
+
+    first, second = Network(), PositionalOnly()
+    second.load_state_dict(first.state_dict())
+    x, sigma = torch.randn(4, 2), torch.tensor([0.1, 1.0, 2.0, 3.0])
+    found = NoiseConditionalEnergy(first)(x, sigma)
+    assert found.isfinite().all()
+    assert torch.equal(NoiseConditionalEnergy(second)(x, sigma), found)
+
+
 # -- pairs -----------------------------------------------------------------------------------------------------------
 
 
@@ -336,8 +357,8 @@ ROWS = torch.randn(N, 6)
         (lambda: MLPEnergy(2, outputs=0), ValueError, "outputs must be >= 1, got 0"),
         (lambda: ClassConditionalEnergy(nn.Flatten(), 3), ValueError, "pass feature_size="),
         (lambda: ClassConditionalEnergy(MLPEnergy(2), 1), ValueError, "n_classes must be >= 2, got 1"),
-        (lambda: PairEnergy(MLPEnergy(2), 0.0), ValueError, "temperature must be a finite number > 0, got 0.0"),
-        (lambda: PairEnergy(MLPEnergy(2), "1"), TypeError, "temperature must be a number > 0, got '1'"),
+        (lambda: PairEnergy(MLPEnergy(2), 0.0), ValueError, "temperature must be finite and > 0, got 0.0"),
+        (lambda: PairEnergy(MLPEnergy(2), "1"), TypeError, "temperature must be a number, got '1'"),
         (lambda: NoiseConditionalEnergy(MLPEnergy(2), -1.0), ValueError, "sigma_data must be .* > 0, got -1.0"),
         (lambda: NoiseConditionalEnergy(MLPEnergy(2), betas=(1.0,)), ValueError, "betas must be .*, got"),
         (lambda: NoiseConditionalEnergy(MLPEnergy(2), betas=(2.0, 1.0)), ValueError, "with 0 < beta_min <= beta_max"),

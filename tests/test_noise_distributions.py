@@ -164,6 +164,7 @@ def test_a_saved_noise_is_the_same():
         (lambda: GaussianNoise([0.0], std=0.0), "std must be finite and > 0"),
         (lambda: GaussianNoise([0.0, 0.0], covariance=torch.eye(3)), r"\(2, 2\), got \(3, 3\)"),
         (lambda: GaussianNoise([0.0, 0.0], covariance=torch.ones(2, 2)), "positive definite"),
+        (lambda: GaussianNoise([0.0, 0.0], covariance=torch.tensor([[1.0, 0.9], [0.0, 1.0]])), "must be symmetric"),
         (lambda: MixtureNoise([1.0, 0.0], torch.zeros(2, 1), torch.ones(2, 1, 1)), "weights must be finite and > 0"),
         (lambda: MixtureNoise([1.0], torch.zeros(2, 1), torch.ones(2, 1, 1)), "one row per component"),
         (lambda: MixtureNoise.fit(torch.zeros(3, 1), 4), "n_components must be 1 to 3, got 4"),

@@ -1,18 +1,31 @@
 """Objectives: one type of result, their random numbers, the loss of the function, and the chains of the pool."""
 
+from functools import partial
+
 import pytest
 import torch
+from objective_cases import LABELS, OBJECTIVES
 from scipy import stats
+from torch import nn
 
 from fastebm import (
+    JEM,
     ChainPool,
+    ClassifierEnergy,
     ContrastiveDivergence,
+    CooperativeTraining,
+    DenoisingScoreMatching,
+    DiffusionRecoveryLikelihood,
+    GaussianEnergy,
+    HingeLoss,
     Langevin,
     Loss,
     MLPEnergy,
+    MultiLevelDenoisingScoreMatching,
     Objective,
     contrastive_divergence_loss,
 )
+from fastebm.objectives.base import Draws
 
 SAMPLER = Langevin(0.1)
 
@@ -89,11 +102,13 @@ def test_random_numbers_depend_on_the_seed_the_call_and_the_row_alone(dtype):
     part = numbers(Objective(seed=-5).draws(batch[4:], first_row=4))
     assert all(torch.equal(part[name], x[4:]) for name, x in whole.items())
     # another call, seed or draw has other numbers
+    objective.calls += 1
     later, other = numbers(objective.draws(batch)), numbers(Objective(seed=6).draws(batch))
     assert not any(torch.isin(new[name], x).any() for new in (later, other) for name, x in whole.items())
     assert not torch.isin(whole["again"], torch.cat([whole["normal"].flatten(), whole["copies"].flatten()])).any()
     # a saved objective goes on
     resumed = Objective(seed=0)
+    objective.calls += 1
     resumed.load_state_dict(objective.state_dict())
     assert resumed.seed == objective.seed
     next_call = numbers(objective.draws(batch))
@@ -121,12 +136,22 @@ def test_normal_numbers_are_normal():
 
 
 def test_strata_divide_the_batch_evenly():
-    objective, n = Objective(seed=3), 8
-    calls = torch.stack([objective.draws(torch.zeros(n, 2, dtype=torch.float64)).strata(n) for _ in range(1000)])
+    n, batch = 8, torch.zeros(8, 2, dtype=torch.float64)
+    calls = torch.stack([Draws(3, call, batch).strata() for call in range(1000)])
     torch.testing.assert_close(calls.sort(dim=1).values.diff(dim=1), torch.full((1000, n - 1), 1 / n).double())
     assert all(stats.kstest(row, "uniform").pvalue > 1e-6 for row in calls.T)
-    part = Objective(seed=3).draws(torch.zeros(3, 2, dtype=torch.float64), first_row=5).strata(n)
-    assert torch.equal(part, calls[0, 5:])
+    # in random order: rows are in the same half as the first, 3 times of 7, and one row's rank follows no other's
+    same_half = ((calls - calls[:, :1]) % 1.0 < 0.5)[:, 1:].double().mean(0)
+    assert ((same_half - 3 / 7).abs() < 4.9 * 0.5 / 1000**0.5).all()
+    part = Draws(3, 0, batch[4:6], first_row=4, n_rows=n).strata()
+    assert torch.equal(part, calls[0, 4:6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_strata_of_half_precision_have_all_levels(dtype):
+    u = Draws(3, 0, torch.zeros(1000, 1, dtype=dtype)).strata()
+    assert u.dtype == torch.float32
+    assert len((u * 1000).long().unique()) > 990  # of 1000, up to rounding
 
 
 def test_a_part_of_a_batch_is_divided_by_the_whole(energy, batch):
@@ -138,3 +163,70 @@ def test_a_part_of_a_batch_is_divided_by_the_whole(energy, batch):
     assert found.metrics["energy_real"].item() == pytest.approx(energies[:6].sum().item() / 12)
     expected = contrastive_divergence_loss(energies[:6], energies[6:], batch_size=12)
     assert found.loss.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        ({"rows": 0}, ValueError, "a batch must have rows, got 0: .* passes batch_size="),
+        ({"dtype": torch.int64}, TypeError, r"got torch.int64: pass batch.float\(\)"),
+        ({"batch_size": 5}, ValueError, "batch_size, the rows over all processes, must be >= 6, got 5"),
+        ({"batch_size": 6.0}, TypeError, "must be an int, got 6.0"),
+        ({"batch_size": 0, "rows": 0}, ValueError, "must be >= 1, got 0"),
+        ({"batch_size": 8, "first_row": 3}, ValueError, "first_row must be 0 to 2, got 3"),
+        ({"labels": torch.zeros(6)}, ValueError, r"labels must be \(6,\) integers, .* got \(6,\) torch.float32"),
+        ({"labels": torch.zeros(5).long()}, ValueError, r"labels must be \(6,\) integers, .* got \(5,\)"),
+    ],
+)
+def test_bad_arguments_change_nothing(energy, call, error, match):
+    batch = torch.zeros(call.pop("rows", 6), 3, dtype=call.pop("dtype", torch.float32))
+    objective = ContrastiveDivergence(SAMPLER, 2, pool=pool())
+    with pytest.raises(error, match=match):
+        objective(energy, batch, **call)
+    assert objective.calls == 0
+    assert objective.pool.draws == 0
+
+
+def test_a_refused_call_is_not_counted(energy, batch):
+    """Else a run that goes on after it would have other numbers."""
+    refused = [
+        MultiLevelDenoisingScoreMatching([2.0, 1.0]),  # the energy takes no condition
+        DiffusionRecoveryLikelihood([2.0, 1.0], 1),
+        CooperativeTraining(nn.Linear(2, 4), SAMPLER, 1, latent_dim=2),  # states have 3 dims
+        ContrastiveDivergence(SAMPLER, 2, pool=ChainPool(20, 3, labels=torch.arange(20) % 3)),  # no labels in the call
+        HingeLoss(SAMPLER, 2, pool=ChainPool(20, 3, labels=torch.arange(20) % 3)),
+    ]
+    for objective in refused:
+        with pytest.raises(ValueError, match=r"x only|must return \(6, 3\)|pool's chains have labels: pass labels="):
+            objective(energy, batch)
+        assert objective.calls == 0
+        assert getattr(objective, "pool", None) is None or objective.pool.draws == 0
+    with pytest.raises(ValueError, match="takes x only, and labels="):
+        DenoisingScoreMatching(0.1)(energy, batch, labels=torch.zeros(6).long())
+    objective = ContrastiveDivergence(SAMPLER, 2, pool=pool(), pull_away=0.1)
+    with pytest.raises(ValueError, match=r"last nn.Linear, and it has none"):
+        objective(GaussianEnergy(torch.zeros(3), 1.0), batch)
+    assert (objective.calls, objective.pool.draws) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cd", "cd, penalised", "jem", "hinge", "diffusion_recovery", "vp_dsm", "entropy"])
+def test_energies_in_half_precision(name, dtype, seeded):
+    entropy = partial(ContrastiveDivergence, SAMPLER, 2, entropy=0.1), OBJECTIVES["cd"][1]
+    objective, energy = {**OBJECTIVES, "entropy": entropy}[name]
+    energy, x = energy(), torch.randn(12, 3)
+    labels = LABELS if name == "jem" else None
+    found = objective(seed=1)(energy.to(dtype), x.to(dtype), labels=labels)
+    assert found.samples is None or found.samples.dtype == dtype
+    found.loss.backward()
+    assert all(p.grad.isfinite().all() for p in energy.parameters())
+
+
+@pytest.mark.parametrize("objective", [partial(ContrastiveDivergence, pull_away=0.1), JEM])
+def test_a_compiled_energy_that_was_called_before(batch, objective):
+    energy, labels = ClassifierEnergy(MLPEnergy(3, [4], outputs=3)), torch.arange(6) % 3
+    compiled = torch.compile(energy, backend="eager")
+    compiled(torch.cat([batch, batch]))
+    found, expected = (objective(SAMPLER, 1, seed=1)(model, batch, labels=labels) for model in (compiled, energy))
+    assert found.loss.item() == pytest.approx(expected.loss.item())
+    assert found.metrics.keys() == expected.metrics.keys()

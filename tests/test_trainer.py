@@ -18,10 +18,10 @@ class Shifted(Objective):
         super().__init__(seed=seed)
         self.level = nn.Parameter(torch.ones(()))
 
-    def forward(self, energy, batch, *, labels=None, batch_size=None, first_row=0):
-        x = batch + self.draws(batch, first_row).normal()
+    def loss_of(self, energy, batch, labels, draws):
+        x = batch + draws.normal()
         level = self.level if labels is None else labels
-        loss = (energy(x)[:, 0] - level).square().sum() / (batch_size or len(batch))
+        loss = (energy(x)[:, 0] - level).square().sum() / draws.n_rows
         return Loss(loss, {"level": self.level.detach()})
 
 
@@ -69,7 +69,7 @@ def test_a_step_is_the_loop_that_people_write(energy, batches):
 
 def test_fit_goes_over_the_batches_until_the_steps_are_done(energy, batches):
     rows = []
-    pairs = [(x, torch.full((6,), float(i))) for i, x in enumerate(batches)]
+    pairs = [(x, torch.full((6,), i)) for i, x in enumerate(batches)]
     trainer = Trainer(energy, Shifted(), steps=10)
     trainer.fit(pairs, on_step=rows.append)
     assert [row["step"] for row in rows] == list(range(1, 11))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditions import condition_parameter
+from .conditions import arguments_of, condition_parameter
 from .functions import EnergyLike, as_module, name_of_forward
 
 __all__ = ["energy", "first_tensor", "values_of"]
@@ -53,10 +53,7 @@ def values_of(
         parameter = condition_parameter(model, condition_kind)
         if parameter is None:
             raise ValueError(f"{name_of_forward(model)} takes x only, and {condition_kind}= was given")
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            arguments = (x, condition)
-        else:
-            options[parameter.name] = condition
+        arguments, options = arguments_of(x, condition, parameter)
     if params is None:
         value: Any = model(*arguments, **options)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .functions import name_of_forward
 
-__all__ = ["are_labels", "condition_parameter", "unwrapped"]
+__all__ = ["are_labels", "arguments_of", "condition_parameter", "unwrapped"]
 
 # fmt: off
 _EITHER = frozenset({"c", "cond", "condition", "conditions", "conditioning", "context"})
@@ -106,6 +106,15 @@ def condition_parameter(module: nn.Module, condition_kind: str, *, in_sum: bool 
             'clear: set condition_argument = "NAME" on the module, or None if it takes none'
         )
     return None
+
+
+def arguments_of(
+    x: Tensor, condition: Tensor, parameter: inspect.Parameter
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The arguments of a forward whose condition is this parameter, by position and by name."""
+    if parameter.kind is parameter.POSITIONAL_ONLY:
+        return (x, condition), {}
+    return (x,), {parameter.name: condition}
 
 
 def _parameters_of_script(module: nn.Module) -> list[inspect.Parameter]:

@@ -20,8 +20,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..scalars import checked_integer, plain_number
-from .conditions import condition_parameter
+from ..scalars import checked_integer, checked_number, plain_number
+from .conditions import arguments_of, condition_parameter
 from .functions import EnergyLike, as_module
 
 __all__ = ["NoiseConditionalEnergy", "checked_betas", "variance_preserving"]
@@ -60,13 +60,10 @@ class NoiseConditionalEnergy(nn.Module):
     ) -> None:
         super().__init__()
         self.network = as_module(network, "network")
-        sigma_data = plain_number(sigma_data)
-        if isinstance(sigma_data, bool) or not isinstance(sigma_data, (int, float)) or not 0 < sigma_data < math.inf:
-            raise ValueError(f"sigma_data must be a finite number > 0, got {sigma_data!r}")
-        self.sigma_data = float(sigma_data)
+        self.sigma_data = checked_number("sigma_data", sigma_data, positive=True)
         self.n_frequencies = checked_integer("n_frequencies", n_frequencies, least=0)
         self.betas = None if betas is None else checked_betas(betas)
-        self._takes_condition = condition_parameter(self.network, "condition") is not None
+        self._condition = condition_parameter(self.network, "condition")
 
     @property
     def n_features(self) -> int:
@@ -74,7 +71,10 @@ class NoiseConditionalEnergy(nn.Module):
         return 1 + 2 * self.n_frequencies
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """States (batch, *shape), and their sigma (or t), (batch,) or (batch, 1), > 0 -> (batch,)."""
+        """States (batch, *shape), and their sigma (or t), (batch,) or (batch, 1), > 0 -> (batch,).
+
+        At a level <= 0 the energy is NaN: levels are not read, as that would wait for the device.
+        """
         if condition.shape not in ((len(x),), (len(x), 1)) or not condition.is_floating_point():
             raise ValueError(
                 f"condition must be ({len(x)},) noise levels, one per state, got {tuple(condition.shape)} "
@@ -102,8 +102,9 @@ class NoiseConditionalEnergy(nn.Module):
         return torch.cat([u, *(f(angle) for angle in angles for f in (torch.sin, torch.cos))], dim=1)
 
     def _output(self, x: Tensor, features: Tensor) -> Tensor:
-        if self._takes_condition:
-            output: Tensor = self.network(x, condition=features)
+        if self._condition is not None:
+            arguments, options = arguments_of(x, features, self._condition)
+            output: Tensor = self.network(*arguments, **options)
             return output
         inputs = torch.cat([x.flatten(1), features], dim=1)
         try:

@@ -7,11 +7,9 @@ Softmax over candidates y of -E(x, y) is the InfoNCE loss (van den Oord et al. 2
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
-from ..scalars import plain_number
+from ..scalars import checked_number
 from .functions import EnergyLike, as_module
 
 __all__ = ["PairEnergy"]
@@ -28,12 +26,7 @@ class PairEnergy(nn.Module):
     def __init__(self, encoder: EnergyLike, temperature: float = 0.1) -> None:
         super().__init__()
         self.encoder = as_module(encoder, "encoder")
-        temperature = plain_number(temperature)
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise TypeError(f"temperature must be a number > 0, got {temperature!r}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-        self.temperature = float(temperature)
+        self.temperature = checked_number("temperature", temperature, positive=True)
 
     def features(self, x: Tensor) -> Tensor:
         """f(x) / |f(x)|: (batch, *shape) -> (batch, feature_size)."""

@@ -27,11 +27,16 @@ from ..energies.eval_mode import evaluating
 from ..pool import ChainPool
 from ..samplers.base import Sampler, diagonal_at
 from ..samplers.langevin import Langevin
-from .base import Loss, calls_of, checked_weight
+from ..scalars import checked_number
+from .base import Draws, Loss, calls_of, mean_energies
 from .gradients import input_gradient
-from .negatives import ChainObjective
+from .negatives import ChainObjective, energies_of_both, joined
 
 __all__ = ["ContrastiveDivergence", "contrastive_divergence_loss"]
+
+_NO_FEATURES = (
+    "pull_away compares the inputs of the energy's last nn.Linear, and it has none that is called: leave it 0"
+)
 
 
 class ContrastiveDivergence(ChainObjective):
@@ -73,39 +78,28 @@ class ContrastiveDivergence(ChainObjective):
         super().__init__(
             sampler, steps, pool=pool, start=start, clamp=clamp, backend=backend, on_nonfinite=on_nonfinite, seed=seed
         )
-        self.reg_alpha = checked_weight("reg_alpha", reg_alpha)
-        self.gradient_penalty = checked_weight("gradient_penalty", gradient_penalty)
-        self.entropy, self.pull_away = checked_weight("entropy", entropy), checked_weight("pull_away", pull_away)
+        self.reg_alpha = checked_number("reg_alpha", reg_alpha, positive=False)
+        self.gradient_penalty = checked_number("gradient_penalty", gradient_penalty, positive=False)
+        self.entropy = checked_number("entropy", entropy, positive=False)
+        self.pull_away = checked_number("pull_away", pull_away, positive=False)
         if self.entropy > 0 and not isinstance(sampler, Langevin):
             raise ValueError(f"entropy takes one more step of Langevin: the sampler must be one, got {sampler!r}")
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``."""
-        n = len(batch) if batch_size is None else batch_size
-        negatives = self.negatives(energy, batch, labels, self.draws(batch, first_row), n, first_row)
-        x = torch.cat([batch, negatives.x])
-        both = None if labels is None or negatives.labels is None else torch.cat([labels, negatives.labels])
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        n = draws.n_rows
         linears = [m for m in energy.modules() if isinstance(m, nn.Linear)] if self.pull_away > 0 else []
-        # One forward pass of both: DistributedDataParallel allows one per backward pass.
+        if self.pull_away > 0 and not linears:
+            raise ValueError(_NO_FEATURES)
+        negatives = self.negatives(energy, batch, labels, draws, n)
         with calls_of(linears) as calls:
             if self.gradient_penalty + self.entropy > 0:
+                x, both = torch.cat([batch, negatives.x]), joined(labels, negatives.labels)
                 _, energies, gradient = input_gradient(energy, x, labels=both)
+                real, negative = energies.tensor_split([len(batch)])
             else:
-                energies = energies_of(energy, x, labels=both)
-        real, negative = energies[: len(batch)], energies[len(batch) :]
+                real, negative = energies_of_both(energy, batch, negatives.x, labels=(labels, negatives.labels))
         loss = contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=n)
-        metrics: dict[str, float | Tensor] = {
-            "energy_real": real.detach().sum() / n,
-            "energy_samples": negative.detach().sum() / n,
-        }
+        metrics = mean_energies(real, negative, n)
         terms: dict[str, Tensor] = {}  # sums over rows, by the names of their weights
         if self.gradient_penalty > 0:
             terms["gradient_penalty"] = gradient.square().sum()
@@ -114,7 +108,7 @@ class ContrastiveDivergence(ChainObjective):
             terms["entropy"] = _kl_term(energy, moved, negatives.labels)
         if self.pull_away > 0:
             if not calls:
-                raise ValueError("pull_away compares the inputs of the energy's last nn.Linear, and it has none")
+                raise ValueError(_NO_FEATURES)
             features, _ = calls[-1]
             terms["pull_away"] = _pull_away_term(features[len(batch) :])
         for name, term in terms.items():
@@ -140,7 +134,8 @@ def _kl_term(energy: nn.Module, moved: Tensor, labels: Tensor | None) -> Tensor:
     if len(moved) < 2:  # of a pool that processes share, this one may have drawn a single chain, or none
         return energies.sum()
     rows = moved.flatten(1)
-    nearest = torch.cdist(rows.detach(), rows.detach()).fill_diagonal_(torch.inf).argmin(dim=1)
+    states = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))  # cdist takes no half precision
+    nearest = torch.cdist(states, states).fill_diagonal_(torch.inf).argmin(dim=1)
     # Samples at a corner of the clamp may be equal: their distance has no gradient, and a finite log with this.
     distance = torch.linalg.vector_norm(rows - rows[nearest], dim=1).clamp(min=torch.finfo(rows.dtype).eps)
     term: Tensor = energies.sum() - rows.shape[1] * distance.log().sum()
@@ -166,7 +161,7 @@ def contrastive_divergence_loss(
         real_energy: energies of data, (batch,) or (batch, 1).
         neg_energy: energies of samples, (batch,) or (batch, 1), computed as ``energy(samples)``. The energies that a
             sampler or a pool returns with its samples carry no gradient, so they can't be used here.
-        reg_alpha: weight of the regulariser, >= 0.
+        reg_alpha: weight of the regulariser, finite and >= 0.
         batch_size: what the sums of each side are divided by to give its means. None: the number of its energies.
             Processes that each hold a part of a batch, which may be empty, pass the size of the whole batch: the sum
             of their losses is then the loss of the whole batch.
@@ -174,8 +169,7 @@ def contrastive_divergence_loss(
     Warns:
         UserWarning: one side carries no gradient, so half of the loss would have no effect.
     """
-    if not reg_alpha >= 0:
-        raise ValueError(f"reg_alpha must be >= 0, got {reg_alpha}")
+    reg_alpha = checked_number("reg_alpha", reg_alpha, positive=False)
     if batch_size is None and (real_energy.numel() == 0 or neg_energy.numel() == 0):
         raise ValueError("contrastive_divergence_loss needs at least one energy on each side, got an empty tensor")
 

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..box import Bounds
-from ..energies import energy as energies_of
 from ..energies.eval_mode import evaluating
 from ..energies.functions import EnergyLike, as_module
 from ..rng import Stream, draw_seed, normal
 from ..samplers.base import Sampler
-from ..scalars import checked_integer
-from .base import Loss, checked_weight
+from ..scalars import checked_integer, checked_number
+from .base import Draws, Loss, mean_energies
 from .contrastive_divergence import contrastive_divergence_loss
-from .negatives import ChainObjective
+from .negatives import ChainObjective, energies_of_both
 
 __all__ = ["CooperativeTraining"]
 
@@ -62,35 +61,20 @@ class CooperativeTraining(ChainObjective):
         super().__init__(sampler, steps, clamp=clamp, backend=backend, on_nonfinite=on_nonfinite, seed=seed)
         self.generator = as_module(generator, "generator")
         self.latent_dim = checked_integer("latent_dim", latent_dim, least=1)
-        self.weight, self.reg_alpha = checked_weight("weight", weight), checked_weight("reg_alpha", reg_alpha)
+        self.weight = checked_number("weight", weight, positive=False)
+        self.reg_alpha = checked_number("reg_alpha", reg_alpha, positive=False)
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``. With labels the energy is E(x, labels); the generator has none."""
-        n = len(batch) if batch_size is None else batch_size
-        draws = self.draws(batch, first_row)
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        """With labels the energy is E(x, labels); the generator has none."""
+        n = draws.n_rows
         generated = self.generator(draws.normal(shape=(self.latent_dim,)))
         if generated.shape != batch.shape:
             raise ValueError(f"the generator must return {tuple(batch.shape)}, got {tuple(generated.shape)}")
-        revised = self.moved(energy, self.clamped(generated.detach()), labels, draws.seed(), first_row)
-        # One forward pass of both: DistributedDataParallel allows one per backward pass.
-        both = None if labels is None else torch.cat([labels, labels])
-        real, negative = energies_of(energy, torch.cat([batch, revised]), labels=both).chunk(2)
+        revised = self.moved(energy, self.clamped(generated.detach()), labels, draws.seed(), draws.first_row)
+        real, negative = energies_of_both(energy, batch, revised, labels=(labels, labels))
         teaching = (generated - revised).square().sum() / n
         loss = contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=n) + self.weight * teaching
-        metrics: dict[str, float | Tensor] = {
-            "energy_real": real.detach().sum() / n,
-            "energy_samples": negative.detach().sum() / n,
-            "teaching": teaching.detach(),
-        }
-        return Loss(loss, metrics, revised)
+        return Loss(loss, {**mean_energies(real, negative, n), "teaching": teaching.detach()}, revised)
 
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
         """What the generator makes of n new z: (n, *shape), without a graph. Chains of the energy may go on from it.

@@ -21,7 +21,7 @@ from ..energies.functions import name_of_forward
 from ..energies.noise_conditional import checked_betas, variance_preserving
 from ..samplers.annealed import checked_sigmas
 from ..scalars import checked_number
-from .base import Loss, Objective
+from .base import Draws, Loss, Objective
 from .gradients import input_gradient, with_all_weights
 
 __all__ = ["DenoisingScoreMatching", "MultiLevelDenoisingScoreMatching", "VariancePreservingScoreMatching"]
@@ -46,28 +46,20 @@ class _Denoising(Objective):
         """The noise of rows, given a uniform number in [0, 1] for each, (n,)."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``. labels: for an energy that takes them."""
-        n = len(batch) if batch_size is None else batch_size
-        draws = self.draws(batch, first_row)
-        alpha, sigma, scale, condition = self._levels(draws.strata(n))
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        """labels: for an energy that takes them."""
+        levels = self._levels(draws.strata())
+        alpha, sigma, scale = (_per_row(level, batch) for level in levels[:3])
+        condition = None if levels.condition is None else levels.condition.to(batch.dtype)
         if condition is not None and not takes_condition(energy, "condition"):
             raise ValueError(
                 f"{type(self).__name__} trains an energy of states and noise levels, and {name_of_forward(energy)} "
                 "takes x only: use a noise-conditional energy, forward(x, sigma), or DenoisingScoreMatching"
             )
         noise = draws.normal()
-        noisy = _per_row(alpha, batch) * batch + _per_row(sigma, batch) * noise
+        noisy = alpha * batch + sigma * noise
         _, energies, gradient = input_gradient(energy, noisy, labels=labels, condition=condition)
-        error = (_per_row(scale, batch) * gradient - noise).square().sum() / n
+        error = (scale * gradient - noise).square().sum() / draws.n_rows
         loss = with_all_weights(0.5 * error, energies)
         return Loss(loss, {"noise_error": error.detach() / math.prod(batch.shape[1:])})
 
@@ -167,5 +159,5 @@ class VariancePreservingScoreMatching(_Denoising):
 
 
 def _per_row(values: Tensor, batch: Tensor) -> Tensor:
-    """One number per row, (n,), in a shape that broadcasts with the batch, (n, *shape)."""
-    return values.reshape(-1, *[1] * (batch.ndim - 1))
+    """One number per row, (n,), in the batch's dtype and a shape that broadcasts with it, (n, *shape)."""
+    return values.to(batch.dtype).reshape(-1, *[1] * (batch.ndim - 1))

@@ -30,10 +30,10 @@ from ..energies import first_tensor
 from ..rng import Stream, draw_seed, normal
 from ..samplers.annealed import checked_sigmas
 from ..samplers.langevin import Langevin
-from ..scalars import checked_integer
-from .base import Loss, Objective, checked_weight
+from ..scalars import checked_integer, checked_number
+from .base import Draws, Loss, Objective, mean_energies
 from .contrastive_divergence import contrastive_divergence_loss
-from .negatives import inner
+from .negatives import energies_of_both, inner
 
 __all__ = ["DiffusionRecoveryLikelihood"]
 
@@ -68,42 +68,25 @@ class DiffusionRecoveryLikelihood(Objective):
         self.sigmas = checked_sigmas(sigmas)
         if len(self.sigmas) < 2:
             raise ValueError(f"sigmas must be two or more noise levels, got {sigmas!r}")
-        self.step_scale = checked_weight("step_scale", step_scale)
-        if self.step_scale == 0:
-            raise ValueError("step_scale must be > 0, or chains do not move, got 0")
+        self.step_scale = checked_number("step_scale", step_scale, positive=True)
         self.sampler_steps = checked_integer("sampler_steps", sampler_steps, least=1)
         Settings(on_nonfinite=on_nonfinite).check()
-        self.reg_alpha, self.on_nonfinite = checked_weight("reg_alpha", reg_alpha), on_nonfinite
+        self.reg_alpha, self.on_nonfinite = checked_number("reg_alpha", reg_alpha, positive=False), on_nonfinite
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``. labels: refused, as the noise level is the energy's condition."""
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        """labels: refused, as the noise level is the energy's condition."""
         if labels is not None:
             raise ValueError("diffusion recovery gives the energy a noise level as its condition: leave labels= out")
-        n = len(batch) if batch_size is None else batch_size
-        draws = self.draws(batch, first_row)
         levels = (draws.uniform() * (len(self.sigmas) - 1)).ceil().long()  # uniform on 1 .. L - 1
         sigma, s = self._noise_of(levels, batch)
         by_row = (-1, *[1] * (batch.ndim - 1))
         x = batch + sigma.reshape(by_row) * draws.normal()
         noisy = x + s.reshape(by_row) * draws.normal()
-        samples = self._recovered(energy, noisy, sigma, s, seed=draws.seed(), first_row=first_row).x
-        # One forward pass of both: DistributedDataParallel allows one per backward pass.
-        energies = energies_of(energy, torch.cat([x, samples]), condition=torch.cat([sigma, sigma]))
-        real, negative = energies.chunk(2)
-        loss = contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=n)
-        metrics: dict[str, float | Tensor] = {
-            "energy_real": real.detach().sum() / n,
-            "energy_samples": negative.detach().sum() / n,
-        }
-        return Loss(loss, metrics, samples)
+        samples = self._recovered(energy, noisy, sigma, s, seed=draws.seed(), first_row=draws.first_row).x
+        samples = samples.to(batch.dtype)  # chains in half precision have float32 states
+        real, negative = energies_of_both(energy, x, samples, condition=(sigma, sigma))
+        loss = contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=draws.n_rows)
+        return Loss(loss, mean_energies(real, negative, draws.n_rows), samples)
 
     def sample(self, energy: nn.Module, n: int, input_size: int | Sequence[int], *, seed: int | None = None) -> Tensor:
         """New samples, at the last noise level: (n, *shape).

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..energies import energy as energies_of
 from ..scalars import checked_integer, checked_number
-from .base import Loss, Objective
+from .base import Draws, Loss, Objective, mean_energies
 
 __all__ = ["EnergyDiscrepancy"]
 
@@ -45,18 +45,9 @@ class EnergyDiscrepancy(Objective):
         self.n_negatives = checked_integer("n_negatives", n_negatives, least=1)
         self.w = checked_number("w", w, positive=False)
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``. labels: for an energy that takes them."""
-        n, m = len(batch) if batch_size is None else batch_size, self.n_negatives
-        draws, std = self.draws(batch, first_row), math.sqrt(self.t)
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        """labels: for an energy that takes them."""
+        n, m, std = draws.n_rows, self.n_negatives, math.sqrt(self.t)
         centres = batch + std * draws.normal()
         negatives = (centres[:, None] + std * draws.normal(copies=m)).flatten(0, 1)
         if labels is not None:
@@ -66,8 +57,4 @@ class EnergyDiscrepancy(Objective):
         log_w = math.log(self.w) if self.w > 0 else -math.inf
         exponents = torch.cat([real[:, None] - negative, torch.full_like(real[:, None], log_w)], dim=1)
         loss = (exponents.logsumexp(dim=1) - math.log(m)).sum() / n
-        metrics: dict[str, float | Tensor] = {
-            "energy_real": real.detach().sum() / n,
-            "energy_samples": negative.detach().sum() / (n * m),
-        }
-        return Loss(loss, metrics, negatives)
+        return Loss(loss, mean_energies(real, negative, n), negatives)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .base import Draws
 from .flow import CouplingFlow
 from .noise_contrastive import NoiseContrastiveEstimation
 
@@ -41,8 +42,8 @@ class FlowContrastiveEstimation(NoiseContrastiveEstimation):
             raise TypeError(f"flow must be a CouplingFlow, got {flow!r}")
         super().__init__(flow, seed=seed)
 
-    def _rows(self, batch: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        samples, log_q_samples = self.noise(self.draws(batch, first_row).normal())
+    def _rows(self, batch: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        samples, log_q_samples = self.noise(draws.normal())
         log_q = torch.stack([self.noise.log_prob(batch), log_q_samples], 1)
         # All that the loss knows of the flow passes through here, so reversal here makes the flow descend on V.
         return torch.stack([batch, _reversed(samples)], 1), _reversed(log_q)

@@ -8,15 +8,14 @@ the minimum is not the law of the data.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..box import Bounds
-from ..energies import energy as energies_of
 from ..pool import ChainPool
 from ..samplers.base import Sampler
-from .base import Loss, checked_weight
-from .negatives import ChainObjective
+from ..scalars import checked_number
+from .base import Draws, Loss, mean_energies
+from .negatives import ChainObjective, energies_of_both
 
 __all__ = ["HingeLoss"]
 
@@ -57,29 +56,11 @@ class HingeLoss(ChainObjective):
                 "HingeLoss pairs each row with a sample on its own process, so it takes no pool that processes share: "
                 "build the pool without process_group=, and with another seed on each process"
             )
-        self.margin = checked_weight("margin", margin)
+        self.margin = checked_number("margin", margin, positive=False)
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``."""
-        n = len(batch) if batch_size is None else batch_size
-        samples = self.negatives(energy, batch, labels, self.draws(batch, first_row), len(batch), first_row).x
-        # One forward pass of both: DistributedDataParallel allows one per backward pass.
-        energies = energies_of(
-            energy, torch.cat([batch, samples]), labels=None if labels is None else torch.cat([labels, labels])
-        )
-        real, negative = energies.chunk(2)
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        n, samples = draws.n_rows, self.negatives(energy, batch, labels, draws, len(batch)).x
+        real, negative = energies_of_both(energy, batch, samples, labels=(labels, labels))
         excess = self.margin + real - negative
-        metrics: dict[str, float | Tensor] = {
-            "energy_real": real.detach().sum() / n,
-            "energy_samples": negative.detach().sum() / n,
-            "within_margin": (excess.detach() > 0).sum() / n,
-        }
+        metrics = {**mean_energies(real, negative, n), "within_margin": (excess.detach() > 0).sum() / n}
         return Loss(excess.relu().sum() / n, metrics, samples)

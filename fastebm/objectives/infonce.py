@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from ..energies import PairEnergy
 from ..energies.conditions import unwrapped
 from ..scalars import checked_number
-from .base import Draws, Loss, Objective
+from .base import Draws, Loss, Objective, mean_energies
 
 __all__ = ["InfoNCE"]
 
@@ -28,10 +28,10 @@ class InfoNCE(Objective):
     """InfoNCE of a ``PairEnergy``, whose temperature is part of the energy.
 
     With several processes the rows of each are contrasted among themselves only, so the loss is that of smaller
-    batches, and depends on the number of processes.
+    batches, and depends on the number of processes. Labels are not used.
 
-    Metrics: ``accuracy``, the part of the rows that are found again; ``energy_real`` and ``energy_samples``, mean
-    energies of positive and negative pairs. Samples: None.
+    Metrics: ``accuracy``, the part of the rows that are found again, without ties; ``energy_real`` and
+    ``energy_samples``, mean energies of positive and negative pairs. Samples: None.
 
     Args:
         augment: (batch, draws) -> a view of each row, of the batch's shape, such as ``RandomAffine`` for images. Its
@@ -50,20 +50,14 @@ class InfoNCE(Objective):
         super().__init__(seed=seed)
         self.augment, self.noise_std = augment, checked_number("noise_std", noise_std, positive=False)
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``."""
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
         if not isinstance(unwrapped(energy), PairEnergy):
             raise TypeError(f"InfoNCE trains a PairEnergy, got {type(unwrapped(energy)).__name__}")
-        rows, n = len(batch), len(batch) if batch_size is None else batch_size
-        draws = self.draws(batch, first_row)
+        rows, n = len(batch), draws.n_rows
+        if rows == 1:
+            raise ValueError(
+                "InfoNCE contrasts the rows of a process, so it needs at least 2, got 1: drop the last batch"
+            )
         # All pairs by one call of the module: DistributedDataParallel does not see calls of its other methods.
         energies = energy(self._view(batch, draws), self._view(batch, draws), all_pairs=True)
         own = torch.arange(rows, device=batch.device)
@@ -71,12 +65,8 @@ class InfoNCE(Objective):
         energies = energies.detach()
         real = energies.diagonal()
         others = (energies.sum(dim=1) - real) / max(1, rows - 1)
-        metrics: dict[str, float | Tensor] = {
-            "accuracy": (energies >= real[:, None]).all(dim=1).sum() / n,
-            "energy_real": real.sum() / n,
-            "energy_samples": others.sum() / n,
-        }
-        return Loss(loss, metrics)
+        found = (energies > real[:, None]).sum(dim=1) == rows - 1  # a tie is not found
+        return Loss(loss, {"accuracy": found.sum() / n, **mean_energies(real, others, n)})
 
     def _view(self, batch: Tensor, draws: Draws) -> Tensor:
         view = batch if self.augment is None else self.augment(batch, draws)

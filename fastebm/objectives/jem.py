@@ -8,18 +8,19 @@ E(x, y) = -f(x)_y with the labels of the batch.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..box import Bounds
 from ..energies import ClassifierEnergy
-from ..energies import energy as energies_of
+from ..energies.classifier import checked_logits
 from ..energies.conditions import unwrapped
+from ..energies.eval_mode import reading
 from ..pool import ChainPool
 from ..samplers.base import Sampler
-from .base import Loss, calls_of, checked_weight
+from ..scalars import checked_number
+from .base import Draws, Loss, calls_of, mean_energies
 from .contrastive_divergence import contrastive_divergence_loss
-from .negatives import ChainObjective
+from .negatives import ChainObjective, energies_of_both
 
 __all__ = ["JEM"]
 
@@ -53,37 +54,41 @@ class JEM(ChainObjective):
         super().__init__(
             sampler, steps, pool=pool, start=start, clamp=clamp, backend=backend, on_nonfinite=on_nonfinite, seed=seed
         )
-        self.weight, self.reg_alpha = checked_weight("weight", weight), checked_weight("reg_alpha", reg_alpha)
+        self.weight = checked_number("weight", weight, positive=False)
+        self.reg_alpha = checked_number("reg_alpha", reg_alpha, positive=False)
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``. labels: (n,) int64."""
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        """labels: (n,) int64."""
         model = unwrapped(energy)
         if not isinstance(model, ClassifierEnergy):
             raise TypeError(f"JEM trains a classifier: wrap it, as ClassifierEnergy(classifier), got {type(model)}")
         if labels is None:
             raise ValueError("JEM trains a classifier: pass labels=, the class of each row")
-        n = len(batch) if batch_size is None else batch_size
-        of_chains = labels if self.pool is not None and self.pool.labels is not None else None
-        samples = self.negatives(energy, batch, of_chains, self.draws(batch, first_row), n, first_row).x
+        _check_labels(labels, model, batch)
+        n, of_chains = draws.n_rows, labels if self.pool is not None and self.pool.labels is not None else None
+        samples = self.negatives(energy, batch, of_chains, draws, n).x
         # One forward pass of the energy, which DistributedDataParallel sees, has the logits on its way.
         with calls_of([model.classifier]) as calls:
-            energies = energies_of(energy, torch.cat([batch, samples]))
-        real, negative = energies[: len(batch)], energies[len(batch) :]
+            real, negative = energies_of_both(energy, batch, samples)
         logits = calls[-1][1][: len(batch)]
-        cross_entropy = nn.functional.cross_entropy(logits, labels, reduction="sum") / n
+        cross_entropy = nn.functional.cross_entropy(logits, labels.long(), reduction="sum") / n
         loss = cross_entropy + self.weight * contrastive_divergence_loss(real, negative, self.reg_alpha, batch_size=n)
-        metrics: dict[str, float | Tensor] = {
+        metrics = {
             "cross_entropy": cross_entropy.detach(),
             "accuracy": (logits.argmax(dim=1) == labels).sum() / n,
-            "energy_real": real.detach().sum() / n,
-            "energy_samples": negative.detach().sum() / n,
+            **mean_energies(real, negative, n),
         }
         return Loss(loss, metrics, samples)
+
+
+def _check_labels(labels: Tensor, model: ClassifierEnergy, batch: Tensor) -> None:
+    """Check that labels are in [0, C). What the classifier makes of one row tells C."""
+    if len(labels) == 0:
+        return
+    with reading(model):
+        n_classes = checked_logits(model.classifier(batch[:1]), batch[:1]).shape[1]
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= n_classes:
+        raise ValueError(
+            f"labels of {n_classes} classes must be 0 to {n_classes - 1}, got {low} to {high}: drop others"
+        )

@@ -12,13 +12,16 @@ from ..box import Bounds, Box, uniform_states
 from ..driver.arguments import checked_count
 from ..driver.sample import sample
 from ..driver.settings import Settings
+from ..energies import energy as energies_of
 from ..pool import ChainPool
 from ..pool.arguments import with_clamp
 from ..rng import Stream
 from ..samplers.base import Sampler, checked_sampler
 from .base import Draws, Objective
 
-__all__ = ["ChainObjective", "Negatives", "inner"]
+__all__ = ["ChainObjective", "Negatives", "energies_of_both", "inner", "joined"]
+
+_Both = tuple[Tensor | None, Tensor | None]  # of the data, and of the samples
 
 
 class Negatives(NamedTuple):
@@ -78,36 +81,55 @@ class ChainObjective(Objective):
         return self.box.on(rows.shape[1], dtype=x.dtype, device=x.device).clamp(rows).reshape(x.shape)
 
     def negatives(
-        self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws, batch_size: int, first_row: int
+        self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws, n_drawn: int
     ) -> Negatives:
-        """Chains moved under the energy. Arguments: those of ``Objective.forward``, and the draws of the call.
+        """Chains moved under the energy. Arguments: those of ``Objective.loss_of``.
 
-        A pool that several processes share gives this process those of its chains that were drawn, of batch_size in
-        all: more or fewer than the batch has rows.
+        n_drawn: chains to draw from a pool. If several processes share it, each gets those of its chains that were
+            drawn: more or fewer than its batch has rows.
         """
         if self.pool is not None:
+            if labels is None and self.pool.labels is not None:
+                raise ValueError("the pool's chains have labels: pass labels=, or build the pool without")
             if labels is not None:  # a pool asks for the labels of the whole batch, the same on all processes
                 labels = self.pool._processes.concatenated(labels)
             x, _ = self.pool.sample(
-                inner(energy), batch_size, self.sampler, self.steps, labels=labels, backend=self.backend,
+                inner(energy), n_drawn, self.sampler, self.steps, labels=labels, backend=self.backend,
                 on_nonfinite=self.on_nonfinite,
             )  # fmt: skip
             last = self.pool.last
-            return Negatives(x, None if labels is None or last is None else last.labels)
+            return Negatives(x.to(batch.dtype), None if labels is None or last is None else last.labels)
         init, seed = batch, draws.seed()
         if self.start == "noise":
-            chains = torch.arange(first_row, first_row + len(batch), device=batch.device)
+            chains = torch.arange(draws.first_row, draws.first_row + len(batch), device=batch.device)
             dim = math.prod(batch.shape[1:])
             noise = uniform_states(seed, Stream.INITIAL, chains, 0, dim, clamp=self.box, dtype=batch.dtype)
             init = noise.reshape(batch.shape)
-        return Negatives(self.moved(energy, init, labels, seed, first_row), labels)
+        return Negatives(self.moved(energy, init, labels, seed, draws.first_row), labels)
 
     def moved(self, energy: nn.Module, init: Tensor, labels: Tensor | None, seed: int, first_row: int) -> Tensor:
-        """The states of new chains after their steps. init: (n, *shape), the first of chain number first_row."""
-        return sample(
+        """The states of new chains after their steps, in the dtype of init: (n, *shape), chains first_row and on."""
+        x = sample(
             inner(energy), with_clamp(self.sampler, self.clamp, math.prod(init.shape[1:])), init=init, labels=labels,
             steps=self.steps, seed=seed, first_chain=first_row, backend=self.backend, on_nonfinite=self.on_nonfinite,
         ).x  # fmt: skip
+        return x.to(init.dtype)  # chains in half precision have float32 states
+
+
+def energies_of_both(
+    energy: nn.Module, batch: Tensor, samples: Tensor, *, labels: _Both = (None, None), condition: _Both = (None, None)
+) -> tuple[Tensor, ...]:
+    """Energies of data and of samples, from one forward pass: DistributedDataParallel allows one per backward pass.
+
+    labels, condition: of the data and of the samples, or None.
+    """
+    x = torch.cat([batch, samples])
+    return energies_of(energy, x, labels=joined(*labels), condition=joined(*condition)).tensor_split([len(batch)])
+
+
+def joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The rows of both, if there are such."""
+    return None if first is None or second is None else torch.cat([first, second])
 
 
 def inner(energy: nn.Module) -> nn.Module:

@@ -213,6 +213,10 @@ def _cholesky(covariance: Tensor, dim: int) -> Tensor:
     """The lower triangular factor of covariance matrices, (..., dim, dim)."""
     if covariance.shape[-2:] != (dim, dim):
         raise ValueError(f"a covariance of {dim} dims has shape ({dim}, {dim}), got {tuple(covariance.shape)}")
+    std = covariance.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    # Fits are symmetric up to rounding.
+    if bool(((covariance - covariance.mT).abs() > 1e-5 * std[..., :, None] * std[..., None, :]).any()):
+        raise ValueError("a covariance must be symmetric: average it with its transpose, (c + c.mT) / 2")
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(covariance)
     if bool((info != 0).any()):

@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from ..energies import energy as energies_of
 from ..scalars import checked_integer
-from .base import Loss, Objective
+from .base import Draws, Loss, Objective, mean_energies
 from .noise import NoiseDistribution
 
 __all__ = ["NoiseContrastiveEstimation", "RankingNoiseContrastiveEstimation"]
@@ -36,14 +36,14 @@ class _NoiseContrastive(Objective):
             raise TypeError(f"noise must be a NoiseDistribution, such as GaussianNoise.fit(data), got {noise!r}")
         self.noise, self.n_noise = noise, n_noise
 
-    def _rows(self, batch: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    def _rows(self, batch: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Each row of data followed by its noise rows, and their log-densities: (n, 1 + n_noise, *shape), two dims."""
         with torch.no_grad():
             log_q = self.noise.log_prob(batch)
             if not bool(log_q.isfinite().all()):
                 zero = int((~log_q.isfinite()).sum())
                 raise ValueError(f"the noise has no density at {zero} of {len(batch)} rows of data: take a wider noise")
-            noise = self.noise.sample(self.draws(batch, first_row), self.n_noise)
+            noise = self.noise.sample(draws, self.n_noise)
             log_q_noise = self.noise.log_prob(noise.flatten(0, 1)).reshape(noise.shape[:2])
             return torch.cat([batch[:, None], noise], 1), torch.cat([log_q[:, None], log_q_noise], 1)
 
@@ -85,18 +85,8 @@ class NoiseContrastiveEstimation(_NoiseContrastive):
             raise ValueError(f"log_z must be finite, got {log_z}")
         self.log_z = nn.Parameter(torch.tensor(float(log_z)))
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``."""
-        n = len(batch) if batch_size is None else batch_size
-        rows, log_q = self._rows(batch, first_row)
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        n, (rows, log_q) = draws.n_rows, self._rows(batch, draws)
         energies = self._energies(energy, rows, labels)
         log_ratios = -energies - self.log_z - log_q
         log_odds = log_ratios - math.log(self.n_noise)
@@ -105,7 +95,7 @@ class NoiseContrastiveEstimation(_NoiseContrastive):
         metrics = {
             "accuracy": right / (2 * n),
             "log_z": self.log_z.detach() * (len(batch) / n),  # so that it adds up over processes, as all metrics do
-            **_mean_energies(energies.detach(), n),
+            **mean_energies(energies[:, 0], energies[:, 1:], n),
         }
         return Loss(loss, metrics, rows[:, 1:].detach().flatten(0, 1))
 
@@ -126,25 +116,11 @@ class RankingNoiseContrastiveEstimation(_NoiseContrastive):
     def __init__(self, noise: NoiseDistribution, *, n_noise: int = 10, seed: int | None = None) -> None:
         super().__init__(noise, checked_integer("n_noise", n_noise, least=1), seed=seed)
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``."""
-        n = len(batch) if batch_size is None else batch_size
-        rows, log_q = self._rows(batch, first_row)
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        n, (rows, log_q) = draws.n_rows, self._rows(batch, draws)
         energies = self._energies(energy, rows, labels)
         scores = -energies - log_q
         loss = -scores.log_softmax(dim=1)[:, 0].sum() / n
         first = scores[:, 0] > scores[:, 1:].amax(dim=1)
-        metrics = {"accuracy": first.sum() / n, **_mean_energies(energies.detach(), n)}
+        metrics = {"accuracy": first.sum() / n, **mean_energies(energies[:, 0], energies[:, 1:], n)}
         return Loss(loss, metrics, rows[:, 1:].flatten(0, 1))
-
-
-def _mean_energies(energies: Tensor, n: int) -> dict[str, float | Tensor]:
-    return {"energy_real": energies[:, 0].sum() / n, "energy_samples": energies[:, 1:].mean(dim=1).sum() / n}

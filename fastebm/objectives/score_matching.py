@@ -39,24 +39,14 @@ class _ScoreMatching(Objective):
         """The sum of |dE/dx|^2 over the rows."""
         return gradient.square().sum()
 
-    def forward(
-        self,
-        energy: nn.Module,
-        batch: Tensor,
-        *,
-        labels: Tensor | None = None,
-        batch_size: int | None = None,
-        first_row: int = 0,
-    ) -> Loss:
-        """The loss of one batch: see ``Objective``. labels: for an energy that takes them."""
-        n = len(batch) if batch_size is None else batch_size
-        draws = self.draws(batch, first_row)
+    def loss_of(self, energy: nn.Module, batch: Tensor, labels: Tensor | None, draws: Draws) -> Loss:
+        """labels: for an energy that takes them."""
         noisy = batch + self.noise_std * draws.normal() if self.noise_std > 0 else batch
         directions = self._directions(noisy, draws)
         x, energies, gradient = input_gradient(energy, noisy, labels=labels)
-        squared = self._squared(gradient, directions) / n
-        trace = _trace(x, gradient, directions) / n
-        if self.calls == 1:
+        squared = self._squared(gradient, directions) / draws.n_rows
+        trace = _trace(x, gradient, directions) / draws.n_rows
+        if self.calls == 0:
             _warn_without_curvature(squared, trace)
         metrics: dict[str, float | Tensor] = {"squared_gradient": squared.detach(), "laplacian": trace.detach()}
         return Loss(with_all_weights(0.5 * squared - trace, energies), metrics)

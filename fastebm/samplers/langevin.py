@@ -251,8 +251,10 @@ class Langevin(Sampler):
         if self.grad_clip is not None:
             grad = grad.clamp(-self.grad_clip, self.grad_clip)
         if self.grad_norm_clip is not None:
-            norm = grad.square().sum(dim=1, keepdim=True).sqrt()
-            grad = grad * (self.grad_norm_clip / norm).clamp(max=1.0)  # a norm of 0 gives inf, clamped to 1
+            # Norms below half the clip count as that: the factor is 1, and at 0 it has a derivative.
+            floor = min((self.grad_norm_clip / 2) ** 2, torch.finfo(grad.dtype).eps)
+            norm = grad.square().sum(dim=1, keepdim=True).clamp(min=floor).sqrt()
+            grad = grad * (self.grad_norm_clip / norm).clamp(max=1.0)
         return grad
 
     # -- one step -----------------------------------------------------------------------------------------

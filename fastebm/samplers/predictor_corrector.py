@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..box import Bounds, Box
 from ..rng import Noise, Stream
-from ..scalars import checked_integer, plain_number
+from ..scalars import checked_integer, checked_number
 from ..targets.base import View
 from .annealed import checked_levels, checked_sigmas
 from .base import Info, Sampler, both, rows_of, settled
@@ -74,10 +74,7 @@ class PredictorCorrector(Sampler):
         object.__setattr__(self, "sigmas", sigmas)
         n = checked_integer("corrector_steps", self.corrector_steps, least=0)
         object.__setattr__(self, "corrector_steps", n)
-        snr = plain_number(self.snr)
-        if isinstance(snr, bool) or not isinstance(snr, (int, float)) or not 0 < snr < math.inf:
-            raise ValueError(f"snr must be a finite number > 0, got {snr!r}")
-        object.__setattr__(self, "snr", snr)
+        object.__setattr__(self, "snr", checked_number("snr", self.snr, positive=True))
         object.__setattr__(self, "clamp", Box.of(self.clamp))
         object.__setattr__(self, "levels", checked_levels(self.levels, len(sigmas), 1))
 
