@@ -120,6 +120,12 @@ def test_buffers_of_the_average_are_those_of_the_energy(batches, seeded):
         assert torch.equal(a, b)
 
 
+def test_the_objective_moves_to_the_device_of_the_energy(energy):
+    objective = Shifted()
+    Trainer(energy.to("meta"), objective, steps=3)
+    assert objective.level.device.type == "meta"
+
+
 def test_another_optimizer_holds_all_parameters_and_keeps_its_rates(energy, batches):
     objective = Shifted()
     with pytest.raises(ValueError, match=r"lacks 1: add objective.parameters\(\) to it"):

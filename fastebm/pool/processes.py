@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.settle import NonFiniteError
 
@@ -69,12 +69,14 @@ class Processes:
         dist.all_reduce(sums, group=self.group)
         return sums.to(values.device)
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with those of the first process."""
+    def copy_first(self, module: nn.Module) -> None:
+        """Give a module the state of the first process: parameters, buffers and extra state, which must be a tensor."""
         if self.size > 1:
             first = dist.get_global_rank(self.group, 0)  # type: ignore[arg-type]  # a group: there are several
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), first, group=self.group)
+            state = {k: v.detach().to(self._device, copy=True).contiguous() for k, v in module.state_dict().items()}
+            for tensor in state.values():
+                dist.broadcast(tensor, first, group=self.group)
+            module.load_state_dict(state)
 
     def concatenated(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks. rows: (n, ...), where n may differ."""

@@ -13,7 +13,6 @@ import statistics
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -98,7 +97,9 @@ class Trainer:
         tensor = first_tensor(energy)
         self.device = torch.device("cpu") if tensor is None else tensor.device
         self.processes = Processes(process_group, self.device)
-        self.processes.copy_first(chain(energy.state_dict().values(), objective.parameters()))
+        objective.to(self.device)
+        for module in (energy, objective):
+            self.processes.copy_first(module)
         self.average = copy.deepcopy(energy).requires_grad_(False)
         self._own = [p for p in objective.parameters() if p.requires_grad]
         self._weights = [p for p in energy.parameters() if p.requires_grad]
@@ -233,14 +234,18 @@ class Trainer:
         return n_nonfinite
 
     def _sum_gradients(self) -> None:
-        """Sum the gradients over the processes. A process without rows may have none."""
+        """Sum the gradients over the processes. A weight has none only if it has none on all of them."""
         if self.processes.size == 1:
             return
-        parameters = [*self._weights, *self._own]
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        sums = self.processes.total(torch.cat([part.flatten() for part in parts]))
-        for p, part in zip(parameters, torch.split(sums, [p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
+        weights = [*self._weights, *self._own]
+        for dtype in dict.fromkeys(p.dtype for p in weights):
+            part = [p for p in weights if p.dtype == dtype]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
+            counts = torch.tensor([p.grad is not None for p in part]).to(gradients[0])
+            sums = self.processes.total(torch.cat([counts, *(g.flatten() for g in gradients)]))
+            n_with, *totals = torch.split(sums, [len(part), *(p.numel() for p in part)])
+            for p, total, n in zip(part, totals, n_with.tolist(), strict=True):
+                p.grad = total.view_as(p) if n > 0 else None
 
     def _average_weights(self) -> None:
         decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
