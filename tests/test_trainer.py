@@ -112,6 +112,39 @@ def test_a_saved_trainer_goes_on_bit_for_bit(energy, batches):
     assert set(a["objective_moments"]) == {"level.step", "level.exp_avg", "level.exp_avg_sq"}
 
 
+class Momentum(torch.optim.Optimizer):
+    """Counts its steps in a number."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p] = self.state[p] or {"n": 0, "mean": torch.zeros_like(p)}
+            state["n"] += 1
+            state["mean"].lerp_(p.grad, 0.1)
+            p.sub_(self.param_groups[0]["lr"] * state["mean"] / (1 - 0.9 ** state["n"]))
+
+
+@pytest.mark.parametrize("optimizer", [None, Momentum])
+@pytest.mark.parametrize("n_before", [0, 2])
+def test_a_used_trainer_loads_any_state_and_leaves_it_as_it_is(energy, batches, optimizer, n_before):
+    objective = Shifted()
+    held = None if optimizer is None else optimizer([*energy.parameters(), *objective.parameters()], lr=0.1)
+    trainer = Trainer(energy, objective, steps=4, optimizer=held)
+    for batch in batches[:n_before]:
+        trainer.step(batch)
+    saved = copy.deepcopy(trainer.state_dict())
+    state = copy.deepcopy(saved)
+    rows = [trainer.step(batch) for batch in batches[n_before:]]
+    trainer.load_state_dict(state)
+    assert trainer.state_dict()["moments"].keys() == saved["moments"].keys()
+    assert [trainer.step(batch) for batch in batches[n_before:]] == rows
+    for part in ("energy", "average", "objective", "moments", "objective_moments"):
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(saved[part][k])) for k, v in state[part].items())
+
+
 def test_buffers_of_the_average_are_those_of_the_energy(batches, seeded):
     energy = MLPEnergy(3, [4], spectral_norm=True)
     trainer = Trainer(energy, Shifted(), steps=4)

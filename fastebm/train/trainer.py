@@ -11,7 +11,7 @@ import copy
 import math
 import statistics
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -186,8 +186,9 @@ class Trainer:
         return row | {"diverging": self._divergence.watch(row)}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes: tensors by name of "energy", "average", "objective", "moments" and "objective_moments" (the
-        optimizer's, PARAMETER.NAME) and "divergence", and the number "steps_done". Pools have their own."""
+        """All that changes: tensors by name of "energy", "average", "objective" and "divergence"; what the optimizer
+        keeps for each parameter, by PARAMETER.NAME, as "moments" and "objective_moments"; and the number "steps_done".
+        Pools have their own."""
         return {
             "energy": self.energy.state_dict(),
             "average": self.average.state_dict(),
@@ -207,20 +208,22 @@ class Trainer:
         self.energy.load_state_dict(state["energy"])
         self.average.load_state_dict(state["average"])
         self.objective.load_state_dict(state["objective"])
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        number = {p: i for i, p in enumerate(parameters)}
+        kept = defaultdict[int, dict[str, Any]](dict)
         for part, module in (("moments", self.energy), ("objective_moments", self.objective)):
-            parameters = dict(module.named_parameters())
+            named = {name: number[p] for name, p in module.named_parameters() if p in number}
             for key, value in state[part].items():
                 name, _, k = key.rpartition(".")
-                # Adam keeps its step count in a tensor on the CPU.
-                self.optimizer.state[parameters[name]][k] = value if k == "step" else value.to(self.device)
+                kept[named[name]][k] = copy.deepcopy(value)  # since the optimizer works in place
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(kept)})
         self._divergence.load_state_dict(state["divergence"])
         self.steps_done = state["steps_done"]
 
-    def _moments(self, module: nn.Module) -> dict[str, Tensor]:
+    def _moments(self, module: nn.Module) -> dict[str, Any]:
         """What the optimizer keeps for the parameters of a module."""
         kept = self.optimizer.state
-        moments = {f"{name}.{k}": v for name, p in module.named_parameters() for k, v in kept.get(p, {}).items()}
-        return {name: v for name, v in moments.items() if isinstance(v, Tensor)}
+        return {f"{name}.{k}": v for name, p in module.named_parameters() for k, v in kept.get(p, {}).items()}
 
     def _restarted(self, n: int) -> int:
         """How many chains of the objective's pool have just started again, which may be a few."""
