@@ -17,6 +17,7 @@ from fastebm import (
     GaussianEnergy,
     Langevin,
     MLPEnergy,
+    MultiLevelDenoisingScoreMatching,
     NoiseConditionalEnergy,
     PairEnergy,
     ResNetEnergy,
@@ -394,7 +395,7 @@ def test_calls_that_do_not_fit(call, match):
 def test_denoising_score_matching_learns_two_moons():
     """The excess of the loss over its least value, that of the true score, falls below a tenth of that of the start.
 
-    Measured: from 0.394 to 0.020.
+    Measured: from 0.394 to 0.026.
     """
     rng = torch.Generator().manual_seed(1)
     draw = TOYS["moons"][1]
@@ -415,13 +416,9 @@ def test_denoising_score_matching_learns_two_moons():
     before = excess(model)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
+    objective = MultiLevelDenoisingScoreMatching(torch.logspace(math.log10(5), math.log10(0.05), 30), seed=0)
     for _ in range(3000):
-        x = data[torch.randint(len(data), (256,), generator=rng)]
-        sigma = torch.exp(math.log(0.05) + math.log(100) * torch.rand(256, generator=rng))
-        xi = torch.randn(256, 2, generator=rng)
-        y = (x + sigma[:, None] * xi).requires_grad_()
-        (gradient,) = torch.autograd.grad(energy(model, y, condition=sigma).sum(), y, create_graph=True)
-        loss = (sigma[:, None] * gradient - xi).square().sum(1).mean()
+        loss = objective(model, data[torch.randint(len(data), (256,), generator=rng)]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -175,6 +175,11 @@ def test_fresh_chains_of_a_conditional_energy_have_classes_in_turn():
         ("moons", {"objective": "nce", "objective_options": {"noise": "pink"}}, "objective.noise must be gaussian"),
         ("moons", {"model_options": {"input_size": 3}}, "the model mlp has no option 'input_size'"),
         ("moons", {"sampler_options": {"step_size": 3}}, "the sampler langevin has no option 'step_size'"),
+        (
+            "moons",
+            {"objective": "energy_discrepancy", "objective_options": {"n_negatives": 10**9}},
+            "GiB, and cpu has .* for a batch_size of 8: take less",
+        ),
         ("moons", {"objective_learning_rate": 0.0}, "objective_learning_rate must be a number > 0, or None"),
     ],
 )

@@ -68,6 +68,9 @@ def play(rank, folder):
     )
     for case in CASES:
         torch.save(trained(start(case, rank, dist.group.WORLD)), folder / f"{case} {rank}.pt")
+    wrapped = nn.parallel.DistributedDataParallel(Parts(), init_sync=False)
+    with pytest.raises(ValueError, match="not in DistributedDataParallel"):
+        Trainer(wrapped, OfParts(), steps=1, process_group=dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()
 

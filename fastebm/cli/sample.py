@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..data.info import DataInfo
+from ..samplers.base import Sampler
 from ..threads import fastest
 from ..train.apply import fresh_samples, landscape
 from ..train.atomic import write_atomically
@@ -21,6 +22,7 @@ from ..train.folder import load_model
 from ..train.models import row_energy
 from ..train.recipe import TrainConfig
 from ..train.resources import resolve_device
+from ..train.samplers import build_sampler
 from .options import Threads, add_device, add_threads, check_writable, count, need, on_threads, positive
 from .progress import Progress
 
@@ -65,7 +67,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     n_threads = getattr(arguments, "threads", None)
     with Progress() as progress, on_threads(n_threads):
         timed = None
-        if n_threads is None and device.type == "cpu" and torch.get_num_threads() > 1:
+        has_steps = isinstance(build_sampler(config, 1), Sampler)
+        if n_threads is None and device.type == "cpu" and torch.get_num_threads() > 1 and has_steps:
             progress.show("timing the first steps")
             n = min(arguments.n, _TIMED_CHAINS)
             timed = Threads(lambda most: _seconds_of_a_step(model, config, n, arguments.backend, most), progress)

@@ -25,6 +25,7 @@ class ImageEnergy(nn.Module):
     Args:
         shape: (height, width), or (channels, height, width).
         channels: channels after each layer or block, at least one.
+        activation, spectral_norm: of every layer, as for ``ConvEnergy``.
         outputs: number of outputs; 1 for an energy, >= 2 for logits or features.
         condition_size: numbers per state that forward takes as ``condition``; 0: it takes x only.
     """

@@ -33,8 +33,8 @@ class NoiseConditionalEnergy(nn.Module):
         NoiseConditionalEnergy(MLPEnergy(2 + 5, (128, 128), outputs=2))
         NoiseConditionalEnergy(ConvEnergy((28, 28), outputs=784, condition_size=5))
 
-    ``DenoisingScoreMatching`` objectives train it; ``AnnealedLangevin``, ``PredictorCorrector`` and
-    ``probability_flow`` sample it.
+    ``MultiLevelDenoisingScoreMatching`` trains it, or with ``betas`` ``VariancePreservingScoreMatching``.
+    ``AnnealedLangevin``, ``PredictorCorrector`` and ``probability_flow`` sample it.
 
     Args:
         network: F, with one output per dim of the state. If its forward takes a condition, it gets the features of the

@@ -101,8 +101,9 @@ class MultiLevelDenoisingScoreMatching(_Denoising):
         objective = MultiLevelDenoisingScoreMatching(sigmas=[4.0, 2.0, 1.0, 0.5, 0.25])
         loss, metrics, _ = objective(energy, batch)       # energy: forward(x, sigma), sigma (n,)
 
-    E(x, sigma) learns the law of the data with noise of standard deviation sigma, for annealed sampling. Rows take the
-    levels in equal shares.
+    E(x, sigma) learns the law of the data with noise of standard deviation sigma. Rows take the levels in equal shares.
+    The energy at a small sigma alone learns the weights of separate modes badly: sample and measure it through all
+    levels, by ``AnnealedLangevin``, ``PredictorCorrector``, ``probability_flow`` and ``flow_likelihood``.
 
     With ``sigma_0``, a single energy E(x) learns from all levels (Li, Chen & Sommer 2019):
 

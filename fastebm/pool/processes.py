@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -73,10 +74,12 @@ class Processes:
         """Give a module the state of the first process: parameters, buffers and extra state, which must be a tensor."""
         if self.size > 1:
             first = dist.get_global_rank(self.group, 0)  # type: ignore[arg-type]  # a group: there are several
-            state = {k: v.detach().to(self._device, copy=True).contiguous() for k, v in module.state_dict().items()}
-            for tensor in state.values():
-                dist.broadcast(tensor, first, group=self.group)
-            module.load_state_dict(state)
+            state = module.state_dict()
+            for tensor in chain(state.values(), module.buffers()):  # buffers that are not in the state too
+                value = tensor.detach().to(self._device, copy=True).contiguous()
+                dist.broadcast(value, first, group=self.group)
+                tensor.detach().copy_(value)
+            module.load_state_dict(state)  # the extra state, of which there is a copy in ``state``
 
     def concatenated(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks. rows: (n, ...), where n may differ."""

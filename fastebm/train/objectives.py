@@ -29,13 +29,14 @@ from ..objectives import (
     NoiseContrastiveEstimation,
     NoiseDistribution,
     Objective,
+    RandomAffine,
     RankingNoiseContrastiveEstimation,
     SlicedScoreMatching,
     UniformNoise,
     VariancePreservingScoreMatching,
 )
 from ..pool import ChainPool
-from .options import Entry, built
+from .options import Entry, built, options_of
 from .samplers import build_sampler
 
 if TYPE_CHECKING:
@@ -56,12 +57,21 @@ class Place(NamedTuple):
 @dataclass(frozen=True)
 class ObjectiveEntry(Entry):
     """models: names of the models that it trains, the default first. samplers: likewise, for its chains in training and
-    for fresh samples. chains: whether it has chains in training. pool: whether these persist."""
+    for fresh samples. chains: whether it has chains in training. pool: whether these persist. negatives: the
+    option that says how many negatives a row of data has. None: one."""
 
     models: tuple[str, ...] = ("mlp",)
     samplers: tuple[str, ...] = ("langevin",)
     chains: bool = False
     pool: bool = False
+    negatives: str | None = None
+
+    def rows(self, options: Mapping[str, Any]) -> int:
+        """States whose energies are computed for each row of data."""
+        if self.negatives is None:
+            return 2
+        n = options.get(self.negatives, options_of(self)[self.negatives].default)
+        return 1 + n if isinstance(n, int) else 2  # the objective itself will refuse it
 
 
 def _chains(place: Place) -> dict[str, Any]:
@@ -168,6 +178,12 @@ def _flow_contrastive(place: Place, **options: Any) -> Objective:
     return FlowContrastiveEstimation(flow, seed=place.config.seed)
 
 
+def _infonce(place: Place, **options: Any) -> Objective:
+    info = place.data.info
+    augment = RandomAffine(info.shape) if info.kind == "images" else None
+    return InfoNCE(augment=augment, seed=place.config.seed, **options)
+
+
 def _esm(place: Place, **options: Any) -> Objective:
     ExactScoreMatching.check_dim(place.data.dim)
     return ExactScoreMatching(seed=place.config.seed, **options)
@@ -217,14 +233,18 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
     ),
     "ssm": _without("sliced score matching", _seeded(SlicedScoreMatching), SlicedScoreMatching),
     "esm": _without("exact score matching, in few dims", _esm, ExactScoreMatching),
-    "energy_discrepancy": _without("data against perturbed data", _seeded(EnergyDiscrepancy), EnergyDiscrepancy),
-    "nce": _without("data against noise, with log Z", _nce, NoiseContrastiveEstimation),
-    "ranking_nce": _without("each row against its noise", _ranking_nce, RankingNoiseContrastiveEstimation),
+    "energy_discrepancy": _without(
+        "data against perturbed data", _seeded(EnergyDiscrepancy), EnergyDiscrepancy, negatives="n_negatives"
+    ),
+    "nce": _without("data against noise, with log Z", _nce, NoiseContrastiveEstimation, negatives="noise_ratio"),
+    "ranking_nce": _without(
+        "each row against its noise", _ranking_nce, RankingNoiseContrastiveEstimation, negatives="n_noise"
+    ),
     "flow_contrastive": ObjectiveEntry(
         "data against a flow that learns too", _flow_contrastive, CouplingFlow, ("mean", "std"), _PLAIN[:3], _FRESH
     ),
     "infonce": _without(
-        "features by which a row is found again", _seeded(InfoNCE), InfoNCE, models=("pair",), samplers=("none",)
+        "features by which a row is found again", _infonce, InfoNCE, models=("pair",), samplers=("none",)
     ),
 }  # fmt: skip
 

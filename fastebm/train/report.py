@@ -35,8 +35,13 @@ _MAX_SHOWN = 4
 # A class is present if it has at least this share of the samples; one or two stray samples are no mode.
 _MIN_CLASS_SHARE = 0.01
 
-# Names of samplers in titles.
-_STEPS = {"langevin": "Langevin", "mala": "MALA", "hmc": "HMC", "predictor_corrector": "predictor-corrector"}
+# What samplers do after the start, for titles.
+_WORDS = {
+    "langevin": "{:,} Langevin steps", "mala": "{:,} MALA steps", "hmc": "{:,} HMC steps",
+    "underdamped": "{:,} steps of underdamped Langevin", "tempering": "{:,} steps of parallel tempering",
+    "annealed": "{:,} steps of annealed Langevin", "predictor_corrector": "{:,} predictor-corrector steps",
+    "probability_flow": "the probability-flow ODE", "recovery": "recovery, level by level",
+}  # fmt: skip
 
 # Called with the work at hand in words, the steps done, and their number (0 if there are none to count).
 OnWork = Callable[[str, int, int], None]
@@ -234,7 +239,7 @@ def _two_sample_accuracy(real: NDArray[Any], fake: NDArray[Any], seed: int, on_w
 
 def _samples_picture(model: nn.Module, config: TrainConfig, data: Data, samples: Tensor, title: str) -> bytes:
     """Fresh samples beside held-out data."""
-    fresh = f"Fresh samples: noise, then {config.fresh_steps:,} {_STEPS.get(config.sampler, config.sampler)} steps"
+    fresh = f"Fresh samples: noise, then {_WORDS[config.sampler].format(config.fresh_steps)}"
     if isinstance(data, Images):
         grids = {fresh: data.quantise(samples)[:100], "Real digits, held out": data.test[:100]}
         images = {name: k.reshape(-1, *data.shape).numpy() / data.levels for name, k in grids.items()}

@@ -45,9 +45,10 @@ def check_memory(config: TrainConfig, dim: int, device: torch.device) -> None:
         model = build_model(config)
     # The weights, their gradient, Adam's two moments, their average, and a copy that is being written to disk.
     weights = 6 * sum(p.numel() for p in model.parameters())
-    pool = 2 * config.pool_size * dim * OBJECTIVES[config.objective].pool
-    # Data and negatives, and the gradients of all numbers.
-    batch = 4 * config.batch_size * _numbers_per_row(model, config, dim)
+    objective = OBJECTIVES[config.objective]
+    pool = 2 * config.pool_size * dim * objective.pool
+    # Of data and negatives, and the gradients of all numbers.
+    batch = 2 * objective.rows(config.objective_options) * config.batch_size * _numbers_per_row(model, config, dim)
     gib, there = [4 * n / 2**30 for n in (weights, pool, batch)], _memory(device) / 2**30
     if sum(gib) > there:
         raise ValueError(

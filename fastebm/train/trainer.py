@@ -60,9 +60,9 @@ class Trainer:
     diverge warns once (``Divergence``).
 
     Args:
-        energy: the model that is trained, on its device. A function in it may not call what is trained: its copy would
-            call the same weights. objective: see ``fastebm.Objective``. It moves to the energy's device. Parameters
-            of its own (log Z, a generator, a flow) are trained too.
+        energy: the model that is trained. Functions in it must not call what is trained: their copies in ``average``
+            would call the same weights. objective: see ``fastebm.Objective``. It moves to the energy's device.
+            Parameters of its own (log Z, a generator, a flow) are trained too.
         steps: iterations of the whole training, over which the learning rate decays.
         learning_rate, betas: Adam's; None: 1e-3 and (0.9, 0.999). objective_learning_rate: of the objective's own
             parameters; None: learning_rate.
@@ -71,8 +71,8 @@ class Trainer:
         max_grad_norm: the gradient of the energy's weights is clipped to this norm, and so is that of the objective's
             own. None: never.
         ema_decay: of the averaged weights, in [0, 1).
-        optimizer: of all parameters, in place of Adam and its options. Its own learning rates are used, and decay
-            likewise.
+        optimizer: of all parameters, in place of Adam and its options. Its own learning rates warm up and decay in the
+            same way.
         process_group: processes that train together and make the same calls with the same batches. Each takes its
             part of the rows. The result is that of one process up to the order of sums. All start with the weights,
             buffers and seed of the first.
@@ -104,7 +104,7 @@ class Trainer:
         if checked_number("ema_decay", ema_decay, positive=False) >= 1:
             raise ValueError(f"ema_decay must be < 1, got {ema_decay!r}")
         self.decay, self.max_grad_norm, self.ema_decay = decay, max_grad_norm, ema_decay
-        _check_functions(energy)
+        _check_energy(energy)
         self._own = [p for p in objective.parameters() if p.requires_grad]
         self._weights = [p for p in energy.parameters() if p.requires_grad]
         rates = (learning_rate, objective_learning_rate, betas)
@@ -291,7 +291,9 @@ class Trainer:
                 kept.copy_(b)  # such as the vectors of spectral norm, which are no weights
 
 
-def _check_functions(energy: nn.Module) -> None:
+def _check_energy(energy: nn.Module) -> None:
+    if isinstance(energy, nn.parallel.DistributedDataParallel):
+        raise ValueError("pass the energy itself, not in DistributedDataParallel: process_group= says who trains it")
     for module in energy.modules():
         if isinstance(module, FunctionModule) and any(p.requires_grad for p in module.parameters()):
             raise ValueError(
