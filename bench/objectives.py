@@ -183,7 +183,7 @@ def measure(name: str, set_name: str, seed: int) -> list[dict[str, Any]]:
     runs = {library: Run(library, case, data, start, seed) for library in libraries()}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS // BLOCK):
-        batches = [data.batch(BATCH, 0.0, generator) for _ in range(BLOCK)]
+        batches = [data.batch(BATCH, 0.0, generator)[0] for _ in range(BLOCK)]
         for run in runs.values():
             run.block(batches)
     densities, _ = kernel_density(data.train, data.test, seed=seed)

@@ -24,9 +24,20 @@ def test_auroc_of_two_gaussians():
     assert abs(evaluate.auroc(rng.normal(size=n), rng.normal(d, size=n)) - expected) < 5 * error
 
 
-def test_auroc_needs_both_sides():
+def test_an_infinite_energy_is_above_all_others():
+    assert evaluate.auroc([0.0, 1.0], [math.inf, 0.5]) == 0.75
+    assert evaluate.auroc([-math.inf, math.inf], [math.inf]) == 0.75  # one tie
+    assert evaluate.fpr_at_tpr([0.0, 1.0], [math.inf, 0.5]) == 0.5
+
+
+@pytest.mark.parametrize("measure", [evaluate.auroc, evaluate.fpr_at_tpr])
+def test_detection_refuses(measure):
     with pytest.raises(ValueError, match="got 3 inliers and 0 outliers"):
-        evaluate.auroc([1.0, 2.0, 3.0], [])
+        measure([1.0, 2.0, 3.0], [])
+    with pytest.raises(ValueError, match="0 of inliers and 2 of outliers are NaN"):
+        measure([1.0], [math.nan, 0.0, math.nan])
+    with pytest.raises(ValueError, match="1 of inliers and 0 of outliers are NaN"):
+        measure([math.nan], [0.0])
 
 
 def test_two_sample_accuracy_of_equal_and_of_separate_sets():
@@ -62,8 +73,10 @@ def test_two_sample_accuracy_is_a_function_of_its_seed():
 
 
 def test_two_sample_accuracy_refuses_too_few_rows():
-    with pytest.raises(ValueError, match="at least 5 rows a side, got 4 and 9"):
+    with pytest.raises(ValueError, match="at least 5 rows in the first set, got 4"):
         evaluate.two_sample_accuracy(np.zeros((4, 2)), np.zeros((9, 2)))
+    with pytest.raises(ValueError, match="n_folds must be >= 2, got 1"):
+        evaluate.two_sample_accuracy(np.zeros((4, 2)), np.zeros((9, 2)), n_folds=1)
 
 
 def test_class_shares_count_the_classes_and_the_missing_ones():
@@ -81,6 +94,19 @@ def test_images_need_not_be_flat():
     assert evaluate.class_shares(x, labels, x[:15]) == pytest.approx([2 / 3, 1 / 3])
     with pytest.raises(ValueError, match=r"got shape \(5,\)"):
         evaluate.class_shares(np.zeros(5), np.zeros(5, int), x)
+
+
+def test_nearest_neighbours_refuse():
+    three, ok, labels = np.zeros((3, 2)), np.zeros((5, 2)), np.arange(5)
+    for measure in (evaluate.class_shares, lambda *a, **k: evaluate.knn_accuracy(*a, labels, **k)):
+        with pytest.raises(ValueError, match="needs at least 5 rows in the first set, got 3"):
+            measure(three, labels[:3], ok)
+        with pytest.raises(ValueError, match="got 5 rows of the second set that are not"):
+            measure(ok, labels, ok * np.nan)
+        with pytest.raises(ValueError, match="k must be >= 1, got 0"):
+            measure(ok, labels, ok, k=0)
+    with pytest.raises(ValueError, match="labels must be >= 0, got -1"):
+        evaluate.class_shares(ok, labels - 1, ok)
 
 
 def test_fpr_at_tpr_by_hand():
@@ -103,8 +129,6 @@ def test_fpr_at_tpr_of_two_gaussians():
 
 
 def test_fpr_at_tpr_refuses():
-    with pytest.raises(ValueError, match="fpr_at_tpr needs energies on both sides, got 0 inliers and 1 outliers"):
-        evaluate.fpr_at_tpr([], [1.0])
     with pytest.raises(ValueError, match=r"tpr must be in \(0, 1\], got 95"):
         evaluate.fpr_at_tpr([1.0], [1.0], tpr=95)
 
@@ -155,12 +179,12 @@ def test_blocks_change_nothing():
         assert (evaluate.mmd_squared(x, y), *evaluate.manifold_shares(x, y)) == pytest.approx(whole, rel=1e-9)
 
 
-@pytest.mark.parametrize("measure", [evaluate.mmd_squared, evaluate.manifold_shares])
+@pytest.mark.parametrize("measure", [evaluate.mmd_squared, evaluate.manifold_shares, evaluate.two_sample_accuracy])
 def test_two_sets_must_fit(measure):
     ok = np.arange(20.0).reshape(10, 2)
     with pytest.raises(ValueError, match="compares states of one dim, got 2 and 3"):
         measure(ok, np.zeros((10, 3)))
-    with pytest.raises(ValueError, match=r"rows a side, got 10 and 1"):
+    with pytest.raises(ValueError, match="rows in the second set, got 1"):
         measure(ok, ok[:1])
     with pytest.raises(ValueError, match="got 1 rows of the second set that are not"):
         measure(ok, np.where(ok == 3, np.nan, ok))
@@ -208,10 +232,21 @@ def test_manifold_shares_see_lost_and_invented_modes():
     assert invented.recall > 0.9
 
 
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_a_set_lies_in_its_own_manifold(copies, offset):
+    """With five copies of each row all radii are 0, and only an exact distance of 0 is within them."""
+    x = np.random.default_rng(12).normal(size=(50, 10)).repeat(copies, axis=0) + offset
+    shares = evaluate.manifold_shares(x, x.copy())
+    assert (shares.precision, shares.recall, shares.coverage) == (1.0, 1.0, 1.0)
+    # A row lies in its own ball, and in those of its copies or, on average, of k others.
+    assert shares.density == pytest.approx(copies / 3 if copies > 3 else 4 / 3)
+
+
 def test_manifold_shares_refuse():
     ok = np.arange(20.0).reshape(10, 2)
-    for k in (0, 1.5, True):
-        with pytest.raises(ValueError, match="k must be an int >= 1"):
+    for k, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="k must be"):
             evaluate.manifold_shares(ok, ok, k=k)
-    with pytest.raises(ValueError, match="at least 4 rows a side, got 10 and 3"):
+    with pytest.raises(ValueError, match="at least 4 rows in the second set, got 3"):
         evaluate.manifold_shares(ok, ok[:3])

@@ -54,6 +54,37 @@ def test_calibration_by_hand():
     assert curve.accuracy == [0.5, 1.0]
 
 
+def test_a_confidence_of_1_is_in_the_last_bin():
+    """Ten rows with a confidence of 1, nine of them right, and ten with 0.94: |0.97 - 0.95| of one bin."""
+    p = torch.tensor([[1.0, 0.0]] * 10 + [[0.94, 0.06]] * 10)
+    labels = torch.tensor([0] * 9 + [1] + [0] * 10)
+    above = p.double()
+    above[0, 0] += 1e-7  # by rounding
+    for rows in (p, above):
+        assert evaluate.calibration_error(rows, labels) == pytest.approx(0.02, abs=1e-7)
+        curve = evaluate.reliability_curve(rows, labels)
+        assert curve.confidence == pytest.approx([0.97], abs=1e-7)
+        assert curve.accuracy == [0.95]
+
+
+@pytest.mark.parametrize(("confidence", "bins"), [((0.5, 0.51), 2), ((0.51, 0.75), 1), ((0.75, 0.76), 2)])
+def test_bins_hold_their_upper_edge(confidence, bins):
+    p = torch.tensor([[c, 1 - c] for c in confidence], dtype=torch.float64)
+    assert len(evaluate.reliability_curve(p, torch.zeros(2).long(), n_bins=4).confidence) == bins
+
+
+def test_the_error_is_the_mean_distance_of_the_curve():
+    generator = torch.Generator().manual_seed(6)
+    p = (3 * torch.randn(1000, 5, generator=generator)).softmax(1)
+    labels = torch.randint(5, (1000,), generator=generator)
+    confidence, predicted = p.double().max(1)
+    error = 0.0
+    for i in range(10):
+        held = (confidence > i / 10) & (confidence <= (i + 1) / 10)
+        error += abs(float((confidence - (predicted == labels).double())[held].sum())) / 1000
+    assert evaluate.calibration_error(p, labels, n_bins=10) == pytest.approx(error, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("p", "labels", "message"),
     [
@@ -61,6 +92,7 @@ def test_calibration_by_hand():
         (torch.tensor([[1.5, -0.5]]), torch.zeros(1).long(), "must be >= 0 and sum to 1"),
         (torch.full((3, 2), 0.5), torch.zeros(2).long(), r"labels must be integers \(3,\), got \(2,\) torch.int64"),
         (torch.full((3, 2), 0.5), torch.tensor([0, 1, 2]), "labels must be 0 to 1, got 0 to 2"),
+        (torch.full((3, 2), 0.5), torch.zeros(3).bool(), r"labels must be integers \(3,\), got \(3,\) torch.bool"),
         (torch.full((3,), 0.5), torch.zeros(3).long(), r"must be \(n, n_classes\) with n >= 1, got shape \(3,\)"),
         (torch.full((3, 2), math.nan), torch.zeros(3).long(), "must be >= 0 and sum to 1"),
     ],
@@ -69,6 +101,8 @@ def test_calibration_refuses(p, labels, message):
     for measure in (evaluate.calibration_error, evaluate.reliability_curve):
         with pytest.raises(ValueError, match=message):
             measure(p, labels)
+        with pytest.raises(ValueError, match="n_bins must be >= 1, got 0"):
+            measure(p, labels, n_bins=0)
 
 
 # -- accuracy under attack ----------------------------------------------------------------------------------
@@ -98,8 +132,7 @@ def test_the_attack_on_a_linear_classifier_is_the_worst_there_is(norm, dual):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 3)])
-def test_the_attack_stays_within_epsilon_and_the_clamp(norm, shape, untouched):
-    torch.manual_seed(2)
+def test_the_attack_stays_within_epsilon_and_the_clamp(norm, shape, seeded, untouched):
     dim = math.prod(shape)
     model = nn.Sequential(nn.Flatten(), nn.Linear(dim, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3))
     x, labels = torch.rand(40, *shape), torch.arange(40) % 3
@@ -125,9 +158,10 @@ def test_the_attack_stays_within_epsilon_and_the_clamp(norm, shape, untouched):
     ("options", "message"),
     [
         ({"norm": "l1"}, "norm must be 'linf' or 'l2', got 'l1'"),
-        ({"epsilon": -1.0}, "epsilon must be a number >= 0, got -1.0"),
-        ({"steps": 0}, "steps must be an int >= 1, got 0"),
-        ({"step_size": math.inf}, "step_size must be a number > 0, got inf"),
+        ({"epsilon": -1.0}, "epsilon must be finite and >= 0, got -1.0"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"step_size": math.inf}, "step_size must be finite and > 0, got inf"),
+        ({"step_size": 0.0}, "step_size must be finite and > 0, got 0"),
         ({"clamp": (0.0, 0.5)}, r"x must lie within the clamp \(0.0, 0.5\), got values from 0.0 to 1.0"),
     ],
 )
@@ -137,6 +171,8 @@ def test_the_attack_refuses(options, message):
         evaluate.pgd_accuracy(linear([1.0, 1.0]), x, torch.tensor([0, 1]), **{"epsilon": 0.1, **options})
     with pytest.raises(ValueError, match=r"labels must be integers \(2,\), got \(3,\)"):
         evaluate.pgd_accuracy(linear([1.0, 1.0]), x, torch.tensor([0, 1, 1]), epsilon=0.1)
+    with pytest.raises(ValueError, match="labels must be 0 to 1, got -1 to 5"):
+        evaluate.pgd_accuracy(linear([1.0, 1.0]), x, torch.tensor([-1, 5]), epsilon=0.1)
 
 
 # -- the judge ----------------------------------------------------------------------------------------------
@@ -226,7 +262,18 @@ def test_frechet_distance_by_formula():
     assert evaluate.frechet_distance(exactly([1, 1], s), exactly([1, 1], t, 70)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_judge_refuses():
+@pytest.mark.parametrize("offset", [0.0, 1e7])
+def test_frechet_distance_does_not_depend_on_the_origin(offset):
+    """Rows that far from 0 are rounded by 1e-9, a part in 1e9 of their deviation, and the distance by as much."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(500, 8)), rng.normal(size=(500, 8))
+    expected = evaluate.frechet_distance(a, b)
+    assert evaluate.frechet_distance(a + offset, b + offset) == pytest.approx(expected, abs=1e-7)
+    for few in (a, a[:5]):  # fewer rows than dims too
+        assert 0.0 <= evaluate.frechet_distance(few + offset, few + offset) < 1e-12
+
+
+def test_the_judge_refuses(seeded):
     x, labels = torch.rand(10, 4), torch.arange(10) % 2
     with pytest.raises(ValueError, match=r"labels must be integers \(10,\), one per row, got \(9,\)"):
         evaluate.train_judge(x, labels[:9])
@@ -243,5 +290,5 @@ def test_the_judge_refuses():
         judge.accuracy(x, labels[:9])
     with pytest.raises(ValueError, match="frechet_distance compares states of one dim, got 2 and 3"):
         evaluate.frechet_distance(np.zeros((5, 2)), np.zeros((5, 3)))
-    with pytest.raises(ValueError, match="at least 2 rows a side, got 1 and 5"):
+    with pytest.raises(ValueError, match="at least 2 rows in the first set, got 1"):
         evaluate.frechet_distance(np.zeros((1, 2)), np.zeros((5, 2)))

@@ -269,6 +269,19 @@ def test_bad_input(call, error, match):
         call()
 
 
+@pytest.mark.parametrize("call", [probability_flow, flow_likelihood])
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_tolerances_are_between_0_and_1(call, name):
+    before = torch.get_rng_state()
+    probes = {"n_probes": 1} if call is flow_likelihood else {}
+    for value in (-1.0, 0.0, 1.0, 100.0, math.nan):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {value:g}"):
+            call(Exploding(), X, sigmas=SIGMAS, **probes, **{name: value})
+    with pytest.raises(TypeError, match=f"{name} must be a number, got 'low'"):
+        call(Exploding(), X, sigmas=SIGMAS, **probes, **{name: "low"})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_without_torchdiffeq_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match=r'needs torchdiffeq: pip install "fastebm\[cli\]"'):

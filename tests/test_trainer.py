@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from fastebm import ChainPool, ContrastiveDivergence, Langevin, Loss, MLPEnergy, NonFiniteError, Objective, Trainer
+from fastebm import (
+    ChainPool,
+    ContrastiveDivergence,
+    Langevin,
+    Loss,
+    MLPEnergy,
+    NonFiniteError,
+    Objective,
+    SumEnergy,
+    Trainer,
+)
 from fastebm.train.trainer import Divergence
 
 
@@ -112,12 +122,118 @@ def test_a_saved_trainer_goes_on_bit_for_bit(energy, batches):
     assert set(a["objective_moments"]) == {"level.step", "level.exp_avg", "level.exp_avg_sq"}
 
 
+class Momentum(torch.optim.Optimizer):
+    """Counts its steps in a number."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p] = self.state[p] or {"n": 0, "mean": torch.zeros_like(p)}
+            state["n"] += 1
+            state["mean"].lerp_(p.grad, 0.1)
+            p.sub_(self.param_groups[0]["lr"] * state["mean"] / (1 - 0.9 ** state["n"]))
+
+
+@pytest.mark.parametrize("optimizer", [None, Momentum])
+@pytest.mark.parametrize("n_before", [0, 2])
+def test_a_used_trainer_loads_any_state_and_leaves_it_as_it_is(energy, batches, optimizer, n_before):
+    objective = Shifted()
+    held = None if optimizer is None else optimizer([*energy.parameters(), *objective.parameters()], lr=0.1)
+    trainer = Trainer(energy, objective, steps=4, optimizer=held)
+    for batch in batches[:n_before]:
+        trainer.step(batch)
+    saved = copy.deepcopy(trainer.state_dict())
+    state = copy.deepcopy(saved)
+    rows = [trainer.step(batch) for batch in batches[n_before:]]
+    trainer.load_state_dict(state)
+    assert trainer.state_dict()["moments"].keys() == saved["moments"].keys()
+    assert [trainer.step(batch) for batch in batches[n_before:]] == rows
+    for part in ("energy", "average", "objective", "moments", "objective_moments"):
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(saved[part][k])) for k, v in state[part].items())
+
+
 def test_buffers_of_the_average_are_those_of_the_energy(batches, seeded):
     energy = MLPEnergy(3, [4], spectral_norm=True)
     trainer = Trainer(energy, Shifted(), steps=4)
     trainer.fit(batches)
     for a, b in zip(trainer.average.buffers(), energy.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_update_bn_renews_the_statistics_of_the_average(batches, seeded):
+    energy = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    trainer = Trainer(energy, Shifted(), steps=4, learning_rate=0.1)
+    trainer.fit(batches)
+    assert torch.equal(trainer.average[1].running_mean, energy[1].running_mean)
+    torch.optim.swa_utils.update_bn(batches, trainer.average)
+    hidden = trainer.average[0](torch.cat(batches))
+    torch.testing.assert_close(trainer.average[1].running_mean, hidden.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_of_half_precision_weights_moves_in_float32(batches, seeded):
+    energy = MLPEnergy(3, [4], spectral_norm=True).bfloat16()
+    trainer = Trainer(energy, Shifted(), steps=400, ema_decay=0.999)
+    expected = [p.float() for p in energy.parameters()]
+    for t in range(40):
+        trainer.step(batches[t % 4].bfloat16())
+        decay = (2 + t) / (11 + t)
+        expected = [decay * a + (1 - decay) * p.float() for a, p in zip(expected, energy.parameters(), strict=True)]
+    for mean, value in zip(trainer.average.parameters(), expected, strict=True):
+        torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-6)
+    assert {v.dtype for v in trainer.average.state_dict().values()} == {torch.float32}
+    again = Trainer(copy.deepcopy(energy), Shifted(), steps=400)
+    again.load_state_dict(trainer.state_dict())
+    assert all(map(torch.equal, again.average.parameters(), trainer.average.parameters()))
+    assert trainer.average(batches[0]).dtype == torch.float32
+
+
+def test_a_function_that_calls_weights_is_refused(energy):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = energy
+
+        def forward(self, x):
+            return self.net(x)
+
+    def call(x):
+        return energy(x)
+
+    def quadratic(x):
+        return x.square().sum(1)
+
+    with pytest.raises(ValueError, match=r"the function .*call calls the same weights: make it an nn.Module"):
+        Trainer(SumEnergy([call, quadratic]), Shifted(), steps=3)
+    trainer = Trainer(SumEnergy([Holder(), quadratic]), Shifted(), steps=3)
+    before, x = trainer.average(torch.ones(1, 3)), torch.ones(1, 3)
+    with torch.no_grad():
+        energy[-1].bias += 1.0
+    assert torch.equal(trainer.average(x), before)
+
+
+def test_the_objective_moves_to_the_device_of_the_energy(energy):
+    objective = Shifted()
+    Trainer(energy.to("meta"), objective, steps=3)
+    assert objective.level.device.type == "meta"
+
+
+def test_rates_of_the_objective(energy, batches):
+    """0 leaves its parameters as they are."""
+    trainer = Trainer(energy, Shifted(), steps=3, objective_learning_rate=0.0)
+    before = energy[0].weight.clone()
+    trainer.step(batches[0])
+    assert trainer.objective.level.item() == 1.0
+    assert not torch.equal(energy[0].weight, before)
+
+
+def test_an_empty_batch_is_refused(energy):
+    objective = Shifted()
+    with pytest.raises(ValueError, match=r"at least one row, got shape \(0, 3\): leave it out"):
+        Trainer(energy, objective, steps=3).step(torch.zeros(0, 3))
+    assert objective.calls == 0
 
 
 def test_another_optimizer_holds_all_parameters_and_keeps_its_rates(energy, batches):
@@ -132,14 +248,34 @@ def test_another_optimizer_holds_all_parameters_and_keeps_its_rates(energy, batc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be an int >= 1, got 0"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"steps": 2.0}, "steps must be an int, got 2.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be finite and > 0, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite and > 0, got nan"),
+        ({"objective_learning_rate": -1.0}, "objective_learning_rate must be finite and >= 0, got -1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
+        ({"warmup_steps": -3}, "warmup_steps must be >= 0, got -3"),
+        ({"warmup_steps": 2.5}, "warmup_steps must be an int, got 2.5"),
         ({"decay": "step"}, "decay must be"),
-        ({"ema_decay": 1.0}, "ema_decay must be"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be finite and > 0, got -1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0, got 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be finite and > 0, got nan"),
+        ({"ema_decay": 1.0}, "ema_decay must be < 1, got 1.0"),
+        ({"ema_decay": -0.1}, "ema_decay must be finite and >= 0, got -0.1"),
     ],
 )
 def test_bad_settings(energy, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Trainer(energy, Shifted(), **{"steps": 3, **options})
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 5.0}, {"objective_learning_rate": 0.0}, {"betas": (0.9, 0.999)}])
+def test_an_optimizer_goes_without_the_options_of_adam(energy, options):
+    objective = Shifted()
+    optimizer = torch.optim.SGD([*energy.parameters(), *objective.parameters()], lr=0.5)
+    with pytest.raises(ValueError, match="must be None with an optimizer"):
+        Trainer(energy, objective, steps=3, optimizer=optimizer, **options)
 
 
 def test_too_many_chains_that_start_again_end_training(energy, batches):

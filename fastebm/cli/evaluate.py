@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    need("safetensors", "sklearn", "torchmetrics")
+    need("safetensors", "sklearn")
     folder, checkpoint = located(arguments.source)
     out: Path = folder / EVALUATION if arguments.out is None else arguments.out
     check_writable(out, (".json",))
@@ -77,7 +77,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         "device": str(device),
         "backend": info.backend,
         "path": info.path,
-        "versions": {package: version(package) for package in ("fastebm", "torch", "scikit-learn", "torchmetrics")},
+        "versions": {package: version(package) for package in ("fastebm", "torch", "scikit-learn")},
     }
     write_json(out, {**what, "measures": results})
     _print(out, len(samples), results)

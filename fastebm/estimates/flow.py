@@ -30,7 +30,7 @@ from ..energies.eval_mode import evaluating
 from ..energies.functions import as_module, name_of_forward
 from ..energies.noise_conditional import NoiseConditionalEnergy, checked_betas
 from ..rng import Stream, draw_seed, uniform
-from ..scalars import checked_integer, plain_number
+from ..scalars import checked_integer, checked_number, plain_number
 from ..targets.autograd import Energy
 
 __all__ = ["FlowLikelihood", "flow_likelihood", "probability_flow"]
@@ -78,16 +78,16 @@ def probability_flow(
         sigmas: (sigma_min, sigma_max) of a variance-exploding energy.
         betas: (beta_min, beta_max) of a variance-preserving energy, whose time goes from 1 to 0.001. One of the two.
         to_noise: move from data to noise instead. The two directions are inverse to each other.
-        rtol, atol: tolerances of a step of Dormand & Prince's method of order 5 (``torchdiffeq.odeint``), for the root
-            mean square over the dims of every row.
+        rtol, atol: tolerances in (0, 1) of a step of Dormand & Prince's method of order 5 (``torchdiffeq.odeint``), for
+            the root mean square over the dims of every row.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the energy takes x only.
         NonFiniteError: the gradient of the energy is not finite.
         ImportError: torchdiffeq is not installed.
     """
-    flow = _Flow.of(energy, x, sigmas, betas)
-    (moved,) = flow.solved((flow.x,), flow.velocity, to_noise, rtol, atol)
+    flow = _Flow.of(energy, x, sigmas, betas, rtol, atol)
+    (moved,) = flow.solved((flow.x,), flow.velocity, to_noise)
     return moved.reshape(x.shape)
 
 
@@ -118,12 +118,12 @@ def flow_likelihood(
     Raises:
         TypeError, ValueError, NonFiniteError, ImportError: as for ``probability_flow``.
     """
-    flow = _Flow.of(energy, x, sigmas, betas)
+    flow = _Flow.of(energy, x, sigmas, betas, rtol, atol)
     probes = None
     if n_probes is not None:
         probes = _signs(checked_integer("n_probes", n_probes, least=1), flow.x, draw_seed(seed))
     start = (flow.x, flow.x.new_zeros(len(x)))
-    end, integral = flow.solved(start, lambda u, x: flow.velocity_and_divergence(u, x, probes), True, rtol, atol)
+    end, integral = flow.solved(start, lambda u, x: flow.velocity_and_divergence(u, x, probes), True)
     dim, std = end.shape[1], flow.path.std
     normal = -(end.double() / std).square().sum(dim=1) / 2 - dim * math.log(std * math.sqrt(2 * math.pi))
     log_likelihood = normal + integral.double()
@@ -171,19 +171,25 @@ def _checked_sigmas(sigmas: Any) -> tuple[float, float]:
 
 
 class _Flow(NamedTuple):
-    """One call: the energy, its diffusion, and the flat states (n, dim)."""
+    """One call: the energy, its diffusion, the flat states (n, dim), and the tolerances."""
 
     module: nn.Module
     energy: Energy
     path: _Path
     x: Tensor
+    rtol: float
+    atol: float
 
     @classmethod
     def of(
-        cls, energy: EnergyLike, x: Tensor, sigmas: tuple[float, float] | None, betas: tuple[float, float] | None
-    ) -> _Flow:
+        cls, energy: EnergyLike, x: Tensor, sigmas: tuple[float, float] | None, betas: tuple[float, float] | None,
+        rtol: float, atol: float,
+    ) -> _Flow:  # fmt: skip
         """Checks the arguments."""
         module, path = as_module(energy), _path_of(sigmas, betas)
+        for name, tolerance in (("rtol", rtol), ("atol", atol)):
+            if checked_number(name, tolerance, positive=True) >= 1:
+                raise ValueError(f"{name} must be in (0, 1), got {tolerance}")
         check_init(x, None, None, "x")
         parameter = first_tensor(module)
         if parameter is not None and not same_device(parameter.device, x.device):
@@ -200,12 +206,12 @@ class _Flow(NamedTuple):
             raise ValueError(f"the energy was built with betas={inner.betas}, and got betas={betas}: pass the same")
         check_finite(x, "x")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return cls(module, Energy(module, x.shape[1:], dtype, "condition"), path, x.detach().flatten(1).to(dtype))
+        at_levels = Energy(module, x.shape[1:], dtype, "condition")
+        return cls(module, at_levels, path, x.detach().flatten(1).to(dtype), float(rtol), float(atol))
 
     def solved(
-        self, start: tuple[Tensor, ...], field: Callable[[Tensor, Tensor], tuple[Tensor, ...]], to_noise: bool,
-        rtol: float, atol: float,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self, start: tuple[Tensor, ...], field: Callable[[Tensor, Tensor], tuple[Tensor, ...]], to_noise: bool
+    ) -> tuple[Tensor, ...]:
         """The state at the other end. field: (u, x) -> its derivative, part by part."""
         odeint = _odeint()
         if len(self.x) == 0:
@@ -215,7 +221,7 @@ class _Flow(NamedTuple):
         )
         with evaluating(self.module), torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
             states = odeint(
-                lambda u, state: field(u, state[0]), start, ends, rtol=rtol, atol=atol, method="dopri5",
+                lambda u, state: field(u, state[0]), start, ends, rtol=self.rtol, atol=self.atol, method="dopri5",
                 # no step, a first guess included, goes beyond the end: there may be no energy
                 options={"step_t": ends, "first_step": abs(float(ends[1] - ends[0])) / 100, "norm": _largest},
             )  # fmt: skip

@@ -19,13 +19,15 @@ def auroc(inlier_energies: ArrayLike, outlier_energies: ArrayLike) -> float:
     1 separates perfectly, 0.5 is chance; below 0.5 the outliers are taken for likelier than the inliers.
 
     Args:
-        inlier_energies, outlier_energies: one energy per row, in any shape.
+        inlier_energies, outlier_energies: one energy per row, in any shape; infinite ones too.
     """
     from sklearn.metrics import roc_auc_score
 
     inliers, outliers = _both_sides("auroc", inlier_energies, outlier_energies)
     is_outlier = np.repeat([0, 1], [len(inliers), len(outliers)])
-    return float(roc_auc_score(is_outlier, np.concatenate([inliers, outliers])))
+    # scikit-learn refuses an infinite energy, which has a rank like any other.
+    _, ranks = np.unique(np.concatenate([inliers, outliers]), return_inverse=True)
+    return float(roc_auc_score(is_outlier, ranks))
 
 
 def fpr_at_tpr(inlier_energies: ArrayLike, outlier_energies: ArrayLike, tpr: float = 0.95) -> float:
@@ -71,4 +73,7 @@ def _both_sides(measure: str, inliers: ArrayLike, outliers: ArrayLike) -> tuple[
         raise ValueError(
             f"{measure} needs energies on both sides, got {len(inliers)} inliers and {len(outliers)} outliers"
         )
+    bad = [int(np.isnan(e).sum()) for e in (inliers, outliers)]
+    if any(bad):
+        raise ValueError(f"{measure} compares energies, and {bad[0]} of inliers and {bad[1]} of outliers are NaN")
     return inliers, outliers

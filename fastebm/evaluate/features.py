@@ -7,6 +7,7 @@ So the numbers compare samples of one data set by one judge, and are not those o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -144,15 +145,13 @@ def frechet_distance(real_features: ArrayLike, fake_features: ArrayLike) -> floa
     Args:
         real_features, fake_features: (n_real, d) and (n_fake, d), at least 2 rows each; of a ``Judge``, for example.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     real, fake = checked_pair("frechet_distance", real_features, fake_features, least=2)
-    identity = nn.Identity()
-    identity.num_features = real.shape[1]
-    distance = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
-    distance.update(torch.from_numpy(real), real=True)
-    distance.update(torch.from_numpy(fake), real=False)
-    return float(distance.compute())
+    means = [x.mean(0) for x in (real, fake)]
+    # S = R^T R, so tr (S S')^(1/2) is the sum of the singular values of R R'^T.
+    roots = [np.linalg.qr(x - x.mean(0))[1] / math.sqrt(len(x) - 1) for x in (real, fake)]
+    traces = sum(np.square(root).sum() for root in roots)
+    distance = np.square(means[0] - means[1]).sum() + traces - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc")
+    return max(0.0, float(distance))
 
 
 def inception_score(probabilities: Tensor) -> float:
@@ -164,7 +163,6 @@ def inception_score(probabilities: Tensor) -> float:
     Args:
         probabilities: (n, n_classes) of a classifier for samples: ``Judge.probabilities``.
     """
-    # torchmetrics' InceptionScore shuffles by the global generator, and means over splits.
     p = probabilities.detach().double()
     if p.ndim != 2 or len(p) == 0 or not bool(((p >= 0) & ((p.sum(1, keepdim=True) - 1).abs() < 1e-3)).all()):
         raise ValueError(f"probabilities must be (n, n_classes) with rows that sum to 1, got shape {tuple(p.shape)}")

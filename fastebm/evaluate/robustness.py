@@ -7,7 +7,6 @@ P projects onto the ball of radius epsilon around the row, and then clamps.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch.nn import functional as F
 
 from ..energies.classifier import checked_logits
 from ..energies.eval_mode import evaluating
+from ..scalars import checked_integer, checked_number
+from .rows import check_labels
 
 __all__ = ["pgd_accuracy", "pgd_attack"]
 
@@ -49,10 +50,9 @@ def pgd_attack(
         clamp: (lo, hi) of the states, or None.
         seed: of the start, uniform in the ball (for l2: a uniform direction and radius).
     """
-    _check(x, labels, epsilon, norm, steps, clamp)
-    a = _STEP * epsilon / steps if step_size is None else step_size
-    if not (math.isfinite(a) and a >= 0):
-        raise ValueError(f"step_size must be a number > 0, got {step_size}")
+    epsilon, steps = checked_number("epsilon", epsilon, positive=False), checked_integer("steps", steps, least=1)
+    a = _STEP * epsilon / steps if step_size is None else checked_number("step_size", step_size, positive=True)
+    _check(classifier, x, labels, norm, clamp)
     x = x.detach()
     generator = torch.Generator().manual_seed(seed)
     if norm == "linf":
@@ -84,17 +84,13 @@ def pgd_accuracy(classifier: nn.Module, x: Tensor, labels: Tensor, **options: An
     return float((right[0] & right[1]).double().mean())
 
 
-def _check(x: Tensor, labels: Tensor, epsilon: float, norm: str, steps: int, clamp: tuple[float, float] | None) -> None:
+def _check(classifier: nn.Module, x: Tensor, labels: Tensor, norm: str, clamp: tuple[float, float] | None) -> None:
     if norm not in _NORMS:
         raise ValueError(f"norm must be {' or '.join(map(repr, _NORMS))}, got {norm!r}")
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise ValueError(f"epsilon must be a number >= 0, got {epsilon}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an int >= 1, got {steps!r}")
     if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
         raise ValueError(f"x must be (n, *shape), n >= 1, floating-point, got {tuple(x.shape)} {x.dtype}")
-    if labels.shape != (len(x),) or labels.is_floating_point():
-        raise ValueError(f"labels must be integers ({len(x)},), got {tuple(labels.shape)} {labels.dtype}")
+    with evaluating(classifier), torch.no_grad():
+        check_labels(labels, len(x), checked_logits(classifier(x[:1]), x[:1]).shape[1])
     if clamp is not None and not bool(((x >= clamp[0]) & (x <= clamp[1])).all()):
         raise ValueError(f"x must lie within the clamp {clamp}, got values from {float(x.min())} to {float(x.max())}")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..energies import EnergyLike, first_tensor
 from ..energies.eval_mode import evaluating
 from ..energies.functions import as_module
+from ..scalars import checked_number
 from ..targets.autograd import Energy
 
 __all__ = ["SteinDiscrepancy", "kernel_stein_discrepancy"]
@@ -58,8 +59,7 @@ def kernel_stein_discrepancy(
         raise ValueError(
             f"samples must be (n, *shape) with n >= 2, floating-point, got {tuple(samples.shape)} {samples.dtype}"
         )
-    if not (math.isfinite(c) and c > 0):
-        raise ValueError(f"c must be a number > 0, got {c}")
+    c = checked_number("c", c, positive=True)
     if not -1.0 < exponent < 0.0:
         raise ValueError(f"exponent must be in (-1, 0), got {exponent}")
     model = as_module(energy)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .rows import as_rows, checked_pair
+from ..scalars import checked_integer
+from .rows import checked_pair
 
 __all__ = [
     "ManifoldShares",
@@ -54,10 +55,9 @@ def two_sample_accuracy(
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import StratifiedKFold
 
-    real, fake = as_rows(real), as_rows(fake)
+    n_folds = checked_integer("n_folds", n_folds, least=2)
+    real, fake = checked_pair("two_sample_accuracy", real, fake, least=n_folds)
     n = min(len(real), len(fake))
-    if n < n_folds:
-        raise ValueError(f"two_sample_accuracy needs at least {n_folds} rows a side, got {len(real)} and {len(fake)}")
     rng = np.random.default_rng(seed)
     is_fake = np.repeat([0, 1], n)
     accuracies: list[float] = []
@@ -89,8 +89,8 @@ def mmd_squared(real: ArrayLike, fake: ArrayLike, *, bandwidths: Sequence[float]
     if h.ndim != 1 or len(h) == 0 or not (np.isfinite(h) & (h > 0)).all():
         raise ValueError(f"bandwidths must be numbers > 0, got {bandwidths}")
 
-    def kernels(d: NDArray[Any], _: int) -> float:
-        return float(np.mean([np.exp(-0.5 * (d / s) ** 2).sum() for s in h]))
+    def kernels(squared: NDArray[Any], _: int) -> float:
+        return float(np.mean([np.exp(-0.5 * squared / s**2).sum() for s in h]))
 
     def kernel_sum(x: NDArray[Any], y: NDArray[Any]) -> float:
         return float(sum(_per_block(x, y, kernels)))
@@ -138,17 +138,19 @@ def manifold_shares(real: ArrayLike, fake: ArrayLike, *, k: int = 3) -> Manifold
         real, fake: (n_real, dim) and (n_fake, dim), more than k rows each. Recall grows with the number of samples:
             take as many of both. For images, features (``train_judge``) are more telling than pixels.
     """
-    from sklearn.neighbors import NearestNeighbors
-
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be an int >= 1, got {k!r}")
+    k = checked_integer("k", k, least=1)
     real, fake = checked_pair("manifold_shares", real, fake, least=k + 1)
-    of_real, of_fake = (NearestNeighbors(n_neighbors=k).fit(x).kneighbors()[0][:, -1] for x in (real, fake))
 
-    def counts(d: NDArray[Any], start: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def radii(squared: NDArray[Any], _: int) -> NDArray[Any]:
+        """The k-th smallest of each row, without the row's 0 to itself."""
+        return np.partition(squared, k, axis=1)[:, k]
+
+    of_real, of_fake = (np.concatenate(_per_block(x, x, radii)) for x in (real, fake))
+
+    def counts(squared: NDArray[Any], start: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Per row of the data in this block: samples in its ball, balls of samples around it; per sample: balls."""
-        in_ball = d <= of_real[start : start + len(d), None]
-        return in_ball.sum(1), (d <= of_fake).sum(1), in_ball.sum(0)
+        in_ball = squared <= of_real[start : start + len(squared), None]
+        return in_ball.sum(1), (squared <= of_fake).sum(1), in_ball.sum(0)
 
     parts = list(zip(*_per_block(real, fake, counts), strict=True))
     samples_in_ball, around_real = np.concatenate(parts[0]), np.concatenate(parts[1])
@@ -165,12 +167,11 @@ def knn_accuracy(train: ArrayLike, labels: ArrayLike, test: ArrayLike, test_labe
     """Accuracy of a k-nearest-neighbour classifier on held-out rows: what a set of features is worth.
 
     Args:
-        train, test: (n, dim) and (n_test, dim), with labels (n,) and (n_test,).
+        train, test: (n, dim) and (n_test, dim), with labels (n,) and (n_test,). n >= k.
     """
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.metrics import accuracy_score
 
-    classifier = KNeighborsClassifier(k).fit(as_rows(train), np.asarray(labels))
-    return float(classifier.score(as_rows(test), np.asarray(test_labels)))
+    return float(accuracy_score(test_labels, _by_neighbours("knn_accuracy", train, labels, test, k)))
 
 
 def class_shares(
@@ -179,22 +180,35 @@ def class_shares(
     """The share of samples that a k-nearest-neighbour classifier assigns to each class 0 .. labels.max().
 
     Args:
-        train: (n, dim), with its (n,) labels. samples: (n_samples, dim).
+        train: (n, dim), with its (n,) labels, n >= k. samples: (n_samples, dim).
     """
-    from sklearn.neighbors import KNeighborsClassifier
-
-    labels = np.asarray(labels)
-    predicted = KNeighborsClassifier(k).fit(as_rows(train), labels).predict(as_rows(samples))
+    predicted, labels = _by_neighbours("class_shares", train, labels, samples, k), np.asarray(labels)
+    if labels.min() < 0:
+        raise ValueError(f"labels must be >= 0, got {labels.min()}")
     counts = np.bincount(predicted, minlength=int(labels.max()) + 1)
     return [float(c) for c in counts / len(predicted)]
 
 
+def _by_neighbours(measure: str, train: ArrayLike, labels: ArrayLike, x: ArrayLike, k: int) -> NDArray[Any]:
+    """The classes of rows x by k nearest neighbours in train."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    k = checked_integer("k", k, least=1)
+    train, x = checked_pair(measure, train, x, least=k, least_of_second=1)
+    predicted: NDArray[Any] = KNeighborsClassifier(k).fit(train, np.asarray(labels)).predict(x)
+    return predicted
+
+
 def _per_block(x: NDArray[Any], y: NDArray[Any], reduce: Callable[[NDArray[Any], int], Any]) -> list[Any]:
-    """``reduce(distances, first row)`` of each block of rows of x: its distances to all rows of y."""
+    """``reduce(squared distances, first row)`` of each block of rows of x: those to all rows of y.
+
+    They are sums of squared differences, so a distance is the same number wherever it is computed, and that of equal
+    rows is 0. ("euclidean", by products of matrices, is neither.)
+    """
     from sklearn.metrics import pairwise_distances_chunked
 
     start, results = 0, []
-    for block in pairwise_distances_chunked(x, y):
+    for block in pairwise_distances_chunked(x, y, metric="sqeuclidean"):
         results.append(reduce(block, start))
         start += len(block)
     return results

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.settle import NonFiniteError
 
@@ -69,12 +70,16 @@ class Processes:
         dist.all_reduce(sums, group=self.group)
         return sums.to(values.device)
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with those of the first process."""
+    def copy_first(self, module: nn.Module) -> None:
+        """Give a module the state of the first process: parameters, buffers and extra state, which must be a tensor."""
         if self.size > 1:
             first = dist.get_global_rank(self.group, 0)  # type: ignore[arg-type]  # a group: there are several
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), first, group=self.group)
+            state = module.state_dict()
+            for tensor in chain(state.values(), module.buffers()):  # buffers that are not in the state too
+                value = tensor.detach().to(self._device, copy=True).contiguous()
+                dist.broadcast(value, first, group=self.group)
+                tensor.detach().copy_(value)
+            module.load_state_dict(state)  # the extra state, of which there is a copy in ``state``
 
     def concatenated(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks. rows: (n, ...), where n may differ."""

@@ -11,7 +11,7 @@ import copy
 import math
 import statistics
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from ..backends.settle import NonFiniteError
 from ..energies import first_tensor
+from ..energies.functions import FunctionModule, name_of_forward
 from ..objectives import Objective
 from ..objectives.negatives import ChainObjective
 from ..pool.processes import Processes
+from ..scalars import checked_integer, checked_number
 
 __all__ = ["DECAYS", "Divergence", "Trainer", "learning_rate_factor"]
 
@@ -49,24 +51,31 @@ class Trainer:
         samples = fastebm.sample(trainer.average, fastebm.HMC(0.1), steps=200, warmup=100)
 
     ``average`` holds the exponential moving average of the weights, which samples best. In step t its decay is at most
-    (1 + t) / (10 + t), so that it forgets the initial weights.
+    (1 + t) / (10 + t), so that it forgets the initial weights. The average of a half-precision energy is float32, and
+    takes float32 states: bfloat16 would round away what one step adds. Its buffers are those of the energy, so running
+    statistics of BatchNorm are not those of the averaged weights; ``torch.optim.swa_utils.update_bn(loader,
+    trainer.average)`` computes these.
 
     A loss or gradient that is not finite raises NonFiniteError before any weight has changed. Training that starts to
     diverge warns once (``Divergence``).
 
     Args:
-        energy: the model that is trained. objective: see ``fastebm.Objective``, on the same device. Parameters of its
-            own (log Z, a generator, a flow) are trained too.
+        energy: the model that is trained. Functions in it must not call what is trained: their copies in ``average``
+            would call the same weights. objective: see ``fastebm.Objective``. It moves to the energy's device.
+            Parameters of its own (log Z, a generator, a flow) are trained too.
         steps: iterations of the whole training, over which the learning rate decays.
-        learning_rate, betas: Adam's. objective_learning_rate: of the objective's own parameters; None: learning_rate.
+        learning_rate, betas: Adam's; None: 1e-3 and (0.9, 0.999). objective_learning_rate: of the objective's own
+            parameters; None: learning_rate.
         warmup_steps: over which the learning rate rises from 0.
         decay: of the learning rate, to 0 at the end: "cosine", "linear" or "none".
         max_grad_norm: the gradient of the energy's weights is clipped to this norm, and so is that of the objective's
             own. None: never.
         ema_decay: of the averaged weights, in [0, 1).
-        optimizer: of all parameters, in place of Adam. Its own learning rates warm up and decay in the same way.
+        optimizer: of all parameters, in place of Adam and its options. Its own learning rates warm up and decay in the
+            same way.
         process_group: processes that train together and make the same calls with the same batches. Each takes its
-            part of the rows. The result is that of one process up to the order of sums.
+            part of the rows. The result is that of one process up to the order of sums. All start with the weights,
+            buffers and seed of the first.
     """
 
     def __init__(
@@ -75,8 +84,8 @@ class Trainer:
         objective: Objective,
         *,
         steps: int,
-        learning_rate: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        learning_rate: float | None = None,
+        betas: tuple[float, float] | None = None,
         warmup_steps: int = 0,
         decay: str = "linear",
         max_grad_norm: float | None = 1.0,
@@ -85,40 +94,32 @@ class Trainer:
         optimizer: torch.optim.Optimizer | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an int >= 1, got {steps!r}")
+        self.energy, self.objective = energy, objective
+        self.steps, self.steps_done = checked_integer("steps", steps, least=1), 0
+        self.warmup_steps = checked_integer("warmup_steps", warmup_steps, least=0)
         if decay not in DECAYS:
             raise ValueError(f'decay must be "cosine", "linear" or "none", got {decay!r}')
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be a number in [0, 1), got {ema_decay!r}")
-        if isinstance(energy, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "pass the energy itself, not in DistributedDataParallel: process_group= says who trains it"
-            )
-        self.energy, self.objective = energy, objective
-        self.steps, self.steps_done = steps, 0
-        self.warmup_steps, self.decay = warmup_steps, decay
-        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        if max_grad_norm is not None:
+            checked_number("max_grad_norm", max_grad_norm, positive=True)
+        if checked_number("ema_decay", ema_decay, positive=False) >= 1:
+            raise ValueError(f"ema_decay must be < 1, got {ema_decay!r}")
+        self.decay, self.max_grad_norm, self.ema_decay = decay, max_grad_norm, ema_decay
+        _check_energy(energy)
+        self._own = [p for p in objective.parameters() if p.requires_grad]
+        self._weights = [p for p in energy.parameters() if p.requires_grad]
+        rates = (learning_rate, objective_learning_rate, betas)
+        self.optimizer = self._adam(*rates) if optimizer is None else self._checked(optimizer, rates)
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         tensor = first_tensor(energy)
         self.device = torch.device("cpu") if tensor is None else tensor.device
         self.processes = Processes(process_group, self.device)
-        self.processes.copy_first(chain(energy.parameters(), energy.buffers(), objective.parameters()))
+        objective.to(self.device)
+        for module in (energy, objective):
+            self.processes.copy_first(module)
         self.average = copy.deepcopy(energy).requires_grad_(False)
-        self._own = [p for p in objective.parameters() if p.requires_grad]
-        self._weights = [p for p in energy.parameters() if p.requires_grad]
-        if optimizer is None:
-            groups: list[dict[str, Any]] = [{"params": self._weights}]
-            if self._own:
-                groups.append({"params": self._own, "lr": objective_learning_rate or learning_rate})
-            optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=betas)
-        self.optimizer = optimizer
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if missing := sum(id(p) not in held for p in (*self._weights, *self._own)):
-            raise ValueError(
-                f"the optimizer must hold all parameters of the energy and of the objective, and lacks {missing}: "
-                "add objective.parameters() to it"
-            )
-        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        for kept in chain(self.average.parameters(), self.average.buffers()):
+            if kept.dtype in (torch.bfloat16, torch.float16):
+                kept.data = kept.data.float()
         self._divergence = Divergence("energy_gap" if isinstance(objective, ChainObjective) else "loss")
 
     def fit(
@@ -155,8 +156,11 @@ class Trainer:
             it has these), grad_norm before the clip, learning_rate, nonfinite (chains that started again), diverging.
 
         Raises:
+            ValueError: the batch has no rows.
             NonFiniteError: the loss, its gradient or too many chains are not finite. No weight has changed.
         """
+        if len(batch) == 0:
+            raise ValueError(f"a batch must have at least one row, got shape {tuple(batch.shape)}: leave it out")
         n, (first, end) = len(batch), self.processes.share(len(batch))
         mine = None if labels is None else labels[first:end].to(self.device)
         loss, metrics, _ = self.objective(
@@ -189,8 +193,9 @@ class Trainer:
         return row | {"diverging": self._divergence.watch(row)}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes: tensors by name of "energy", "average", "objective", "moments" and "objective_moments" (the
-        optimizer's, PARAMETER.NAME) and "divergence", and the number "steps_done". Pools have their own."""
+        """All that changes: tensors by name of "energy", "average", "objective" and "divergence"; what the optimizer
+        keeps for each parameter, by PARAMETER.NAME, as "moments" and "objective_moments"; and the number "steps_done".
+        Pools have their own."""
         return {
             "energy": self.energy.state_dict(),
             "average": self.average.state_dict(),
@@ -210,20 +215,47 @@ class Trainer:
         self.energy.load_state_dict(state["energy"])
         self.average.load_state_dict(state["average"])
         self.objective.load_state_dict(state["objective"])
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        number = {p: i for i, p in enumerate(parameters)}
+        kept = defaultdict[int, dict[str, Any]](dict)
         for part, module in (("moments", self.energy), ("objective_moments", self.objective)):
-            parameters = dict(module.named_parameters())
+            named = {name: number[p] for name, p in module.named_parameters() if p in number}
             for key, value in state[part].items():
                 name, _, k = key.rpartition(".")
-                # Adam keeps its step count in a tensor on the CPU.
-                self.optimizer.state[parameters[name]][k] = value if k == "step" else value.to(self.device)
+                kept[named[name]][k] = copy.deepcopy(value)  # since the optimizer works in place
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(kept)})
         self._divergence.load_state_dict(state["divergence"])
         self.steps_done = state["steps_done"]
 
-    def _moments(self, module: nn.Module) -> dict[str, Tensor]:
+    def _moments(self, module: nn.Module) -> dict[str, Any]:
         """What the optimizer keeps for the parameters of a module."""
         kept = self.optimizer.state
-        moments = {f"{name}.{k}": v for name, p in module.named_parameters() for k, v in kept.get(p, {}).items()}
-        return {name: v for name, v in moments.items() if isinstance(v, Tensor)}
+        return {f"{name}.{k}": v for name, p in module.named_parameters() for k, v in kept.get(p, {}).items()}
+
+    def _adam(
+        self, learning_rate: float | None, own_rate: float | None, betas: tuple[float, float] | None
+    ) -> torch.optim.Optimizer:
+        rate = checked_number("learning_rate", 1e-3 if learning_rate is None else learning_rate, positive=True)
+        own_rate = rate if own_rate is None else checked_number("objective_learning_rate", own_rate, positive=False)
+        betas = (0.9, 0.999) if betas is None else betas
+        if len(betas) != 2 or any(checked_number("betas", beta, positive=False) >= 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        groups: list[dict[str, Any]] = [{"params": self._weights}, {"params": self._own, "lr": own_rate}]
+        return torch.optim.Adam([group for group in groups if group["params"]], lr=rate, betas=betas)
+
+    def _checked(self, optimizer: torch.optim.Optimizer, rates: tuple[object, ...]) -> torch.optim.Optimizer:
+        if any(value is not None for value in rates):
+            raise ValueError(
+                f"learning_rate, objective_learning_rate and betas must be None with an optimizer, got {rates}: set "
+                "them in the optimizer"
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if missing := sum(id(p) not in held for p in (*self._weights, *self._own)):
+            raise ValueError(
+                f"the optimizer must hold all parameters of the energy and of the objective, and lacks {missing}: "
+                "add objective.parameters() to it"
+            )
+        return optimizer
 
     def _restarted(self, n: int) -> int:
         """How many chains of the objective's pool have just started again, which may be a few."""
@@ -237,22 +269,37 @@ class Trainer:
         return n_nonfinite
 
     def _sum_gradients(self) -> None:
-        """Sum the gradients over the processes. A process without rows may have none."""
+        """Sum the gradients over the processes. A weight has none only if it has none on all of them."""
         if self.processes.size == 1:
             return
-        parameters = [*self._weights, *self._own]
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        sums = self.processes.total(torch.cat([part.flatten() for part in parts]))
-        for p, part in zip(parameters, torch.split(sums, [p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
+        weights = [*self._weights, *self._own]
+        for dtype in dict.fromkeys(p.dtype for p in weights):
+            part = [p for p in weights if p.dtype == dtype]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
+            counts = torch.tensor([p.grad is not None for p in part]).to(gradients[0])
+            sums = self.processes.total(torch.cat([counts, *(g.flatten() for g in gradients)]))
+            n_with, *totals = torch.split(sums, [len(part), *(p.numel() for p in part)])
+            for p, total, n in zip(part, totals, n_with.tolist(), strict=True):
+                p.grad = total.view_as(p) if n > 0 else None
 
     def _average_weights(self) -> None:
         decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
         with torch.no_grad():
             for mean, p in zip(self.average.parameters(), self.energy.parameters(), strict=True):
-                mean.lerp_(p, 1.0 - decay)
+                mean.lerp_(p.to(mean), 1.0 - decay)
             for kept, b in zip(self.average.buffers(), self.energy.buffers(), strict=True):
                 kept.copy_(b)  # such as the vectors of spectral norm, which are no weights
+
+
+def _check_energy(energy: nn.Module) -> None:
+    if isinstance(energy, nn.parallel.DistributedDataParallel):
+        raise ValueError("pass the energy itself, not in DistributedDataParallel: process_group= says who trains it")
+    for module in energy.modules():
+        if isinstance(module, FunctionModule) and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                "an energy has an average, a copy with weights of its own, and a copy of the function "
+                f"{name_of_forward(module)} calls the same weights: make it an nn.Module that holds what it calls"
+            )
 
 
 class Divergence:
