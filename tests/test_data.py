@@ -18,7 +18,7 @@ from fastebm.data.table import Layout, Table
 from fastebm.data.tables import load_array
 from fastebm.train.recipe import TrainConfig, recipe
 
-TOYS = ["moons", "circles", "rings", "checkerboard", "pinwheel"]
+TOYS = ["moons", "circles", "rings", "checkerboard", "gaussians", "pinwheel"]
 
 
 @pytest.fixture

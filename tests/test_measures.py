@@ -15,7 +15,8 @@ from fastebm.cli import main
 from fastebm.data.sets import load
 from fastebm.train import measures
 from fastebm.train.measures import MEASURES, Subject, measured
-from fastebm.train.recipe import TrainConfig, recipe
+from fastebm.train.models import AtLevel
+from fastebm.train.recipe import TrainConfig, configured, recipe
 
 pytestmark = pytest.mark.usefixtures("few_trees", "short_ais")
 
@@ -150,7 +151,7 @@ def test_samples_drawn_by_class_are_judged_by_their_class(digit_like):
 @pytest.mark.parametrize(
     ("arguments", "measured_at_least"),
     [
-        (["moons", "--objective", "multi_dsm"], {"detection", "likelihood", "quadrature"}),
+        (["moons", "--objective", "multi_dsm"], {"detection", "likelihood", "quadrature", "flow"}),
         (["digits", "--model", "conditional"], {"judge", "detection", "calibration", "robustness"}),
     ],
 )
@@ -185,6 +186,30 @@ def test_an_energy_of_a_condition_has_no_density(digit_like):
     assert "mmd_squared" in results["mmd"]
     for name in ("stein", "detection", "likelihood", "quadrature"):
         assert "the energy has a condition, sigma" in results[name]["skipped"]
+
+
+class Blurred(nn.Module):
+    """exp(-E(x, sigma)): N(0, 16 + sigma^2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, sigma):
+        return self.weight * x.square().sum(1) / (2 * (16 + sigma**2))
+
+
+def test_the_flow_measures_the_likelihood_of_all_noise_levels():
+    data = load("moons", 0)
+    config = configured(data, {"objective": "multi_dsm", "objective_options": {"sigmas": (400.0, 1.0, 0.1)}})
+    subject = Subject(AtLevel(Blurred(), 0.1), config, data, data.test)
+    found = measured(subject, ["flow"])["flow"]
+    assert found["rows"] == 500
+    variance = 16 + 0.1**2
+    exact = -data.test[:500].double().square().sum(1).mean() / (2 * variance) - math.log(2 * math.pi * variance)
+    assert found["mean"] == pytest.approx(float(exact), abs=2e-3)
+    plain = dataclasses.replace(subject, config=configured(data, {"objective": "dsm"}), model=Blurred())
+    assert "an energy of states and noise levels, got mlp" in measured(plain, ["flow"])["flow"]["skipped"]
 
 
 def test_samples_that_collapsed_skip_a_measure_and_not_the_rest():

@@ -35,6 +35,12 @@ def _checkerboard(n: int, rng: np.random.Generator) -> NDArray[Any]:
     return np.stack([x, y - 2.0 * rng.integers(0, 2, n) + np.floor(x) % 2], 1)
 
 
+def _gaussians(n: int, rng: np.random.Generator) -> NDArray[Any]:
+    """Eight Gaussians on a circle of radius 4, equally likely, of standard deviation 0.5."""
+    angle = 2.0 * np.pi / 8.0 * rng.integers(0, 8, n)
+    return 4.0 * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.normal(0.0, 0.5, (n, 2))
+
+
 def _pinwheel(n: int, rng: np.random.Generator) -> NDArray[Any]:
     """Five bent arms. Source: Johnson et al. 2016, Composing graphical models with neural networks."""
     x = rng.normal((1.0, 0.0), (0.3, 0.1), (n, 2))
@@ -48,5 +54,6 @@ TOYS: dict[str, tuple[str, Callable[[int, np.random.Generator], NDArray[Any]]]] 
     "circles": ("a circle in a circle", _circles),
     "rings": ("four rings", _rings),
     "checkerboard": ("eight squares", _checkerboard),
+    "gaussians": ("eight Gaussians on a circle", _gaussians),
     "pinwheel": ("five bent arms", _pinwheel),
 }
