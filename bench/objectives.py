@@ -1,4 +1,4 @@
-"""Objectives beside those of the same name in ebmkit: what they learn in the plane, and the seconds of a step.
+"""Objectives beside those of the same name in ebmkit: what they learn in the plane, and the seconds per step.
 
     python bench/objectives.py                        all objectives, on moons and checkerboard: half an hour
     python bench/objectives.py dsm nce --seeds 0 1    some of them, with more seeds

@@ -34,7 +34,7 @@ from fastebm.data.sets import load
 from fastebm.data.toys import TOYS
 from fastebm.evaluate.likelihood import kernel_density
 
-# All but those that have no energy of a row alone, or need classes.
+# All but those that need classes, and InfoNCE, which has energies of pairs only.
 OF_PLANES = (
     "pcd", "cd", "hinge", "cooperative", "diffusion_recovery", "dsm", "multi_dsm", "vp_dsm", "ssm", "esm",
     "energy_discrepancy", "nce", "ranking_nce", "flow_contrastive",

@@ -261,7 +261,7 @@ def _signs(n_probes: int, x: Tensor, seed: int) -> Tensor:
 
 
 def _largest(errors: tuple[Tensor, ...]) -> Tensor:
-    """The root mean square over the dims of a row, of the row where it is largest."""
+    """The root mean square over dims, per row; of these the largest."""
     return torch.stack([part.reshape(len(part), -1).square().mean(dim=1).max() for part in errors]).max().sqrt()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..data.info import DataInfo
+from ..data.info import SPREAD, DataInfo
 from ..energies import (
     ClassConditionalEnergy,
     ClassifierEnergy,
@@ -26,13 +26,13 @@ from .options import Entry, built
 if TYPE_CHECKING:
     from .recipe import TrainConfig
 
-__all__ = ["LABELLED", "MODELS", "AtLevel", "build_model", "exploding", "noise_range", "row_energy"]
+__all__ = ["LABELLED", "MODELS", "SIGMA_DATA", "AtLevel", "build_model", "exploding", "noise_range", "row_energy"]
 
 # The models that take labels, and so need a number of classes.
 LABELLED = ("conditional", "classifier")
 
-# Standard deviation of states by the kind of data, roughly: the digits' is 0.38.
-_SIGMA_DATA = {"plane": 4.0, "table": 1.0, "images": 0.4}
+# Standard deviation of states by the kind of data. That of images is rough: the digits' is 0.38.
+SIGMA_DATA = {**SPREAD, "images": 0.4}
 
 # Time at which a variance-preserving energy stands for that of the data: sigma is 0.011 there, with the usual betas.
 _FIRST_TIME = 1e-3
@@ -63,7 +63,7 @@ def _noise_conditional(
     config: TrainConfig, *, sigma_data: float | None = None, n_frequencies: int = 2, **options: Any
 ) -> nn.Module:
     network = _network(config, outputs=config.data.dim, condition_size=1 + 2 * n_frequencies, **options)
-    sigma_data = _SIGMA_DATA[config.data.kind] if sigma_data is None else sigma_data
+    sigma_data = SIGMA_DATA[config.data.kind] if sigma_data is None else sigma_data
     return NoiseConditionalEnergy(network, sigma_data, n_frequencies=n_frequencies, betas=_betas(config))
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..data.dataset import Data
 from ..data.info import DIGITS, DataInfo
-from .models import LABELLED, MODELS
+from .models import LABELLED, MODELS, SIGMA_DATA
 from .objectives import OBJECTIVES
 from .options import check_options, entry_of
-from .samplers import SAMPLERS, build_sampler
+from .samplers import SAMPLERS, build_sampler, geometric
 from .trainer import DECAYS
 
 __all__ = ["TrainConfig", "configured", "current", "recipe"]
@@ -36,26 +36,23 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# Standard deviation of states, roughly (data/info.py). Noise levels are in its units.
-_SPREAD = {"images": 0.4, "plane": 4.0, "table": 1.0}
-
-# What an objective changes in these, for each kind of data.
+# What an objective changes in these, for each kind of data. Noise levels are in units of the states' spread.
 _OF_OBJECTIVE: dict[str, Callable[[str], dict[str, Any]]] = {
     "jem": lambda kind: {"reg_alpha": 0.01, "learning_rate": 2e-3},
     "cooperative": lambda kind: {"objective_learning_rate": 2e-3},
     "diffusion_recovery": lambda kind: _without_chains(
-        sigmas=_geometric(5.0 * _SPREAD[kind], 0.04 * _SPREAD[kind], 10), sampler_steps=10
+        sigmas=_geometric(5.0 * SIGMA_DATA[kind], 0.04 * SIGMA_DATA[kind], 10), sampler_steps=10
     ),
-    "dsm": lambda kind: _without_chains(sigma=0.05 * _SPREAD[kind]),
-    "multi_dsm": lambda kind: _without_chains(sigmas=_geometric(10.0 * _SPREAD[kind], 0.025 * _SPREAD[kind], 20)),
+    "dsm": lambda kind: _without_chains(sigma=0.05 * SIGMA_DATA[kind]),
+    "multi_dsm": lambda kind: _without_chains(sigmas=_geometric(10.0 * SIGMA_DATA[kind], 0.025 * SIGMA_DATA[kind], 20)),
     "vp_dsm": lambda kind: _without_chains(),
-    "ssm": lambda kind: _without_chains(noise_std=0.05 * _SPREAD[kind]),
-    "esm": lambda kind: _without_chains(noise_std=0.05 * _SPREAD[kind]),
-    "energy_discrepancy": lambda kind: _without_chains(t=(0.25 * _SPREAD[kind]) ** 2),
+    "ssm": lambda kind: _without_chains(noise_std=0.05 * SIGMA_DATA[kind]),
+    "esm": lambda kind: _without_chains(noise_std=0.05 * SIGMA_DATA[kind]),
+    "energy_discrepancy": lambda kind: _without_chains(t=(0.25 * SIGMA_DATA[kind]) ** 2),
     "nce": lambda kind: {**_without_chains(noise_ratio=4), "objective_learning_rate": 1e-2},
     "ranking_nce": lambda kind: _without_chains(n_noise=4),
     "flow_contrastive": lambda kind: {**_without_chains(), "objective_learning_rate": 1e-3},
-    "infonce": lambda kind: _without_chains(noise_std=0.5 * _SPREAD[kind]),
+    "infonce": lambda kind: _without_chains(noise_std=0.5 * SIGMA_DATA[kind]),
 }
 
 # What was found better in the plane: the objectives without chains take shorter steps, so more of them, and sharper
@@ -85,8 +82,14 @@ def _without_chains(**options: Any) -> dict[str, Any]:
 
 
 def _geometric(largest: float, smallest: float, n: int) -> tuple[float, ...]:
-    """Noise levels, decreasing: each is the same fraction of the one before."""
-    return tuple(float(f"{largest * (smallest / largest) ** (i / (n - 1)):.4g}") for i in range(n))
+    """Noise levels, decreasing, rounded to four digits."""
+    return tuple(float(f"{sigma:.4g}") for sigma in geometric("levels", largest, smallest, n))
+
+
+def _changed(found: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of TrainConfig with changes. Options add to those that are there."""
+    options = {k: {**found.get(k, {}), **v} for k, v in changes.items() if k.endswith("_options")}
+    return {**found, **changes, **options}
 
 
 def recipe(data: Data, objective: str = "pcd", model: str | None = None, sampler: str | None = None) -> dict[str, Any]:
@@ -98,11 +101,9 @@ def recipe(data: Data, objective: str = "pcd", model: str | None = None, sampler
     info, entry = data.info, entry_of("objective", OBJECTIVES, objective)
     found = _RECIPES.get(info.name, _RECIPES[info.kind])
     if objective in _OF_OBJECTIVE:
-        found = found | _OF_OBJECTIVE[objective](info.kind)
+        found = _changed(found, _OF_OBJECTIVE[objective](info.kind))
     if info.kind == "plane":
-        better = _IN_THE_PLANE.get(objective, {})
-        options = {**found.get("objective_options", {}), **better.get("objective_options", {})}
-        found = {**found, **better, "objective_options": options}
+        found = _changed(found, _IN_THE_PLANE.get(objective, {}))
     chosen = {"objective": objective, "model": model or entry.models[0], "sampler": sampler or entry.samplers[0]}
     n_classes = int(data.classes.max()) + 1 if chosen["model"] in LABELLED and data.classes is not None else 0
     return {
@@ -114,8 +115,7 @@ def recipe(data: Data, objective: str = "pcd", model: str | None = None, sampler
 def configured(data: Data, changes: Mapping[str, Any]) -> TrainConfig:
     """The recipe with changes: fields of TrainConfig. Options add to those of the recipe."""
     found = recipe(data, **{k: changes[k] for k in ("objective", "model", "sampler") if k in changes})
-    options = {k: {**found.get(k, {}), **v} for k, v in changes.items() if k.endswith("_options")}
-    return TrainConfig(**{**found, **changes, **options})
+    return TrainConfig(**_changed(found, changes))
 
 
 @dataclass(frozen=True)

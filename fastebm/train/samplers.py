@@ -27,7 +27,7 @@ from .options import Entry, built
 if TYPE_CHECKING:
     from .recipe import TrainConfig
 
-__all__ = ["SAMPLERS", "Draw", "build_sampler"]
+__all__ = ["SAMPLERS", "Draw", "build_sampler", "geometric"]
 
 # Samples without chains that could be continued: (model, n, seed) -> (n, dim).
 Draw = Callable[[nn.Module, int, int], Tensor]
